@@ -1,0 +1,57 @@
+"""Which part of a pretrained model's spectrum should LoRA train, and what does it cost in forgetting?
+
+    import lora_lens as ll
+
+    model, source = ll.embedded.vision()
+    spectra = ll.spectra(model)
+    adapted = ll.attach(model, ll.Window(rank=8, position=0.5), spectra=spectra)
+    run = ll.finetune(adapted, ll.embedded.digits(), retain=source)
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from lora_lens import embedded, metrics
+from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, attach, function_error
+from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
+from lora_lens.sweep import Grid, curves, sweep
+from lora_lens.tasks import Examples, Task
+from lora_lens.training import Run, Training, finetune
+from lora_lens.window import Window, windows
+
+__version__ = "0.1.0"
+__all__ = [
+    "Examples",
+    "FullFineTuning",
+    "Grid",
+    "LinearProbe",
+    "LoRA",
+    "Run",
+    "Spectrum",
+    "SpectrumSet",
+    "Task",
+    "Training",
+    "Window",
+    "attach",
+    "curves",
+    "embedded",
+    "finetune",
+    "function_error",
+    "metrics",
+    "plots",
+    "spectra",
+    "sweep",
+    "widgets",
+    "windows",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import the pictures and widgets when they are first used, not before."""
+    if name in ("plots", "widgets"):
+        return import_module(f"lora_lens.{name}")
+    raise AttributeError(f"module 'lora_lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "plots", "widgets"])

@@ -1,0 +1,165 @@
+"""What is trained: a window of each spectrum, or one of the baselines, on any model PEFT can adapt."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from lora_lens.layers import Targets, check_finite, target_layers
+from lora_lens.spectrum import Spectrum, SpectrumSet
+from lora_lens.spectrum import spectra as compute_spectra
+from lora_lens.window import Window
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Ordinary LoRA (Hu et al. 2022): random A, zero B, base untouched."""
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+
+    def __str__(self) -> str:
+        return f"LoRA of rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Nothing but the new head is trained: the bound on retention."""
+
+    def __str__(self) -> str:
+        return "linear probe"
+
+
+@dataclass(frozen=True)
+class FullFineTuning:
+    """Every weight is trained."""
+
+    def __str__(self) -> str:
+        return "full fine-tuning"
+
+
+Method = Window | LoRA | LinearProbe | FullFineTuning
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: Targets = None,
+    alpha: float | None = None,
+    spectra: SpectrumSet | None = None,
+    inplace: bool = False,
+    seed: int = 0,
+) -> PeftModel | nn.Module:
+    """Make ``method`` the trainable part of ``model``, leaving its function as it is.
+
+    For a :class:`Window`, with W = U S V^T and scaling = alpha / rank, every
+    target weight gets a PEFT adapter with B = U_w (S_w / scaling)^(1/2) and
+    A = (S_w / scaling)^(1/2) V_w^T over the frozen residual W - scaling B A.
+    The residual is formed in float64 from the factors as they are stored, so
+    base plus adapter equals W up to the rounding of W's own dtype.
+
+    Args:
+        model: the pretrained model.
+        method: a window, or a baseline: LoRA, LinearProbe, FullFineTuning.
+        targets: which layers, see :func:`lora_lens.layers.target_layers`;
+            default those of ``spectra``, else all linear layers but the classifier.
+        alpha: LoRA's alpha; default the rank, so scaling is 1.
+        spectra: of this model, to factorize nothing twice.
+        inplace: adapt ``model`` itself instead of a copy.
+        seed: of ordinary LoRA's random A.
+
+    Returns:
+        A ``PeftModel`` for windows and LoRA, otherwise a plain module.
+
+    Raises:
+        ValueError: the window or rank does not fit a weight, the targets match
+            nothing, a weight is not finite, or ``spectra`` are another model's.
+        TypeError: ``method`` is none of the above.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(m, LoraLinear) for m in model.modules()):
+        raise ValueError("this model is adapted already; attach to the pretrained model instead")
+    if isinstance(method, (LinearProbe, FullFineTuning)):
+        adapted = model if inplace else copy.deepcopy(model)
+        return adapted.requires_grad_(isinstance(method, FullFineTuning))
+    if not isinstance(method, (Window, LoRA)):
+        raise TypeError(f"expected a Window, LoRA, LinearProbe or FullFineTuning, not {method!r}")
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"alpha must be positive, not {alpha!r}")
+
+    names = list(spectra) if targets is None and spectra is not None else targets
+    layers = target_layers(model, names)
+    for name, layer in layers.items():
+        check_finite(name, layer.weight)
+        k = min(layer.weight.shape)
+        (method if isinstance(method, Window) else Window.first(method.rank)).slice(k, name)
+    if isinstance(method, Window):
+        spectra = compute_spectra(model, list(layers)) if spectra is None else spectra
+        for name, layer in layers.items():
+            _check_belongs(spectra[name], method, layer.weight)
+
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=alpha or method.rank,
+        target_modules=list(layers),
+        init_lora_weights=isinstance(method, LoRA),
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model if inplace else copy.deepcopy(model), config)
+    if isinstance(method, Window):
+        for name in layers:
+            _start_from_window(adapted.base_model.model.get_submodule(name), spectra[name], method)
+    return adapted
+
+
+@torch.no_grad()
+def _start_from_window(layer: LoraLinear, spectrum: Spectrum, window: Window) -> None:
+    part = window.slice(spectrum.k, spectrum.name)
+    scaling = layer.scaling["default"]
+    root = (spectrum.singular_values[part] / scaling).sqrt()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    b.copy_(spectrum.left[:, part].double() * root)  # (out, rank)
+    a.copy_(root[:, None] * spectrum.right[part].double())  # (rank, in)
+    weight = layer.get_base_layer().weight
+    weight.copy_(weight.double() - scaling * (b.double() @ a.double()))
+
+
+def _check_belongs(spectrum: Spectrum, window: Window, weight: Tensor) -> None:
+    """U_w^T W V_w must be diag(S_w): cheap, and wrong for any other or later weight."""
+    part = window.slice(spectrum.k, spectrum.name)
+    same_shape = spectrum.shape == tuple(weight.shape)
+    if same_shape:
+        left, right = spectrum.left[:, part], spectrum.right[part]
+        projected = left.T @ weight.detach().to("cpu", torch.float32) @ right.T
+        difference = (projected - spectrum.singular_values[part].float().diag()).abs().max()
+        same_shape = bool(difference <= 1e-3 * spectrum.singular_values[0])
+    if not same_shape:
+        raise ValueError(
+            f"the spectrum of {spectrum.name} is not that of this model's weight; "
+            "the model changed or the spectra are another model's: call spectra(model) again"
+        )
+
+
+@torch.inference_mode()
+def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor) -> float:
+    """The largest output difference between two models, relative to the largest output.
+
+    max |f_adapted(x) - f(x)| / max |f(x)| over a batch ``inputs``; what
+    :func:`attach` promises to keep at rounding level.
+    """
+    was_training = adapted.training, model.training
+    adapted.eval(), model.eval()
+    reference = model(inputs)
+    error = float((adapted(inputs) - reference).abs().max() / reference.abs().max())
+    adapted.train(was_training[0]), model.train(was_training[1])
+    return error

@@ -1,0 +1,97 @@
+"""What was gained and what was lost: pure functions on arrays and tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+
+def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """The share of predictions that equal their label, in [0, 1]."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or labels.size == 0:
+        raise ValueError(f"expected one prediction per label, not {predictions.shape} for {labels.shape}")
+    return float((predictions == labels).mean())
+
+
+def forgetting(before: float, after: float) -> float:
+    """Score before minus score after: positive = forgot, negative = improved.
+
+    Chaudhry et al. 2018, "Riemannian walk for incremental learning",
+    equation 3, for one earlier task whose best score is that of the
+    pretrained model.
+    """
+    return before - after
+
+
+def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_accuracy") -> pd.Series:
+    """Which rows no other row beats: True where none is as good in both columns and better in one.
+
+    Larger is better in both. Rows with a missing value are never on the front.
+    """
+    points = table[[x, y]].to_numpy(float)
+    as_good = (points[None] >= points[:, None]).all(-1)  # [i, j]: j at least as good as i in both
+    better = (points[None] > points[:, None]).any(-1)
+    front = ~(as_good & better).any(1) & ~np.isnan(points).any(1)
+    return pd.Series(front, index=table.index, name="pareto")
+
+
+def seed_means(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and learning rate: means over seeds, and their spread.
+
+    Columns: method, rank, position, start, lr, seeds (how many), accuracy,
+    retained_accuracy, forgetting (means), and each of the three with the
+    suffix ``_std`` (sample standard deviation over seeds; NaN for one seed).
+    """
+    keys = ["method", "rank", "position", "start", "lr"]
+    scores = ["accuracy", "retained_accuracy", "forgetting"]
+    groups = table.groupby(keys, dropna=False, sort=False)
+    means = groups[scores].mean()
+    spread = groups[scores].std().add_suffix("_std")
+    return pd.concat([groups.size().rename("seeds"), means, spread], axis=1).reset_index()
+
+
+def ends_and_interior(table: pd.DataFrame) -> pd.DataFrame:
+    """The question of the paper, one row per learning rate: do the ends forget more than the interior?
+
+    Columns: lr; first, last (forgetting at position 0, PiSSA, and 1, MiLoRA);
+    best (the least forgetting among the windows between), best_position;
+    first_excess and last_excess (the ends' forgetting minus the best's), and
+    for each its smallest value over seeds, ``*_min``; u_shape (True when both
+    excesses are positive for every seed). All are means over seeds unless
+    said otherwise. The best window is the one with the least mean, so with
+    few seeds the excesses lean upwards; it is a description, not a test.
+
+    Raises:
+        ValueError: no window between the ends, or an end is missing.
+    """
+    swept = table[table["method"] == "window"].dropna(subset=["position"])
+    rows = []
+    for lr, group in swept.groupby("lr"):
+        by_seed = group.pivot_table(index="seed", columns="position", values="forgetting")
+        if 0.0 not in by_seed or 1.0 not in by_seed or by_seed.shape[1] < 3:
+            raise ValueError(
+                f"a comparison of ends and interior needs windows at positions 0, 1 and between; "
+                f"at learning rate {lr:g} there are {sorted(by_seed.columns)}"
+            )
+        interior = by_seed.drop(columns=[0.0, 1.0])
+        best = interior.mean().idxmin()
+        first, last = by_seed[0.0] - interior[best], by_seed[1.0] - interior[best]
+        rows.append(
+            {
+                "lr": lr,
+                "first": by_seed[0.0].mean(),
+                "best": interior[best].mean(),
+                "last": by_seed[1.0].mean(),
+                "best_position": best,
+                "first_excess": first.mean(),
+                "first_excess_min": first.min(),
+                "last_excess": last.mean(),
+                "last_excess_min": last.min(),
+                "u_shape": bool(first.min() > 0 and last.min() > 0),
+            }
+        )
+    if not rows:
+        raise ValueError("the table has no runs of windows placed by position")
+    return pd.DataFrame(rows)

@@ -1,0 +1,254 @@
+"""One short fine-tuning run: learn a task, and watch what the model forgets meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from lora_lens import metrics
+from lora_lens.layers import classifier
+from lora_lens.tasks import Examples, Task
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Training:
+    """The settings of a run.
+
+    Attributes:
+        lr: AdamW's peak learning rate, for the adapter and the new head alike.
+        steps: optimizer steps.
+        batch_size: examples per step.
+        warmup: share of the steps in which the rate rises linearly from 0;
+            then it falls to 0 along a cosine.
+        weight_decay: AdamW's. 0 by default: decaying the factors of a window
+            would shrink pretrained components, which is forgetting by design.
+        evaluations: how many times both tasks are tested, evenly spaced from
+            before the first step to after the last; at least 2.
+        seed: of the new head and of the order of the examples.
+    """
+
+    lr: float = 1e-3
+    steps: int = 150
+    batch_size: int = 64
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    evaluations: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "lr": (self.lr > 0, "positive"),
+            "steps": (self.steps >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "evaluations": (self.evaluations >= 2, "at least 2"),
+        }
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ValueError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """The steps after which both tasks are tested, from 0 to ``steps``."""
+        return sorted({round(s) for s in np.linspace(0, self.steps, self.evaluations)})
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run did.
+
+    Attributes:
+        config: its settings.
+        curve: one row per evaluation: step, loss (mean training loss since the
+            row before, in nats; NaN at step 0), accuracy (of the new task's
+            test set), retained_accuracy (of the retained task's; NaN without one).
+        diverged: True when the loss became NaN or infinite; the run stopped there.
+        seconds: wall-clock time, evaluations included.
+        head: the new task's trained classifier.
+    """
+
+    config: Training
+    curve: pd.DataFrame
+    diverged: bool
+    seconds: float
+    head: nn.Linear = field(repr=False)
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy on the new task after the last step, in [0, 1]."""
+        return float(self.curve["accuracy"].iloc[-1])
+
+    @property
+    def retained_before(self) -> float:
+        """Accuracy on the retained task before the first step."""
+        return float(self.curve["retained_accuracy"].iloc[0])
+
+    @property
+    def retained_accuracy(self) -> float:
+        """Accuracy on the retained task after the last step, with its own old head."""
+        return float(self.curve["retained_accuracy"].iloc[-1])
+
+    @property
+    def forgetting(self) -> float:
+        """``retained_before - retained_accuracy``: positive = forgot."""
+        return metrics.forgetting(self.retained_before, self.retained_accuracy)
+
+
+def finetune(
+    model: nn.Module,
+    task: Task,
+    retain: Task | None = None,
+    config: Training | None = None,
+    *,
+    progress: bool = True,
+    **settings: float,
+) -> Run:
+    """Train what is trainable in ``model``, and a new head, on ``task``.
+
+    The model's own classifier is kept as it is: the new head reads the same
+    features, and the retained task is tested with the old head on the adapted
+    features. The model is trained in place, on the device that accelerate
+    picks. The same seed on the same machine with the same number of threads
+    gives the same numbers.
+
+    Args:
+        model: from :func:`lora_lens.attach`.
+        task: what to learn.
+        retain: what the model's own classifier could do before.
+        config: the settings; ``settings`` given by name replace its values.
+        progress: show a bar with the loss and both scores.
+
+    Raises:
+        ValueError: the model has no linear classifier, or the retained task
+            has other classes than it.
+    """
+    config = replace(config or Training(), **settings)
+    old_head = classifier(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if retain is not None and len(retain.classes) != old_head.out_features:
+        raise ValueError(
+            f"{retain.name} has {len(retain.classes)} classes, but the model's own head has "
+            f"{old_head.out_features}; retain the task that the model was pretrained on"
+        )
+    started = time.monotonic()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        new_head = nn.Linear(old_head.in_features, len(task.classes))
+
+    accelerator = Accelerator()
+    model, new_head = accelerator.prepare(model, new_head)
+    parameters = [p for p in [*model.parameters(), *new_head.parameters()] if p.requires_grad]
+    optimizer = accelerator.prepare(
+        torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    )
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, round(config.warmup * config.steps), config.steps
+    )
+    rows: list[dict[str, float]] = []
+    losses: list[float] = []
+    bar = tqdm(total=config.steps, desc=task.name, unit="step", leave=False, disable=not progress)
+
+    def evaluate(step: int) -> None:
+        model.eval()
+        new, retained = _predictions(model, old_head, new_head, task.test)[0], float("nan")
+        if retain is not None:
+            old = _predictions(model, old_head, new_head, retain.test)[1]
+            retained = metrics.accuracy(old, retain.test.labels)
+        model.train()
+        rows.append(
+            {
+                "step": step,
+                "loss": float(np.mean(losses)) if losses else float("nan"),
+                "accuracy": metrics.accuracy(new, task.test.labels),
+                "retained_accuracy": retained,
+            }
+        )
+        losses.clear()
+
+    evaluate(0)
+    diverged = False
+    with features_of(old_head) as features, bar:
+        batches = _batches(task.train, config)
+        for step in range(1, config.steps + 1):
+            inputs, labels = next(batches)
+            model(inputs.to(accelerator.device))
+            loss = nn.functional.cross_entropy(
+                new_head(features[0]), labels.to(accelerator.device)
+            )
+            losses.append(loss.item())
+            diverged = not np.isfinite(losses[-1])
+            if not diverged:
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+            if diverged or step in config.evaluation_steps:
+                evaluate(step)
+            bar.update()
+            bar.set_postfix(
+                loss=f"{loss.item():.3f}",
+                accuracy=f"{rows[-1]['accuracy']:.3f}",
+                retained=f"{rows[-1]['retained_accuracy']:.3f}",
+                refresh=False,
+            )
+            if diverged:
+                break
+    model.eval()
+    return Run(config, pd.DataFrame(rows), diverged, time.monotonic() - started, new_head)
+
+
+@contextmanager
+def features_of(head: nn.Module) -> Iterator[list[Tensor]]:
+    """A list whose only item is always the last input that ``head`` was given, (batch, features).
+
+    It turns any classifier into a feature extractor without knowing how the
+    model pools its tokens.
+    """
+    features: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features[:] = inputs[:1]
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield features
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def _predictions(
+    model: nn.Module, old_head: nn.Module, new_head: nn.Module, examples: Examples
+) -> tuple[np.ndarray, np.ndarray]:
+    """The classes that the new and the old head predict, each (n,)."""
+    device = next(model.parameters()).device
+    new, old = [], []
+    with features_of(old_head) as features:
+        for inputs in examples.inputs.split(EVALUATION_BATCH):
+            old.append(model(inputs.to(device)).argmax(-1).cpu())
+            new.append(new_head(features[0]).argmax(-1).cpu())
+    return torch.cat(new).numpy(), torch.cat(old).numpy()
+
+
+def _batches(examples: Examples, config: Training) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless shuffled batches; each pass visits every example once before any comes again."""
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(rows) < config.batch_size:
+            rows = torch.cat([rows, torch.randperm(len(examples), generator=generator)])
+        batch, rows = rows[: config.batch_size], rows[config.batch_size :]
+        yield examples.inputs[batch], examples.labels[batch]

@@ -1,0 +1,90 @@
+"""Windows: contiguous ranges of components on a spectrum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """``rank`` consecutive components, placed by relative ``position`` or absolute ``start``.
+
+    On a spectrum of k components the window is the half-open range
+    [start, start + rank), with start = round(position * (k - rank)).
+    Position 0 is PiSSA (Meng et al. 2024), position 1 is MiLoRA (Wang et al.
+    2024), and what lies between is what Quercia et al. (arXiv 2602.03493)
+    recommend. Weights of different k share a position, not a start.
+
+    Raises:
+        TypeError, ValueError: rank below 1, not exactly one of position and
+            start, a position outside [0, 1], a negative start.
+    """
+
+    rank: int
+    position: float | None = None
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, Integral) or isinstance(self.rank, bool):
+            raise TypeError(f"rank must be a whole number, not {self.rank!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if (self.position is None) == (self.start is None):
+            raise ValueError(
+                f"give a window either a position in [0, 1] or a start, not "
+                f"position={self.position!r} and start={self.start!r}"
+            )
+        if self.position is not None:
+            if not isinstance(self.position, Real) or not 0 <= self.position <= 1:
+                raise ValueError(f"position must be a number in [0, 1], not {self.position!r}")
+            object.__setattr__(self, "position", float(self.position))
+        elif not isinstance(self.start, Integral) or self.start < 0:
+            raise ValueError(f"start must be a whole number of at least 0, not {self.start!r}")
+
+    @classmethod
+    def first(cls, rank: int) -> Window:
+        """The largest singular values: PiSSA's start."""
+        return cls(rank, position=0.0)
+
+    @classmethod
+    def middle(cls, rank: int) -> Window:
+        """Half-way between first and last."""
+        return cls(rank, position=0.5)
+
+    @classmethod
+    def last(cls, rank: int) -> Window:
+        """The smallest singular values: MiLoRA's start."""
+        return cls(rank, position=1.0)
+
+    def slice(self, k: int, name: str = "this weight") -> slice:
+        """The component indices on a spectrum of ``k`` components.
+
+        Raises:
+            ValueError: the window does not fit; the message names ``name``.
+        """
+        if self.rank > k:
+            raise ValueError(
+                f"rank {self.rank} does not fit {name}: its spectrum has {k} components; "
+                f"use a rank of at most {k} or leave this weight out of the targets"
+            )
+        start = round(self.position * (k - self.rank)) if self.position is not None else int(self.start)
+        if start + self.rank > k:
+            raise ValueError(
+                f"window [{start}, {start + self.rank}) does not fit {name}: its spectrum has "
+                f"{k} components, so start must be at most {k - self.rank}"
+            )
+        return slice(start, start + self.rank)
+
+    def __str__(self) -> str:
+        where = f"position {self.position:g}" if self.position is not None else f"start {self.start}"
+        return f"window of rank {self.rank} at {where}"
+
+
+def windows(rank: int, count: int = 9) -> list[Window]:
+    """``count`` windows, evenly spaced from the first (PiSSA) to the last (MiLoRA)."""
+    if count < 2:
+        raise ValueError(f"a grid of windows needs a count of at least 2, not {count!r}")
+    return [Window(rank, position=float(p)) for p in np.linspace(0, 1, count)]
