@@ -38,7 +38,10 @@ def read_fashion_mnist(folder: Path | None) -> dict[str, Split]:
     if folder is None:
         from torchvision.datasets import FashionMNIST
 
-        parts = {name: FashionMNIST("downloads", train=name == "train", download=True) for name in ("train", "test")}
+        parts = {
+            name: FashionMNIST("downloads", train=name == "train", download=True)
+            for name in ("train", "test")
+        }
         return {name: (p.data.numpy(), p.targets.numpy().astype(np.uint8)) for name, p in parts.items()}
     return {
         name: (

@@ -104,9 +104,7 @@ def pretrain(images: Tensor, labels: Tensor, recipe: Recipe) -> nn.Module:
         bar = tqdm(order.split(recipe.batch_size), desc=f"epoch {epoch + 1}/{recipe.epochs}", mininterval=5)
         for rows in bar:
             logits = model(augment(images[rows], recipe, generator))
-            loss = nn.functional.cross_entropy(
-                logits, labels[rows], label_smoothing=recipe.label_smoothing
-            )
+            loss = nn.functional.cross_entropy(logits, labels[rows], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,6 +115,7 @@ def pretrain(images: Tensor, labels: Tensor, recipe: Recipe) -> nn.Module:
 
 
 def model_card(recipe: Recipe, scores: dict[str, float], parameters: int, minutes: float) -> str:
+    torch_version = torch.__version__.split("+")[0]
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
     return f"""# vit_fashion_mnist
 
@@ -132,7 +131,7 @@ stride 2), 16 tokens of width 96, 6 blocks, 3 heads, average pooling, 10 classes
 | training time | {minutes:.0f} min with {torch.get_num_threads()} CPU threads |
 
 **Input**: pixel values / 255, minus {FASHION_MEAN}, divided by {FASHION_STD}.
-**Made by**: `python data/pretrain_vision.py` with torch {torch.__version__.split("+")[0]} and timm {timm.__version__}.
+**Made by**: `python data/pretrain_vision.py` with torch {torch_version} and timm {timm.__version__}.
 **Intended use**: the pretrained model of the lora_lens experiments. It is no fashion classifier
 for production. **Licence**: MIT, like the project; trained on Fashion-MNIST (MIT, Zalando SE).
 

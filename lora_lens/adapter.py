@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_lens.layers import Targets, check_finite, target_layers
@@ -85,26 +85,12 @@ def attach(
             nothing, a weight is not finite, or ``spectra`` are another model's.
         TypeError: ``method`` is none of the above.
     """
-    if isinstance(model, PeftModel) or any(isinstance(m, LoraLinear) for m in model.modules()):
-        raise ValueError("this model is adapted already; attach to the pretrained model instead")
+    layers = fitting_layers(model, method, targets=targets, alpha=alpha, spectra=spectra)
+    adapted = model if inplace else copy.deepcopy(model)
     if isinstance(method, (LinearProbe, FullFineTuning)):
-        adapted = model if inplace else copy.deepcopy(model)
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
-    if not isinstance(method, (Window, LoRA)):
-        raise TypeError(f"expected a Window, LoRA, LinearProbe or FullFineTuning, not {method!r}")
-    if alpha is not None and alpha <= 0:
-        raise ValueError(f"alpha must be positive, not {alpha!r}")
-
-    names = list(spectra) if targets is None and spectra is not None else targets
-    layers = target_layers(model, names)
-    for name, layer in layers.items():
-        check_finite(name, layer.weight)
-        k = min(layer.weight.shape)
-        (method if isinstance(method, Window) else Window.first(method.rank)).slice(k, name)
-    if isinstance(method, Window):
-        spectra = compute_spectra(model, list(layers)) if spectra is None else spectra
-        for name, layer in layers.items():
-            _check_belongs(spectra[name], method, layer.weight)
+    if isinstance(method, Window) and spectra is None:
+        spectra = compute_spectra(model, list(layers))
 
     config = LoraConfig(
         r=method.rank,
@@ -115,15 +101,47 @@ def attach(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = get_peft_model(model if inplace else copy.deepcopy(model), config)
+        adapted = get_peft_model(adapted, config)
     if isinstance(method, Window):
         for name in layers:
             _start_from_window(adapted.base_model.model.get_submodule(name), spectra[name], method)
     return adapted
 
 
+def fitting_layers(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: Targets = None,
+    alpha: float | None = None,
+    spectra: SpectrumSet | None = None,
+) -> dict[str, nn.Linear]:
+    """The layers that ``method`` would adapt, by name, after every check that :func:`attach` makes.
+
+    Empty for baselines without adapters. Copies and changes nothing.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
+        raise ValueError("this model is adapted already; attach to the pretrained model instead")
+    if isinstance(method, (LinearProbe, FullFineTuning)):
+        return {}
+    if not isinstance(method, (Window, LoRA)):
+        raise TypeError(f"expected a Window, LoRA, LinearProbe or FullFineTuning, not {method!r}")
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha must be positive, not {alpha!r}")
+
+    names = list(spectra) if targets is None and spectra is not None else targets
+    layers = target_layers(model, names)
+    window = method if isinstance(method, Window) else Window.first(method.rank)
+    for name, layer in layers.items():
+        check_finite(name, layer.weight)
+        window.slice(min(layer.weight.shape), name)
+        if isinstance(method, Window) and spectra is not None:
+            _check_belongs(spectra[name], method, layer.weight)
+    return layers
+
+
 @torch.no_grad()
-def _start_from_window(layer: LoraLinear, spectrum: Spectrum, window: Window) -> None:
+def _start_from_window(layer: LoraLayer, spectrum: Spectrum, window: Window) -> None:
     part = window.slice(spectrum.k, spectrum.name)
     scaling = layer.scaling["default"]
     root = (spectrum.singular_values[part] / scaling).sqrt()
@@ -131,7 +149,12 @@ def _start_from_window(layer: LoraLinear, spectrum: Spectrum, window: Window) ->
     b.copy_(spectrum.left[:, part].double() * root)  # (out, rank)
     a.copy_(root[:, None] * spectrum.right[part].double())  # (rank, in)
     weight = layer.get_base_layer().weight
-    weight.copy_(weight.double() - scaling * (b.double() @ a.double()))
+    weight.copy_(_exact(weight) - scaling * (_exact(b) @ _exact(a)))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """On the CPU, because not every accelerator has float64."""
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _check_belongs(spectrum: Spectrum, window: Window, weight: Tensor) -> None:

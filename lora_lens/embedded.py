@@ -84,12 +84,17 @@ def _images(name: str, classes: tuple[str, ...]) -> Task:
 
 def _verified(name: str) -> Path:
     """The path of a data file, after comparing it with its checksum."""
-    folder = next((f for f in (PACKAGE / "data", PACKAGE.parent / "data") if (f / "SHA256SUMS").exists()), None)
+    folder = next(
+        (f for f in (PACKAGE / "data", PACKAGE.parent / "data") if (f / "SHA256SUMS").exists()), None
+    )
     if folder is None or not (folder / name).exists():
-        raise FileNotFoundError(f"the embedded file {name} is missing; install lora_lens again or restore its data folder")
+        raise FileNotFoundError(
+            f"the embedded file {name} is missing; install lora_lens again or restore its data folder"
+        )
     sums = dict(reversed(line.split()) for line in (folder / "SHA256SUMS").read_text().splitlines())
     if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums.get(name):
         raise ValueError(
-            f"{folder / name} is damaged: its SHA-256 is not the one in SHA256SUMS; restore it from the repository"
+            f"{folder / name} is damaged: its SHA-256 is not the one in SHA256SUMS; "
+            "restore it from the repository"
         )
     return folder / name

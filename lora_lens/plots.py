@@ -119,7 +119,12 @@ def learning_curve(run: Run, *, ax: Axes) -> Axes:
     ):
         if run.curve[column].notna().any():
             ax.plot(run.curve["step"], run.curve[column], marker=marker, label=label)
-    ax.set(xlabel="step", ylabel="test accuracy", ylim=(0, 1.02), title=f"One run at learning rate {run.config.lr:g}")
+    ax.set(
+        xlabel="step",
+        ylabel="test accuracy",
+        ylim=(0, 1.02),
+        title=f"One run at learning rate {run.config.lr:g}",
+    )
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend()
     return ax
@@ -158,18 +163,31 @@ def _against_position(table: pd.DataFrame, score: str, ax: Axes) -> None:
     for rate, marker in zip(rates, RATE_MARKERS * len(rates), strict=False):
         by_position = swept[swept["lr"] == rate].groupby("position")[score]
         mean = by_position.mean()
-        ax.fill_between(mean.index, by_position.min(), by_position.max(), color=colours[rate], alpha=0.2, linewidth=0)
+        ax.fill_between(
+            mean.index, by_position.min(), by_position.max(), color=colours[rate], alpha=0.2, linewidth=0
+        )
         ax.plot(mean.index, mean, color=colours[rate], marker=marker, label=f"{rate:g}")
         for name in drawn:
             reference = table.loc[(table["method"] == name) & (table["lr"] == rate), score].mean()
             ax.axhline(reference, color=colours[rate], linestyle=REFERENCE_LINES[name], linewidth=1.3)
     for position, name, side in ((0, "PiSSA", "left"), (1, "MiLoRA", "right")):
         ax.axvline(position, color="0.6", linewidth=0.8, zorder=0)
-        ax.text(position, 1.0, f" {name} ", transform=ax.get_xaxis_transform(), ha=side, va="top", color="0.35", fontsize=9.5)
+        ax.text(
+            position,
+            1.0,
+            f" {name} ",
+            transform=ax.get_xaxis_transform(),
+            ha=side,
+            va="top",
+            color="0.35",
+            fontsize=9.5,
+        )
     ax.set(xlabel="position of the window (0 = largest components, 1 = smallest)", xlim=(-0.04, 1.04))
     ax.margins(y=0.12)
     handles, _ = ax.get_legend_handles_labels()
-    handles += [Line2D([], [], color="0.3", linestyle=REFERENCE_LINES[n], linewidth=1.3, label=n) for n in drawn]
+    handles += [
+        Line2D([], [], color="0.3", linestyle=REFERENCE_LINES[n], linewidth=1.3, label=n) for n in drawn
+    ]
     ax.legend(handles=handles, title="learning rate", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -189,24 +207,31 @@ def tradeoff(table: pd.DataFrame, *, ax: Axes) -> Axes:
 
     front = means[pareto_front(means)].sort_values("accuracy")
     ax.step(front["accuracy"], front["retained_accuracy"], where="pre", color="0.55", linewidth=1.3, zorder=1)
-    colour_scale = plt.Normalize(0, 1)
+    colour_scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), "cividis")
     for row in means.itertuples():
-        is_window = row.method == "window"
-        shown = {"c": [row.position], "cmap": "cividis", "norm": colour_scale} if is_window and row.position == row.position else {
-            "facecolor": "white" if not is_window else "0.5",
-        }
-        ax.scatter(
-            row.accuracy, row.retained_accuracy, marker=markers[row.lr], s=52, zorder=3 if is_window else 2,
-            edgecolor="white" if is_window else edges[row.method], linewidth=0.6 if is_window else 1.6, **shown,
-        )  # fmt: skip
-    bar = ax.figure.colorbar(plt.cm.ScalarMappable(colour_scale, "cividis"), ax=ax, pad=0.02)
+        if row.method == "window":
+            colour = colour_scale.to_rgba(row.position) if pd.notna(row.position) else "0.5"
+            look = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.6, "zorder": 3}
+        else:
+            look = {"facecolor": "white", "edgecolor": edges[row.method], "linewidth": 1.6, "zorder": 2}
+        ax.scatter(row.accuracy, row.retained_accuracy, marker=markers[row.lr], s=52, **look)
+    bar = ax.figure.colorbar(colour_scale, ax=ax, pad=0.02)
     bar.set_label("position of the window")
     bar.outline.set_visible(False)
 
     plain = {"linestyle": "", "color": "0.3"}
     handles = [Line2D([], [], marker=markers[r], label=f"rate {r:g}", **plain) for r in rates]
     handles += [
-        Line2D([], [], marker="o", linestyle="", markerfacecolor="white", markeredgecolor=edges[b], markeredgewidth=1.6, label=b)
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            markerfacecolor="white",
+            markeredgecolor=edges[b],
+            markeredgewidth=1.6,
+            label=b,
+        )
         for b in baselines
     ]
     handles.append(Line2D([], [], color="0.55", linewidth=1.3, label="Pareto front"))

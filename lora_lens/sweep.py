@@ -19,7 +19,7 @@ from joblib import Parallel, delayed
 from torch import nn
 from tqdm.auto import tqdm
 
-from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, Method, attach
+from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, Method, attach, fitting_layers
 from lora_lens.layers import Targets, target_layers
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
@@ -168,8 +168,14 @@ def sweep(
         runs = Parallel(n_jobs=workers, return_as="generator_unordered")(
             delayed(_run_and_keep)(experiment, point, path) for point, path in missing
         )
-        bar = tqdm(total=len(plan), initial=len(plan) - len(missing), desc="sweep", unit="run",
-                   leave=False, disable=not progress)
+        bar = tqdm(
+            total=len(plan),
+            initial=len(plan) - len(missing),
+            desc="sweep",
+            unit="run",
+            leave=False,
+            disable=not progress,
+        )
         with bar:
             for _ in runs:
                 bar.update()
@@ -197,8 +203,15 @@ def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
 def _check_methods(experiment: Experiment, grid: Grid) -> None:
     """Meet every error of attach and finetune before the first run."""
     for method in grid.methods:
-        attach_arguments = {"targets": experiment.targets, "alpha": experiment.alpha}
-        attach(experiment.model, method, spectra=experiment.spectra, **attach_arguments)
+        fitting_layers(
+            experiment.model,
+            method,
+            targets=experiment.targets,
+            alpha=experiment.alpha,
+            spectra=experiment.spectra,
+        )
+    for lr in grid.lr:
+        replace(experiment.training, lr=lr)
     smallest = experiment.task.subset(1, 1), experiment.retain.subset(1, 1)
     probe = attach(experiment.model, LinearProbe())
     finetune(probe, *smallest, steps=1, batch_size=1, evaluations=2, progress=False)

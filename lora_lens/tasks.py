@@ -23,9 +23,14 @@ class Examples:
 
     def __post_init__(self) -> None:
         if len(self.inputs) == 0 or len(self.inputs) != len(self.labels):
-            raise ValueError(f"expected as many labels as inputs, not {len(self.inputs)} inputs and {len(self.labels)} labels")
+            raise ValueError(
+                f"expected as many labels as inputs, not {len(self.inputs)} inputs "
+                f"and {len(self.labels)} labels"
+            )
         if self.labels.ndim != 1 or self.labels.is_floating_point():
-            raise ValueError(f"labels must be one whole number each, not {tuple(self.labels.shape)} of {self.labels.dtype}")
+            raise ValueError(
+                f"labels must be one whole number each, not {tuple(self.labels.shape)} of {self.labels.dtype}"
+            )
         if not torch.isfinite(self.inputs).all():
             raise ValueError("inputs hold NaN or infinite values")
         object.__setattr__(self, "labels", self.labels.long())

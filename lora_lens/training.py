@@ -154,9 +154,7 @@ def finetune(
     optimizer = accelerator.prepare(
         torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, round(config.warmup * config.steps), config.steps
-    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     rows: list[dict[str, float]] = []
     losses: list[float] = []
     bar = tqdm(total=config.steps, desc=task.name, unit="step", leave=False, disable=not progress)
@@ -185,9 +183,7 @@ def finetune(
         for step in range(1, config.steps + 1):
             inputs, labels = next(batches)
             model(inputs.to(accelerator.device))
-            loss = nn.functional.cross_entropy(
-                new_head(features[0]), labels.to(accelerator.device)
-            )
+            loss = nn.functional.cross_entropy(new_head(features[0]), labels.to(accelerator.device))
             losses.append(loss.item())
             diverged = not np.isfinite(losses[-1])
             if not diverged:

@@ -1,0 +1,66 @@
+# Two commands matter: `make demo` and `make test`. `make help` lists all.
+# PYTHON picks the interpreter that makes the virtual environment, VENV where it goes.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+# Notebooks under test keep finished runs in a folder named after the code that made them:
+# unchanged code is not run twice, changed code starts afresh.
+CODE := $(shell cat lora_lens/*.py data/SHA256SUMS constraints.txt notebooks/*.ipynb | cksum | cut -d' ' -f1)
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to results/demo
+	@echo "== executing notebooks/03_tradeoff.ipynb (about 7 minutes on 2 cores; finished runs are kept)"
+	@mkdir -p results/demo
+	LORA_LENS_RESULTS=$(CURDIR)/results/demo $(BIN)/jupyter nbconvert --to notebook --execute \
+		--ExecutePreprocessor.timeout=3600 --log-level=WARN --output-dir results/demo notebooks/03_tradeoff.ipynb
+	@$(BIN)/jupyter nbconvert --to html --log-level=WARN results/demo/03_tradeoff.ipynb
+	@echo; cat results/demo/table.txt
+	@echo
+	@echo "notebook  results/demo/03_tradeoff.ipynb"
+	@echo "page      results/demo/03_tradeoff.html"
+	@echo "figures   $$(ls results/demo/*.png | tr '\n' ' ')"
+	@echo "table     results/demo/table.csv"
+	@echo "next      make lab   (opens JupyterLab on the notebooks)"
+
+lab: $(VENV)/lab.installed  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/README.md
+
+test: $(VENV)/test.installed  ## lint, unit, property and integration tests, then every notebook
+	@echo "== lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== tests"
+	$(BIN)/pytest
+	@echo "== notebooks (03 runs its whole sweep the first time: about 7 minutes on 2 cores)"
+	LORA_LENS_RESULTS=$(CURDIR)/results/test/$(CODE) $(BIN)/pytest --nbmake --nbmake-timeout=1800 $(NOTEBOOKS)
+
+format: $(VENV)/test.installed  ## format code and notebooks, strip notebook outputs
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(NOTEBOOKS)
+
+pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)
+	$(BIN)/python data/pretrain_vision.py $(if $(FASHION),--fashion $(FASHION))
+
+constraints: $(VENV)/test.installed  ## pin the installed versions in constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' > constraints.txt
+
+clean:  ## remove the virtual environment and test results, not results/demo
+	rm -rf $(VENV) results/test
+
+$(VENV)/%.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lora_lens needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $*"; exit 1; }
+	@echo "== installing lora_lens[$*] into $(VENV) (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+.PHONY: help demo lab test format pretrain constraints clean

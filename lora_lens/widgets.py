@@ -1,0 +1,338 @@
+"""Explorers for notebooks: the library's own calls, pictures and tables under sliders.
+
+Each returns one container that already shows a sensible view. Bad arguments
+raise at the door; what does not work later, at some setting of the controls,
+is said in place until the controls are moved again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from html import escape
+from io import BytesIO
+
+import pandas as pd
+import torch
+from ipywidgets import (
+    HTML,
+    Checkbox,
+    Dropdown,
+    FloatSlider,
+    HBox,
+    Image,
+    IntSlider,
+    Layout,
+    ToggleButtons,
+    VBox,
+)
+from ipywidgets import Widget as Control
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+
+from lora_lens import plots
+from lora_lens.adapter import attach, function_error
+from lora_lens.layers import block_and_kind
+from lora_lens.metrics import seed_means
+from lora_lens.spectrum import SpectrumSet
+from lora_lens.tasks import Task
+from lora_lens.window import Window
+
+SWEEP_COLUMNS = (
+    "method",
+    "rank",
+    "position",
+    "start",
+    "lr",
+    "seed",
+    "accuracy",
+    "retained_accuracy",
+    "forgetting",
+)
+CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
+
+
+def spectrum_explorer(spectra: SpectrumSet, rank: int = 8) -> VBox:
+    """Spectra of one weight, one kind or one block, with a window to slide over them.
+
+    Controls: kind, block, rank and position of the window. Shown: the
+    singular values with the window shaded, and one row per kind with the
+    effective rank, the stable rank and the window's share of the energy
+    (means, where a row stands for several weights).
+
+    Args:
+        spectra: from :func:`lora_lens.spectra`.
+        rank: of the window at first.
+
+    Raises:
+        ValueError: there are no spectra, or the rank does not fit one of them.
+    """
+    _require_spectra(spectra)
+    places = {name: block_and_kind(name) for name in spectra}
+    kinds = dict.fromkeys(kind for _, kind in places.values())
+    blocks = sorted({block for block, _ in places.values()})
+    kind = _dropdown("kind", [("all", None), *((k, k) for k in kinds)])
+    block = _dropdown("block", [("all", None), *((str(b) if b >= 0 else "none", b) for b in blocks)])
+    size, position = _rank_slider(rank, spectra), _position_slider()
+    picture, numbers = _picture(), _table()
+
+    def draw() -> None:
+        chosen = SpectrumSet(
+            [
+                spectra[name]
+                for name, place in places.items()
+                if block.value in (None, place[0]) and kind.value in (None, place[1])
+            ]
+        )
+        if not chosen:
+            raise ValueError(f"block {block.value} has no {kind.value}; choose another block or kind")
+        window = Window(size.value, position=position.value)
+        table = chosen.table(window)
+        picture.value = _png(lambda figure: plots.spectrum(chosen, window, ax=figure.subplots()))
+        picture.tooltip = f"Singular values of {_weights(len(chosen))}, with the {window} shaded"
+        numbers.value = _html(_by_kind(table, window))
+
+    return _explorer([HBox([kind, block]), HBox([size, position])], [picture, numbers], draw)
+
+
+def window_explorer(
+    model: nn.Module, spectra: SpectrumSet, task: Task, rank: int = 8, images: int = 8
+) -> VBox:
+    """Cut a window out of every weight, look at one of them, and see that the model still says the same.
+
+    Controls: the layer to look at, rank and position of the window. Shown:
+    the weight, the window's slice of it and the residual; the window's energy
+    in this layer; the predictions for a few test images before and after
+    :func:`lora_lens.attach`, and the largest difference of the logits
+    (:func:`lora_lens.function_error`).
+
+    Args:
+        model: the pretrained model; it is only read.
+        spectra: its spectra.
+        task: what the model can do; its first test inputs are shown, (n, channels, height, width).
+        rank: of the window at first.
+        images: how many test images to show.
+
+    Raises:
+        ValueError: there are no spectra or they are another model's, the rank
+            does not fit a weight, the inputs are no images, or the task has
+            other classes than the model.
+    """
+    _require_spectra(spectra)
+    inputs = task.test.first(images).inputs
+    if inputs.ndim != 4:
+        raise ValueError(
+            f"{task.name} has inputs of shape {tuple(inputs.shape[1:])}; this explorer shows images, "
+            "(channels, height, width)"
+        )
+    inputs = inputs.to(next(model.parameters()).device)
+    before = _classes(model, inputs, task)
+    layer = _dropdown("layer", list(spectra))
+    size, position = _rank_slider(rank, spectra), _position_slider()
+    cut, answers, numbers = _picture(), _picture(), _table()
+
+    def draw() -> None:
+        window = Window(size.value, position=position.value)
+        adapted = attach(model, window, spectra=spectra)
+        after = _classes(adapted, inputs, task)
+        same = sum(a == b for a, b in zip(after, before, strict=True))
+        spectrum = spectra[layer.value]
+        part = window.slice(spectrum.k, spectrum.name)
+        cut.value = _png(lambda f: plots.decomposition(spectrum, window, f.subplots(1, 3)), (10, 3.4))
+        cut.tooltip = f"{layer.value}: the weight, the slice in the {window}, and the residual"
+        answers.value = _png(lambda f: _draw_answers(f, inputs, before, after), (10, 2.2))
+        answers.tooltip = f"{len(after)} test images with the predicted class before and after attaching"
+        facts = {
+            "window": f"[{part.start}, {part.stop}) of {spectrum.k}",
+            "energy in the window": f"{spectrum.energy(window):.2%}",
+            "energy in the residual": f"{1 - spectrum.energy(window):.2%}",
+            "same predictions": f"{same} of {len(after)}",
+            "largest logit difference (relative)": f"{function_error(adapted, model, inputs):.1e}",
+        }
+        numbers.value = _html(pd.DataFrame([facts]))
+
+    return _explorer([layer, HBox([size, position])], [cut, numbers, answers], draw)
+
+
+def tradeoff_explorer(table: pd.DataFrame) -> VBox:
+    """A sweep's table as curves and in the trade-off plane.
+
+    Controls: the score of the curves, and which learning rates to show.
+    Shown: the score against the window's position, the trade-off plane, and
+    the means over seeds.
+
+    Args:
+        table: from :func:`lora_lens.sweep`; runs of windows placed by position.
+
+    Raises:
+        ValueError: the table is empty, lacks columns of a sweep, or has no
+            run of a window placed by position.
+    """
+    absent = [column for column in SWEEP_COLUMNS if column not in table]
+    if absent:
+        raise ValueError(
+            f"this is no table of a sweep: it lacks {', '.join(absent)}; use what ll.sweep returns"
+        )
+    if table.empty:
+        raise ValueError("the table is empty: there are no runs to show")
+    score = ToggleButtons(options=list(CURVES), description="score")
+    rates = {
+        rate: Checkbox(True, description=f"{rate:g}", indent=False) for rate in sorted(table["lr"].unique())
+    }
+    for box in rates.values():
+        box.layout.width = "max-content"
+    curve, plane, numbers = _picture(), _picture(), _table()
+
+    def draw() -> None:
+        chosen = table[table["lr"].isin([rate for rate, box in rates.items() if box.value])]
+        if chosen.empty:
+            raise ValueError("choose at least one learning rate")
+        curve.value = _png(lambda figure: CURVES[score.value](chosen, ax=figure.subplots()), (8, 4.2))
+        curve.tooltip = f"{score.value} against the position of the window, one line per learning rate"
+        plane.value = _png(lambda figure: plots.tradeoff(chosen, ax=figure.subplots()), (8, 4.8))
+        plane.tooltip = "accuracy on the retained task against accuracy on the new task"
+        numbers.value = _html(_means(chosen), rows_in_view=10)
+
+    chooser = HBox([HTML("learning rates"), *rates.values()], layout=Layout(grid_gap="12px"))
+    return _explorer([score, chooser], [curve, plane, numbers], draw)
+
+
+def _explorer(controls: list[Control], results: list[Control], draw: Callable[[], None]) -> VBox:
+    """Controls over a message over results; the first view raises, later ones say what is wrong in place."""
+    message, shown = HTML(), VBox(results)
+    draw()
+
+    def redraw(_change: object) -> None:
+        try:
+            draw()
+        except ValueError as error:
+            message.value = f'<p role="alert"><b>{escape(str(error))}</b></p>'
+            shown.layout.display = "none"  # a stale picture would answer another question
+        else:
+            message.value = ""
+            shown.layout.display = None
+
+    for control in _leaves(controls):
+        control.observe(redraw, "value")
+    return VBox([*controls, message, shown])
+
+
+def _leaves(widgets: Iterable[Control]) -> list[Control]:
+    boxes = {w: _leaves(w.children) if isinstance(w, HBox) else [w] for w in widgets}
+    return [leaf for leaves in boxes.values() for leaf in leaves if not isinstance(leaf, HTML)]
+
+
+def _dropdown(description: str, options: list) -> Dropdown:
+    return Dropdown(
+        options=options, value=None if options[0] == ("all", None) else options[0], description=description
+    )
+
+
+def _rank_slider(rank: int, spectra: SpectrumSet) -> IntSlider:
+    for spectrum in spectra.values():
+        Window.first(rank).slice(spectrum.k, spectrum.name)
+    largest = max(spectrum.k for spectrum in spectra.values())
+    return IntSlider(rank, 1, largest, description="rank", continuous_update=False)
+
+
+def _position_slider() -> FloatSlider:
+    return FloatSlider(0.5, min=0, max=1, step=0.01, description="position", continuous_update=False)
+
+
+def _require_spectra(spectra: SpectrumSet) -> None:
+    if not len(spectra):
+        raise ValueError("there are no spectra to explore; make them with ll.spectra(model)")
+
+
+def _picture() -> Image:
+    return Image(format="png", layout=Layout(max_width="100%", object_fit="contain"))
+
+
+def _table() -> HTML:
+    numbers = HTML()
+    numbers.add_class("jp-RenderedHTMLCommon")  # so that it looks like every other table of the notebook
+    return numbers
+
+
+def _png(draw: Callable[[Figure], object], size: tuple[float, float] = (8, 4.2)) -> bytes:
+    """A picture of constant size, drawn without pyplot so that no figure stays open."""
+    with style.context(plots.STYLE):
+        figure = Figure(figsize=size)
+        draw(figure)
+        png = BytesIO()
+        FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()
+
+
+def _html(table: pd.DataFrame, rows_in_view: int | None = None) -> str:
+    text = table.to_html(index=False, border=0, na_rep="")
+    if rows_in_view is None or len(table) <= rows_in_view:
+        return text
+    height = f"max-height: {2 * rows_in_view}em; overflow: auto"
+    return f'<div tabindex="0" role="region" aria-label="table" style="{height}">{text}</div>'
+
+
+def _by_kind(table: pd.DataFrame, window: Window) -> pd.DataFrame:
+    groups = table.groupby("kind", sort=False)
+    stop = table["start"] + window.rank
+    place = "[" + table["start"].astype(str) + ", " + stop.astype(str) + ") of " + table["k"].astype(str)
+    return pd.DataFrame(
+        {
+            "weights": groups.size().astype(str),
+            "window": place.groupby(table["kind"], sort=False).agg(lambda p: "; ".join(dict.fromkeys(p))),
+            "largest s": groups["largest"].mean().map("{:.3g}".format),
+            "smallest s": groups["smallest"].mean().map("{:.3g}".format),
+            "effective rank": groups["effective_rank"].mean().map("{:.1f}".format),
+            "stable rank": groups["stable_rank"].mean().map("{:.1f}".format),
+            "energy in the window": groups["energy"].mean().map("{:.2%}".format),
+        }
+    ).reset_index()
+
+
+def _means(table: pd.DataFrame) -> pd.DataFrame:
+    means = seed_means(table).sort_values(["lr", "method", "position"], ascending=[True, False, True])
+    scores = {
+        name.replace("_", " ") + " (%)": [
+            f"{100 * mean:.1f}" + ("" if pd.isna(spread) else f" ± {100 * spread:.1f}")
+            for mean, spread in zip(means[name], means[f"{name}_std"], strict=True)
+        ]
+        for name in ("accuracy", "retained_accuracy", "forgetting")
+    }
+    return pd.DataFrame(
+        {
+            "method": means["method"].to_numpy(),
+            "position": ["" if pd.isna(p) else f"{p:g}" for p in means["position"]],
+            "learning rate": [f"{rate:g}" for rate in means["lr"]],
+            "seeds": means["seeds"].to_numpy(),
+            **scores,
+        }
+    )
+
+
+def _weights(count: int) -> str:
+    return f"{count} weight" + "s" * (count != 1)
+
+
+@torch.inference_mode()
+def _classes(model: nn.Module, inputs: torch.Tensor, task: Task) -> list[str]:
+    """The names of the classes that ``model`` predicts."""
+    was_training = model.training
+    logits = model.eval()(inputs)  # (n, classes)
+    model.train(was_training)
+    if logits.shape[-1] != len(task.classes):
+        raise ValueError(
+            f"{task.name} has {len(task.classes)} classes, but the model's own head has {logits.shape[-1]}; "
+            "give the task that the model was pretrained on"
+        )
+    return [task.classes[i] for i in logits.argmax(-1).tolist()]
+
+
+def _draw_answers(figure: Figure, inputs: torch.Tensor, before: list[str], after: list[str]) -> None:
+    axes = figure.subplots(1, len(inputs), squeeze=False)[0]
+    for ax, image, old, new in zip(axes, inputs.cpu(), before, after, strict=True):
+        low, high = image.min(), image.max()
+        pixels = ((image - low) / (high - low).clamp_min(1e-12)).permute(1, 2, 0)  # (height, width, channels)
+        ax.imshow(pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0], cmap="gray")
+        ax.set_title(f"before: {old}\nafter: {new}", fontsize=9, loc="center")
+        ax.axis("off")

@@ -1,0 +1,44 @@
+"""Small real models and tasks that many tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import lora_lens as ll
+
+
+@pytest.fixture(scope="session")
+def pretrained() -> tuple[VisionTransformer, ll.Task]:
+    """The embedded model and the task it knows."""
+    return ll.embedded.vision()
+
+
+@pytest.fixture(scope="session")
+def model(pretrained) -> VisionTransformer:
+    return pretrained[0]
+
+
+@pytest.fixture(scope="session")
+def source(pretrained) -> ll.Task:
+    return pretrained[1]
+
+
+@pytest.fixture(scope="session")
+def digits() -> ll.Task:
+    return ll.embedded.digits()
+
+
+@pytest.fixture(scope="session")
+def spectra(model) -> ll.SpectrumSet:
+    return ll.spectra(model, progress=False)
+
+
+@pytest.fixture
+def patch_vit() -> VisionTransformer:
+    """A fresh timm ViT with an ordinary patch embedding, whose projection is a convolution."""
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2
+    )

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lora_lens.layers import block_and_kind, classifier, target_layers
+
+
+def test_patterns_select_by_the_end_of_the_name_in_whole_parts(model):
+    assert list(target_layers(model, "qkv")) == [f"blocks.{b}.attn.qkv" for b in range(6)]
+    assert list(target_layers(model, "blocks.[0-1].mlp.*")) == [
+        f"blocks.{b}.mlp.{fc}" for b in (0, 1) for fc in ("fc1", "fc2")
+    ]
+    assert next(iter(target_layers(model, ["fc2", "blocks.0.attn.qkv"]))) == "blocks.0.attn.qkv"
+    assert list(target_layers(model, "head")) == ["head"]
+
+
+def test_without_patterns_all_linear_layers_but_the_classifier(patch_vit):
+    assert len(target_layers(patch_vit)) == 8
+    assert "head" not in target_layers(patch_vit)
+
+
+def test_a_pattern_that_matches_nothing_lists_what_could_match(patch_vit):
+    with pytest.raises(ValueError, match=r"'q_proj' matches no module.*attn.qkv.*mlp.fc1"):
+        target_layers(patch_vit, "q_proj")
+
+
+def test_a_convolution_caught_by_a_pattern_is_named_with_a_way_out(patch_vit):
+    with pytest.raises(ValueError, match=r"'proj' also matches patch_embed.proj \(Conv2d\).*'attn.proj'"):
+        target_layers(patch_vit, ["qkv", "proj"])
+    assert list(target_layers(patch_vit, "attn.proj")) == ["blocks.0.attn.proj", "blocks.1.attn.proj"]
+
+
+def test_a_pattern_that_matches_only_other_layers_says_so(patch_vit):
+    with pytest.raises(ValueError, match=r"'patch_embed.proj' matches only patch_embed.proj \(Conv2d\)"):
+        target_layers(patch_vit, "patch_embed.proj")
+
+
+def test_a_model_without_a_classifier_is_refused():
+    with pytest.raises(ValueError, match="Sequential has no linear classifier"):
+        classifier(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_block_and_kind():
+    assert block_and_kind("blocks.3.attn.qkv") == (3, "attn.qkv")
+    assert block_and_kind("model.layers.11.self_attn.q_proj") == (11, "self_attn.q_proj")
+    assert block_and_kind("head") == (-1, "head")
+    assert block_and_kind("0") == (0, "0")

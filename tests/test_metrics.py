@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_lens import metrics
+
+unit = st.floats(0, 1, allow_nan=False)
+
+
+def test_accuracy_and_forgetting():
+    assert metrics.accuracy([1, 2, 3, 3], [1, 2, 0, 3]) == 0.75
+    assert metrics.forgetting(0.9, 0.7) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="one prediction per label"):
+        metrics.accuracy([1, 2], [1])
+
+
+def test_the_front_of_a_known_table():
+    table = pd.DataFrame(
+        {"accuracy": [0.9, 0.8, 0.7, 0.8, 0.9, np.nan], "retained_accuracy": [0.5, 0.6, 0.6, 0.7, 0.5, 1.0]},
+        index=list("abcdef"),
+    )
+    assert metrics.pareto_front(table).to_dict() == {
+        "a": True,
+        "b": False,
+        "c": False,
+        "d": True,
+        "e": True,
+        "f": False,
+    }
+
+
+@given(st.lists(st.tuples(unit, unit), min_size=1, max_size=30))
+def test_a_point_is_off_the_front_exactly_when_another_beats_it(points):
+    table = pd.DataFrame(points, columns=["accuracy", "retained_accuracy"])
+    front = metrics.pareto_front(table)
+    assert front.any()
+    for (x, y), on_front in zip(points, front, strict=True):
+        assert on_front != any(a >= x and b >= y and (a > x or b > y) for a, b in points)
+
+
+def swept(forgetting: dict[float, list[float]], lr: float = 1e-3) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"method": "window", "rank": 8, "position": p, "start": None, "lr": lr, "seed": seed,
+             "accuracy": 0.9, "retained_accuracy": 0.9 - f, "forgetting": f}
+            for p, values in forgetting.items()
+            for seed, f in enumerate(values)
+        ]
+    )  # fmt: skip
+
+
+def test_a_u_shape_is_found_and_a_slope_is_not():
+    u = metrics.ends_and_interior(swept({0.0: [0.5, 0.4], 0.5: [0.1, 0.2], 1.0: [0.3, 0.25]})).iloc[0]
+    assert u["u_shape"] and u["best_position"] == 0.5
+    assert u["first_excess"] == pytest.approx(0.3) and u["first_excess_min"] == pytest.approx(0.2)
+    assert u["last_excess"] == pytest.approx(0.125) and u["last_excess_min"] == pytest.approx(0.05)
+    slope = metrics.ends_and_interior(swept({0.0: [0.5, 0.4], 0.5: [0.2, 0.2], 1.0: [0.1, 0.3]})).iloc[0]
+    assert not slope["u_shape"]
+
+
+def test_a_comparison_without_both_ends_is_refused():
+    with pytest.raises(ValueError, match="needs windows at positions 0, 1 and between"):
+        metrics.ends_and_interior(swept({0.0: [0.5], 0.5: [0.2]}))
+    with pytest.raises(ValueError, match="no runs of windows"):
+        metrics.ends_and_interior(swept({0.0: [0.5]}).assign(method="LoRA"))
+
+
+def test_means_over_seeds():
+    means = metrics.seed_means(swept({0.0: [0.5, 0.4], 1.0: [0.3, 0.1]}))
+    assert means["forgetting"].tolist() == pytest.approx([0.45, 0.2])
+    assert means["seeds"].tolist() == [2, 2]
+    assert means["forgetting_std"].iloc[1] == pytest.approx(np.std([0.3, 0.1], ddof=1))

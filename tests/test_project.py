@@ -1,0 +1,102 @@
+"""Promises of the repository as a whole: environments in step, clean notebooks, light imports."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CONDA_NAMES = {"torch": "pytorch"}
+
+
+def requirements() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for group in project["optional-dependencies"].values() for line in group]
+    return {line for line in [*project["dependencies"], *extras] if not line.startswith("lora_lens")}
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower()
+
+
+def test_conda_users_get_the_same_environment():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    packages = {line for line in conda if isinstance(line, str) and line != "pip"}
+    expected = {
+        line.replace(name_of(line), CONDA_NAMES.get(name_of(line), name_of(line)), 1)
+        for line in requirements()
+    }
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert packages == expected | {f"python{python}"}
+    assert conda[-1] == {"pip": ["--no-deps -e ."]}
+
+
+def test_every_requirement_is_pinned_to_the_version_that_was_tested():
+    pinned = {name_of(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {name_of(line) for line in requirements()} <= pinned
+
+
+def test_importing_the_package_draws_nothing():
+    code = "import sys, lora_lens; print({'matplotlib', 'ipywidgets', 'seaborn'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_imports_point_one_way():
+    order = [
+        "layers",
+        "window",
+        "spectrum",
+        "adapter",
+        "tasks",
+        "metrics",
+        "training",
+        "sweep",
+        "embedded",
+        "plots",
+        "widgets",
+    ]
+    rooms = {f.stem for f in (ROOT / "lora_lens").glob("*.py")} - {"__init__"}
+    assert rooms == set(order)
+    for room in order:
+        text = (ROOT / "lora_lens" / f"{room}.py").read_text()
+        imported = set(re.findall(r"^\s*from lora_lens\.(\w+) import", text, re.MULTILINE))
+        assert all(order.index(other) < order.index(room) for other in imported), (room, imported)
+
+
+def test_all_public_names_exist_and_are_documented():
+    import lora_lens as ll
+
+    for name in ll.__all__:
+        assert getattr(ll, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ll.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_clean(path):
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    for cell in notebook["cells"]:
+        assert "id" in cell
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None, (
+                "run `make format` before committing"
+            )
+    assert "widgets" not in notebook["metadata"]
+    assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text())
+
+
+def test_the_readme_s_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    short = example.replace("steps=150", "steps=5")
+    assert short != example
+    subprocess.run([sys.executable, "-c", short], check=True, cwd=ROOT)

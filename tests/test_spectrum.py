@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lora_lens as ll
+from lora_lens.spectrum import factorize
+
+
+def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
+
+
+@given(out=st.integers(1, 40), inputs=st.integers(1, 40), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_the_factors_give_the_weight_back(out, inputs, seed):
+    weight = torch.randn(out, inputs, generator=torch.Generator().manual_seed(seed))
+    s = factorize("w", weight)
+    assert s.shape == (out, inputs) and s.k == min(out, inputs)
+    assert (s.singular_values.diff() <= 0).all()
+    eye = torch.eye(s.k)
+    torch.testing.assert_close(s.left.T @ s.left, eye, atol=1e-5, rtol=0)
+    torch.testing.assert_close(s.right @ s.right.T, eye, atol=1e-5, rtol=0)
+    torch.testing.assert_close(s.component(ll.Window(s.k, start=0)), weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_ill_conditioned_spectrum_is_recovered(dtype):
+    values = torch.logspace(0, -6, 24, dtype=torch.float64)
+    weight = (orthonormal(48, 24, 0) * values @ orthonormal(24, 24, 1).T).to(dtype)
+    expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    error = np.abs(factorize("w", weight).singular_values.numpy() - expected).max()
+    assert error <= 1e-6 * expected[0]
+
+
+def test_ranks_and_energy_of_known_spectra():
+    flat = factorize("w", orthonormal(32, 16, 0))
+    assert flat.effective_rank == pytest.approx(16)
+    assert flat.stable_rank == pytest.approx(16)
+    assert flat.energy(ll.Window.middle(4)) == pytest.approx(0.25)
+
+    one = factorize("w", torch.outer(torch.arange(1.0, 6), torch.ones(4)))
+    assert one.effective_rank == pytest.approx(1, abs=1e-6)
+    assert one.stable_rank == pytest.approx(1)
+    assert one.energy(ll.Window.first(1)) == pytest.approx(1)
+
+    two = factorize("w", torch.diag(torch.tensor([3.0, 1.0])))
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert two.effective_rank == pytest.approx(math.exp(entropy))
+    assert two.stable_rank == pytest.approx(10 / 9)
+    assert two.energy(ll.Window.last(1)) == pytest.approx(0.1)
+
+
+def test_a_zero_weight_has_rank_zero():
+    zero = factorize("w", torch.zeros(4, 3))
+    assert (zero.effective_rank, zero.stable_rank, zero.energy(ll.Window.first(1))) == (0, 0, 0)
+
+
+def test_every_block_weight_of_the_model_is_there_and_the_head_is_not(model, spectra):
+    kinds = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    assert list(spectra) == [f"blocks.{b}.{kind}" for b in range(6) for kind in kinds]
+    for name, s in spectra.items():
+        weight = model.get_submodule(name).weight.detach()
+        torch.testing.assert_close(s.component(ll.Window(s.k, start=0)), weight, atol=1e-5, rtol=0)
+
+
+def test_the_table(spectra):
+    table = spectra.table(ll.Window.last(8))
+    assert len(table) == 24 and set(table["k"]) == {96} and set(table["start"]) == {88}
+    first = table.iloc[0]
+    assert (first["layer"], first["block"], first["kind"]) == ("blocks.0.attn.qkv", 0, "attn.qkv")
+    assert (first["out"], first["in"]) == (288, 96)
+    assert table["effective_rank"].between(1, 96).all() and table["stable_rank"].between(1, 96).all()
+    total = sum(spectra.table(w)["energy"] for w in (ll.Window(48, start=0), ll.Window(48, start=48)))
+    np.testing.assert_allclose(total, 1)
+    assert "energy" not in spectra.table()
+
+
+def test_an_unknown_layer_is_answered_with_those_there_are(spectra):
+    with pytest.raises(KeyError, match=r"no spectrum of 'blocks.9.attn.qkv'.*blocks.0.attn.qkv"):
+        spectra["blocks.9.attn.qkv"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(patch_vit, bad):
+    with torch.no_grad():
+        patch_vit.blocks[1].mlp.fc1.weight[0, 0] = bad
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.weight holds NaN or infinite"):
+        ll.spectra(patch_vit)
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.weight holds NaN or infinite"):
+        ll.attach(patch_vit, ll.LoRA(4))
+
+
+def test_plain_modules_work():
+    assert list(ll.spectra(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))) == ["0", "2"]

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import lora_lens as ll
+
+SETTINGS = {"steps": 4, "batch_size": 16, "evaluations": 2, "progress": False}
+GRID = ll.Grid(
+    window=ll.windows(rank=8, count=3),
+    lr=[1e-3, 1e-2],
+    seed=range(2),
+    baselines=[ll.LoRA(8), ll.LinearProbe()],
+)
+
+
+@pytest.fixture(scope="module")
+def experiment(model, source, digits, spectra) -> dict:
+    return {
+        "model": model,
+        "task": digits.subset(64, 50),
+        "retain": source.subset(10, 50),
+        "spectra": spectra,
+    }
+
+
+@pytest.fixture(scope="module")
+def table(experiment) -> pd.DataFrame:
+    return ll.sweep(GRID, **experiment, **SETTINGS, jobs=1)
+
+
+def test_one_tidy_row_per_run_in_the_grid_s_order(table):
+    assert len(table) == len(GRID) == 20
+    assert table["run"].is_unique
+    assert table["method"].value_counts().to_dict() == {"window": 12, "LoRA": 4, "linear probe": 4}
+    assert table["seed"].tolist() == [0] * 10 + [1] * 10
+    assert sorted(table["position"].dropna().unique()) == [0, 0.5, 1]
+    assert table[["accuracy", "retained_accuracy", "retained_before"]].stack().between(0, 1).all()
+    pd.testing.assert_series_equal(
+        table["forgetting"], table["retained_before"] - table["retained_accuracy"], check_names=False
+    )
+    assert table["retained_before"].nunique() == 1
+    assert (table.loc[table["method"] == "linear probe", "forgetting"] == 0).all()
+    assert not any(isinstance(cell, (list, dict, torch.Tensor)) for cell in table.to_numpy().ravel())
+
+
+def test_the_same_seeds_give_the_same_table_in_one_process_or_two(table, experiment):
+    again = ll.sweep(GRID, **experiment, **SETTINGS, jobs=2)
+    pd.testing.assert_frame_equal(table, again, check_exact=True)
+
+
+def test_a_row_is_what_attach_and_finetune_give(table, experiment):
+    row = table.iloc[7]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    window = ll.Window(int(row["rank"]), position=row["position"])
+    adapted = ll.attach(experiment["model"], window, spectra=experiment["spectra"], seed=row["seed"])
+    run = ll.finetune(
+        adapted, experiment["task"], experiment["retain"], lr=row["lr"], seed=row["seed"], **SETTINGS
+    )
+    torch.set_num_threads(threads)
+    assert (run.accuracy, run.forgetting) == (row["accuracy"], row["forgetting"])
+
+
+def test_finished_runs_are_kept_and_a_larger_grid_runs_only_what_is_missing(tmp_path, table, experiment):
+    small = ll.Grid(window=GRID.window, lr=[1e-3], seed=[0])
+    ll.sweep(small, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "s" / "runs").iterdir()}
+    assert len(files) == 3
+    larger = ll.sweep(GRID, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    assert all(f.stat().st_mtime_ns == t for f, t in files.items())
+    pd.testing.assert_frame_equal(larger, table, check_exact=True)
+
+    curves = ll.curves(tmp_path / "s", larger)
+    assert len(curves) == 2 * len(larger)
+    last = curves.groupby("run")["accuracy"].last()
+    pd.testing.assert_series_equal(last.sort_index(), larger.set_index("run")["accuracy"].sort_index())
+
+
+def test_a_damaged_file_is_run_again_with_a_warning(tmp_path, experiment):
+    grid = ll.Grid(window=[ll.Window.first(8)])
+    first = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    (path,) = (tmp_path / "s" / "runs").iterdir()
+    path.write_text(path.read_text()[:40])
+    with pytest.warns(UserWarning, match="is damaged; the run is done again"):
+        again = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+
+
+def test_a_folder_of_a_different_experiment_is_refused_and_left_alone(tmp_path, experiment, source):
+    grid = ll.Grid(window=[ll.Window.first(8)])
+    ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    before = {f: f.read_bytes() for f in (tmp_path / "s").rglob("*") if f.is_file()}
+    other = experiment | {"retain": source.subset(10, 49)}
+    with pytest.raises(ValueError, match=r"holds a different experiment \(retain: there fashion_mnist"):
+        ll.sweep(grid, **other, **SETTINGS, store=tmp_path / "s", jobs=1)
+    assert before == {f: f.read_bytes() for f in (tmp_path / "s").rglob("*") if f.is_file()}
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("a cat")
+    with pytest.raises(ValueError, match="is not empty and holds no experiment"):
+        ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "photos")
+
+
+def test_bad_points_are_met_before_the_first_run(tmp_path, experiment):
+    grid = ll.Grid(window=[ll.Window.first(8), ll.Window(8, start=90)])
+    with pytest.raises(ValueError, match=r"\[90, 98\) does not fit blocks.0.attn.qkv"):
+        ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s")
+    with pytest.raises(ValueError, match="lr must be positive"):
+        ll.sweep(
+            ll.Grid(window=[ll.Window.first(8)], lr=[1e-3, -1]),
+            **experiment,
+            **SETTINGS,
+            store=tmp_path / "s",
+        )
+    with pytest.raises(ValueError, match="lr and seed are the grid's"):
+        ll.sweep(GRID, **experiment, **SETTINGS, lr=1e-3, store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_impossible_grids_are_refused():
+    with pytest.raises(ValueError, match="at least one window or baseline"):
+        ll.Grid()
+    with pytest.raises(ValueError, match="lr holds the same value twice"):
+        ll.Grid(window=ll.windows(8, 2), lr=[1e-3, 0.001])
+    with pytest.raises(TypeError, match="made of windows and baselines, not 8"):
+        ll.Grid(window=[8])
+
+
+SCRIPT = """
+import sys
+import lora_lens as ll
+model, source = ll.embedded.vision()
+task, retain = ll.embedded.digits().subset(64, 200), source.subset(10, 200)
+grid = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
+table = ll.sweep(grid, model=model, task=task, retain=retain, store=sys.argv[1], jobs=2,
+                 steps=12, batch_size=16, evaluations=2, progress=False)
+table.to_csv(sys.argv[2])
+"""
+
+
+def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):
+    def start(store: Path, output: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, store, output], start_new_session=True)
+
+    store = tmp_path / "killed"
+    process = start(store, tmp_path / "never.csv")
+    deadline = time.monotonic() + 120
+    while len(list(store.glob("runs/[!.]*.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {f: f.stat().st_mtime_ns for f in store.glob("runs/[!.]*.json")}
+    assert 3 <= len(kept) < 10
+    assert all(json.loads(f.read_text())["run"] == f.stem for f in kept)
+
+    assert start(store, tmp_path / "resumed.csv").wait() == 0
+    assert start(tmp_path / "whole", tmp_path / "whole.csv").wait() == 0
+    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    assert not (tmp_path / "never.csv").exists()
+    assert (tmp_path / "resumed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
