@@ -50,7 +50,8 @@ pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour
 	$(BIN)/python data/pretrain_vision.py $(if $(FASHION),--fashion $(FASHION))
 
 constraints: $(VENV)/test.installed  ## pin the installed versions in constraints.txt
-	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' > constraints.txt
+	@echo '# Versions that were tested together; make demo and make test install these (make constraints writes this).' > constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' >> constraints.txt
 
 clean:  ## remove the virtual environment and test results, not results/demo
 	rm -rf $(VENV) results/test

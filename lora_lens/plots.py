@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -26,12 +28,25 @@ RATE_MARKERS = "osD^vP*X"
 WINDOW_COLOUR = "#E69F00"
 
 
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Give figures that are made within it the look of all pictures here."""
+    with plt.style.context(STYLE):
+        try:
+            yield
+        finally:
+            interactive = plt.isinteractive()
+    # A notebook's backend is loaded by the first figure and turns interactive mode on. The end of
+    # the style would turn it off again, and the notebook would show no figure after the first.
+    matplotlib.interactive(interactive)
+
+
 def _styled(draw: Callable[..., Axes]) -> Callable[..., Axes]:
     """Draw in the house style, on the given ``ax`` or on a new pyplot figure."""
 
     @wraps(draw)
     def styled(*arguments: object, ax: Axes | None = None, **options: object) -> Axes:
-        with plt.style.context(STYLE):
+        with house_style():
             return draw(*arguments, ax=plt.subplots()[1] if ax is None else ax, **options)
 
     return styled
@@ -46,11 +61,11 @@ def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, a
     weights = [spectra] if isinstance(spectra, Spectrum) else list(spectra.values())
     kinds = list(dict.fromkeys(block_and_kind(s.name)[1] for s in weights))
     colours = dict(zip(kinds, sns.color_palette("colorblind", len(kinds)), strict=True))
-    last_block = max(block_and_kind(s.name)[0] for s in weights)
+    blocks = sorted({block_and_kind(s.name)[0] for s in weights})
     for s in weights:
         block, kind = block_and_kind(s.name)
-        paleness = 1 - 0.65 * max(block, 0) / max(last_block, 1)
-        values = s.singular_values.clamp_min(1e-12)
+        paleness = 1 - 0.65 * (block - blocks[0]) / max(blocks[-1] - blocks[0], 1)
+        values = s.singular_values.clamp_min(1e-12).numpy()
         ax.plot(values, color=colours[kind], alpha=paleness, linewidth=1.4)
     k = max(s.k for s in weights)
     if window is not None:
@@ -65,7 +80,7 @@ def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, a
     )
     if len(kinds) > 1:
         handles = [Line2D([], [], color=c, label=kind) for kind, c in colours.items()]
-        ax.legend(handles=handles, title="pale = late block" if last_block > 0 else None)
+        ax.legend(handles=handles, title="pale = late block" if len(blocks) > 1 else None)
     return ax
 
 
@@ -93,7 +108,7 @@ def decomposition(spectrum: Spectrum, window: Window, axes: np.ndarray | None = 
     whole = spectrum.component(Window(spectrum.k, start=0)).numpy()
     part = spectrum.component(window).numpy()
     scale = np.abs(whole).max()
-    with plt.style.context(STYLE):
+    with house_style():
         if axes is None:
             axes = plt.subplots(1, 3, figsize=(10, 3.4))[1]
         pictures = {
@@ -131,29 +146,31 @@ def learning_curve(run: Run, *, ax: Axes) -> Axes:
 
 
 @_styled
-def forgetting_curve(table: pd.DataFrame, *, ax: Axes) -> Axes:
+def forgetting_curve(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax: Axes) -> Axes:
     """Forgetting against the window's position; see :func:`accuracy_curve` for how to read it."""
-    _against_position(table, "forgetting", ax)
+    _against_position(table, "forgetting", rates, ax)
     ax.set(ylabel="forgetting (percentage points)", title="What is lost: forgetting of the retained task")
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     return ax
 
 
 @_styled
-def accuracy_curve(table: pd.DataFrame, *, ax: Axes) -> Axes:
+def accuracy_curve(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax: Axes) -> Axes:
     """Accuracy on the new task against the window's position, from a sweep's table.
 
     One line per learning rate: the mean over seeds, in a band from the lowest
     to the highest seed. Flat lines are ordinary LoRA (dashed) and full
     fine-tuning (dotted) at the same rate, as far as the table holds them.
+    ``rates`` picks the learning rates to draw, all by default; each looks the
+    same in every choice.
     """
-    _against_position(table, "accuracy", ax)
+    _against_position(table, "accuracy", rates, ax)
     ax.set(ylabel="test accuracy (%)", title="What is gained: accuracy on the new task")
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     return ax
 
 
-def _against_position(table: pd.DataFrame, score: str, ax: Axes) -> None:
+def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float] | None, ax: Axes) -> None:
     swept = table[table["method"] == "window"].dropna(subset=["position"])
     if swept.empty:
         raise ValueError("the table has no runs of windows placed by position")
@@ -161,6 +178,8 @@ def _against_position(table: pd.DataFrame, score: str, ax: Axes) -> None:
     colours = dict(zip(rates, sns.color_palette("colorblind", len(rates)), strict=True))
     drawn = [name for name in REFERENCE_LINES if (table["method"] == name).any()]
     for rate, marker in zip(rates, RATE_MARKERS * len(rates), strict=False):
+        if chosen is not None and rate not in chosen:
+            continue
         by_position = swept[swept["lr"] == rate].groupby("position")[score]
         mean = by_position.mean()
         ax.fill_between(
@@ -192,19 +211,23 @@ def _against_position(table: pd.DataFrame, score: str, ax: Axes) -> None:
 
 
 @_styled
-def tradeoff(table: pd.DataFrame, *, ax: Axes) -> Axes:
+def tradeoff(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax: Axes) -> Axes:
     """The trade-off plane: accuracy on the retained task against accuracy on the new one.
 
     One point per method and learning rate (mean over seeds): filled by
     position for windows, hollow for baselines, shaped by learning rate. The
     line joins the points that no other beats in both (the Pareto front).
+    ``rates`` picks the learning rates to draw, all by default; each looks the
+    same in every choice, and the front is that of the chosen.
     """
     means = seed_means(table)
-    rates = sorted(means["lr"].unique())
-    markers = dict(zip(rates, RATE_MARKERS * len(rates), strict=False))
+    every_rate = sorted(means["lr"].unique())
+    markers = dict(zip(every_rate, RATE_MARKERS * len(every_rate), strict=False))
     baselines = [m for m in means["method"].unique() if m != "window"]
     edges = dict(zip(baselines, sns.color_palette("bright", len(baselines)), strict=True))
 
+    rates = every_rate if rates is None else sorted(rates)
+    means = means[means["lr"].isin(rates)]
     front = means[pareto_front(means)].sort_values("accuracy")
     ax.step(front["accuracy"], front["retained_accuracy"], where="pre", color="0.55", linewidth=1.3, zorder=1)
     colour_scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), "cividis")

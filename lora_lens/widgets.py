@@ -26,7 +26,6 @@ from ipywidgets import (
     VBox,
 )
 from ipywidgets import Widget as Control
-from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
@@ -93,7 +92,7 @@ def spectrum_explorer(spectra: SpectrumSet, rank: int = 8) -> VBox:
         picture.tooltip = f"Singular values of {_weights(len(chosen))}, with the {window} shaded"
         numbers.value = _html(_by_kind(table, window))
 
-    return _explorer([HBox([kind, block]), HBox([size, position])], [picture, numbers], draw)
+    return _explorer([[kind, block], [size, position]], [picture, numbers], draw)
 
 
 def window_explorer(
@@ -141,7 +140,7 @@ def window_explorer(
         part = window.slice(spectrum.k, spectrum.name)
         cut.value = _png(lambda f: plots.decomposition(spectrum, window, f.subplots(1, 3)), (10, 3.4))
         cut.tooltip = f"{layer.value}: the weight, the slice in the {window}, and the residual"
-        answers.value = _png(lambda f: _draw_answers(f, inputs, before, after), (10, 2.2))
+        answers.value = _png(lambda f: _draw_answers(f, inputs, before, after), (10, 1.85))
         answers.tooltip = f"{len(after)} test images with the predicted class before and after attaching"
         facts = {
             "window": f"[{part.start}, {part.stop}) of {spectrum.k}",
@@ -152,7 +151,7 @@ def window_explorer(
         }
         numbers.value = _html(pd.DataFrame([facts]))
 
-    return _explorer([layer, HBox([size, position])], [cut, numbers, answers], draw)
+    return _explorer([[layer], [size, position]], [cut, numbers, answers], draw)
 
 
 def tradeoff_explorer(table: pd.DataFrame) -> VBox:
@@ -169,37 +168,32 @@ def tradeoff_explorer(table: pd.DataFrame) -> VBox:
         ValueError: the table is empty, lacks columns of a sweep, or has no
             run of a window placed by position.
     """
+    if table.empty:
+        raise ValueError("the table is empty: there are no runs to show")
     absent = [column for column in SWEEP_COLUMNS if column not in table]
     if absent:
         raise ValueError(
             f"this is no table of a sweep: it lacks {', '.join(absent)}; use what ll.sweep returns"
         )
-    if table.empty:
-        raise ValueError("the table is empty: there are no runs to show")
     score = ToggleButtons(options=list(CURVES), description="score")
-    rates = {
-        rate: Checkbox(True, description=f"{rate:g}", indent=False) for rate in sorted(table["lr"].unique())
-    }
-    for box in rates.values():
-        box.layout.width = "max-content"
+    rates = {rate: _checkbox(f"{rate:g}") for rate in sorted(table["lr"].unique())}
     curve, plane, numbers = _picture(), _picture(), _table()
 
     def draw() -> None:
-        chosen = table[table["lr"].isin([rate for rate, box in rates.items() if box.value])]
-        if chosen.empty:
+        chosen = [rate for rate, box in rates.items() if box.value]
+        if not chosen:
             raise ValueError("choose at least one learning rate")
-        curve.value = _png(lambda figure: CURVES[score.value](chosen, ax=figure.subplots()), (8, 4.2))
+        curve.value = _png(lambda figure: CURVES[score.value](table, chosen, ax=figure.subplots()), (8, 4.2))
         curve.tooltip = f"{score.value} against the position of the window, one line per learning rate"
-        plane.value = _png(lambda figure: plots.tradeoff(chosen, ax=figure.subplots()), (8, 4.8))
+        plane.value = _png(lambda figure: plots.tradeoff(table, chosen, ax=figure.subplots()), (8, 4.8))
         plane.tooltip = "accuracy on the retained task against accuracy on the new task"
-        numbers.value = _html(_means(chosen), rows_in_view=10)
+        numbers.value = _html(_means(table[table["lr"].isin(chosen)]), rows_in_view=10)
 
-    chooser = HBox([HTML("learning rates"), *rates.values()], layout=Layout(grid_gap="12px"))
-    return _explorer([score, chooser], [curve, plane, numbers], draw)
+    return _explorer([[score], [HTML("learning rates"), *rates.values()]], [curve, plane, numbers], draw)
 
 
-def _explorer(controls: list[Control], results: list[Control], draw: Callable[[], None]) -> VBox:
-    """Controls over a message over results; the first view raises, later ones say what is wrong in place."""
+def _explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[], None]) -> VBox:
+    """Rows of controls over a message over results; the first view raises, later ones say what is wrong."""
     message, shown = HTML(), VBox(results)
     draw()
 
@@ -213,20 +207,19 @@ def _explorer(controls: list[Control], results: list[Control], draw: Callable[[]
             message.value = ""
             shown.layout.display = None
 
-    for control in _leaves(controls):
-        control.observe(redraw, "value")
-    return VBox([*controls, message, shown])
+    for row in rows:
+        for control in row:
+            control.observe(redraw, "value")
+    wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
+    return VBox([*(HBox(row, layout=wrapped) for row in rows), message, shown])
 
 
-def _leaves(widgets: Iterable[Control]) -> list[Control]:
-    boxes = {w: _leaves(w.children) if isinstance(w, HBox) else [w] for w in widgets}
-    return [leaf for leaves in boxes.values() for leaf in leaves if not isinstance(leaf, HTML)]
+def _dropdown(description: str, options: Iterable[str | tuple[str, object]]) -> Dropdown:
+    return Dropdown(options=options, index=0, description=description)
 
 
-def _dropdown(description: str, options: list) -> Dropdown:
-    return Dropdown(
-        options=options, value=None if options[0] == ("all", None) else options[0], description=description
-    )
+def _checkbox(description: str) -> Checkbox:
+    return Checkbox(True, description=description, indent=False, layout=Layout(width="max-content"))
 
 
 def _rank_slider(rank: int, spectra: SpectrumSet) -> IntSlider:
@@ -257,7 +250,7 @@ def _table() -> HTML:
 
 def _png(draw: Callable[[Figure], object], size: tuple[float, float] = (8, 4.2)) -> bytes:
     """A picture of constant size, drawn without pyplot so that no figure stays open."""
-    with style.context(plots.STYLE):
+    with plots.house_style():
         figure = Figure(figsize=size)
         draw(figure)
         png = BytesIO()

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from ipywidgets import HTML, Image, VBox, Widget
+from timm.models.vision_transformer import VisionTransformer
+
+import lora_lens as ll
+
+
+@pytest.fixture(scope="module")
+def narrow() -> VisionTransformer:
+    """A small model whose spectra differ in length: 32 components in attention, 16 in the MLP."""
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=28,
+        patch_size=14,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=0.5,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def narrow_spectra(narrow) -> ll.SpectrumSet:
+    return ll.spectra(narrow, progress=False)
+
+
+@pytest.fixture(scope="module")
+def table(narrow, digits) -> pd.DataFrame:
+    grid = ll.Grid(window=ll.windows(4, 3), lr=(1e-3, 1e-2), seed=(0, 1), baselines=[ll.LoRA(4)])
+    small = digits.subset(64, 40)
+    return ll.sweep(
+        grid,
+        model=narrow,
+        task=small,
+        retain=small,
+        steps=2,
+        evaluations=2,
+        batch_size=16,
+        jobs=1,
+        progress=False,
+    )
+
+
+def parts(widget: Widget, kind: type) -> list[Widget]:
+    inside = [w for child in getattr(widget, "children", ()) for w in parts(child, kind)]
+    return [widget, *inside] if isinstance(widget, kind) else inside
+
+
+def control(explorer: VBox, description: str) -> Widget:
+    (found,) = (w for w in parts(explorer, Widget) if getattr(w, "description", None) == description)
+    return found
+
+
+def pictures(explorer: VBox) -> list[bytes]:
+    return [bytes(image.value) for image in parts(explorer, Image)]
+
+
+def text(explorer: VBox) -> str:
+    return "\n".join(html.value for html in parts(explorer, HTML))
+
+
+def message(explorer: VBox) -> str:
+    (found,) = (html.value for html in parts(explorer, HTML) if "alert" in html.value)
+    return found
+
+
+def shows_results(explorer: VBox) -> bool:
+    assert ("alert" in text(explorer)) == (explorer.children[-1].layout.display == "none")
+    return explorer.children[-1].layout.display != "none"
+
+
+@pytest.fixture
+def spectrum_explorer(narrow_spectra) -> VBox:
+    return ll.widgets.spectrum_explorer(narrow_spectra, rank=8)
+
+
+@pytest.fixture
+def window_explorer(narrow, narrow_spectra, digits) -> VBox:
+    return ll.widgets.window_explorer(narrow, narrow_spectra, digits, rank=8)
+
+
+@pytest.fixture
+def tradeoff_explorer(table) -> VBox:
+    return ll.widgets.tradeoff_explorer(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "controls", "images"),
+    [
+        ("spectrum_explorer", ["kind", "block", "rank", "position"], 1),
+        ("window_explorer", ["layer", "rank", "position"], 2),
+        ("tradeoff_explorer", ["score", "0.001", "0.01"], 2),
+    ],
+)
+def test_each_shows_pictures_and_numbers_before_any_click(request, name, controls, images):
+    explorer = request.getfixturevalue(name)
+    for description in controls:
+        control(explorer, description)
+    assert len(pictures(explorer)) == images
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures(explorer))
+    assert all(image.tooltip for image in parts(explorer, Image))
+    assert "<table" in text(explorer) and shows_results(explorer)
+
+
+@pytest.mark.parametrize(
+    ("name", "description", "value"),
+    [
+        ("spectrum_explorer", "kind", "attn.qkv"),
+        ("spectrum_explorer", "block", 1),
+        ("spectrum_explorer", "rank", 4),
+        ("spectrum_explorer", "position", 1.0),
+        ("window_explorer", "layer", "blocks.1.attn.proj"),
+        ("window_explorer", "rank", 4),
+        ("window_explorer", "position", 1.0),
+        ("tradeoff_explorer", "score", "accuracy"),
+        ("tradeoff_explorer", "0.01", False),
+    ],
+)
+def test_each_control_changes_what_is_shown_and_back(request, name, description, value):
+    explorer = request.getfixturevalue(name)
+    before = pictures(explorer), text(explorer)
+    moved = control(explorer, description)
+    first, moved.value = moved.value, value
+    assert pictures(explorer)[0] != before[0][0]
+    assert description == "score" or text(explorer) != before[1]
+    moved.value = first
+    assert (pictures(explorer), text(explorer)) == before
+
+
+def test_the_numbers_are_those_of_the_library(spectrum_explorer, narrow_spectra):
+    control(spectrum_explorer, "kind").value = "mlp.fc1"
+    control(spectrum_explorer, "block").value = 1
+    control(spectrum_explorer, "position").value = 1.0
+    spectrum = narrow_spectra["blocks.1.mlp.fc1"]
+    for shown in (
+        "[8, 16) of 16",
+        f"{spectrum.effective_rank:.1f}",
+        f"{spectrum.stable_rank:.1f}",
+        f"{spectrum.energy(ll.Window.last(8)):.2%}",
+    ):
+        assert f"<td>{shown}</td>" in text(spectrum_explorer)
+
+
+def test_attaching_at_any_position_keeps_the_predictions(window_explorer):
+    for position in (0.0, 0.3, 1.0):
+        control(window_explorer, "position").value = position
+        *_, same, difference = re.findall("<td>(.*)</td>", text(window_explorer))
+        assert same == "8 of 8" and float(difference) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["spectrum_explorer", "window_explorer"])
+def test_a_window_that_does_not_fit_is_said_in_place_and_forgotten_afterwards(request, name):
+    explorer = request.getfixturevalue(name)
+    rank = control(explorer, "rank")
+    before = pictures(explorer), text(explorer)
+    rank.value = 20
+    assert "rank 20 does not fit blocks.0.mlp.fc1" in message(explorer) and not shows_results(explorer)
+    rank.value = 8
+    assert shows_results(explorer) and (pictures(explorer), text(explorer)) == before
+
+
+def test_no_learning_rate_chosen_is_said_in_place(tradeoff_explorer):
+    for rate in ("0.001", "0.01"):
+        control(tradeoff_explorer, rate).value = False
+    assert "at least one learning rate" in message(tradeoff_explorer)
+    control(tradeoff_explorer, "0.01").value = True
+    assert shows_results(tradeoff_explorer)
+
+
+def test_a_kind_that_a_block_lacks_is_said_in_place():
+    names = ("embed", "blocks.0.fc", "blocks.1.fc")
+    torch.manual_seed(0)
+    spectra = ll.SpectrumSet([ll.spectrum.factorize(name, torch.randn(8, 8)) for name in names])
+    explorer = ll.widgets.spectrum_explorer(spectra, rank=2)
+    control(explorer, "kind").value = "embed"
+    control(explorer, "block").value = 1
+    assert "block 1 has no embed" in message(explorer)
+
+
+def test_tables_that_are_no_sweep_are_refused(table):
+    with pytest.raises(ValueError, match="the table is empty"):
+        ll.widgets.tradeoff_explorer(table.iloc[:0])
+    with pytest.raises(ValueError, match="lacks method, rank, position"):
+        ll.widgets.tradeoff_explorer(pd.DataFrame({"a": [1]}))
+    with pytest.raises(ValueError, match="lacks forgetting"):
+        ll.widgets.tradeoff_explorer(table.drop(columns="forgetting"))
+    with pytest.raises(ValueError, match="no runs of windows"):
+        ll.widgets.tradeoff_explorer(table[table["method"] == "LoRA"])
+
+
+def test_models_spectra_and_tasks_that_do_not_belong_are_refused(narrow, narrow_spectra, digits, model):
+    with pytest.raises(ValueError, match="rank 20 does not fit"):
+        ll.widgets.spectrum_explorer(narrow_spectra, rank=20)
+    with pytest.raises(ValueError, match="no spectra"):
+        ll.widgets.spectrum_explorer(ll.SpectrumSet([]))
+    with pytest.raises(ValueError, match="another model"):
+        ll.widgets.window_explorer(narrow, ll.spectra(model, "attn.qkv", progress=False), digits)
+    with pytest.raises(ValueError, match="11 classes"):
+        ll.widgets.window_explorer(narrow, narrow_spectra, replace(digits, classes=tuple("0123456789x")))
+    flat = ll.Examples(torch.zeros(4, 784), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="shows images"):
+        ll.widgets.window_explorer(narrow, narrow_spectra, replace(digits, train=flat, test=flat))
+
+
+def test_fifty_moves_leave_no_figure_open_and_the_style_alone(spectrum_explorer):
+    style, figures = dict(plt.rcParams), plt.get_fignums()
+    position = control(spectrum_explorer, "position")
+    shown = {pictures(spectrum_explorer)[0]}
+    for i in range(50):
+        position.value = (i % 25) / 24
+        shown.add(pictures(spectrum_explorer)[0])
+    assert plt.get_fignums() == figures and dict(plt.rcParams) == style
+    assert len(shown) == 25
