@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import index
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,7 @@ class Training:
         for name, (good, expected) in checks.items():
             if not good:
                 raise ValueError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+        object.__setattr__(self, "seed", index(self.seed))
 
     @property
     def evaluation_steps(self) -> list[int]:

@@ -325,7 +325,8 @@ def _draw_answers(figure: Figure, inputs: torch.Tensor, before: list[str], after
     axes = figure.subplots(1, len(inputs), squeeze=False)[0]
     for ax, image, old, new in zip(axes, inputs.cpu(), before, after, strict=True):
         low, high = image.min(), image.max()
-        pixels = ((image - low) / (high - low).clamp_min(1e-12)).permute(1, 2, 0)  # (height, width, channels)
+        unit = (image - low) / (high - low).clamp_min(1e-12)  # (channels, height, width), in [0, 1]
+        pixels = unit.permute(1, 2, 0).numpy()
         ax.imshow(pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0], cmap="gray")
         ax.set_title(f"before: {old}\nafter: {new}", fontsize=9, loc="center")
         ax.axis("off")

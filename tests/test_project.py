@@ -97,6 +97,6 @@ def test_notebooks_are_clean(path):
 
 def test_the_readme_s_example_runs():
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    short = example.replace("steps=150", "steps=5")
+    short = example.replace("steps=150", "steps=5, evaluations=2")
     assert short != example
     subprocess.run([sys.executable, "-c", short], check=True, cwd=ROOT)

@@ -13,20 +13,16 @@ from timm.models.vision_transformer import VisionTransformer
 import lora_lens as ll
 
 
+def narrow_vit(seed: int) -> VisionTransformer:
+    """A small model whose spectra differ in length: 32 components in attention, 16 in the MLP."""
+    torch.manual_seed(seed)
+    shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 10}
+    return VisionTransformer(**shape, embed_dim=32, depth=2, num_heads=2, mlp_ratio=0.5).eval()
+
+
 @pytest.fixture(scope="module")
 def narrow() -> VisionTransformer:
-    """A small model whose spectra differ in length: 32 components in attention, 16 in the MLP."""
-    torch.manual_seed(0)
-    return VisionTransformer(
-        img_size=28,
-        patch_size=14,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        mlp_ratio=0.5,
-    ).eval()
+    return narrow_vit(0)
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +122,12 @@ def test_each_shows_pictures_and_numbers_before_any_click(request, name, control
         ("tradeoff_explorer", "0.01", False),
     ],
 )
-def test_each_control_changes_what_is_shown_and_back(request, name, description, value):
+def test_each_control_changes_what_is_shown(request, name, description, value):
     explorer = request.getfixturevalue(name)
     before = pictures(explorer), text(explorer)
-    moved = control(explorer, description)
-    first, moved.value = moved.value, value
+    control(explorer, description).value = value
     assert pictures(explorer)[0] != before[0][0]
     assert description == "score" or text(explorer) != before[1]
-    moved.value = first
-    assert (pictures(explorer), text(explorer)) == before
 
 
 def test_the_numbers_are_those_of_the_library(spectrum_explorer, narrow_spectra):
@@ -198,13 +191,13 @@ def test_tables_that_are_no_sweep_are_refused(table):
         ll.widgets.tradeoff_explorer(table[table["method"] == "LoRA"])
 
 
-def test_models_spectra_and_tasks_that_do_not_belong_are_refused(narrow, narrow_spectra, digits, model):
+def test_models_spectra_and_tasks_that_do_not_belong_are_refused(narrow, narrow_spectra, digits):
     with pytest.raises(ValueError, match="rank 20 does not fit"):
         ll.widgets.spectrum_explorer(narrow_spectra, rank=20)
     with pytest.raises(ValueError, match="no spectra"):
         ll.widgets.spectrum_explorer(ll.SpectrumSet([]))
     with pytest.raises(ValueError, match="another model"):
-        ll.widgets.window_explorer(narrow, ll.spectra(model, "attn.qkv", progress=False), digits)
+        ll.widgets.window_explorer(narrow, ll.spectra(narrow_vit(1), progress=False), digits)
     with pytest.raises(ValueError, match="11 classes"):
         ll.widgets.window_explorer(narrow, narrow_spectra, replace(digits, classes=tuple("0123456789x")))
     flat = ll.Examples(torch.zeros(4, 784), torch.zeros(4, dtype=torch.long))
@@ -212,12 +205,12 @@ def test_models_spectra_and_tasks_that_do_not_belong_are_refused(narrow, narrow_
         ll.widgets.window_explorer(narrow, narrow_spectra, replace(digits, train=flat, test=flat))
 
 
-def test_fifty_moves_leave_no_figure_open_and_the_style_alone(spectrum_explorer):
+def test_fifty_moves_leave_no_figure_open_and_the_style_alone(narrow_spectra):
     style, figures = dict(plt.rcParams), plt.get_fignums()
-    position = control(spectrum_explorer, "position")
-    shown = {pictures(spectrum_explorer)[0]}
+    explorer = ll.widgets.spectrum_explorer(ll.SpectrumSet([narrow_spectra["blocks.0.attn.qkv"]]))
+    shown = set()
     for i in range(50):
-        position.value = (i % 25) / 24
-        shown.add(pictures(spectrum_explorer)[0])
+        control(explorer, "position").value = (i % 25) / 24
+        shown.add(pictures(explorer)[0])
     assert plt.get_fignums() == figures and dict(plt.rcParams) == style
     assert len(shown) == 25
