@@ -23,8 +23,7 @@ class LoRA:
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        object.__setattr__(self, "rank", Window.first(self.rank).rank)  # the same rules for every rank
 
     def __str__(self) -> str:
         return f"LoRA of rank {self.rank}"

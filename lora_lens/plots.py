@@ -188,7 +188,8 @@ def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float]
         ax.plot(mean.index, mean, color=colours[rate], marker=marker, label=f"{rate:g}")
         for name in drawn:
             reference = table.loc[(table["method"] == name) & (table["lr"] == rate), score].mean()
-            ax.axhline(reference, color=colours[rate], linestyle=REFERENCE_LINES[name], linewidth=1.3)
+            if pd.notna(reference):
+                ax.axhline(reference, color=colours[rate], linestyle=REFERENCE_LINES[name], linewidth=1.3)
     for position, name, side in ((0, "PiSSA", "left"), (1, "MiLoRA", "right")):
         ax.axvline(position, color="0.6", linewidth=0.8, zorder=0)
         ax.text(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lora_lens.layers import Targets, block_and_kind, check_finite, listed, target_layers
+from lora_lens.progress import progress_bar
 from lora_lens.window import Window
 
 
@@ -147,7 +147,7 @@ def spectra(model: nn.Module, targets: Targets = None, progress: bool = True) ->
     layers = target_layers(model, targets)
     for name, layer in layers.items():
         check_finite(name, layer.weight)
-    bar = tqdm(layers.items(), desc="spectra", unit="weight", delay=0.5, leave=False, disable=not progress)
+    bar = progress_bar(layers.items(), shown=progress, desc="spectra", unit="weight", delay=0.5)
     return SpectrumSet([factorize(name, layer.weight) for name, layer in bar])
 
 

@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 from torch import nn
-from tqdm.auto import tqdm
 
 from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, Method, attach, fitting_layers
 from lora_lens.layers import Targets, target_layers
+from lora_lens.progress import progress_bar
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.tasks import Task
@@ -83,19 +83,10 @@ class Experiment:
     model: nn.Module
     task: Task
     retain: Task
-    targets: tuple[str, ...]
+    targets: list[str]
     alpha: float | None
     spectra: SpectrumSet
     training: Training
-
-    def identity(self) -> dict[str, str]:
-        """What must be equal for results to belong together."""
-        return {
-            "lora_lens": version("lora_lens"),
-            "model": _model_fingerprint(self.model),
-            "task": f"{self.task.name} {self.task.fingerprint()}",
-            "retain": f"{self.retain.name} {self.retain.fingerprint()}",
-        }
 
     def describe(self, method: Method, lr: float, seed: int) -> dict[str, object]:
         """The plain values that describe one run; their hash is its identity."""
@@ -105,7 +96,7 @@ class Experiment:
             "rank": fields.get("rank"),
             "position": fields.get("position"),
             "start": fields.get("start"),
-            "alpha": self.alpha,
+            "alpha": None if self.alpha is None else float(self.alpha),
             "targets": " ".join(self.targets),
             **asdict(replace(self.training, lr=float(lr), seed=int(seed))),
         }
@@ -151,16 +142,22 @@ def sweep(
         ValueError: as ``attach`` and ``finetune`` do, before the first run;
             or ``store`` holds a different experiment.
     """
-    if spectra is None:
-        windows_only = targets is None or grid.window
-        spectra = compute_spectra(model, targets, progress) if windows_only else SpectrumSet([])
-    names = tuple(target_layers(model, list(spectra) if targets is None else targets))
     if {"lr", "seed"} & set(settings):
         raise ValueError("lr and seed are the grid's: give them to Grid, not to sweep")
-    experiment = Experiment(model, task, retain, names, alpha, spectra, Training(**settings))
-    _check_methods(experiment, grid)
+    training = Training(**settings)
+    chosen = list(spectra) if targets is None and spectra is not None else targets
+    layers = list(target_layers(model, chosen))
+    for method in grid.methods:
+        fitting_layers(model, method, targets=layers, alpha=alpha, spectra=spectra)
+    for lr in grid.lr:
+        replace(training, lr=lr)
+    rehearsal = attach(model, LinearProbe())
+    finetune(rehearsal, task.subset(1, 1), retain.subset(1, 1), steps=1, evaluations=2, progress=False)
 
-    with _open_store(store, experiment) as folder:
+    with _open_store(store, _experiment_identity(model, task, retain)) as folder:
+        if spectra is None:
+            spectra = compute_spectra(model, layers, progress) if grid.window else SpectrumSet([])
+        experiment = Experiment(model, task, retain, layers, alpha, spectra, training)
         plan = [(point, folder / f"{_identity(experiment.describe(*point))}.json") for point in grid]
         missing = [(point, path) for point, path in plan if _read_run(path) is None]
         cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -168,15 +165,8 @@ def sweep(
         runs = Parallel(n_jobs=workers, return_as="generator_unordered")(
             delayed(_run_and_keep)(experiment, point, path) for point, path in missing
         )
-        bar = tqdm(
-            total=len(plan),
-            initial=len(plan) - len(missing),
-            desc="sweep",
-            unit="run",
-            leave=False,
-            disable=not progress,
-        )
-        with bar:
+        done = len(plan) - len(missing)
+        with progress_bar(shown=progress, total=len(plan), initial=done, desc="sweep", unit="run") as bar:
             for _ in runs:
                 bar.update()
         return pd.DataFrame([_row(_read_run(path)) for _, path in plan])
@@ -198,23 +188,6 @@ def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
             raise FileNotFoundError(f"{store} holds no run {run}")
         parts.append(pd.DataFrame(record["curve"]).assign(run=run))
     return pd.concat(parts, ignore_index=True)[["run", "step", "loss", "accuracy", "retained_accuracy"]]
-
-
-def _check_methods(experiment: Experiment, grid: Grid) -> None:
-    """Meet every error of attach and finetune before the first run."""
-    for method in grid.methods:
-        fitting_layers(
-            experiment.model,
-            method,
-            targets=experiment.targets,
-            alpha=experiment.alpha,
-            spectra=experiment.spectra,
-        )
-    for lr in grid.lr:
-        replace(experiment.training, lr=lr)
-    smallest = experiment.task.subset(1, 1), experiment.retain.subset(1, 1)
-    probe = attach(experiment.model, LinearProbe())
-    finetune(probe, *smallest, steps=1, batch_size=1, evaluations=2, progress=False)
 
 
 def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path: Path) -> None:
@@ -265,13 +238,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _open_store(store: str | Path | None, experiment: Experiment) -> Iterator[Path]:
+def _open_store(store: str | Path | None, identity: dict[str, str]) -> Iterator[Path]:
     """The folder of the runs, after making sure that it holds this experiment or none."""
     if store is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    store, identity = Path(store), experiment.identity()
+    store = Path(store)
     described = store / "experiment.json"
     if described.exists():
         found = json.loads(described.read_text())["identity"]
@@ -317,6 +290,16 @@ def _write_atomically(path: Path, record: dict) -> None:
 
 def _identity(settings: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _experiment_identity(model: nn.Module, task: Task, retain: Task) -> dict[str, str]:
+    """What must be equal for runs to belong into one folder."""
+    return {
+        "lora_lens": version("lora_lens"),
+        "model": _model_fingerprint(model),
+        "task": f"{task.name} {task.fingerprint()}",
+        "retain": f"{retain.name} {retain.fingerprint()}",
+    }
 
 
 def _model_fingerprint(model: nn.Module) -> str:

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens import metrics
 from lora_lens.layers import classifier
+from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
 
 EVALUATION_BATCH = 500
@@ -159,7 +159,7 @@ def finetune(
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     rows: list[dict[str, float]] = []
     losses: list[float] = []
-    bar = tqdm(total=config.steps, desc=task.name, unit="step", leave=False, disable=not progress)
+    bar = progress_bar(shown=progress, total=config.steps, desc=task.name, unit="step")
 
     def evaluate(step: int) -> None:
         model.eval()

@@ -32,6 +32,7 @@ class Window:
             raise TypeError(f"rank must be a whole number, not {self.rank!r}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
+        object.__setattr__(self, "rank", int(self.rank))
         if (self.position is None) == (self.start is None):
             raise ValueError(
                 f"give a window either a position in [0, 1] or a start, not "
@@ -43,6 +44,8 @@ class Window:
             object.__setattr__(self, "position", float(self.position))
         elif not isinstance(self.start, Integral) or self.start < 0:
             raise ValueError(f"start must be a whole number of at least 0, not {self.start!r}")
+        else:
+            object.__setattr__(self, "start", int(self.start))
 
     @classmethod
     def first(cls, rank: int) -> Window:

@@ -59,6 +59,29 @@ def test_curves_show_the_mean_of_each_rate_and_the_references(table, draw, colum
     assert "%" in ax.get_ylabel() or "points" in ax.get_ylabel()
 
 
+def test_a_rate_looks_the_same_whichever_others_are_shown(table):
+    both, one = ll.plots.forgetting_curve(table), ll.plots.forgetting_curve(table, rates=[3e-3])
+    curves = {line.get_label(): line for line in both.lines if line.get_label() in ("0.001", "0.003")}
+    (alone,) = [line for line in one.lines if line.get_label() in curves]
+    assert alone.get_label() == "0.003"
+    assert (alone.get_color(), alone.get_marker()) == (
+        curves["0.003"].get_color(),
+        curves["0.003"].get_marker(),
+    )
+    assert len(ll.plots.tradeoff(table, rates=[3e-3]).collections) == 7
+
+
+def test_a_backend_that_turns_interactive_within_the_style_stays_so():
+    before = plt.isinteractive()
+    try:
+        plt.ioff()
+        with ll.plots.house_style():
+            plt.ion()
+        assert plt.isinteractive()
+    finally:
+        (plt.ion if before else plt.ioff)()
+
+
 def test_the_plane_holds_one_point_per_method_and_rate_and_the_front(table):
     ax = ll.plots.tradeoff(table)
     points = {tuple(c.get_offsets()[0]) for c in ax.collections}
