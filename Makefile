@@ -19,8 +19,8 @@ demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to r
 	@echo "== executing notebooks/03_tradeoff.ipynb (about 5 minutes on 2 cores; finished runs are kept)"
 	@mkdir -p results/demo
 	@LORA_LENS_RESULTS=$(CURDIR)/results/demo TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
-		--ExecutePreprocessor.timeout=3600 --KernelManager.transport=ipc --log-level=ERROR \
-		--output-dir results/demo notebooks/03_tradeoff.ipynb & \
+		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
+		--output-dir results/demo notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
 	while kill -0 $$! 2>/dev/null; do \
 		printf '\r   %s of 66 runs finished ' "$$(ls results/demo/sweep/runs 2>/dev/null | wc -l)"; sleep 2; \
 	done; echo; wait $$!
