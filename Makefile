@@ -34,7 +34,7 @@ demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to r
 	@echo "next      make lab   (opens JupyterLab on the notebooks)"
 
 lab: $(VENV)/lab.installed  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/README.md
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_spectra.ipynb
 
 test: $(VENV)/test.installed  ## lint, unit, property and integration tests, then every notebook
 	@echo "== lint"
