@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lora_lens.factorization import thin_svd
 from lora_lens.layers import Targets, block_and_kind, check_finite, listed, target_layers
 from lora_lens.progress import progress_bar
 from lora_lens.window import Window
@@ -138,7 +139,7 @@ def spectra(model: nn.Module, targets: Targets = None, progress: bool = True) ->
         progress: show a bar when it takes longer than a moment.
 
     Returns:
-        One :class:`Spectrum` per weight, on the CPU, from a float64 LAPACK SVD.
+        One :class:`Spectrum` per weight, on the CPU, computed in float64.
 
     Raises:
         ValueError: no layer matches, a match is no ``nn.Linear``, or a weight
@@ -153,6 +154,5 @@ def spectra(model: nn.Module, targets: Targets = None, progress: bool = True) ->
 
 def factorize(name: str, weight: Tensor) -> Spectrum:
     """The spectrum of one (out_features, in_features) weight, exact to float64 rounding."""
-    w = weight.detach().to("cpu", torch.float64)
-    left, values, right = torch.linalg.svd(w, full_matrices=False)
+    left, values, right = thin_svd(weight.detach().to("cpu", torch.float64))
     return Spectrum(name, values, left.float(), right.float())

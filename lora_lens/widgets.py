@@ -7,6 +7,7 @@ is said in place until the controls are moved again.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Iterable
 from html import escape
 from io import BytesIO
@@ -19,7 +20,6 @@ from ipywidgets import (
     Dropdown,
     FloatSlider,
     HBox,
-    Image,
     IntSlider,
     Layout,
     ToggleButtons,
@@ -74,7 +74,7 @@ def spectrum_explorer(spectra: SpectrumSet, rank: int = 8) -> VBox:
     kind = _dropdown("kind", [("all", None), *((k, k) for k in kinds)])
     block = _dropdown("block", [("all", None), *((str(b) if b >= 0 else "none", b) for b in blocks)])
     size, position = _rank_slider(rank, spectra), _position_slider()
-    picture, numbers = _picture(), _table()
+    picture, numbers = HTML(), _table()
 
     def draw() -> None:
         chosen = SpectrumSet(
@@ -88,8 +88,10 @@ def spectrum_explorer(spectra: SpectrumSet, rank: int = 8) -> VBox:
             raise ValueError(f"block {block.value} has no {kind.value}; choose another block or kind")
         window = Window(size.value, position=position.value)
         table = chosen.table(window)
-        picture.value = _png(lambda figure: plots.spectrum(chosen, window, ax=figure.subplots()))
-        picture.tooltip = f"Singular values of {_weights(len(chosen))}, with the {window} shaded"
+        picture.value = _drawn(
+            lambda figure: plots.spectrum(chosen, window, ax=figure.subplots()),
+            f"singular values of {_weights(len(chosen))}, with the {window} shaded",
+        )
         numbers.value = _html(_by_kind(table, window))
 
     return _explorer([[kind, block], [size, position]], [picture, numbers], draw)
@@ -129,7 +131,7 @@ def window_explorer(
     before = _classes(model, inputs, task)
     layer = _dropdown("layer", list(spectra))
     size, position = _rank_slider(rank, spectra), _position_slider()
-    cut, answers, numbers = _picture(), _picture(), _table()
+    cut, answers, numbers = HTML(), HTML(), _table()
 
     def draw() -> None:
         window = Window(size.value, position=position.value)
@@ -138,10 +140,16 @@ def window_explorer(
         same = sum(a == b for a, b in zip(after, before, strict=True))
         spectrum = spectra[layer.value]
         part = window.slice(spectrum.k, spectrum.name)
-        cut.value = _png(lambda f: plots.decomposition(spectrum, window, f.subplots(1, 3)), (10, 3.4))
-        cut.tooltip = f"{layer.value}: the weight, the slice in the {window}, and the residual"
-        answers.value = _png(lambda f: _draw_answers(f, inputs, before, after), (10, 1.85))
-        answers.tooltip = f"{len(after)} test images with the predicted class before and after attaching"
+        cut.value = _drawn(
+            lambda figure: plots.decomposition(spectrum, window, figure.subplots(1, 3)),
+            f"{layer.value}: the weight, the slice in the {window}, and the residual",
+            size=(10, 3.4),
+        )
+        answers.value = _drawn(
+            lambda figure: _draw_answers(figure, inputs, before, after),
+            f"{len(after)} test images with the predicted class before and after attaching",
+            size=(10, 1.85),
+        )
         facts = {
             "window": f"[{part.start}, {part.stop}) of {spectrum.k}",
             "energy in the window": f"{spectrum.energy(window):.2%}",
@@ -177,16 +185,21 @@ def tradeoff_explorer(table: pd.DataFrame) -> VBox:
         )
     score = ToggleButtons(options=list(CURVES), description="score")
     rates = {rate: _checkbox(f"{rate:g}") for rate in sorted(table["lr"].unique())}
-    curve, plane, numbers = _picture(), _picture(), _table()
+    curve, plane, numbers = HTML(), HTML(), _table()
 
     def draw() -> None:
         chosen = [rate for rate, box in rates.items() if box.value]
         if not chosen:
             raise ValueError("choose at least one learning rate")
-        curve.value = _png(lambda figure: CURVES[score.value](table, chosen, ax=figure.subplots()), (8, 4.2))
-        curve.tooltip = f"{score.value} against the position of the window, one line per learning rate"
-        plane.value = _png(lambda figure: plots.tradeoff(table, chosen, ax=figure.subplots()), (8, 4.8))
-        plane.tooltip = "accuracy on the retained task against accuracy on the new task"
+        curve.value = _drawn(
+            lambda figure: CURVES[score.value](table, chosen, ax=figure.subplots()),
+            f"{score.value} against the position of the window, one line per learning rate",
+        )
+        plane.value = _drawn(
+            lambda figure: plots.tradeoff(table, chosen, ax=figure.subplots()),
+            "accuracy on the retained task against accuracy on the new task",
+            size=(8, 4.8),
+        )
         numbers.value = _html(_means(table[table["lr"].isin(chosen)]), rows_in_view=10)
 
     return _explorer([[score], [HTML("learning rates"), *rates.values()]], [curve, plane, numbers], draw)
@@ -238,24 +251,25 @@ def _require_spectra(spectra: SpectrumSet) -> None:
         raise ValueError("there are no spectra to explore; make them with ll.spectra(model)")
 
 
-def _picture() -> Image:
-    return Image(format="png", layout=Layout(max_width="100%", object_fit="contain"))
-
-
 def _table() -> HTML:
     numbers = HTML()
     numbers.add_class("jp-RenderedHTMLCommon")  # so that it looks like every other table of the notebook
     return numbers
 
 
-def _png(draw: Callable[[Figure], object], size: tuple[float, float] = (8, 4.2)) -> bytes:
-    """A picture of constant size, drawn without pyplot so that no figure stays open."""
+def _drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] = (8, 4.2)) -> str:
+    """A picture of constant size as an HTML image with a text for screen readers.
+
+    Not ipywidgets' Image: that has no alternative text, and its view fails in some versions of
+    JupyterLab. Drawn without pyplot, so that no figure stays open.
+    """
     with plots.house_style():
         figure = Figure(figsize=size)
         draw(figure)
         png = BytesIO()
         FigureCanvasAgg(figure).print_png(png)
-    return png.getvalue()
+    source = b64encode(png.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%">'
 
 
 def _html(table: pd.DataFrame, rows_in_view: int | None = None) -> str:

@@ -31,13 +31,42 @@ def test_the_factors_give_the_weight_back(out, inputs, seed):
     torch.testing.assert_close(s.component(ll.Window(s.k, start=0)), weight, atol=1e-5, rtol=1e-5)
 
 
+MATRICES = {
+    "random": torch.randn(96, 64, generator=torch.Generator().manual_seed(2)),
+    "wide": torch.randn(40, 130, generator=torch.Generator().manual_seed(3)),
+    "ill-conditioned": (orthonormal(96, 64, 0) * torch.logspace(0, -12, 64).double())
+    @ orthonormal(64, 64, 1).T,
+    "rank-deficient": orthonormal(96, 10, 0) @ orthonormal(64, 10, 1).T,
+    "equal values": orthonormal(96, 64, 0),
+    "a tiny tail": (orthonormal(64, 64, 0) * torch.tensor([1.0] * 56 + [1e-6] * 8).double())
+    @ orthonormal(64, 64, 1).T,
+    "zero columns": torch.cat(
+        [torch.randn(50, 10, generator=torch.Generator().manual_seed(4)), torch.zeros(50, 20)], 1
+    ),
+    "zero": torch.zeros(30, 20),
+    "one number": torch.full((1, 1), -3.0),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_ill_conditioned_spectrum_is_recovered(dtype):
-    values = torch.logspace(0, -6, 24, dtype=torch.float64)
-    weight = (orthonormal(48, 24, 0) * values @ orthonormal(24, 24, 1).T).to(dtype)
+@pytest.mark.parametrize("name", MATRICES)
+def test_factors_are_exact_down_to_the_smallest_component(name, dtype):
+    weight = MATRICES[name].to(dtype)
+    s = factorize(name, weight)
     expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
-    error = np.abs(factorize("w", weight).singular_values.numpy() - expected).max()
-    assert error <= 1e-6 * expected[0]
+    assert np.abs(s.singular_values.numpy() - expected).max() <= 1e-6 * expected[0]
+    eye = torch.eye(s.k, dtype=torch.float64)
+    left, right = s.left.double(), s.right.double()
+    assert (left.T @ left - eye).abs().max() <= 1e-5
+    assert (right @ right.T - eye).abs().max() <= 1e-5
+    difference = left * s.singular_values @ right - weight.double()
+    assert torch.linalg.norm(difference) <= 1e-6 * torch.linalg.norm(weight.double())
+
+
+def test_the_embedded_model_s_factors_are_lapack_s(model, spectra):
+    for name, s in spectra.items():
+        expected = torch.linalg.svdvals(model.get_submodule(name).weight.detach().double())
+        assert (s.singular_values - expected).abs().max() <= 1e-12 * expected[0]
 
 
 def test_ranks_and_energy_of_known_spectra():
