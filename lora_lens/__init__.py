@@ -14,7 +14,8 @@ from types import ModuleType
 from lora_lens import embedded, metrics
 from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, attach, function_error
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
-from lora_lens.sweep import Grid, curves, sweep
+from lora_lens.store import curves
+from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
 from lora_lens.training import Run, Training, finetune
 from lora_lens.window import Window, windows

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +18,7 @@ from lora_lens.layers import Targets, target_layers
 from lora_lens.progress import progress_bar
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
+from lora_lens.store import experiment_identity, open_store, read_run, run_name, write_atomically
 from lora_lens.tasks import Task
 from lora_lens.training import Training, finetune
 from lora_lens.window import Window
@@ -154,12 +150,12 @@ def sweep(
     rehearsal = attach(model, LinearProbe())
     finetune(rehearsal, task.subset(1, 1), retain.subset(1, 1), steps=1, evaluations=2, progress=False)
 
-    with _open_store(store, _experiment_identity(model, task, retain)) as folder:
+    with open_store(store, experiment_identity(model, task, retain)) as folder:
         if spectra is None:
             spectra = compute_spectra(model, layers, progress) if grid.window else SpectrumSet([])
         experiment = Experiment(model, task, retain, layers, alpha, spectra, training)
-        plan = [(point, folder / f"{_identity(experiment.describe(*point))}.json") for point in grid]
-        missing = [(point, path) for point, path in plan if _read_run(path) is None]
+        plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in grid]
+        missing = [(point, path) for point, path in plan if read_run(path) is None]
         cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
         workers = min(jobs or cores, max(1, len(missing)))
         runs = Parallel(n_jobs=workers, return_as="generator_unordered")(
@@ -169,25 +165,7 @@ def sweep(
         with progress_bar(shown=progress, total=len(plan), initial=done, desc="sweep", unit="run") as bar:
             for _ in runs:
                 bar.update()
-        return pd.DataFrame([_row(_read_run(path)) for _, path in plan])
-
-
-def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The evaluations along the way of every run in ``table``.
-
-    Returns:
-        One row per run and evaluation: run, step, loss, accuracy, retained_accuracy.
-
-    Raises:
-        FileNotFoundError: a run is not in the store.
-    """
-    parts = []
-    for run in table["run"]:
-        record = _read_run(Path(store) / "runs" / f"{run}.json")
-        if record is None:
-            raise FileNotFoundError(f"{store} holds no run {run}")
-        parts.append(pd.DataFrame(record["curve"]).assign(run=run))
-    return pd.concat(parts, ignore_index=True)[["run", "step", "loss", "accuracy", "retained_accuracy"]]
+        return pd.DataFrame([_row(read_run(path)) for _, path in plan])
 
 
 def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path: Path) -> None:
@@ -220,7 +198,7 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
         "curve": run.curve.to_dict("list"),
         "seconds": run.seconds,
     }
-    _write_atomically(path, record)
+    write_atomically(path, record)
 
 
 def _row(record: dict) -> dict[str, object]:
@@ -235,76 +213,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _open_store(store: str | Path | None, identity: dict[str, str]) -> Iterator[Path]:
-    """The folder of the runs, after making sure that it holds this experiment or none."""
-    if store is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    store = Path(store)
-    described = store / "experiment.json"
-    if described.exists():
-        found = json.loads(described.read_text())["identity"]
-        different = [key for key in identity if found.get(key) != identity[key]]
-        if different:
-            details = "; ".join(f"{k}: there {found.get(k)}, here {identity[k]}" for k in different)
-            raise ValueError(
-                f"the results folder {store} holds a different experiment ({details}); "
-                "choose another folder, or remove this one if you no longer need it"
-            )
-    elif store.exists() and any(store.iterdir()):
-        raise ValueError(f"the folder {store} is not empty and holds no experiment; choose another one")
-    else:
-        (store / "runs").mkdir(parents=True, exist_ok=True)
-        versions = {name: version(name) for name in ("torch", "timm", "peft", "accelerate")}
-        _write_atomically(described, {"identity": identity, "versions": versions})
-    yield store / "runs"
-
-
-def _read_run(path: Path) -> dict | None:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
-        warnings.warn(f"{path} is damaged; the run is done again", stacklevel=2)
-        return None
-
-
-def _write_atomically(path: Path, record: dict) -> None:
-    """The file appears whole or not at all, also after a kill or on a full disk."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump(record, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _identity(settings: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _experiment_identity(model: nn.Module, task: Task, retain: Task) -> dict[str, str]:
-    """What must be equal for runs to belong into one folder."""
-    return {
-        "lora_lens": version("lora_lens"),
-        "model": _model_fingerprint(model),
-        "task": f"{task.name} {task.fingerprint()}",
-        "retain": f"{retain.name} {retain.fingerprint()}",
-    }
-
-
-def _model_fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -60,6 +60,7 @@ def test_imports_point_one_way():
         "tasks",
         "metrics",
         "training",
+        "store",
         "sweep",
         "embedded",
         "plots",

@@ -1,0 +1,116 @@
+"""The runs of a sweep on disk: one folder per experiment, one small file per finished run.
+
+experiment.json     which model and tasks the runs belong to, and the versions that made them
+runs/<run>.json     settings, results and curve of one run; <run> is the hash of the settings
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lora_lens.tasks import Task
+
+
+def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The evaluations along the way of every run in ``table``.
+
+    Returns:
+        One row per run and evaluation: run, step, loss, accuracy, retained_accuracy.
+
+    Raises:
+        FileNotFoundError: a run is not in the store.
+    """
+    parts = []
+    for run in table["run"]:
+        record = read_run(Path(store) / "runs" / f"{run}.json")
+        if record is None:
+            raise FileNotFoundError(f"{store} holds no run {run}")
+        parts.append(pd.DataFrame(record["curve"]).assign(run=run))
+    return pd.concat(parts, ignore_index=True)[["run", "step", "loss", "accuracy", "retained_accuracy"]]
+
+
+@contextmanager
+def open_store(store: str | Path | None, identity: dict[str, str]) -> Iterator[Path]:
+    """The folder of the runs, after making sure that it holds this experiment or none."""
+    if store is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    store = Path(store)
+    described = store / "experiment.json"
+    if described.exists():
+        found = json.loads(described.read_text())["identity"]
+        different = [key for key in identity if found.get(key) != identity[key]]
+        if different:
+            details = "; ".join(f"{k}: there {found.get(k)}, here {identity[k]}" for k in different)
+            raise ValueError(
+                f"the results folder {store} holds a different experiment ({details}); "
+                "choose another folder, or remove this one if you no longer need it"
+            )
+    else:
+        store.mkdir(parents=True, exist_ok=True)
+        if any(not f.name.startswith(f".{described.stem}.") for f in store.iterdir()):  # left by a kill
+            raise ValueError(f"the folder {store} is not empty and holds no experiment; choose another one")
+        versions = {name: version(name) for name in ("torch", "timm", "peft", "accelerate")}
+        write_atomically(described, {"identity": identity, "versions": versions})
+    (store / "runs").mkdir(exist_ok=True)
+    yield store / "runs"
+
+
+def read_run(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError:
+        warnings.warn(f"{path} is damaged; the run is done again", stacklevel=2)
+        return None
+
+
+def write_atomically(path: Path, record: dict) -> None:
+    """The file appears whole or not at all, also after a kill or on a full disk."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(record, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def run_name(settings: dict[str, object]) -> str:
+    """The identity of a run: a hash of the plain values that describe it."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def experiment_identity(model: nn.Module, task: Task, retain: Task) -> dict[str, str]:
+    """What must be equal for runs to belong into one folder."""
+    return {
+        "lora_lens": version("lora_lens"),
+        "model": _model_fingerprint(model),
+        "task": f"{task.name} {task.fingerprint()}",
+        "retain": f"{retain.name} {retain.fingerprint()}",
+    }
+
+
+def _model_fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
