@@ -50,6 +50,9 @@ format: $(VENV)/test.installed  ## format code and notebooks, strip notebook out
 	$(BIN)/ruff format .
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(NOTEBOOKS)
 
+bench: $(VENV)/lab.installed  ## measure preparation on ViT-B/16 against PEFT and LAPACK (minutes)
+	$(BIN)/python benchmarks/preparation.py
+
 pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)
 	$(BIN)/python data/pretrain_vision.py $(if $(FASHION),--fashion $(FASHION))
 
@@ -68,4 +71,4 @@ $(VENV)/%.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
-.PHONY: help demo lab test format pretrain constraints clean
+.PHONY: help demo lab test format bench pretrain constraints clean

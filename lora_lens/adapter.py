@@ -145,8 +145,9 @@ def _start_from_window(layer: LoraLayer, spectrum: Spectrum, window: Window) -> 
     scaling = layer.scaling["default"]
     root = (spectrum.singular_values[part] / scaling).sqrt()
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    b.copy_(spectrum.left[:, part].double() * root)  # (out, rank)
-    a.copy_(root[:, None] * spectrum.right[part].double())  # (rank, in)
+    left, right = spectrum.vectors(window)
+    b.copy_(left.double() * root)  # (out, rank)
+    a.copy_(root[:, None] * right.double())  # (rank, in)
     weight = layer.get_base_layer().weight
     weight.copy_(_exact(weight) - scaling * (_exact(b) @ _exact(a)))
 
@@ -161,7 +162,7 @@ def _check_belongs(spectrum: Spectrum, window: Window, weight: Tensor) -> None:
     part = window.slice(spectrum.k, spectrum.name)
     same_shape = spectrum.shape == tuple(weight.shape)
     if same_shape:
-        left, right = spectrum.left[:, part], spectrum.right[part]
+        left, right = spectrum.vectors(window)
         projected = left.T @ weight.detach().to("cpu", torch.float32) @ right.T
         difference = (projected - spectrum.singular_values[part].float().diag()).abs().max()
         same_shape = bool(difference <= 1e-3 * spectrum.singular_values[0])

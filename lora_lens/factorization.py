@@ -36,3 +36,21 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v = torch.cat([v[:, :head], v[:, head:] @ right.T], dim=1)
     order = values.argsort(descending=True, stable=True)
     return u[:, order], values[order], v[:, order].T
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """S (k,) alone, of a float64 matrix, to about 1e-8 of the largest value.
+
+    The square roots of the smaller Gram matrix's eigenvalues: no vectors, and no more memory than
+    two copies of the matrix.
+    """
+    gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+
+
+def product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, r), S (r,), V^T (r, n) of B A without forming it; b (m, r), a (r, n), both float64."""
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    left, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ left, values, right @ q_a.T

@@ -35,7 +35,7 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Lin
     patterns = [targets] if isinstance(targets, str) else list(targets)
     matched: set[str] = set()
     for pattern in patterns:
-        found = {n for n in modules if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
+        found = matching(modules, pattern)
         if not any(name in linear for name in found):
             kinds = sorted({block_and_kind(name)[1] for name in linear})
             what = f"only {_described(modules, found)}" if found else "no module"
@@ -56,13 +56,14 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Lin
 def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:
     """The linear layer that turns a model's features into its logits.
 
-    Asks timm's ``get_classifier``, else takes the usual attribute names
-    (``head``, ``classifier``, ``score``, ``fc``).
+    Asks timm's ``get_classifier`` or transformers' ``get_output_embeddings``,
+    else takes the usual attribute names (``head``, ``classifier``, ``score``, ``fc``).
 
     Raises:
         ValueError: ``required`` and the model has none.
     """
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    ask = getattr(model, "get_classifier", getattr(model, "get_output_embeddings", lambda: None))
+    found = ask()
     for name in ("head", "classifier", "score", "fc"):
         if isinstance(found, nn.Linear):
             return found
@@ -75,6 +76,11 @@ def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:
             "or an nn.Linear named head, classifier, score or fc"
         )
     return None
+
+
+def matching(names: Iterable[str], pattern: str) -> set[str]:
+    """The names that end in ``pattern``, in whole dotted parts; it may hold wildcards."""
+    return {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
 
 
 def block_and_kind(name: str) -> tuple[int, str]:

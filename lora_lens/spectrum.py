@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lora_lens.factorization import thin_svd
-from lora_lens.layers import Targets, block_and_kind, check_finite, listed, target_layers
+from lora_lens.cache import SpectrumCache, weight_key
+from lora_lens.factorization import product_svd, singular_values, thin_svd
+from lora_lens.layers import Targets, block_and_kind, check_finite, listed
 from lora_lens.progress import progress_bar
+from lora_lens.weights import Weight, weights
 from lora_lens.window import Window
+
+METHOD = "gram float64, float32 vectors"  # change it when the factors change
+CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,24 +31,23 @@ class Spectrum:
 
     Attributes:
         name: dotted module name, such as ``blocks.0.attn.qkv``.
-        singular_values: S, shape (k,), float64, descending; k = min(out, in).
-        left: U, shape (out_features, k), float32, orthonormal columns.
-        right: V^T, shape (k, in_features), float32, orthonormal rows.
+        shape: (out_features, in_features) of the weight.
+        singular_values: S, shape (k,), float64, descending; k = min(out, in), or
+            the rank of an adapter's update.
+        left: U, shape (out_features, k), float32, orthonormal columns; None if
+            only the values were computed.
+        right: V^T, shape (k, in_features), float32, orthonormal rows; or None.
     """
 
     name: str
+    shape: tuple[int, int]
     singular_values: Tensor
-    left: Tensor
-    right: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the weight."""
-        return self.left.shape[0], self.right.shape[1]
+    left: Tensor | None = None
+    right: Tensor | None = None
 
     @property
     def k(self) -> int:
-        """The number of components, min(out_features, in_features)."""
+        """The number of components."""
         return len(self.singular_values)
 
     @property
@@ -74,10 +79,28 @@ class Spectrum:
         total = squares.sum()
         return float(squares[window.slice(self.k, self.name)].sum() / total) if total > 0 else 0.0
 
-    def component(self, window: Window) -> Tensor:
-        """The part of the weight the window holds, U_w S_w V_w^T: (out_features, in_features), float32."""
+    def vectors(self, window: Window) -> tuple[Tensor, Tensor]:
+        """U_w, shape (out_features, rank), and V_w^T, shape (rank, in_features), float32.
+
+        Raises:
+            ValueError: the window does not fit, or only the values were computed.
+        """
+        if self.left is None or self.right is None:
+            raise ValueError(
+                f"the spectrum of {self.name} has no singular vectors; "
+                "compute it with spectra(..., vectors=True)"
+            )
         part = window.slice(self.k, self.name)
-        return self.left[:, part] * self.singular_values[part].float() @ self.right[part]
+        return self.left[:, part], self.right[part]
+
+    def component(self, window: Window) -> Tensor:
+        """The part of the weight the window holds, U_w S_w V_w^T: (out_features, in_features), float32.
+
+        Raises:
+            ValueError: as :meth:`vectors`.
+        """
+        left, right = self.vectors(window)
+        return left * self.singular_values[window.slice(self.k, self.name)].float() @ right
 
 
 class SpectrumSet(Mapping[str, Spectrum]):
@@ -130,29 +153,68 @@ class SpectrumSet(Mapping[str, Spectrum]):
         return pd.DataFrame(rows)
 
 
-def spectra(model: nn.Module, targets: Targets = None, progress: bool = True) -> SpectrumSet:
-    """Factorize every matching weight of ``model`` once.
+def spectra(
+    source: nn.Module | str | Path,
+    targets: Targets = None,
+    *,
+    vectors: bool = True,
+    split_qkv: bool = False,
+    cache: bool = True,
+    progress: bool = True,
+) -> SpectrumSet:
+    """Factorize every matching weight of ``source`` once.
 
     Args:
-        model: any module with ``nn.Linear`` layers; it is only read.
-        targets: which layers, see :func:`lora_lens.layers.target_layers`; default all but the classifier.
+        source: a model, a ``.safetensors`` or ``.gguf`` file, a folder of shards or of a PEFT
+            adapter; see :func:`lora_lens.weights.weights`. Files are read one matrix at a time.
+        targets: which layers, see there; default all linear layers but the classifier.
+        vectors: False computes the singular values only, in less time and memory; enough for
+            tables and pictures, not for windows.
+        split_qkv: fused q, k and v as three weights, see there.
+        cache: keep factors of large weights on disk and find them there by the weight's content;
+            see :class:`lora_lens.cache.SpectrumCache`.
         progress: show a bar when it takes longer than a moment.
 
     Returns:
         One :class:`Spectrum` per weight, on the CPU, computed in float64.
 
     Raises:
-        ValueError: no layer matches, a match is no ``nn.Linear``, or a weight
-            holds NaN or infinite values.
+        ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values, or
+            as :func:`lora_lens.weights.weights`.
     """
-    layers = target_layers(model, targets)
-    for name, layer in layers.items():
-        check_finite(name, layer.weight)
-    bar = progress_bar(layers.items(), shown=progress, desc="spectra", unit="weight", delay=0.5)
-    return SpectrumSet([factorize(name, layer.weight) for name, layer in bar])
+    found = weights(source, targets, split_qkv)
+    if isinstance(source, nn.Module):  # all are at hand: meet a bad one before the work starts
+        for weight in found:
+            check_finite(weight.name, weight.load())
+    kept = SpectrumCache() if cache and vectors else None
+    bar = progress_bar(found, shown=progress, desc="spectra", unit="weight", delay=0.5)
+    return SpectrumSet([_spectrum(weight, vectors, kept) for weight in bar])
 
 
 def factorize(name: str, weight: Tensor) -> Spectrum:
     """The spectrum of one (out_features, in_features) weight, exact to float64 rounding."""
     left, values, right = thin_svd(weight.detach().to("cpu", torch.float64))
-    return Spectrum(name, values, left.float(), right.float())
+    return Spectrum(name, tuple(weight.shape), values, left.float(), right.float())
+
+
+def _spectrum(weight: Weight, vectors: bool, cache: SpectrumCache | None) -> Spectrum:
+    if weight.factors is not None:
+        b, a = (factor.to("cpu", torch.float64) for factor in weight.factors())
+        check_finite(weight.name, b)
+        check_finite(weight.name, a)
+        left, values, right = product_svd(b, a)
+        factors = (left.float(), right.float()) if vectors else ()
+        return Spectrum(weight.name, weight.shape, values, *factors)
+    matrix = weight.load()
+    check_finite(weight.name, matrix)
+    if not vectors:
+        return Spectrum(weight.name, weight.shape, singular_values(matrix.detach().to("cpu", torch.float64)))
+    if cache is None or min(weight.shape) < CACHED_FROM:
+        return factorize(weight.name, matrix)
+    key = weight_key(matrix, METHOD)
+    if (known := cache.get(key)) is not None:
+        left, values, right = known
+        return Spectrum(weight.name, weight.shape, values, left, right)
+    spectrum = factorize(weight.name, matrix)
+    cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)
+    return spectrum

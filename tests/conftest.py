@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import lora_lens as ll
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """Keep the tests' spectra out of the user's cache folder, in subprocesses, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

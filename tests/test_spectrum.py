@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import lora_lens as ll
@@ -129,3 +130,63 @@ def test_a_weight_that_is_not_finite_is_named(patch_vit, bad):
 
 def test_plain_modules_work():
     assert list(ll.spectra(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))) == ["0", "2"]
+
+
+def test_a_file_and_a_model_have_the_same_spectra(patch_vit, tmp_path):
+    save_file(patch_vit.state_dict(), tmp_path / "model.safetensors")
+    live, filed = ll.spectra(patch_vit), ll.spectra(tmp_path / "model.safetensors")
+    assert set(live) == set(filed)
+    for name, s in live.items():
+        assert torch.equal(s.singular_values, filed[name].singular_values)
+    adapted = ll.attach(patch_vit, ll.Window.last(4), spectra=filed)
+    assert ll.function_error(adapted, patch_vit, torch.randn(2, 1, 28, 28)) < 1e-5
+
+
+def test_an_adapter_s_spectrum_is_that_of_its_update(patch_vit, tmp_path):
+    adapted = ll.attach(patch_vit, ll.Window.middle(4), alpha=12)
+    adapted.save_pretrained(tmp_path)
+    for name, s in ll.spectra(tmp_path).items():
+        update = adapted.base_model.model.get_submodule(name).get_delta_weight("default").detach()
+        expected = torch.linalg.svdvals(update.double())[:4]
+        assert s.k == 4 and s.shape == tuple(update.shape)
+        assert (s.singular_values - expected).abs().max() <= 1e-6 * expected[0]
+        torch.testing.assert_close(s.component(ll.Window(4, start=0)), update, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_values_alone_are_as_exact_as_promised(name):
+    model = nn.Sequential(nn.Linear(*reversed(MATRICES[name].shape), bias=False))
+    model[0].weight.data = MATRICES[name].double()
+    (s,) = ll.spectra(model, "0", vectors=False).values()
+    expected = np.linalg.svd(MATRICES[name].double().numpy(), compute_uv=False)
+    assert np.abs(s.singular_values.numpy() - expected).max() <= 1e-6 * expected[0]
+    with pytest.raises(ValueError, match="the spectrum of 0 has no singular vectors"):
+        s.component(ll.Window.first(1))
+
+
+def test_windows_need_vectors(patch_vit):
+    with pytest.raises(ValueError, match="has no singular vectors"):
+        ll.attach(patch_vit, ll.Window.first(4), spectra=ll.spectra(patch_vit, vectors=False))
+
+
+def test_a_large_weight_is_factorized_once_and_then_found_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_LENS_CACHE", str(tmp_path))
+    model = nn.Sequential(nn.Linear(300, 280), nn.ReLU(), nn.Linear(280, 20))
+    first = ll.spectra(model)
+    (entry,) = tmp_path.iterdir()  # the small one is not worth a file
+    written = entry.stat().st_ino
+    second = ll.spectra(model)
+    assert entry.stat().st_ino == written
+    for name, s in first.items():
+        assert torch.equal(s.singular_values, second[name].singular_values)
+        assert torch.equal(s.left, second[name].left) and torch.equal(s.right, second[name].right)
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1
+    assert not torch.equal(ll.spectra(model)["0"].left, first["0"].left)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_cache_can_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_LENS_CACHE", str(tmp_path))
+    ll.spectra(nn.Sequential(nn.Linear(300, 280)), cache=False)
+    assert not list(tmp_path.iterdir())
