@@ -146,7 +146,7 @@ class SpectrumCache:
         entries = []
         with os.scandir(self.folder) as files:
             for file in files:
-                with suppress(FileNotFoundError):
+                with suppress(OSError):  # gone meanwhile, or another user's
                     if file.name.endswith(ENTRY):
                         stat = file.stat()
                         entries.append((stat.st_mtime_ns, stat.st_size, file.path))

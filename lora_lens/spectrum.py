@@ -194,7 +194,9 @@ def spectra(
 def factorize(name: str, weight: Tensor) -> Spectrum:
     """The spectrum of one (out_features, in_features) weight, exact to float64 rounding."""
     left, values, right = thin_svd(weight.detach().to("cpu", torch.float64))
-    return Spectrum(name, tuple(weight.shape), values, left.float(), right.float())
+    # Contiguous, so that products with fresh factors round as with those from the cache.
+    left, right = left.float().contiguous(), right.float().contiguous()
+    return Spectrum(name, tuple(weight.shape), values, left, right)
 
 
 def _spectrum(weight: Weight, vectors: bool, cache: SpectrumCache | None) -> Spectrum:
