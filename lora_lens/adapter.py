@@ -107,6 +107,23 @@ def attach(
     return adapted
 
 
+def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | None) -> dict[str, nn.Linear]:
+    """The layers that ``targets`` name; without targets, the usual ones as far as there are spectra of them.
+
+    Raises:
+        ValueError: as :func:`lora_lens.layers.target_layers`, or nothing is left.
+    """
+    layers = target_layers(model, targets)
+    if targets is None and spectra is not None:
+        layers = {name: layer for name, layer in layers.items() if name in spectra}
+        if not layers:
+            raise ValueError(
+                f"none of the spectra is of a layer that is adapted by default ({spectra!r}); "
+                "name the layers with targets=, or take the spectra of this model"
+            )
+    return layers
+
+
 def fitting_layers(
     model: nn.Module,
     method: Method,
@@ -128,8 +145,7 @@ def fitting_layers(
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha must be positive, not {alpha!r}")
 
-    names = list(spectra) if targets is None and spectra is not None else targets
-    layers = target_layers(model, names)
+    layers = chosen_layers(model, targets, spectra)
     window = method if isinstance(method, Window) else Window.first(method.rank)
     for name, layer in layers.items():
         check_finite(name, layer.weight)

@@ -13,8 +13,8 @@ import torch
 from joblib import Parallel, delayed
 from torch import nn
 
-from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, Method, attach, fitting_layers
-from lora_lens.layers import Targets, target_layers
+from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, Method, attach, chosen_layers, fitting_layers
+from lora_lens.layers import Targets
 from lora_lens.progress import progress_bar
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
@@ -141,8 +141,7 @@ def sweep(
     if {"lr", "seed"} & set(settings):
         raise ValueError("lr and seed are the grid's: give them to Grid, not to sweep")
     training = Training(**settings)
-    chosen = list(spectra) if targets is None and spectra is not None else targets
-    layers = list(target_layers(model, chosen))
+    layers = list(chosen_layers(model, targets, spectra))
     for method in grid.methods:
         fitting_layers(model, method, targets=layers, alpha=alpha, spectra=spectra)
     for lr in grid.lr:
