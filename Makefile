@@ -22,7 +22,7 @@ demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to r
 		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
 		--output-dir results/demo notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
 	while kill -0 $$! 2>/dev/null; do \
-		printf '\r   %s of 66 runs finished ' "$$(ls results/demo/sweep/runs 2>/dev/null | wc -l)"; sleep 2; \
+		printf '\r   %s runs finished ' "$$(ls results/demo/sweep/runs 2>/dev/null | wc -l)"; sleep 2; \
 	done; echo; wait $$!
 	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR results/demo/03_tradeoff.ipynb
 	@echo; cat results/demo/table.txt

@@ -70,7 +70,7 @@ def attach(
         model: the pretrained model.
         method: a window, or a baseline: LoRA, LinearProbe, FullFineTuning.
         targets: which layers, see :func:`lora_lens.layers.target_layers`;
-            default those of ``spectra``, else all linear layers but the classifier.
+            default all linear layers but the classifier, as far as ``spectra`` has them.
         alpha: LoRA's alpha; default the rank, so scaling is 1.
         spectra: of this model, to factorize nothing twice.
         inplace: adapt ``model`` itself instead of a copy.

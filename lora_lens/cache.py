@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lora_lens.fingerprint import tensor_bytes
+
 Factors = tuple[Tensor, Tensor, Tensor]
 
 FORMAT = "lora_lens spectrum 1"
@@ -38,7 +40,7 @@ def weight_key(weight: Tensor, method: str) -> str:
     """
     described = (FORMAT, method, str(weight.dtype), tuple(weight.shape))
     digest = hashlib.sha256(repr(described).encode())  # on processors of today faster than BLAKE2
-    digest.update(_bytes(weight.detach()))
+    digest.update(tensor_bytes(weight))
     return digest.hexdigest()
 
 
@@ -189,10 +191,5 @@ def _read(path: Path, key: str) -> Factors:
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     crc = 0
     for tensor in tensors.values():
-        crc = zlib.crc32(_bytes(tensor), crc)
+        crc = zlib.crc32(tensor_bytes(tensor), crc)
     return f"{crc:08x}"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements in row-major order, without a copy if they lie so in memory."""
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

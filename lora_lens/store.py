@@ -17,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import nn
 
+from lora_lens.fingerprint import add_tensor
 from lora_lens.tasks import Task
 
 
@@ -111,6 +111,6 @@ def experiment_identity(model: nn.Module, task: Task, retain: Task) -> dict[str,
 def _model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        add_tensor(digest, tensor)
     return digest.hexdigest()[:16]

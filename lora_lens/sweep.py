@@ -145,7 +145,7 @@ def sweep(
     for method in grid.methods:
         fitting_layers(model, method, targets=layers, alpha=alpha, spectra=spectra)
     for lr in grid.lr:
-        replace(training, lr=lr)
+        replace(training, lr=lr)  # raises for an impossible rate
     rehearsal = attach(model, LinearProbe())
     finetune(rehearsal, task.subset(1, 1), retain.subset(1, 1), steps=1, evaluations=2, progress=False)
 

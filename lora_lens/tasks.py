@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lora_lens.fingerprint import add_tensor
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -82,6 +84,5 @@ class Task:
         digest = hashlib.sha256(repr(self.classes).encode())
         for examples in (self.train, self.test):
             for tensor in (examples.inputs, examples.labels):
-                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().cpu().numpy().tobytes())
+                add_tensor(digest, tensor)
         return digest.hexdigest()[:16]

@@ -153,9 +153,7 @@ def _in_module(model: nn.Module) -> Iterator[Stored]:
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = dict(model.named_modules())
     wrappers = {n for n, m in modules.items() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-    heads = [classifier(model, required=False)]
-    if hasattr(model, "get_output_embeddings"):
-        heads.append(model.get_output_embeddings())
+    head = classifier(model, required=False)
     for path, module in modules.items():
         name = _unwrapped(path, wrappers)
         if name is None or path in wrappers:  # a wrapper shows its base layer's weight as its own
@@ -173,7 +171,7 @@ def _in_module(model: nn.Module) -> Iterator[Stored]:
                 key,
                 tuple(tensor.shape),
                 partial(_of_tensor, tensor),
-                usual=(linear and not any(module is head for head in heads)) or experts,
+                usual=(linear and module is not head) or experts,
                 problem=problem_of(tensor.is_floating_point(), str(tensor.dtype), scaled, tensor.is_meta),
                 experts=experts,
                 transposed=isinstance(module, Conv1D) or (experts and _has_transposed_experts(module)),

@@ -51,6 +51,7 @@ def test_importing_the_package_draws_nothing():
 
 def test_imports_point_one_way():
     order = [
+        "fingerprint",
         "factorization",
         "layers",
         "progress",

@@ -1,0 +1,25 @@
+"""Tensors as bytes and into hashes: equal content, equal bytes, whatever the layout and the device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Digest(Protocol):
+    """What hashlib's constructors return."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements in row-major order, without a copy if they lie so in memory."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def add_tensor(digest: Digest, tensor: Tensor) -> None:
+    """Hash a tensor's dtype, shape and elements."""
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor_bytes(tensor))
