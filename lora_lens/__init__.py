@@ -11,8 +11,9 @@ run = ll.finetune(adapted, ll.embedded.digits(), retain=source)
 from importlib import import_module
 from types import ModuleType
 
-from lora_lens import embedded, metrics
+from lora_lens import comparison, embedded, metrics, spectral_metrics
 from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, attach, function_error
+from lora_lens.comparison import compare
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
 from lora_lens.store import curves
 from lora_lens.sweep import Grid, sweep
@@ -34,6 +35,8 @@ __all__ = [
     "Training",
     "Window",
     "attach",
+    "compare",
+    "comparison",
     "curves",
     "embedded",
     "finetune",
@@ -41,6 +44,7 @@ __all__ = [
     "metrics",
     "plots",
     "spectra",
+    "spectral_metrics",
     "sweep",
     "widgets",
     "windows",

@@ -63,8 +63,8 @@ def attach(
     For a :class:`Window`, with W = U S V^T and scaling = alpha / rank, every
     target weight gets a PEFT adapter with B = U_w (S_w / scaling)^(1/2) and
     A = (S_w / scaling)^(1/2) V_w^T over the frozen residual W - scaling B A.
-    The residual is formed in float64 from the factors as they are stored, so
-    base plus adapter equals W up to the rounding of W's own dtype.
+    The residual is formed from the factors as they are stored, in float32 or
+    more, so base plus adapter equals W up to rounding.
 
     Args:
         model: the pretrained model.
@@ -85,11 +85,13 @@ def attach(
         TypeError: ``method`` is none of the above.
     """
     layers = fitting_layers(model, method, targets=targets, alpha=alpha, spectra=spectra)
-    adapted = model if inplace else copy.deepcopy(model)
+    if isinstance(method, Window) and spectra is None:
+        spectra = compute_spectra(model, list(layers), vectors=[method])
+    # Windows give these weights new values anyway, and copying them twice is most of the time.
+    replaced = [layer.weight for layer in layers.values()] if isinstance(method, Window) else []
+    adapted = model if inplace else _copy_around(model, replaced)
     if isinstance(method, (LinearProbe, FullFineTuning)):
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
-    if isinstance(method, Window) and spectra is None:
-        spectra = compute_spectra(model, list(layers))
 
     config = LoraConfig(
         r=method.rank,
@@ -103,7 +105,7 @@ def attach(
         adapted = get_peft_model(adapted, config)
     if isinstance(method, Window):
         for name in layers:
-            _start_from_window(adapted.base_model.model.get_submodule(name), spectra[name], method)
+            _start_from_window(adapted.base_model.model.get_submodule(name), spectra[name], method, inplace)
     return adapted
 
 
@@ -155,8 +157,13 @@ def fitting_layers(
     return layers
 
 
+def _copy_around(model: nn.Module, shared: list[nn.Parameter]) -> nn.Module:
+    """A deep copy of all but the values of ``shared``."""
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in shared})
+
+
 @torch.no_grad()
-def _start_from_window(layer: LoraLayer, spectrum: Spectrum, window: Window) -> None:
+def _start_from_window(layer: LoraLayer, spectrum: Spectrum, window: Window, inplace: bool) -> None:
     part = window.slice(spectrum.k, spectrum.name)
     scaling = layer.scaling["default"]
     root = (spectrum.singular_values[part] / scaling).sqrt()
@@ -165,24 +172,27 @@ def _start_from_window(layer: LoraLayer, spectrum: Spectrum, window: Window) -> 
     b.copy_(left.double() * root)  # (out, rank)
     a.copy_(root[:, None] * right.double())  # (rank, in)
     weight = layer.get_base_layer().weight
-    weight.copy_(_exact(weight) - scaling * (_exact(b) @ _exact(a)))
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """On the CPU, because not every accelerator has float64."""
-    return tensor.detach().to("cpu", torch.float64)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    values = weight.data if inplace else weight.data.clone()
+    if values.dtype == exact:
+        values.addmm_(b.to(exact), a.to(exact), alpha=-scaling)
+    else:
+        values.copy_(torch.addmm(values.to(exact), b.to(exact), a.to(exact), alpha=-scaling))
+    weight.data = values
 
 
 def _check_belongs(spectrum: Spectrum, window: Window, weight: Tensor) -> None:
-    """U_w^T W V_w must be diag(S_w): cheap, and wrong for any other or later weight."""
+    """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
     part = window.slice(spectrum.k, spectrum.name)
-    same_shape = spectrum.shape == tuple(weight.shape)
-    if same_shape:
-        left, right = spectrum.vectors(window)
-        projected = left.T @ weight.detach().to("cpu", torch.float32) @ right.T
-        difference = (projected - spectrum.singular_values[part].float().diag()).abs().max()
-        same_shape = bool(difference <= 1e-3 * spectrum.singular_values[0])
-    if not same_shape:
+    left, right = spectrum.vectors(window)
+    belongs = spectrum.shape == tuple(weight.shape)
+    if belongs:
+        rows = slice(None, None, max(len(weight) // 64, 1))
+        some = weight.detach()[rows].to("cpu", torch.float32)
+        expected = left[rows] * spectrum.singular_values[part].float()
+        tolerance = 1e-3 * torch.linalg.norm(expected) + 1e-5 * torch.linalg.norm(some)
+        belongs = bool(torch.linalg.norm(some @ right.T - expected) <= tolerance)
+    if not belongs:
         raise ValueError(
             f"the spectrum of {spectrum.name} is not that of this model's weight; "
             "the model changed or the spectra are another model's: call spectra(model) again"

@@ -6,23 +6,30 @@ plots read from the result and never factorize again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from lora_lens import spectral_metrics
 from lora_lens.cache import SpectrumCache, weight_key
-from lora_lens.factorization import product_svd, singular_values, thin_svd
+from lora_lens.factorization import Factors, product_svd, singular_values, some_components, thin_svd
 from lora_lens.layers import Targets, block_and_kind, check_finite, listed
 from lora_lens.progress import progress_bar
 from lora_lens.weights import Weight, weights
 from lora_lens.window import Window
 
-METHOD = "gram float64, float32 vectors"  # change it when the factors change
+METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
 CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
+WORTH_PICKING = 3  # computing some components pays when there are this many times more
+SIDE_BY_SIDE = 2**22  # entries up to which matrices are factorized at the same time, a thread each
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +41,11 @@ class Spectrum:
         shape: (out_features, in_features) of the weight.
         singular_values: S, shape (k,), float64, descending; k = min(out, in), or
             the rank of an adapter's update.
-        left: U, shape (out_features, k), float32, orthonormal columns; None if
+        left: U, shape (out_features, c), float32, orthonormal columns; None if
             only the values were computed.
-        right: V^T, shape (k, in_features), float32, orthonormal rows; or None.
+        right: V^T, shape (c, in_features), float32, orthonormal rows; or None.
+        components: shape (c,), which components ``left`` and ``right`` hold,
+            ascending; None if they hold all k.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Spectrum:
     singular_values: Tensor
     left: Tensor | None = None
     right: Tensor | None = None
+    components: Tensor | None = None
 
     @property
     def k(self) -> int:
@@ -52,26 +62,13 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp(H(p)) with p_i = s_i / sum(s): between 1 and k.
-
-        Roy and Vetterli 2007, "The effective rank: a measure of effective
-        dimensionality", definition 1. 0 for a zero weight.
-        """
-        total = self.singular_values.sum()
-        if total == 0:
-            return 0.0
-        p = self.singular_values / total
-        return float(torch.special.entr(p).sum().exp())
+        """See :func:`lora_lens.spectral_metrics.effective_rank`."""
+        return spectral_metrics.effective_rank(self.singular_values)
 
     @property
     def stable_rank(self) -> float:
-        """||W||_F^2 / ||W||_2^2 = sum(s^2) / s_0^2: between 1 and k.
-
-        Rudelson and Vershynin 2007, "Sampling from large matrices". 0 for a
-        zero weight.
-        """
-        largest = self.singular_values[0]
-        return float((self.singular_values / largest).square().sum()) if largest > 0 else 0.0
+        """See :func:`lora_lens.spectral_metrics.stable_rank`."""
+        return spectral_metrics.stable_rank(self.singular_values)
 
     def energy(self, window: Window) -> float:
         """The window's share of the squared Frobenius norm, sum_w(s^2) / sum(s^2): in [0, 1]."""
@@ -83,14 +80,23 @@ class Spectrum:
         """U_w, shape (out_features, rank), and V_w^T, shape (rank, in_features), float32.
 
         Raises:
-            ValueError: the window does not fit, or only the values were computed.
+            ValueError: the window does not fit, or its vectors were not computed.
         """
+        part = window.slice(self.k, self.name)
         if self.left is None or self.right is None:
             raise ValueError(
                 f"the spectrum of {self.name} has no singular vectors; "
                 "compute it with spectra(..., vectors=True)"
             )
-        part = window.slice(self.k, self.name)
+        if self.components is not None:
+            first = int(torch.searchsorted(self.components, part.start))
+            held = self.components[first : first + window.rank]
+            if held.tolist() != list(range(part.start, part.stop)):
+                raise ValueError(
+                    f"the spectrum of {self.name} holds vectors for other windows, not for "
+                    f"[{part.start}, {part.stop}); compute it with spectra(..., vectors=True) for all"
+                )
+            part = slice(first, first + window.rank)
         return self.left[:, part], self.right[part]
 
     def component(self, window: Window) -> Tensor:
@@ -123,17 +129,25 @@ class SpectrumSet(Mapping[str, Spectrum]):
     def __repr__(self) -> str:
         return f"SpectrumSet of {len(self)} weights: {listed(self._spectra)}"
 
-    def table(self, window: Window | None = None) -> pd.DataFrame:
+    def table(self, window: Window | None = None, *, power_law: bool = False) -> pd.DataFrame:
         """One row per weight.
 
         Columns: layer (module name), block (first number in the name, or -1),
         kind (the name without that number), out, in, k, largest and smallest
-        (singular values), effective_rank, stable_rank; with a ``window`` also
-        start (of the window in this weight) and energy (its share, in [0, 1]).
+        (singular values); effective_rank, stable_rank, participation_ratio,
+        spectral_gap and condition_number; mp_edge and above_mp, the largest
+        singular value of a random matrix with the same bulk and how many exceed
+        it (Marchenko and Pastur). With a ``window`` also start (of the window in
+        this weight) and energy (its share, in [0, 1]). With ``power_law`` also
+        alpha, distance and tail of the fit to the largest eigenvalues, which
+        takes longer for large weights. All are defined in
+        :mod:`lora_lens.spectral_metrics`.
         """
         rows = []
         for spectrum in self.values():
             block, kind = block_and_kind(spectrum.name)
+            s = spectrum.singular_values
+            bulk = spectral_metrics.marchenko_pastur(s, spectrum.shape)
             row = {
                 "layer": spectrum.name,
                 "block": block,
@@ -141,14 +155,22 @@ class SpectrumSet(Mapping[str, Spectrum]):
                 "out": spectrum.shape[0],
                 "in": spectrum.shape[1],
                 "k": spectrum.k,
-                "largest": float(spectrum.singular_values[0]),
-                "smallest": float(spectrum.singular_values[-1]),
+                "largest": float(s[0]),
+                "smallest": float(s[-1]),
                 "effective_rank": spectrum.effective_rank,
                 "stable_rank": spectrum.stable_rank,
+                "participation_ratio": spectral_metrics.participation_ratio(s),
+                "spectral_gap": spectral_metrics.spectral_gap(s),
+                "condition_number": spectral_metrics.condition_number(s),
+                "mp_edge": bulk.edge,
+                "above_mp": bulk.above,
             }
             if window is not None:
                 row["start"] = window.slice(spectrum.k, spectrum.name).start
                 row["energy"] = spectrum.energy(window)
+            if power_law:
+                fit = spectral_metrics.power_law(s)
+                row |= {"alpha": fit.alpha, "distance": fit.distance, "tail": fit.tail}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -157,8 +179,9 @@ def spectra(
     source: nn.Module | str | Path,
     targets: Targets = None,
     *,
-    vectors: bool = True,
+    vectors: bool | Iterable[Window] = True,
     split_qkv: bool = False,
+    device: torch.device | str | None = None,
     cache: bool = True,
     progress: bool = True,
 ) -> SpectrumSet:
@@ -168,55 +191,109 @@ def spectra(
         source: a model, a ``.safetensors`` or ``.gguf`` file, a folder of shards or of a PEFT
             adapter; see :func:`lora_lens.weights.weights`. Files are read one matrix at a time.
         targets: which layers, see there; default all linear layers but the classifier.
-        vectors: False computes the singular values only, in less time and memory; enough for
-            tables and pictures, not for windows.
+        vectors: True for all singular vectors; windows for theirs alone, in less time and memory;
+            False for the singular values only, which is enough for tables and most pictures.
         split_qkv: fused q, k and v as three weights, see there.
-        cache: keep factors of large weights on disk and find them there by the weight's content;
-            see :class:`lora_lens.cache.SpectrumCache`.
+        device: where to compute; default where each weight lies. It needs float64, so the CPU
+            stands in for "mps".
+        cache: keep all factors of large weights on disk and find them there by the weight's
+            content; see :class:`lora_lens.cache.SpectrumCache`.
         progress: show a bar when it takes longer than a moment.
 
     Returns:
-        One :class:`Spectrum` per weight, on the CPU, computed in float64.
+        One :class:`Spectrum` per weight, on the CPU, computed in float64. Weights of up to 4 M
+        entries are factorized side by side, as many as ``torch.get_num_threads()``.
 
     Raises:
-        ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values, or
-            as :func:`lora_lens.weights.weights`.
+        ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values, a
+            window does not fit, or as :func:`lora_lens.weights.weights`.
     """
+    chosen = vectors if isinstance(vectors, bool) else list(vectors)
     found = weights(source, targets, split_qkv)
-    if isinstance(source, nn.Module):  # all are at hand: meet a bad one before the work starts
-        for weight in found:
+    live = isinstance(source, nn.Module)
+    for weight in found:  # meet what is wrong before the work starts
+        for window in [] if isinstance(chosen, bool) or weight.factors else chosen:
+            window.slice(min(weight.shape), weight.name)
+        if live:
             check_finite(weight.name, weight.load())
-    kept = SpectrumCache() if cache and vectors else None
-    bar = progress_bar(found, shown=progress, desc="spectra", unit="weight", delay=0.5)
-    return SpectrumSet([_spectrum(weight, vectors, kept) for weight in bar])
+    kept = SpectrumCache() if cache and chosen else None
+    work = partial(_spectrum, vectors=chosen, device=device, cache=kept, checked=live)
+    done: dict[str, Spectrum] = {}
+    with progress_bar(total=len(found), shown=progress, desc="spectra", unit="weight", delay=0.5) as bar:
+        for spectrum in _side_by_side(work, found):
+            done[spectrum.name] = spectrum
+            bar.update()
+    return SpectrumSet([done[weight.name] for weight in found])
 
 
 def factorize(name: str, weight: Tensor) -> Spectrum:
     """The spectrum of one (out_features, in_features) weight, exact to float64 rounding."""
-    left, values, right = thin_svd(weight.detach().to("cpu", torch.float64))
+    return _packed(name, tuple(weight.shape), thin_svd(weight.detach()))
+
+
+def _packed(
+    name: str, shape: tuple[int, int], factors: Factors, components: Tensor | None = None
+) -> Spectrum:
     # Contiguous, so that products with fresh factors round as with those from the cache.
-    left, right = left.float().contiguous(), right.float().contiguous()
-    return Spectrum(name, tuple(weight.shape), values, left, right)
+    left, values, right = (factor.cpu() for factor in factors)
+    return Spectrum(name, shape, values, left.float().contiguous(), right.float().contiguous(), components)
 
 
-def _spectrum(weight: Weight, vectors: bool, cache: SpectrumCache | None) -> Spectrum:
+def _side_by_side(work: Callable[[Weight], Spectrum], found: Sequence[Weight]) -> Iterator[Spectrum]:
+    """In the order of completion; LAPACK gains little from threads on small matrices, so each gets one."""
+    threads = torch.get_num_threads()
+    small = [w for w in found if math.prod(w.shape) <= SIDE_BY_SIDE]
+    if len(small) > 1:
+        found = [w for w in found if math.prod(w.shape) > SIDE_BY_SIDE]
+        pool = ThreadPoolExecutor(min(threads, len(small)), initializer=partial(torch.set_num_threads, 1))
+        try:
+            with threadpool_limits(1, user_api="blas"):
+                for finished in as_completed([pool.submit(work, weight) for weight in small]):
+                    yield finished.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # threads to come take over what was set last
+    with threadpool_limits(threads, user_api="blas"):
+        yield from map(work, found)
+
+
+def _spectrum(
+    weight: Weight,
+    vectors: bool | list[Window],
+    device: torch.device | str | None,
+    cache: SpectrumCache | None,
+    checked: bool,
+) -> Spectrum:
     if weight.factors is not None:
         b, a = (factor.to("cpu", torch.float64) for factor in weight.factors())
         check_finite(weight.name, b)
         check_finite(weight.name, a)
         left, values, right = product_svd(b, a)
-        factors = (left.float(), right.float()) if vectors else ()
-        return Spectrum(weight.name, weight.shape, values, *factors)
-    matrix = weight.load()
-    check_finite(weight.name, matrix)
+        if not vectors:
+            return Spectrum(weight.name, weight.shape, values)
+        return _packed(weight.name, weight.shape, (left, values, right))
+    matrix = weight.load().detach()
+    if not checked:
+        check_finite(weight.name, matrix)
     if not vectors:
-        return Spectrum(weight.name, weight.shape, singular_values(matrix.detach().to("cpu", torch.float64)))
-    if cache is None or min(weight.shape) < CACHED_FROM:
-        return factorize(weight.name, matrix)
-    key = weight_key(matrix, METHOD)
-    if (known := cache.get(key)) is not None:
-        left, values, right = known
-        return Spectrum(weight.name, weight.shape, values, left, right)
-    spectrum = factorize(weight.name, matrix)
-    cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)
+        return Spectrum(weight.name, weight.shape, singular_values(_placed(matrix, device)).cpu())
+    k = min(weight.shape)
+    large = k >= CACHED_FROM
+    key = weight_key(matrix, METHOD) if cache and large else ""
+    if key and (known := cache.get(key)) is not None:
+        return _packed(weight.name, weight.shape, known)
+    if large and vectors is not True:
+        picked = sorted({i for w in vectors for i in range(k)[w.slice(k)]})
+        if WORTH_PICKING * len(picked) <= k:
+            components = torch.tensor(picked)
+            factors = some_components(_placed(matrix, device), components)
+            return _packed(weight.name, weight.shape, factors, components)
+    spectrum = factorize(weight.name, _placed(matrix, device))
+    if key:
+        cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)
     return spectrum
+
+
+def _placed(matrix: Tensor, device: torch.device | str | None) -> Tensor:
+    place = matrix.device if device is None else torch.device(device)
+    return matrix.cpu() if place.type == "mps" else matrix.to(place)

@@ -151,7 +151,8 @@ def sweep(
 
     with open_store(store, experiment_identity(model, task, retain)) as folder:
         if spectra is None:
-            spectra = compute_spectra(model, layers, progress=progress) if grid.window else SpectrumSet([])
+            wanted = [method for method in grid.methods if isinstance(method, Window)]
+            spectra = compute_spectra(model, layers, vectors=wanted, progress=progress)
         experiment = Experiment(model, task, retain, layers, alpha, spectra, training)
         plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in grid]
         missing = [(point, path) for point, path in plan if read_run(path) is None]

@@ -53,6 +53,7 @@ def test_imports_point_one_way():
     order = [
         "fingerprint",
         "factorization",
+        "spectral_metrics",
         "layers",
         "progress",
         "window",
@@ -60,6 +61,7 @@ def test_imports_point_one_way():
         "weights",
         "cache",
         "spectrum",
+        "comparison",
         "adapter",
         "tasks",
         "metrics",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -162,6 +163,110 @@ def test_values_alone_are_as_exact_as_promised(name):
     assert np.abs(s.singular_values.numpy() - expected).max() <= 1e-6 * expected[0]
     with pytest.raises(ValueError, match="the spectrum of 0 has no singular vectors"):
         s.component(ll.Window.first(1))
+
+
+TALL = {
+    "random": torch.randn(400, 300, generator=torch.Generator().manual_seed(5)),
+    "wide": torch.randn(260, 700, generator=torch.Generator().manual_seed(6)),
+    "decaying": (orthonormal(400, 300, 2) * torch.logspace(0, -4, 300).double()) @ orthonormal(300, 300, 3).T,
+    "ill-conditioned": (orthonormal(400, 300, 2) * torch.logspace(0, -12, 300).double())
+    @ orthonormal(300, 300, 3).T,
+    "rank-deficient": orthonormal(400, 50, 2) @ orthonormal(300, 50, 3).T,
+    "equal values": orthonormal(400, 300, 2),
+    "diagonal": torch.diag(torch.linspace(3, 1, 300)),
+    "blocks": torch.block_diag(
+        torch.randn(150, 150, generator=torch.Generator().manual_seed(7)), torch.eye(150)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TALL)
+def test_the_components_of_windows_alone_are_as_exact(name, dtype):
+    weight = TALL[name].to(dtype)
+    layer = nn.Linear(*reversed(weight.shape), bias=False, dtype=dtype)
+    layer.weight.data = weight
+    chosen = [ll.Window.first(16), ll.Window(16, position=0.4), ll.Window.last(16)]
+    (s,) = ll.spectra(nn.Sequential(layer), "0", vectors=chosen, cache=False).values()
+    k = min(weight.shape)
+    assert len(s.components) == 48 and s.left.shape == (weight.shape[0], 48) and s.k == k
+    exact = weight.double()
+    expected = np.linalg.svd(exact.numpy(), compute_uv=False)
+    assert np.abs(s.singular_values.numpy() - expected).max() <= 1e-6 * expected[0]
+    eye = torch.eye(48, dtype=torch.float64)
+    left, right = s.left.double(), s.right.double()
+    assert (left.T @ left - eye).abs().max() <= 1e-5 and (right @ right.T - eye).abs().max() <= 1e-5
+    # What is left of W without these components has nothing along them, on either side.
+    rest = exact - left * s.singular_values[s.components] @ right
+    assert (left.T @ rest).abs().max() <= 1e-6 * expected[0]
+    assert (rest @ right.T).abs().max() <= 1e-6 * expected[0]
+
+
+def test_vectors_are_at_hand_for_the_windows_asked_for_and_no_others():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 280), nn.ReLU(), nn.Linear(280, 270))
+    chosen = ll.windows(8, 3)
+    few, every = ll.spectra(model, vectors=chosen, cache=False), ll.spectra(model, cache=False)
+    for name in every:
+        for window in [*chosen, ll.Window(4, start=2)]:
+            torch.testing.assert_close(
+                few[name].component(window), every[name].component(window), atol=1e-6, rtol=0
+            )
+        assert every[name].components is None
+    with pytest.raises(ValueError, match=r"of 0 holds vectors for other windows, not for \[4, 12\)"):
+        few["0"].vectors(ll.Window(8, start=4))
+    with pytest.raises(ValueError, match=r"rank 271 does not fit 2: its spectrum has 270"):
+        ll.spectra(model, vectors=[ll.Window.first(271)])
+
+
+def test_an_adapter_without_spectra_is_that_with_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 280), nn.ReLU(), nn.Linear(280, 290))
+    window = ll.Window.middle(8)
+    alone, given = (ll.attach(model, window, targets="0", spectra=s) for s in (None, ll.spectra(model)))
+    a, b = (m.base_model.model.get_submodule("0").get_delta_weight("default") for m in (alone, given))
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_the_number_of_threads_changes_no_digit_and_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.Linear(64, 300), nn.Linear(300, 300))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(ll.spectra(model, cache=False))
+            assert torch.get_num_threads() == threads
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, three = found
+    assert list(one) == list(three)
+    for name in one:
+        assert torch.equal(one[name].left, three[name].left)
+        assert torch.equal(one[name].singular_values, three[name].singular_values)
+
+
+def test_what_fails_in_a_thread_is_told_and_threads_are_left_as_they_were(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {f"layers.{i}.weight": torch.randn(8, 8) for i in range(20)}
+    tensors["layers.7.weight"][0, 0] = float("nan")
+    save_file(tensors, path)
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match=r"layers.7.weight holds NaN or infinite"):
+        ll.spectra(path)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("vectors", [True, False, [ll.Window.last(8)]], ids=["all", "none", "a window"])
+def test_the_device_changes_nothing_but_rounding(device, vectors, patch_vit):
+    expected = ll.spectra(patch_vit, vectors=vectors, cache=False)
+    for name, s in ll.spectra(patch_vit, vectors=vectors, device=device, cache=False).items():
+        assert s.singular_values.device.type == "cpu"
+        torch.testing.assert_close(s.singular_values, expected[name].singular_values)
 
 
 def test_windows_need_vectors(patch_vit):
