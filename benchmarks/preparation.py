@@ -1,35 +1,56 @@
-"""What it costs to prepare adapters on ViT-B/16: one factorization for all windows against one each.
+"""What it costs to prepare adapters: one factorization for all windows against one each.
 
-    python benchmarks/preparation.py [--threads 2] [--repeats 1]
+    python benchmarks/preparation.py [--threads 1 2] [--repeats 3] [--out benchmarks/results]
 
-Everything runs in one process on the same randomly initialised model (shapes decide the cost, not
-values). Each row's repeats alternate with the others', so a drift of the machine's speed hits all
-alike. Copying the model is not counted for PEFT, which changes it in place; for lora_lens it is,
-since ``attach`` copies by itself.
+ViT-B/16 with random weights (its shapes decide the cost) and SmolLM2-135M with its own, rank 16, all
+linear layers but the head. Both sides adapt a copy of the model in place, and copying is counted for
+neither. "Nine" are nine windows from the first to the last components; PEFT has no windows, so it
+starts nine times from the first. MiCA is timed because it, too, starts from a full decomposition; what
+it trains is something else. ``pissa_niter_16`` is randomized, so it is not exact.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 
 import timm
 import torch
+from matplotlib.figure import Figure
+from measuring import (
+    OTHERS,
+    OURS,
+    alternating,
+    machine,
+    markdown,
+    options,
+    publish,
+    seconds,
+    smollm2_gguf,
+    spread,
+    threads,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_lens as ll
 
 RANK = 16
+NINE = ll.windows(RANK, 9)
+ALL, OURS_NINE, OURS_ONE = "lora_lens: all vectors", "lora_lens: nine windows", "lora_lens: one window"
+LAPACK, PEFT_NINE, PEFT_ONE = "torch.linalg.svd, float32", "PEFT pissa, nine times", "PEFT pissa"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def in_place(model: nn.Module, spectra: ll.SpectrumSet | None, window: ll.Window) -> float:
+    copied = copy.deepcopy(model)
+    return seconds(lambda: ll.attach(copied, window, spectra=spectra, inplace=True))
+
+
+def nine_windows(model: nn.Module) -> float:
+    made = []
+    spent = seconds(lambda: made.append(ll.spectra(model, vectors=NINE, cache=False, progress=False)))
+    return spent + sum(in_place(model, made[0], window) for window in NINE)
 
 
 def peft_start(model: nn.Module, layers: list[str], init: str) -> float:
@@ -43,49 +64,62 @@ def lapack(model: nn.Module, layers: list[str]) -> float:
     return seconds(lambda: [torch.linalg.svd(w, full_matrices=False) for w in weights])
 
 
-def sweep_of(model: nn.Module, count: int) -> float:
-    def prepare() -> None:
-        spectra = ll.spectra(model, cache=False, progress=False)
-        for position in torch.linspace(0, 1, count).tolist():
-            ll.attach(model, ll.Window(RANK, position=position), spectra=spectra)
-
-    return seconds(prepare)
+def rows_of(model: nn.Module) -> dict[str, Callable[[], float]]:
+    layers = list(ll.spectra(model, vectors=False, progress=False))
+    return {
+        ALL: lambda: seconds(lambda: ll.spectra(model, cache=False, progress=False)),
+        OURS_NINE: lambda: nine_windows(model),
+        OURS_ONE: lambda: in_place(model, None, ll.Window.middle(RANK)),
+        LAPACK: lambda: lapack(model, layers),
+        PEFT_NINE: lambda: sum(peft_start(model, layers, "pissa") for _ in NINE),
+        PEFT_ONE: lambda: peft_start(model, layers, "pissa"),
+        "PEFT pissa_niter_16": lambda: peft_start(model, layers, "pissa_niter_16"),
+        "PEFT mica": lambda: peft_start(model, layers, "mica"),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser = options(__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = timm.create_model("vit_base_patch16_224", pretrained=False).eval()
-    layers = list(ll.spectra(timm.create_model("vit_tiny_patch16_224"), progress=False))
+    models = {"ViT-B/16": timm.create_model("vit_base_patch16_224", pretrained=False).eval()}
+    if smollm2_gguf():
+        models["SmolLM2-135M"] = ll.embedded.smollm2()
 
-    rows: dict[str, Callable[[], float]] = {
-        "lora_lens: spectra": lambda: seconds(lambda: ll.spectra(model, cache=False, progress=False)),
-        "lora_lens: spectra and 1 window": lambda: sweep_of(model, 1),
-        "lora_lens: spectra and 9 windows": lambda: sweep_of(model, 9),
-        "torch.linalg.svd, float32": lambda: lapack(model, layers),
-        "PEFT pissa, 1 start": lambda: peft_start(model, layers, "pissa"),
-        "PEFT pissa, 9 starts": lambda: sum(peft_start(model, layers, "pissa") for _ in range(9)),
-        "PEFT pissa_niter_16, 1 start": lambda: peft_start(model, layers, "pissa_niter_16"),
-        "PEFT mica, 1 start": lambda: peft_start(model, layers, "mica"),
-    }
-    measured: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(arguments.repeats):
-        for name, work in rows.items():
-            measured[name].append(work())
-            print(f"{name}: {measured[name][-1]:.2f} s", flush=True)
+    measured: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for name, model in models.items():
+        for count in arguments.threads:
+            with threads(count):
+                label = f"{name}, {count} threads"
+                measured[name, count] = alternating(rows_of(model), arguments.repeats, label)
 
-    print(f"ViT-B/16, {len(layers)} weights, rank {RANK}, {arguments.threads} threads")
-    print("\n| preparation | median s | min to max |\n|---|---|---|")
-    median = {name: statistics.median(times) for name, times in measured.items()}
-    for name, times in measured.items():
-        print(f"| {name} | {median[name]:.2f} | {min(times):.2f} to {max(times):.2f} |")
-    nine = median["PEFT pissa, 9 starts"] / median["lora_lens: spectra and 9 windows"]
-    one = median["PEFT pissa, 1 start"] / median["lora_lens: spectra and 1 window"]
-    print(f"\nPEFT pissa / lora_lens: 9 windows {nine:.1f}x, 1 window {one:.1f}x")
+    columns = [f"{name}, {count} thread{'s' * (count > 1)}" for name, count in measured]
+    names = list(next(iter(measured.values())))
+    table = [[row, *(spread(times[row]) for times in measured.values())] for row in names]
+    middle = [{row: statistics.median(t) for row, t in times.items()} for times in measured.values()]
+    ratios = [
+        ["nine windows: PEFT / lora_lens", *(f"{m[PEFT_NINE] / m[OURS_NINE]:.1f}x" for m in middle)],
+        ["one window: PEFT / lora_lens", *(f"{m[PEFT_ONE] / m[OURS_ONE]:.1f}x" for m in middle)],
+    ]
+    text = (
+        f"Preparing adapters of rank {RANK}, seconds, median (range) of {arguments.repeats}. {machine()}.\n\n"
+    )
+    text += markdown(["", *columns], table) + "\n\n" + markdown(["ratio", *columns], ratios)
+
+    figure = Figure(figsize=(9, 0.6 + 2.4 * len(middle)), layout="constrained")
+    for ax, title, medians in zip(
+        figure.subplots(len(middle), squeeze=False)[:, 0], columns, middle, strict=True
+    ):
+        bars = ax.barh(
+            names, medians.values(), color=[OURS if n.startswith("lora_lens") else OTHERS for n in names]
+        )
+        ax.bar_label(bars, fmt="%.3g s", padding=3)
+        ax.set(title=title, xscale="log", xlabel="seconds")
+        ax.margins(x=0.12)
+        ax.invert_yaxis()
+    publish(arguments.out, "preparation", text, figure)
 
 
 if __name__ == "__main__":

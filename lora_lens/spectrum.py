@@ -29,7 +29,7 @@ from lora_lens.window import Window
 METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
 CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
 WORTH_PICKING = 3  # computing some components pays when there are this many times more
-SIDE_BY_SIDE = 2**22  # entries up to which matrices are factorized at the same time, a thread each
+SIDE_BY_SIDE = 2**22  # entries from which on a matrix gets all threads, instead of one beside others
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,21 +240,29 @@ def _packed(
 
 
 def _side_by_side(work: Callable[[Weight], Spectrum], found: Sequence[Weight]) -> Iterator[Spectrum]:
-    """In the order of completion; LAPACK gains little from threads on small matrices, so each gets one."""
+    """In the order of completion. LAPACK gains little from threads on small matrices, so each gets one."""
     threads = torch.get_num_threads()
-    small = [w for w in found if math.prod(w.shape) <= SIDE_BY_SIDE]
-    if len(small) > 1:
-        found = [w for w in found if math.prod(w.shape) > SIDE_BY_SIDE]
-        pool = ThreadPoolExecutor(min(threads, len(small)), initializer=partial(torch.set_num_threads, 1))
-        try:
-            with threadpool_limits(1, user_api="blas"):
-                for finished in as_completed([pool.submit(work, weight) for weight in small]):
-                    yield finished.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # threads to come take over what was set last
-    with threadpool_limits(threads, user_api="blas"):
-        yield from map(work, found)
+    small = [w for w in found if math.prod(w.shape) < SIDE_BY_SIDE]
+    large = [w for w in found if math.prod(w.shape) >= SIDE_BY_SIDE]
+    yield from _in_workers(work, small, workers=threads, blas=1)
+    yield from _in_workers(work, large, workers=1, blas=threads)
+
+
+def _in_workers(
+    work: Callable[[Weight], Spectrum], found: Sequence[Weight], workers: int, blas: int
+) -> Iterator[Spectrum]:
+    """BLAS shares a matrix among ``blas`` threads; torch's own, which would wait spinning, are off."""
+    if not found:
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
+    try:
+        with threadpool_limits(blas, user_api="blas"):
+            for finished in as_completed([pool.submit(work, weight) for weight in found]):
+                yield finished.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # threads to come take over what was set last
 
 
 def _spectrum(

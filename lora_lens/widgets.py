@@ -8,7 +8,7 @@ is said in place until the controls are moved again.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from io import BytesIO
 
@@ -26,13 +26,13 @@ from ipywidgets import (
     VBox,
 )
 from ipywidgets import Widget as Control
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
 from lora_lens import plots
 from lora_lens.adapter import attach, function_error
-from lora_lens.layers import block_and_kind
 from lora_lens.metrics import seed_means
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.tasks import Task
@@ -52,49 +52,60 @@ SWEEP_COLUMNS = (
 CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
 
 
-def spectrum_explorer(spectra: SpectrumSet, rank: int = 8) -> VBox:
+def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: int = 8) -> VBox:
     """Spectra of one weight, one kind or one block, with a window to slide over them.
 
-    Controls: kind, block, rank and position of the window. Shown: the
+    Controls: model, if there are several; kind, block, rank and position of
+    the window. Another model keeps the choices that it has, too. Shown: the
     singular values with the window shaded, and one row per kind with the
     effective rank, the stable rank and the window's share of the energy
     (means, where a row stands for several weights).
 
     Args:
-        spectra: from :func:`lora_lens.spectra`.
+        spectra: from :func:`lora_lens.spectra`, with or without vectors; or several, by the
+            model's name.
         rank: of the window at first.
 
     Raises:
         ValueError: there are no spectra, or the rank does not fit one of them.
     """
-    _require_spectra(spectra)
-    places = {name: block_and_kind(name) for name in spectra}
-    kinds = dict.fromkeys(kind for _, kind in places.values())
-    blocks = sorted({block for block, _ in places.values()})
-    kind = _dropdown("kind", [("all", None), *((k, k) for k in kinds)])
-    block = _dropdown("block", [("all", None), *((str(b) if b >= 0 else "none", b) for b in blocks)])
-    size, position = _rank_slider(rank, spectra), _position_slider()
+    models = {"": spectra} if isinstance(spectra, SpectrumSet) else dict(spectra)
+    _require_spectra(*models.values())
+    tables = {name: some.table() for name, some in models.items()}
+    model, kind, block = _dropdown("model", models), _dropdown("kind"), _dropdown("block")
+    size, position = _rank_slider(rank, *models.values()), _position_slider()
     picture, numbers = HTML(), _table()
 
+    def offer() -> None:
+        """Let the controls hold what the model has; what is chosen already stays if it can."""
+        table = tables[model.value]
+        _offer(kind, [(k, k) for k in table["kind"].unique()])
+        _offer(block, [(str(b) if b >= 0 else "none", b) for b in sorted(table["block"].unique().tolist())])
+        if size.max != table["k"].max():
+            size.max = int(table["k"].max())
+            size.value = min(size.value, int(table["k"].min()))
+
     def draw() -> None:
-        chosen = SpectrumSet(
-            [
-                spectra[name]
-                for name, place in places.items()
-                if block.value in (None, place[0]) and kind.value in (None, place[1])
-            ]
-        )
-        if not chosen:
+        offer()
+        table = tables[model.value]
+        wanted = {"kind": kind.value, "block": block.value}
+        for column, value in wanted.items():
+            table = table if value is None else table[table[column] == value]
+        if table.empty:
             raise ValueError(f"block {block.value} has no {kind.value}; choose another block or kind")
+        chosen = SpectrumSet([models[model.value][name] for name in table["layer"]])
         window = Window(size.value, position=position.value)
-        table = chosen.table(window)
+        starts = [window.slice(s.k, s.name).start for s in chosen.values()]
+        table = table.assign(start=starts, energy=[s.energy(window) for s in chosen.values()])
         picture.value = _drawn(
-            lambda figure: plots.spectrum(chosen, window, ax=figure.subplots()),
-            f"singular values of {_weights(len(chosen))}, with the {window} shaded",
+            lambda figure: plots.spectrum(chosen, window, ax=_fixed_axes(figure)),
+            f"singular values of {_weights(len(chosen))}{model.value and f' of {model.value}'}, "
+            f"with the {window} shaded",
         )
         numbers.value = _html(_by_kind(table, window))
 
-    return _explorer([[kind, block], [size, position]], [picture, numbers], draw)
+    choices = [kind, block] if isinstance(spectra, SpectrumSet) else [model, kind, block]
+    return _explorer([choices, [size, position]], [picture, numbers], draw)
 
 
 def window_explorer(
@@ -206,11 +217,19 @@ def tradeoff_explorer(table: pd.DataFrame) -> VBox:
 
 
 def _explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[], None]) -> VBox:
-    """Rows of controls over a message over results; the first view raises, later ones say what is wrong."""
+    """Rows of controls over a message over results; the first view raises, later ones say what is wrong.
+
+    ``draw`` may change controls itself; that draws nothing again.
+    """
     message, shown = HTML(), VBox(results)
     draw()
+    drawing = False
 
     def redraw(_change: object) -> None:
+        nonlocal drawing
+        if drawing:
+            return
+        drawing = True
         try:
             draw()
         except ValueError as error:
@@ -219,6 +238,8 @@ def _explorer(rows: list[list[Control]], results: list[Control], draw: Callable[
         else:
             message.value = ""
             shown.layout.display = None
+        finally:
+            drawing = False
 
     for row in rows:
         for control in row:
@@ -227,18 +248,29 @@ def _explorer(rows: list[list[Control]], results: list[Control], draw: Callable[
     return VBox([*(HBox(row, layout=wrapped) for row in rows), message, shown])
 
 
-def _dropdown(description: str, options: Iterable[str | tuple[str, object]]) -> Dropdown:
-    return Dropdown(options=options, index=0, description=description)
+def _dropdown(description: str, options: Iterable[str] = ()) -> Dropdown:
+    options = list(options)
+    return Dropdown(options=options, index=0 if options else None, description=description)
+
+
+def _offer(dropdown: Dropdown, options: list[tuple[str, object]]) -> None:
+    """``all``, whose value is None, and ``options``; the value stays if it is among them."""
+    options = [("all", None), *options]
+    if tuple(options) != dropdown.options:
+        kept = dropdown.value
+        dropdown.options = options
+        dropdown.value = kept if kept in dict(options).values() else None
 
 
 def _checkbox(description: str) -> Checkbox:
     return Checkbox(True, description=description, indent=False, layout=Layout(width="max-content"))
 
 
-def _rank_slider(rank: int, spectra: SpectrumSet) -> IntSlider:
-    for spectrum in spectra.values():
+def _rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:
+    all_spectra = [spectrum for spectra in models for spectrum in spectra.values()]
+    for spectrum in all_spectra:
         Window.first(rank).slice(spectrum.k, spectrum.name)
-    largest = max(spectrum.k for spectrum in spectra.values())
+    largest = max(spectrum.k for spectrum in all_spectra)
     return IntSlider(rank, 1, largest, description="rank", continuous_update=False)
 
 
@@ -246,8 +278,8 @@ def _position_slider() -> FloatSlider:
     return FloatSlider(0.5, min=0, max=1, step=0.01, description="position", continuous_update=False)
 
 
-def _require_spectra(spectra: SpectrumSet) -> None:
-    if not len(spectra):
+def _require_spectra(*models: SpectrumSet) -> None:
+    if not models or not all(models):
         raise ValueError("there are no spectra to explore; make them with ll.spectra(model)")
 
 
@@ -270,6 +302,12 @@ def _drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float]
         FigureCanvasAgg(figure).print_png(png)
     source = b64encode(png.getvalue()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%">'
+
+
+def _fixed_axes(figure: Figure) -> Axes:
+    """Axes that stay where they are as labels change, without the time that arranging them takes."""
+    figure.set_layout_engine("none")
+    return figure.add_axes((0.085, 0.14, 0.9, 0.77))
 
 
 def _html(table: pd.DataFrame, rows_in_view: int | None = None) -> str:

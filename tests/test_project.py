@@ -52,6 +52,7 @@ def test_importing_the_package_draws_nothing():
 def test_imports_point_one_way():
     order = [
         "fingerprint",
+        "lapack",
         "factorization",
         "spectral_metrics",
         "layers",

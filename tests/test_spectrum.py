@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_lens as ll
+from lora_lens.factorization import some_components, thin_svd
 from lora_lens.spectrum import factorize
 
 
@@ -200,6 +201,24 @@ def test_the_components_of_windows_alone_are_as_exact(name, dtype):
     rest = exact - left * s.singular_values[s.components] @ right
     assert (left.T @ rest).abs().max() <= 1e-6 * expected[0]
     assert (rest @ right.T).abs().max() <= 1e-6 * expected[0]
+
+
+@given(out=st.integers(1, 40), inputs=st.integers(1, 40), rank=st.integers(0, 40), data=st.data())
+@settings(deadline=None)
+def test_some_components_of_any_matrix_are_those_of_all(out, inputs, rank, data):
+    k = min(out, inputs)
+    picked = sorted(data.draw(st.sets(st.integers(0, k - 1))))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    matrix = torch.randn(out, rank, generator=generator) @ torch.randn(rank, inputs, generator=generator)
+    left, values, right = some_components(matrix, torch.tensor(picked, dtype=torch.long))
+    assert left.shape == (out, len(picked)) and right.shape == (len(picked), inputs)
+    _, every, _ = thin_svd(matrix)
+    largest = float(every[0])
+    torch.testing.assert_close(values, every, atol=1e-6 * largest, rtol=0)
+    torch.testing.assert_close(left.T @ left, torch.eye(len(picked)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(right @ right.T, torch.eye(len(picked)), atol=1e-5, rtol=0)
+    projected = left.T @ matrix @ right.T
+    torch.testing.assert_close(projected, values[picked].float().diag(), atol=1e-5 * largest + 1e-30, rtol=0)
 
 
 def test_vectors_are_at_hand_for_the_windows_asked_for_and_no_others():

@@ -210,6 +210,51 @@ def test_models_spectra_and_tasks_that_do_not_belong_are_refused(narrow, narrow_
         ll.widgets.window_explorer(narrow, narrow_spectra, replace(digits, train=flat, test=flat))
 
 
+@pytest.fixture
+def several(narrow_spectra, spectra) -> VBox:
+    return ll.widgets.spectrum_explorer({"narrow": narrow_spectra, "embedded": spectra}, rank=8)
+
+
+def test_another_model_brings_its_own_choices_and_keeps_those_it_shares(several, spectra):
+    assert control(several, "block").options == (("all", None), ("0", 0), ("1", 1))
+    control(several, "kind").value, control(several, "block").value = "attn.qkv", 1
+    control(several, "model").value = "embedded"
+    assert (control(several, "kind").value, control(several, "block").value) == ("attn.qkv", 1)
+    assert control(several, "rank").max == 96 and "[44, 52) of 96" in text(several)
+    assert f"{spectra['blocks.1.attn.qkv'].stable_rank:.1f}" in text(several)
+    assert "of embedded" in several.children[-1].children[0].value
+
+
+def test_choices_that_another_model_lacks_fall_back(several):
+    control(several, "model").value = "embedded"
+    control(several, "block").value, control(several, "rank").value = 5, 90
+    control(several, "model").value = "narrow"
+    assert shows_results(several)
+    assert (control(several, "block").value, control(several, "rank").value) == (None, 16)
+
+
+def test_a_change_of_model_draws_once(several, monkeypatch):
+    drawn = []
+    draw = ll.plots.spectrum
+    monkeypatch.setattr(ll.plots, "spectrum", lambda *a, **k: drawn.append(1) or draw(*a, **k))
+    control(several, "block").value = 1
+    control(several, "rank").value = 12
+    control(several, "model").value = "embedded"
+    assert len(drawn) == 3
+
+
+def test_one_model_has_no_choice_of_models(spectrum_explorer):
+    assert "model" not in [getattr(w, "description", "") for w in parts(spectrum_explorer, Widget)]
+
+
+def test_no_models_and_models_without_spectra_are_refused(narrow_spectra):
+    for nothing in ({}, {"narrow": narrow_spectra, "empty": ll.SpectrumSet([])}):
+        with pytest.raises(ValueError, match="no spectra"):
+            ll.widgets.spectrum_explorer(nothing)
+    with pytest.raises(ValueError, match="rank 20 does not fit"):
+        ll.widgets.spectrum_explorer({"narrow": narrow_spectra}, rank=20)
+
+
 def test_fifty_moves_leave_no_figure_open_and_the_style_alone(narrow_spectra):
     style, figures = dict(plt.rcParams), plt.get_fignums()
     explorer = ll.widgets.spectrum_explorer(ll.SpectrumSet([narrow_spectra["blocks.0.attn.qkv"]]))
