@@ -52,8 +52,9 @@ format: $(VENV)/test.installed  ## format code and notebooks, strip notebook out
 	$(BIN)/ruff format .
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(NOTEBOOKS)
 
-bench: $(VENV)/lab.installed  ## measure preparation on ViT-B/16 against PEFT and LAPACK (minutes)
-	$(BIN)/python benchmarks/preparation.py
+bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK and WeightWatcher (an hour)
+	@for part in preparation values memory scaling; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
+	@echo "tables and pictures: benchmarks/results"
 
 pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)
 	$(BIN)/python data/pretrain_vision.py $(if $(FASHION),--fashion $(FASHION))

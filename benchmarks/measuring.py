@@ -45,13 +45,22 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def alternating(rows: Mapping[str, Callable[[], float]], repeats: int, label: str) -> dict[str, list[float]]:
-    """Each row's seconds; repeats alternate, so a drift of the machine's speed hits all rows alike."""
+def alternating(
+    rows: Mapping[str, Callable[[], float]],
+    repeats: int,
+    label: str,
+    oftener: Mapping[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """Each row's seconds; repeats alternate, so a drift of the machine's speed hits all rows alike.
+
+    ``oftener`` says which rows run several times in each repeat.
+    """
     measured: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(repeats):
         for name, work in rows.items():
-            measured[name].append(work())
-            print(f"{label}: {name}: {measured[name][-1]:.3g} s", file=sys.stderr, flush=True)
+            for _ in range((oftener or {}).get(name, 1)):
+                measured[name].append(work())
+                print(f"{label}: {name}: {measured[name][-1]:.3g} s", file=sys.stderr, flush=True)
     return measured
 
 

@@ -115,9 +115,7 @@ class SpectrumCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(partial, "xb") as stream:
-                stream.write(save(tensors, about))
-                stream.flush()
-                os.fsync(stream.fileno())
+                stream.write(save(tensors, about))  # no fsync: what a power cut loses, the checksum tells
             os.replace(partial, self._path(key))
             self._tidy()
         except OSError as error:

@@ -18,8 +18,10 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 
 def requirements() -> set[str]:
+    """Of everything but the benchmarks, whose peers no user needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for group in project["optional-dependencies"].values() for line in group]
+    groups = project["optional-dependencies"].items()
+    extras = [line for name, group in groups if name != "bench" for line in group]
     return {line for line in [*project["dependencies"], *extras] if not line.startswith("lora_lens")}
 
 
@@ -70,6 +72,9 @@ def test_imports_point_one_way():
         "store",
         "sweep",
         "embedded",
+        "plot_style",
+        "spectrum_plots",
+        "sweep_plots",
         "plots",
         "widgets",
     ]

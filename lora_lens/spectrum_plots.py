@@ -1,0 +1,285 @@
+"""Pictures of spectra: of one weight, of all weights of a model, of several models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from lora_lens.layers import block_and_kind
+from lora_lens.plot_style import colour_bar, house_style, styled
+from lora_lens.spectral_metrics import cumulative_energy as energy_until
+from lora_lens.spectrum import Spectrum, SpectrumSet
+from lora_lens.window import Window
+
+WINDOW_COLOUR = "#E69F00"
+LINE_STYLES = ("-", "--", "-.", ":")
+HEAT = "cividis"
+COUNTS = {"effective_rank", "stable_rank", "participation_ratio", "above_mp", "tail"}
+FLOOR = 1e-12  # smaller singular values are drawn here: a logarithmic axis has no zero
+
+
+@styled
+def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, ax: Axes) -> Axes:
+    """Singular values by component, one line per weight, one colour per kind, later blocks paler.
+
+    A ``window`` is shaded where it lies on the widest spectrum.
+    """
+    weights = [spectra] if isinstance(spectra, Spectrum) else list(spectra.values())
+    kinds = list(dict.fromkeys(block_and_kind(s.name)[1] for s in weights))
+    colours = dict(zip(kinds, sns.color_palette("colorblind", len(kinds)), strict=True))
+    blocks = sorted({block_and_kind(s.name)[0] for s in weights})
+    for s in weights:
+        block, kind = block_and_kind(s.name)
+        paleness = 1 - 0.65 * (block - blocks[0]) / max(blocks[-1] - blocks[0], 1)
+        values = s.singular_values.clamp_min(FLOOR).numpy()
+        ax.plot(values, color=colours[kind], alpha=paleness, linewidth=1.4)
+    k = max(s.k for s in weights)
+    if window is not None:
+        part = window.slice(k)
+        ax.axvspan(part.start - 0.5, part.stop - 0.5, color=WINDOW_COLOUR, alpha=0.3, linewidth=0)
+    ax.set(
+        yscale="log",
+        xlim=(-0.5, k - 0.5),
+        xlabel="component i (0 = largest)",
+        ylabel="singular value",
+        title=f"{weights[0].name}" if len(weights) == 1 else f"Spectra of {len(weights)} weights",
+    )
+    _thin_ticks(ax)
+    if len(kinds) > 1:
+        handles = [Line2D([], [], color=c, label=kind) for kind, c in colours.items()]
+        # Spectra fall, so this corner is free; a search for the best place slows down many lines.
+        ax.legend(handles=handles, title="pale = late block" if len(blocks) > 1 else None, loc="lower left")
+    return ax
+
+
+def small_multiples(
+    spectra: SpectrumSet, *, columns: int = 4, relative: bool = False, axes: np.ndarray | None = None
+) -> np.ndarray:
+    """Singular values by component, one panel per kind of weight, one line per block.
+
+    Args:
+        spectra: of any number of blocks; their colours are one scale, explained by a colour bar.
+            Weights outside the blocks are grey.
+        columns: panels in a row.
+        relative: count components in shares of k, i / k, which compares weights of different size.
+        axes: to draw on, at least one per kind, all in one figure; default a new pyplot figure.
+
+    Returns:
+        The Axes, one per kind in the model's order, shape (kinds,).
+
+    Raises:
+        ValueError: there are fewer ``axes`` than kinds.
+    """
+    places = {name: block_and_kind(name) for name in spectra}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    blocks = [block for block, _ in places.values() if block >= 0] or [0]
+    scale = plt.Normalize(min(blocks), max(blocks))
+    colours = ScalarMappable(scale, sns.color_palette("crest", as_cmap=True))
+    with house_style():
+        alone = axes is None
+        axes = _panels(len(kinds), columns) if alone else np.ravel(axes)
+        if len(axes) < len(kinds):
+            raise ValueError(f"there are {len(kinds)} kinds of weights but only {len(axes)} axes to draw on")
+        axes = axes[: len(kinds)]
+        panels = dict(zip(kinds, axes, strict=True))
+        for name, (block, kind) in places.items():
+            values = spectra[name].singular_values.clamp_min(FLOOR).numpy()
+            steps = np.arange(len(values)) / (len(values) if relative else 1)
+            colour = colours.to_rgba(block) if block >= 0 else "0.5"
+            panels[kind].plot(steps, values, color=colour, linewidth=1)
+        for kind, ax in panels.items():
+            ax.set(yscale="log", title=kind)
+            _thin_ticks(ax)
+        across = "component, i / k" if relative else "component i (0 = largest)"
+        if alone:
+            axes[0].figure.supxlabel(across, fontsize=11)
+            axes[0].figure.supylabel("singular value", fontsize=11)
+        else:
+            plt.setp(axes, xlabel=across, ylabel="singular value")
+        if len(set(blocks)) > 1:
+            colour_bar(colours, axes, "block").ax.yaxis.get_major_locator().set_params(integer=True)
+    return axes
+
+
+@styled
+def cumulative_energy(spectra: SpectrumSet | Mapping[str, SpectrumSet], *, ax: Axes) -> Axes:
+    """The share of the energy, sum(s^2), that the largest components hold together.
+
+    One line per kind of weight, or per model if ``spectra`` maps names to
+    models: the median over its weights, in a band from the 10th to the 90th
+    percentile. Both axes are shares, so weights of any size compare. Equal
+    singular values would give the grey diagonal.
+    """
+    if isinstance(spectra, SpectrumSet):
+        groups: dict[str, list[Spectrum]] = {}
+        for s in spectra.values():
+            groups.setdefault(block_and_kind(s.name)[1], []).append(s)
+    else:
+        groups = {name: list(model.values()) for name, model in spectra.items()}
+    shares = np.linspace(0, 1, 201)
+    colours = sns.color_palette("colorblind", len(groups))
+    for i, (name, weights) in enumerate(groups.items()):
+        curves = np.stack([np.interp(shares, *_cumulated(s)) for s in weights])
+        low, median, high = np.percentile(curves, [10, 50, 90], axis=0)
+        ax.fill_between(shares, low, high, color=colours[i], alpha=0.15, linewidth=0)
+        ax.plot(shares, median, color=colours[i], linestyle=LINE_STYLES[i % len(LINE_STYLES)], label=name)
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="equal values")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, symbol=""))
+    ax.set(
+        xlim=(0, 1),
+        ylim=(0, 1.01),
+        xlabel="largest components (% of k)",
+        ylabel="energy (%)",
+        title="Cumulative energy: median, 10th to 90th percentile",
+    )
+    ax.legend(loc="lower right")
+    return ax
+
+
+@styled
+def depth_map(
+    table: pd.DataFrame,
+    column: str = "effective_rank",
+    *,
+    share: bool | None = None,
+    limits: tuple[float, float] | None = None,
+    ax: Axes,
+) -> Axes:
+    """One column of ``SpectrumSet.table()`` as a heat map, kind of weight by block.
+
+    Args:
+        table: of a model of any depth; up to 12 blocks have their values written in.
+        column: any numeric one; means, where a block has several weights of a kind.
+        share: divide by k, the number of components; default for columns that count
+            components (the ranks).
+        limits: of the colour scale, to compare several maps; default the range of the values.
+        ax: to draw on; default a new pyplot figure.
+    """
+    share = column in COUNTS if share is None else share
+    values = table[column] / table["k"] if share else table[column]
+    cells = table.assign(value=values).pivot_table("value", "kind", "block", sort=False)
+    cells = cells[sorted(cells.columns)].where(np.isfinite)
+    low, high = limits or (cells.min(axis=None), cells.max(axis=None))
+    image = ax.imshow(cells, cmap=HEAT, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    if len(cells.columns) <= 12:
+        _write_in(ax, cells.to_numpy(), low, high)
+    every = -(-len(cells.columns) // 12)
+    shown = range(0, len(cells.columns), every)
+    ax.set_xticks(shown, [str(cells.columns[i]) if cells.columns[i] >= 0 else "none" for i in shown])
+    ax.set_yticks(range(len(cells)), cells.index)
+    name = column.replace("_", " ")
+    ax.set(xlabel="block", title=f"{name.capitalize()} by block" + (", as a share of k" if share else ""))
+    ax.grid(False)
+    colour_bar(image, ax, f"{name} / k" if share else name)
+    return ax
+
+
+@styled
+def overlap(matrix: np.ndarray, *, ax: Axes) -> Axes:
+    """How much bands of components of one weight share between two states of it, as a heat map.
+
+    Args:
+        matrix: (bands before, bands after), in [0, 1], the largest components first; up to 10
+            bands have their values written in.
+        ax: to draw on; default a new pyplot figure.
+
+    Raises:
+        ValueError: the matrix is not 2-D, or holds values outside [0, 1].
+    """
+    matrix = np.asarray(matrix, dtype=float)
+    if matrix.ndim != 2 or not matrix.size or not (-1e-6 <= matrix.min() <= matrix.max() <= 1 + 1e-6):
+        raise ValueError(f"expected a matrix of overlaps in [0, 1], not an array of shape {matrix.shape}")
+    image = ax.imshow(matrix, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
+    if max(matrix.shape) <= 10:
+        _write_in(ax, matrix, 0, 1)
+    for axis, name in ((ax.xaxis, "after"), (ax.yaxis, "before")):
+        axis.get_major_locator().set_params(integer=True)
+        axis.set_label_text(f"band of components {name} (0 = largest)")
+    ax.set_title("Overlap of the components before and after")
+    ax.grid(False)
+    colour_bar(image, ax, "overlap")
+    return ax
+
+
+def _thin_ticks(ax: Axes) -> None:
+    """No minor ticks on a logarithmic axis of many decades: they say little and cost most of the time."""
+    low, high = ax.get_ylim()
+    if high > 100 * low:
+        ax.yaxis.minorticks_off()
+
+
+def _panels(count: int, columns: int) -> np.ndarray:
+    """The Axes of a new figure in rows of ``columns``, with common scales; shape (count,)."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    size = (2.6 * columns + 1, 2.3 * rows + 0.5)
+    axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)[1].ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[max(count - columns, 0) : count]:
+        ax.xaxis.set_tick_params(labelbottom=True)  # also where the panel below was removed
+    return axes[:count]
+
+
+def _cumulated(s: Spectrum) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the components, from 0 to 1, and the share of the energy that they hold."""
+    energy = np.concatenate([[0], energy_until(s.singular_values).numpy()])
+    return np.linspace(0, 1, len(energy)), energy
+
+
+def _write_in(ax: Axes, cells: np.ndarray, low: float, high: float) -> None:
+    style = ".2f" if np.nanmax(cells) < 10 else ".3g"
+    for (row, column), value in np.ndenumerate(cells):
+        if np.isfinite(value):
+            colour = "white" if value < (low + high) / 2 else "black"
+            ax.text(column, row, f"{value:{style}}", ha="center", va="center", color=colour, fontsize=8.5)
+
+
+@styled
+def by_depth(table: pd.DataFrame, column: str = "effective_rank", *, ax: Axes) -> Axes:
+    """One column of ``SpectrumSet.table()`` against the block, one line per kind."""
+    sns.lineplot(
+        table, x="block", y=column, hue="kind", style="kind", markers=True, dashes=False,
+        palette=sns.color_palette("colorblind", table["kind"].nunique()), ax=ax,
+    )  # fmt: skip
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    name = column.replace("_", " ")
+    ax.set(xlabel="block", ylabel=name, title=f"{name.capitalize()} by depth")
+    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
+    return ax
+
+
+def decomposition(spectrum: Spectrum, window: Window, axes: np.ndarray | None = None) -> np.ndarray:
+    """The weight, the slice that the window holds and the residual that stays, as three heat maps.
+
+    Returns:
+        The three Axes. The colours of weight and residual share one scale;
+        the slice has its own, written in its title.
+    """
+    whole = spectrum.component(Window(spectrum.k, start=0)).numpy()
+    part = spectrum.component(window).numpy()
+    scale = np.abs(whole).max()
+    with house_style():
+        if axes is None:
+            axes = plt.subplots(1, 3, figsize=(10, 3.4))[1]
+        pictures = {
+            "weight W": (whole, scale),
+            "slice": (part, np.abs(part).max()),
+            "residual W - slice": (whole - part, scale),
+        }
+        for ax, (title, (matrix, top)) in zip(axes, pictures.items(), strict=True):
+            ax.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+            ax.set(title=f"{title}\n(colours ±{top:.2g})", xlabel="input feature")
+            ax.title.set_fontsize(10.5)
+            ax.grid(False)
+        axes[0].set_ylabel("output feature")
+    return axes
