@@ -108,7 +108,7 @@ def main() -> None:
         ["nine windows: PEFT / lora_lens", *(f"{m[PEFT_NINE] / m[OURS_NINE]:.1f}x" for m in middle)],
         ["one window: PEFT / lora_lens", *(f"{m[PEFT_ONE] / m[OURS_ONE]:.1f}x" for m in middle)],
     ]
-    text = f"Preparing adapters of rank {RANK}, seconds, median (range) of {REPEATS}, of nine for PEFT pissa. {machine()}.\n\n"
+    text = f"Preparing adapters of rank {RANK}: seconds, median and range. {machine()}.\n\n"
     text += markdown(["", *columns], table) + "\n\n" + markdown(["ratio", *columns], ratios)
 
     figure = Figure(figsize=(9, 0.6 + 2.4 * len(middle)), layout="constrained")

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from uuid import uuid4
 
 import torch
@@ -71,6 +72,7 @@ class SpectrumCache:
         self.folder = default_folder() if folder is None else Path(folder)
         self.max_bytes = max_bytes
         self._failed = False
+        self._lock = Lock()  # for threads that fail at once
 
     def get(self, key: str) -> Factors | None:
         """The factors kept for ``key``: left (out, k), singular values (k,), right (k, in); or None.
@@ -133,8 +135,9 @@ class SpectrumCache:
         warnings.warn(f"{path} is damaged ({error}); its spectrum is computed again", stacklevel=3)
 
     def _give_up(self, error: OSError) -> None:
-        if not self._failed:
-            self._failed = True
+        with self._lock:
+            first, self._failed = not self._failed, True
+        if first:
             warnings.warn(
                 f"spectra are not kept in {self.folder} ({error.strerror or error}) and have to be computed "
                 "again next time; make room there, or set LORA_LENS_CACHE to a folder that can be written",

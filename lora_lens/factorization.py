@@ -68,7 +68,7 @@ def some_components(matrix: Tensor, components: Tensor) -> Factors:
     For a share of the components in a share of the time: the Gram matrix is
     reduced to a tridiagonal one, only the wanted eigenvectors of that are
     computed, by inverse iteration (LAPACK's stein), and only those are
-    transformed back. Where that is not orthonormal to 1e-6, for components far
+    transformed back. Where that is not orthonormal to 3e-6, for components far
     below the largest or among many equal ones, all are computed after all.
 
     Args:
