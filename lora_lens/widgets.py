@@ -49,6 +49,7 @@ SWEEP_COLUMNS = (
     "retained_accuracy",
     "forgetting",
 )
+ALL = ""  # not None, for which ipywidgets shows an empty box
 CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
 
 
@@ -90,7 +91,7 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
         table = tables[model.value]
         wanted = {"kind": kind.value, "block": block.value}
         for column, value in wanted.items():
-            table = table if value is None else table[table[column] == value]
+            table = table if value == ALL else table[table[column] == value]
         if table.empty:
             raise ValueError(f"block {block.value} has no {kind.value}; choose another block or kind")
         chosen = SpectrumSet([models[model.value][name] for name in table["layer"]])
@@ -254,12 +255,12 @@ def _dropdown(description: str, options: Iterable[str] = ()) -> Dropdown:
 
 
 def _offer(dropdown: Dropdown, options: list[tuple[str, object]]) -> None:
-    """``all``, whose value is None, and ``options``; the value stays if it is among them."""
-    options = [("all", None), *options]
+    """``all`` and ``options``; the value stays if it is among them."""
+    options = [("all", ALL), *options]
     if tuple(options) != dropdown.options:
         kept = dropdown.value
         dropdown.options = options
-        dropdown.value = kept if kept in dict(options).values() else None
+        dropdown.value = kept if kept in dict(options).values() else ALL
 
 
 def _checkbox(description: str) -> Checkbox:

@@ -216,7 +216,8 @@ def several(narrow_spectra, spectra) -> VBox:
 
 
 def test_another_model_brings_its_own_choices_and_keeps_those_it_shares(several, spectra):
-    assert control(several, "block").options == (("all", None), ("0", 0), ("1", 1))
+    assert control(several, "block").options == (("all", ""), ("0", 0), ("1", 1))
+    assert control(several, "block").index == control(several, "kind").index == 0
     control(several, "kind").value, control(several, "block").value = "attn.qkv", 1
     control(several, "model").value = "embedded"
     assert (control(several, "kind").value, control(several, "block").value) == ("attn.qkv", 1)
@@ -230,7 +231,8 @@ def test_choices_that_another_model_lacks_fall_back(several):
     control(several, "block").value, control(several, "rank").value = 5, 90
     control(several, "model").value = "narrow"
     assert shows_results(several)
-    assert (control(several, "block").value, control(several, "rank").value) == (None, 16)
+    assert (control(several, "block").label, control(several, "rank").value) == ("all", 16)
+    assert control(several, "block").index == 0  # what the browser shows
 
 
 def test_a_change_of_model_draws_once(several, monkeypatch):
