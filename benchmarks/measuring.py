@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import platform
 import statistics
@@ -19,9 +20,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import timm
 import torch
 from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model
 from threadpoolctl import threadpool_limits
+from torch import nn
+
+import lora_lens as ll
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLED_EVERY = 0.002  # seconds between two looks at another process's memory
@@ -107,6 +113,26 @@ def machine() -> str:
 
 
 # --- models ---
+
+
+def vit() -> nn.Module:
+    return timm.create_model("vit_base_patch16_224", pretrained=False).eval()
+
+
+def models() -> dict[str, nn.Module]:
+    """ViT-B/16 with random weights, always the same, and SmolLM2-135M if it is installed."""
+    torch.manual_seed(0)
+    found = {"ViT-B/16": vit()}
+    if smollm2_gguf() is not None:
+        found["SmolLM2-135M"] = ll.embedded.smollm2()
+    return found
+
+
+def peft_start(model: nn.Module, layers: Sequence[str], rank: int, init: str) -> float:
+    """Seconds that PEFT takes to adapt a copy, which it changes in place; copying is not counted."""
+    copied = copy.deepcopy(model)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers), init_lora_weights=init)
+    return seconds(lambda: get_peft_model(copied, config))
 
 
 def weightwatcher():

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import timm
 import torch
 from matplotlib.figure import Figure
 from measuring import (
@@ -48,6 +47,7 @@ from measuring import (
     ready,
     smollm2_gguf,
     threads,
+    vit,
     weightwatcher,
 )
 from safetensors.torch import save_file
@@ -77,10 +77,6 @@ class Result:
     peak: Peak
     weights: int
     largest: int  # bytes in float64
-
-
-def vit() -> nn.Module:
-    return timm.create_model("vit_base_patch16_224", pretrained=False)
 
 
 # --- in the measured process ---

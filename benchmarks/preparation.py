@@ -16,9 +16,8 @@ import copy
 import os
 import statistics
 from collections.abc import Callable
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
-import timm
 import torch
 from matplotlib.figure import Figure
 from measuring import (
@@ -27,14 +26,14 @@ from measuring import (
     alternating,
     machine,
     markdown,
+    models,
     options,
+    peft_start,
     publish,
     seconds,
-    smollm2_gguf,
     spread,
     threads,
 )
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lora_lens as ll
@@ -57,12 +56,6 @@ def nine_windows(model: nn.Module) -> float:
     return spent + sum(in_place(model, made[0], window) for window in NINE)
 
 
-def peft_start(model: nn.Module, layers: list[str], init: str) -> float:
-    copied = copy.deepcopy(model)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, init_lora_weights=init)
-    return seconds(lambda: get_peft_model(copied, config))
-
-
 def lapack(model: nn.Module, layers: list[str]) -> float:
     weights = [model.get_submodule(name).weight.detach() for name in layers]
     return seconds(lambda: [torch.linalg.svd(w, full_matrices=False) for w in weights])
@@ -75,9 +68,9 @@ def rows_of(model: nn.Module) -> dict[str, Callable[[], float]]:
         OURS_NINE: lambda: nine_windows(model),
         OURS_ONE: lambda: in_place(model, None, ll.Window.middle(RANK)),
         LAPACK: lambda: lapack(model, layers),
-        PEFT_ONE: lambda: peft_start(model, layers, "pissa"),
-        "PEFT pissa_niter_16": lambda: peft_start(model, layers, "pissa_niter_16"),
-        "PEFT mica": lambda: peft_start(model, layers, "mica"),
+        PEFT_ONE: lambda: peft_start(model, layers, RANK, "pissa"),
+        "PEFT pissa_niter_16": lambda: peft_start(model, layers, RANK, "pissa_niter_16"),
+        "PEFT mica": lambda: peft_start(model, layers, RANK, "mica"),
     }
 
 
@@ -85,18 +78,15 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    os.environ["LORA_LENS_CACHE"] = mkdtemp()  # nothing is kept from earlier runs, nor for later ones
-    torch.manual_seed(0)
-    models = {"ViT-B/16": timm.create_model("vit_base_patch16_224", pretrained=False).eval()}
-    if smollm2_gguf():
-        models["SmolLM2-135M"] = ll.embedded.smollm2()
-
     measured: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for name, model in models.items():
-        for count in arguments.threads:
-            with threads(count):
-                label = f"{name}, {count} threads"
-                times = alternating(rows_of(model), REPEATS, label, oftener={PEFT_ONE: len(NINE) // REPEATS})
+    with TemporaryDirectory() as folder:
+        os.environ["LORA_LENS_CACHE"] = folder  # nothing is found from earlier runs
+        for name, model in models().items():
+            for count in arguments.threads:
+                with threads(count):
+                    often = {PEFT_ONE: len(NINE) // REPEATS}
+                    label = f"{name}, {count} threads"
+                    times = alternating(rows_of(model), REPEATS, label, oftener=often)
                 times[PEFT_NINE] = [sum(times[PEFT_ONE])]
                 measured[name, count] = times
 

@@ -20,15 +20,13 @@ machine does at this rate, so the floor lies below what any such program can rea
 
 from __future__ import annotations
 
-import copy
 import statistics
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from measuring import alternating, machine, markdown, options, publish, seconds, spread, threads
-from peft import LoraConfig, get_peft_model
+from measuring import alternating, machine, markdown, options, peft_start, publish, seconds, spread, threads
 from torch import nn
 
 import lora_lens as ll
@@ -62,14 +60,8 @@ def contenders(rows: int, columns: int) -> dict[str, Callable[[], float]]:
         OURS_VECTORS: lambda: seconds(lambda: ll.spectra(model, vectors=True, **settings)),
         SVDVALS: lambda: seconds(lambda: torch.linalg.svdvals(weight)),
         SVD: lambda: seconds(lambda: torch.linalg.svd(weight, full_matrices=False)),
-        PISSA: lambda: pissa(model),
+        PISSA: lambda: peft_start(model, ["layers.0"], RANK, "pissa"),
     }
-
-
-def pissa(model: nn.Module) -> float:
-    copied = copy.deepcopy(model)  # PEFT changes it
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layers.0"], init_lora_weights="pissa")
-    return seconds(lambda: get_peft_model(copied, config))
 
 
 def floors(rows: int, columns: int, rate: float) -> dict[str, list[float]]:

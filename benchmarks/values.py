@@ -27,7 +27,6 @@ import statistics
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
-import timm
 import torch
 from matplotlib.figure import Figure
 from measuring import (
@@ -36,10 +35,10 @@ from measuring import (
     alternating,
     machine,
     markdown,
+    models,
     options,
     publish,
     seconds,
-    smollm2_gguf,
     spread,
     threads,
     weightwatcher,
@@ -117,14 +116,6 @@ class Contest:
         if len(theirs) != spectrum.k:
             raise SystemExit(f"{spectrum.name}: {len(theirs)} values against {spectrum.k}")
         return float((theirs - spectrum.singular_values).abs().max() / theirs[0])
-
-
-def models() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    found = {"ViT-B/16": timm.create_model("vit_base_patch16_224", pretrained=False).eval()}
-    if smollm2_gguf() is not None:
-        found["SmolLM2-135M"] = ll.embedded.smollm2()
-    return found
 
 
 def table(measured: dict[str, list[float]]) -> str:

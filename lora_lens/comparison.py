@@ -55,7 +55,7 @@ def overlap(before: Spectrum, after: Spectrum, window: Window, side: Side = "lef
     Raises:
         ValueError: as :func:`principal_angles`.
     """
-    return float(principal_angles(before, after, window, side).cos().square().mean())
+    return _mean_squared_cosine(principal_angles(before, after, window, side))
 
 
 def overlap_matrix(before: Spectrum, after: Spectrum, bins: int = 32, side: Side = "left") -> np.ndarray:
@@ -190,10 +190,14 @@ def compare(
         if window is not None:
             row["start"] = window.slice(old.k, name).start
             angles = {side: principal_angles(old, new, window, side) for side in ("left", "right")}
-            row |= {f"overlap_{side}": float(a.cos().square().mean()) for side, a in angles.items()}
+            row |= {f"overlap_{side}": _mean_squared_cosine(a) for side, a in angles.items()}
             row |= {f"degrees_{side}": float(a[-1].rad2deg()) for side, a in angles.items()}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _mean_squared_cosine(angles: Tensor) -> float:
+    return float(angles.cos().square().mean())
 
 
 def _check_shapes(before: Spectrum, after: Spectrum) -> None:

@@ -43,8 +43,8 @@ def thin_svd(matrix: Tensor) -> Factors:
     left, values = _normed_product(matrix, v)
     if not (values > TAIL * values.max()).all():
         left, values, v = _with_exact_tail(matrix.double(), v)
-    order = values.argsort(descending=True, stable=True)
     if (values.diff() > 0).any():  # neighbours that rounding has swapped
+        order = values.argsort(descending=True, stable=True)
         left, values, v = left[:, order], values[order], v[:, order]
     return left.float(), values, v.T.float()
 
