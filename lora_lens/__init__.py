@@ -11,9 +11,11 @@ run = ll.finetune(adapted, ll.embedded.digits(), retain=source)
 from importlib import import_module
 from types import ModuleType
 
-from lora_lens import comparison, embedded, metrics, spectral_metrics
-from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, attach, function_error
+from lora_lens import comparison, embedded, metrics, placement, spectral_metrics
+from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.comparison import compare
+from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Variant
+from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
 from lora_lens.store import curves
 from lora_lens.sweep import Grid, sweep
@@ -33,18 +35,26 @@ __all__ = [
     "SpectrumSet",
     "Task",
     "Training",
+    "Variant",
     "Window",
     "attach",
     "compare",
     "comparison",
     "curves",
+    "detach",
     "embedded",
+    "export",
+    "export_residual",
     "finetune",
     "function_error",
+    "load",
     "metrics",
+    "placement",
     "plots",
+    "save",
     "spectra",
     "spectral_metrics",
+    "summary",
     "sweep",
     "widgets",
     "windows",

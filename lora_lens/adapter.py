@@ -1,51 +1,102 @@
-"""What is trained: a window of each spectrum, or one of the baselines, on any model PEFT can adapt."""
+"""The bridge to PEFT: a model whose windows are trained, the way back, and how exact both are."""
 
 from __future__ import annotations
 
 import copy
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lora_lens.layers import Targets, check_finite, target_layers
+from lora_lens.fingerprint import digest_of
+from lora_lens.layers import (
+    Targets,
+    block_and_kind,
+    check_finite,
+    matrix_shape,
+    set_weight_matrix,
+    target_layers,
+    weight_matrix,
+)
+from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
+from lora_lens.placement import ByLayer
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
-from lora_lens.window import Window
+from lora_lens.weights import weights
+from lora_lens.window import Placement, Window, require_fit
+
+ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
-@dataclass(frozen=True)
-class LoRA:
-    """Ordinary LoRA (Hu et al. 2022): random A, zero B, base untouched."""
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where the adapter of one weight started: what must be known to undo it.
 
-    rank: int
+    Attributes:
+        components: (rank,) indices of the components, ascending.
+        b, a: the factors as they were stored, (out_features, rank) and (rank, in_features).
+        digest: of the pretrained weight as a matrix, see :func:`lora_lens.fingerprint.digest_of`.
+        original: that weight, shared with the model that was given, and the version it had then;
+            None if the model was adapted in place.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", Window.first(self.rank).rank)  # the same rules for every rank
+    components: Tensor
+    b: Tensor
+    a: Tensor
+    digest: str
+    original: Tensor | None = None
+    version: int = 0
 
-    def __str__(self) -> str:
-        return f"LoRA of rank {self.rank}"
+    def __deepcopy__(self, memo: dict) -> Start:
+        return self
+
+    def weight(self, name: str) -> Tensor:
+        """The pretrained weight as it was, in the layout of its layer.
+
+        Raises:
+            ValueError: it was not kept, or its model was trained meanwhile.
+        """
+        if self.original is None:
+            raise ValueError(
+                f"the pretrained weight of {name} was not kept, because the model was adapted in place; "
+                "pass original=, the pretrained model or its file"
+            )
+        if self.original._version != self.version:
+            raise ValueError(
+                f"the pretrained model was changed after attach (its {name}.weight); pass original=, "
+                "the pretrained model or its file"
+            )
+        return self.original
 
 
-@dataclass(frozen=True)
-class LinearProbe:
-    """Nothing but the new head is trained: the bound on retention."""
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """What :func:`attach` notes on the model that it returns, as the attribute ``attachment``.
 
-    def __str__(self) -> str:
-        return "linear probe"
+    Attributes:
+        method: in words.
+        variant: how the adapter was built.
+        starts: by layer name; none for ordinary LoRA.
+        trainable: the parameters of the pretrained model that required gradients.
+    """
 
+    method: str
+    variant: Variant
+    starts: Mapping[str, Start]
+    trainable: frozenset[str]
 
-@dataclass(frozen=True)
-class FullFineTuning:
-    """Every weight is trained."""
-
-    def __str__(self) -> str:
-        return "full fine-tuning"
-
-
-Method = Window | LoRA | LinearProbe | FullFineTuning
+    def __deepcopy__(self, memo: dict) -> Attachment:
+        return self
 
 
 def attach(
@@ -55,61 +106,141 @@ def attach(
     targets: Targets = None,
     alpha: float | None = None,
     spectra: SpectrumSet | None = None,
+    variant: Variant | None = None,
+    modules_to_save: Sequence[str] = (),
     inplace: bool = False,
     seed: int = 0,
 ) -> PeftModel | nn.Module:
     """Make ``method`` the trainable part of ``model``, leaving its function as it is.
 
-    For a :class:`Window`, with W = U S V^T and scaling = alpha / rank, every
+    For a :class:`Window` or another placement, with W = U S V^T and scaling = alpha / rank, every
     target weight gets a PEFT adapter with B = U_w (S_w / scaling)^(1/2) and
     A = (S_w / scaling)^(1/2) V_w^T over the frozen residual W - scaling B A.
     The residual is formed from the factors as they are stored, in float32 or
-    more, so base plus adapter equals W up to rounding.
+    more, so base plus adapter equals W up to rounding in the base's dtype;
+    :func:`function_error` and :func:`summary` measure it.
 
     Args:
-        model: the pretrained model.
-        method: a window, or a baseline: LoRA, LinearProbe, FullFineTuning.
-        targets: which layers, see :func:`lora_lens.layers.target_layers`;
-            default all linear layers but the classifier, as far as ``spectra`` has them.
-        alpha: LoRA's alpha; default the rank, so scaling is 1.
+        model: the pretrained model, with linear layers, GPT-2's ``Conv1D`` or convolutions.
+        method: a window or another placement; a mapping of target patterns to placements (see
+            :class:`lora_lens.placement.ByLayer`); or a baseline: LoRA, LinearProbe, FullFineTuning.
+        targets: which layers, see :func:`lora_lens.layers.target_layers`; default all linear layers
+            but the classifier, as far as ``spectra`` has them. With a mapping: those of them that
+            a pattern matches, by default all that do.
+        alpha: LoRA's alpha; default the rank, so scaling is 1 (sqrt(rank) with rsLoRA).
         spectra: of this model, to factorize nothing twice.
-        inplace: adapt ``model`` itself instead of a copy.
+        variant: how the adapter is built: rsLoRA, DoRA, the split of the singular values, ...
+        modules_to_save: modules by the end of their names that PEFT trains and saves in full, such
+            as a new classifier; no adapters are put into them.
+        inplace: adapt ``model`` itself instead of a copy. Without it the copy shares what it can, and
+            keeps the pretrained weights in memory for :func:`detach`.
         seed: of ordinary LoRA's random A.
 
     Returns:
-        A ``PeftModel`` for windows and LoRA, otherwise a plain module.
+        A ``PeftModel`` for placements and LoRA, otherwise a plain module.
 
     Raises:
-        ValueError: the window or rank does not fit a weight, the targets match
-            nothing, a weight is not finite, or ``spectra`` are another model's.
+        ValueError: a placement or rank does not fit a weight, the targets match
+            nothing or something that cannot be adapted, a weight is not finite, the model is
+            adapted already, or ``spectra`` are another model's.
         TypeError: ``method`` is none of the above.
+
+    Warns:
+        UserWarning: dropout over a window.
     """
-    layers = fitting_layers(model, method, targets=targets, alpha=alpha, spectra=spectra)
-    if isinstance(method, Window) and spectra is None:
-        spectra = compute_spectra(model, list(layers), vectors=[method])
+    variant = variant or Variant()
+    plan = planned(model, method, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
+    modules = dict(model.named_modules())
+    saved = {m: [n for n in modules if f".{n}".endswith(f".{m}")] for m in modules_to_save}
+    for wanted in (m for m, found in saved.items() if not found):
+        raise ValueError(f"modules_to_save names {wanted!r}, and {type(model).__name__} has no such module")
+    whole = tuple(f"{n}." for found in saved.values() for n in found)
+    plan = {name: placement for name, placement in plan.items() if not f"{name}.".startswith(whole)}
+
+    if not plan and modules_to_save:
+        raise ValueError(f"modules_to_save={list(modules_to_save)} leaves no layer to adapt")
+    windows = {name: placement for name, placement in plan.items() if isinstance(placement, Placement)}
+    if windows and spectra is None:
+        spectra = compute_spectra(model, list(windows), vectors={name: [p] for name, p in windows.items()})
+    for name, placement in windows.items():
+        placement.select(spectra[name].singular_values, name)
+    if windows and variant.dropout:
+        warnings.warn(
+            f"dropout={variant.dropout:g} also drops inputs of the pretrained components in the windows, so "
+            "in training mode the model does not start from its pretrained function (in eval mode it does)",
+            stacklevel=2,
+        )
+
     # Windows give these weights new values anyway, and copying them twice is most of the time.
-    replaced = [layer.weight for layer in layers.values()] if isinstance(method, Window) else []
-    adapted = model if inplace else _copy_around(model, replaced)
+    adapted = model if inplace else copy_around(model, [modules[name].weight for name in windows])
     if isinstance(method, (LinearProbe, FullFineTuning)):
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    originals = {} if inplace else {name: modules[name].weight.detach() for name in windows}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = pool.map(digest_of, [weight_matrix(modules[name]) for name in windows])
+        digests = dict(zip(windows, digests, strict=True))
+    config = _config(model, plan, alpha, variant, modules_to_save)
+    adapted = inject(adapted, config, plan, variant, seed)
 
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=alpha or method.rank,
-        target_modules=list(layers),
-        init_lora_weights=isinstance(method, LoRA),
-        bias="none",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted = get_peft_model(adapted, config)
-    if isinstance(method, Window):
-        for name in layers:
-            _start_from_window(adapted.base_model.model.get_submodule(name), spectra[name], method, inplace)
+    starts = {}
+    for name, placement in windows.items():
+        layer = lora_layer(adapted, name)
+        b, a = _factors(spectra[name], placement, layer.scaling[ADAPTER], variant.split)
+        set_start(layer, b, a, keep=not inplace)
+        starts[name] = note_start(
+            layer, spectra[name].components_of(placement), digests[name], originals.get(name)
+        )
+    described = ByLayer(method) if isinstance(method, Mapping) else method
+    adapted.attachment = Attachment(str(described), variant, starts, trainable)
     return adapted
 
 
-def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | None) -> dict[str, nn.Linear]:
+def planned(
+    model: nn.Module,
+    method: Method,
+    *,
+    targets: Targets = None,
+    alpha: float | None = None,
+    spectra: SpectrumSet | None = None,
+    variant: Variant | None = None,
+) -> dict[str, Placement | LoRA]:
+    """What each layer would get, by name, after every check that :func:`attach` can make before its work.
+
+    Empty for baselines without adapters. Copies and changes nothing.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
+        raise ValueError(
+            "this model is adapted already; attach to the pretrained model instead, or first take the "
+            "adapter off (ll.detach, PEFT's unload) or in (PEFT's merge_and_unload)"
+        )
+    if isinstance(method, (LinearProbe, FullFineTuning)):
+        return {}
+    if not isinstance(method, (Placement, LoRA, Mapping)):
+        raise TypeError(
+            "expected a Window or another placement, a mapping of patterns to placements, LoRA, LinearProbe "
+            f"or FullFineTuning, not {method!r}"
+        )
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha must be positive, not {alpha!r}")
+    variant = variant or Variant()
+    if isinstance(method, LoRA) and (variant.split != "balanced" or variant.train == "A"):
+        raise ValueError(f"ordinary LoRA starts at B = 0, which leaves no sense in the variant: {variant}")
+
+    plan = _by_layer(model, method, targets, spectra)
+    for name, placement in plan.items():
+        layer = model.get_submodule(name)
+        k = min(matrix_shape(layer))
+        check_finite(name, layer.weight)
+        require_fit(placement.rank, k, name)
+        if isinstance(placement, Window):
+            placement.slice(k, name)
+        if isinstance(placement, Placement) and spectra is not None:
+            _check_belongs(spectra[name], placement, layer)
+    return plan
+
+
+def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | None) -> dict[str, nn.Module]:
     """The layers that ``targets`` name; without targets, the usual ones as far as there are spectra of them.
 
     Raises:
@@ -126,69 +257,282 @@ def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | Non
     return layers
 
 
-def fitting_layers(
-    model: nn.Module,
-    method: Method,
-    *,
-    targets: Targets = None,
-    alpha: float | None = None,
-    spectra: SpectrumSet | None = None,
-) -> dict[str, nn.Linear]:
-    """The layers that ``method`` would adapt, by name, after every check that :func:`attach` makes.
+def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -> nn.Module:
+    """Take the adapter off and put the pretrained weights back, bit for bit.
 
-    Empty for baselines without adapters. Copies and changes nothing.
+    Args:
+        adapted: from :func:`attach`, trained or not, possibly compiled or wrapped; it is used up.
+        original: the pretrained model or its file; needed if the model was adapted in place, or if
+            the pretrained model was trained meanwhile.
+
+    Returns:
+        The pretrained model without PEFT, its parameters requiring gradients as before. What was
+        trained is dropped: use PEFT's ``merge_and_unload`` to keep it in the weights.
+
+    Raises:
+        ValueError: ``adapted`` is none of attach's, the pretrained weights are not at hand, or
+            ``original`` is another model; then nothing was changed.
     """
-    if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
-        raise ValueError("this model is adapted already; attach to the pretrained model instead")
-    if isinstance(method, (LinearProbe, FullFineTuning)):
-        return {}
-    if not isinstance(method, (Window, LoRA)):
-        raise TypeError(f"expected a Window, LoRA, LinearProbe or FullFineTuning, not {method!r}")
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha must be positive, not {alpha!r}")
+    peft_model, record = attached(adapted)
+    found = {} if original is None else matrices_of(original, list(record.starts))
+    for name, start in record.starts.items():
+        if original is None:
+            start.weight(name)
+        else:
+            require_same(name, found[name](), start.digest)
+    base = peft_model.unload()
+    for name, start in record.starts.items():
+        layer = base.get_submodule(name)
+        if original is None:
+            layer.weight.data = start.weight(name).to(layer.weight.device, copy=True)
+        else:
+            set_weight_matrix(layer, found[name]())
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in record.trainable)
+    return base
 
-    layers = chosen_layers(model, targets, spectra)
-    window = method if isinstance(method, Window) else Window.first(method.rank)
-    for name, layer in layers.items():
-        check_finite(name, layer.weight)
-        window.slice(min(layer.weight.shape), name)
-        if isinstance(method, Window) and spectra is not None:
-            _check_belongs(spectra[name], method, layer.weight)
-    return layers
+
+def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
+    """The PEFT model inside wrappers (compiled, distributed), and what attach noted on it.
+
+    Raises:
+        ValueError: it does not come from attach.
+    """
+    inner = adapted
+    while not isinstance(inner, PeftModel):
+        wrapped = [getattr(inner, key, None) for key in ("_orig_mod", "module")]
+        inner = next((m for m in wrapped if isinstance(m, nn.Module)), None)
+        if inner is None:
+            break
+    if inner is None or not hasattr(inner, "attachment"):
+        raise ValueError(
+            f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; "
+            "for an adapter that was made elsewhere, use PEFT's own functions"
+        )
+    return inner, inner.attachment
 
 
-def _copy_around(model: nn.Module, shared: list[nn.Parameter]) -> nn.Module:
-    """A deep copy of all but the values of ``shared``."""
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in shared})
+def summary(adapted: nn.Module) -> pd.DataFrame:
+    """What is adapted, and how exactly: one row per layer.
+
+    Columns: layer, kind, rank, first and last (the lowest and highest component; missing for
+    ordinary LoRA), scaling, base_dtype, adapter_dtype, and start_error: the relative error of the
+    weight at the start, ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if
+    the pretrained weight was not kept (inplace=True).
+
+    Raises:
+        ValueError: ``adapted`` does not come from :func:`attach`.
+    """
+    peft_model, record = attached(adapted)
+    rows = []
+    for name, layer in lora_layers(peft_model).items():
+        start = record.starts.get(name)
+        components = start.components if start else [None]
+        rows.append(
+            {
+                "layer": name,
+                "kind": block_and_kind(name)[1],
+                "rank": layer.r[ADAPTER],
+                "first": None if start is None else int(components[0]),
+                "last": None if start is None else int(components[-1]),
+                "scaling": float(layer.scaling[ADAPTER]),
+                "base_dtype": str(layer.get_base_layer().weight.dtype).removeprefix("torch."),
+                "adapter_dtype": str(layer.lora_A[ADAPTER].weight.dtype).removeprefix("torch."),
+                "start_error": 0.0 if start is None else _start_error(layer, start),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> float:
+    """The largest output difference between two models, relative to the largest output.
+
+    max |f_adapted(x) - f(x)| / max |f(x)| over a batch; what :func:`attach`
+    promises to keep at the rounding level of the base's dtype.
+
+    Args:
+        adapted, model: the two models, on the inputs' device.
+        inputs: a batch, or a mapping of keyword arguments such as a tokenizer gives. Of outputs with
+            several tensors the first counts, which is the logits where the model has them.
+    """
+    with _evaluating(adapted), _evaluating(model):
+        reference, now = (_first_output(m, inputs) for m in (model, adapted))
+    return float((now - reference).abs().max() / reference.abs().max())
+
+
+def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers by the names they have without PEFT."""
+    modules = peft_model.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
+    return peft_model.get_base_model().get_submodule(name)
+
+
+def factor_matrix(factor: nn.ModuleDict) -> Tensor:
+    """A layer's A (rank, in_features) or B (out_features, rank), a view, also of a convolution's."""
+    return factor[ADAPTER].weight.detach().flatten(1)
+
+
+def matrices_of(source: nn.Module | str | Path, names: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+    """What reads each named weight of a model or file as a matrix.
+
+    Raises:
+        ValueError: a name is missing there.
+    """
+    found = {w.name: w.load for w in (weights(source, list(names)) if names else [])}
+    for name in (n for n in names if n not in found):
+        where = source if isinstance(source, (str, Path)) else type(source).__name__
+        raise ValueError(f"{where} has no weight {name}: it is not the model that was adapted")
+    return found
+
+
+def note_start(layer: LoraLayer, components: Tensor, digest: str, original: Tensor | None) -> Start:
+    """To be called before the first training step."""
+    b, a = (factor_matrix(f).clone() for f in (layer.lora_B, layer.lora_A))
+    return Start(components, b, a, digest, original, 0 if original is None else original._version)
+
+
+def require_same(name: str, matrix: Tensor, digest: str) -> None:
+    """Raise a ValueError that names the weight if it is not the one that was adapted."""
+    if digest_of(matrix) != digest:
+        raise ValueError(
+            f"{name}.weight is not the one that this adapter was made for (their hashes differ; here "
+            f"{str(matrix.dtype).removeprefix('torch.')}, {tuple(matrix.shape)}): use the same pretrained "
+            "model, in the same dtype"
+        )
 
 
 @torch.no_grad()
-def _start_from_window(layer: LoraLayer, spectrum: Spectrum, window: Window, inplace: bool) -> None:
-    part = window.slice(spectrum.k, spectrum.name)
-    scaling = layer.scaling["default"]
-    root = (spectrum.singular_values[part] / scaling).sqrt()
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    left, right = spectrum.vectors(window)
-    b.copy_(left.double() * root)  # (out, rank)
-    a.copy_(root[:, None] * right.double())  # (rank, in)
-    weight = layer.get_base_layer().weight
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    values = weight.data if inplace else weight.data.clone()
-    if values.dtype == exact:
-        values.addmm_(b.to(exact), a.to(exact), alpha=-scaling)
+def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
+    """Give a layer its first factors, (out, rank) and (rank, in), and its base the residual.
+
+    With ``keep`` the base's values go to new memory.
+    """
+    factor_matrix(layer.lora_B).copy_(b)
+    factor_matrix(layer.lora_A).copy_(a)
+    base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
+    if keep:
+        base.weight.data = base.weight.data.clone()
+    matrix = weight_matrix(base)
+    exact = torch.promote_types(matrix.dtype, torch.float32)
+    stored_b, stored_a = (factor_matrix(f).to(exact) for f in (layer.lora_B, layer.lora_A))
+    if matrix.dtype == exact:
+        residual = matrix.addmm_(stored_b, stored_a, alpha=-scaling)
     else:
-        values.copy_(torch.addmm(values.to(exact), b.to(exact), a.to(exact), alpha=-scaling))
-    weight.data = values
+        residual = torch.addmm(matrix.to(exact), stored_b, stored_a, alpha=-scaling)
+    if residual.data_ptr() != base.weight.data_ptr():
+        set_weight_matrix(base, residual)
+    if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):  # as long as the rows of the sum now are
+        layer.lora_magnitude_vector[ADAPTER].update_layer(
+            base_layer=base,
+            lora_A=layer.lora_A[ADAPTER].weight,
+            lora_B=layer.lora_B[ADAPTER].weight,
+            scaling=scaling,
+        )
 
 
-def _check_belongs(spectrum: Spectrum, window: Window, weight: Tensor) -> None:
+def _by_layer(
+    model: nn.Module, method: Method, targets: Targets, spectra: SpectrumSet | None
+) -> dict[str, Placement | LoRA]:
+    if not isinstance(method, Mapping):
+        return dict.fromkeys(chosen_layers(model, targets, spectra), method)
+    allowed = None if targets is None else target_layers(model, targets)
+    plan: dict[str, Placement] = {}
+    for pattern, placement in ByLayer(method).items():
+        for name in target_layers(model, pattern):
+            plan.setdefault(name, placement)
+    plan = {n: plan[n] for n, _ in model.named_modules() if n in plan and (allowed is None or n in allowed)}
+    if not plan:
+        raise ValueError(f"no layer that targets={targets!r} selects has a placement: {ByLayer(method)}")
+    return plan
+
+
+def inject(
+    model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
+) -> PeftModel:
+    """PEFT's layers in place of the named ones, ready for :func:`set_start`."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT minds mixed models
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=variant.dtype is None)
+    for name in names:
+        layer = lora_layer(adapted, name)
+        if variant.dtype is not None:
+            layer.lora_A.to(variant.dtype), layer.lora_B.to(variant.dtype)
+        if variant.train != "both":
+            fixed = "lora_B" if variant.train == "A" else "lora_A"
+            layer.frozen_peft_weight_names = {ADAPTER: (fixed,)}  # PEFT's set_adapter would train it again
+            getattr(layer, fixed).requires_grad_(False)
+    return adapted
+
+
+def _config(
+    model: nn.Module,
+    plan: Mapping[str, Placement | LoRA],
+    alpha: float | None,
+    variant: Variant,
+    modules_to_save: Sequence[str],
+) -> LoraConfig:
+    return LoraConfig(
+        target_modules=_only(plan, model),
+        init_lora_weights=any(isinstance(placement, LoRA) for placement in plan.values()),
+        bias="none",
+        use_rslora=variant.rslora,
+        use_dora=variant.dora,
+        lora_dropout=variant.dropout,
+        modules_to_save=list(modules_to_save) or None,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in plan),
+        **rank_settings({name: placement.rank for name, placement in plan.items()}, alpha),
+    )
+
+
+def rank_settings(ranks: Mapping[str, int], alpha: float | None) -> dict[str, object]:
+    """PEFT's settings for these ranks by layer; alpha is the rank where None."""
+    most = max(ranks.values())
+    settings: dict[str, object] = {"r": most, "lora_alpha": alpha or most}
+    if len(set(ranks.values())) > 1:
+        # PEFT takes the first pattern that ends a name, and one layer's name may end another's.
+        longest_first = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+        settings["rank_pattern"] = longest_first
+        if alpha is None:
+            settings["alpha_pattern"] = dict(longest_first)
+    return settings
+
+
+def _only(names: Mapping[str, object], model: nn.Module) -> list[str] | str:
+    """PEFT's target_modules for these layers alone: a list also takes layers whose names end in one of it."""
+    ends = tuple(f".{name}" for name in names)
+    if any(name not in names and name.endswith(ends) for name, _ in model.named_modules()):
+        return "|".join(re.escape(name) for name in names)
+    return list(names)
+
+
+def _factors(spectrum: Spectrum, placement: Placement, scaling: float, split: str) -> tuple[Tensor, Tensor]:
+    """B (out, rank) and A (rank, in) in float64."""
+    left, right = spectrum.vectors(placement)
+    values = spectrum.singular_values[placement.select(spectrum.singular_values, spectrum.name)] / scaling
+    ones = torch.ones_like(values)
+    of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[split]
+    return left.double() * of_b, of_a[:, None] * right.double()
+
+
+def copy_around(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+    """A deep copy of all but the values of ``shared``."""
+    # data instead of detach(): changes of the copy must not count as changes of the original.
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in shared})
+
+
+def _check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
     """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
-    part = window.slice(spectrum.k, spectrum.name)
-    left, right = spectrum.vectors(window)
-    belongs = spectrum.shape == tuple(weight.shape)
+    belongs = spectrum.shape == matrix_shape(layer)
     if belongs:
-        rows = slice(None, None, max(len(weight) // 64, 1))
-        some = weight.detach()[rows].to("cpu", torch.float32)
+        part = placement.select(spectrum.singular_values, spectrum.name)
+        left, right = spectrum.vectors(placement)
+        rows = slice(None, None, max(spectrum.shape[0] // 64, 1))
+        some = weight_matrix(layer)[rows].to("cpu", torch.float32)
         expected = left[rows] * spectrum.singular_values[part].float()
         tolerance = 1e-3 * torch.linalg.norm(expected) + 1e-5 * torch.linalg.norm(some)
         belongs = bool(torch.linalg.norm(some @ right.T - expected) <= tolerance)
@@ -199,16 +543,32 @@ def _check_belongs(spectrum: Spectrum, window: Window, weight: Tensor) -> None:
         )
 
 
-@torch.inference_mode()
-def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor) -> float:
-    """The largest output difference between two models, relative to the largest output.
+def _start_error(layer: LoraLayer, start: Start) -> float:
+    if start.original is None:
+        return float("nan")
+    base = layer.get_base_layer()
+    original = start.original.to(base.weight.device)
+    original = (original.T if isinstance(base, Conv1D) else original.flatten(1)).double()
+    effective = torch.addmm(
+        weight_matrix(base).double(), start.b.double(), start.a.double(), alpha=layer.scaling[ADAPTER]
+    )
+    norm = torch.linalg.norm(original)
+    return float(torch.linalg.norm(effective - original) / norm) if norm > 0 else 0.0
 
-    max |f_adapted(x) - f(x)| / max |f(x)| over a batch ``inputs``; what
-    :func:`attach` promises to keep at rounding level.
-    """
-    was_training = adapted.training, model.training
-    adapted.eval(), model.eval()
-    reference = model(inputs)
-    error = float((adapted(inputs) - reference).abs().max() / reference.abs().max())
-    adapted.train(was_training[0]), model.train(was_training[1])
-    return error
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+        output = output[0] if logits is None else logits
+    return output.double()

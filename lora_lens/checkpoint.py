@@ -89,7 +89,7 @@ def _in_folder(folder: Path) -> list[Stored]:
 
 
 def _in_shards(index: Path) -> list[Stored]:
-    places = _json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise ValueError(f"{index} holds no weight_map from tensor names to files; download or save it again")
     stored = []
@@ -104,7 +104,7 @@ def _in_shards(index: Path) -> list[Stored]:
 
 def _in_safetensors(path: Path, expected: set[str] | None = None) -> list[Stored]:
     config = path.parent / "config.json"
-    facts = _json(config) if config.is_file() else {}
+    facts = read_json(config) if config.is_file() else {}
     text = facts.get("text_config")
     models = {str(part.get("model_type")) for part in (facts, text) if isinstance(part, dict)}
     headers = _headers(path)
@@ -132,6 +132,18 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _of_safetensors(path: Path, key: str, expert: int | None = None) -> Tensor:
     with _opened(path) as file:
         return file.get_tensor(key) if expert is None else file.get_slice(key)[expert]
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; pickled files are not opened, save as safetensors instead")
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
 
 
 @contextmanager
@@ -254,7 +266,7 @@ def _of_gguf(
     return torch.from_numpy(values.reshape(shape))
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         facts = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -301,7 +313,7 @@ def _in_file(
 
 def _in_adapter(folder: Path) -> list[Stored]:
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config = _json(config_path)
+    config = read_json(config_path)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise ValueError(

@@ -6,7 +6,7 @@ than torch's on some processors and frees the GIL; on an accelerator everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -62,8 +62,8 @@ def _with_exact_tail(matrix: Tensor, v: Tensor) -> Factors:
     return u, torch.cat([values[:head], tail_values]), v
 
 
-def some_components(matrix: Tensor, components: Tensor) -> Factors:
-    """U_c (m, c), S (k,) and V_c^T (c, n): all singular values, and the vectors of c components.
+def some_components(matrix: Tensor, choose: Callable[[Tensor], Tensor]) -> tuple[Factors, Tensor]:
+    """U_c (m, c), S (k,) and V_c^T (c, n): all singular values, and the vectors of c components; and these.
 
     For a share of the components in a share of the time: the Gram matrix is
     reduced to a tridiagonal one, only the wanted eigenvectors of that are
@@ -73,19 +73,21 @@ def some_components(matrix: Tensor, components: Tensor) -> Factors:
 
     Args:
         matrix: (m, n), any floating dtype.
-        components: (c,) indices, ascending, counted from the largest singular value.
+        choose: given the singular values (k,), descending, float64, on the CPU, returns the indices
+            (c,) of the components, ascending; may be called twice.
 
     Returns:
-        Dtypes and device as of :func:`thin_svd`.
+        The factors, of dtypes and device as of :func:`thin_svd`, and the indices.
     """
     if matrix.shape[0] < matrix.shape[1]:
-        left, values, right = some_components(matrix.T, components)
-        return right.T, values, left.T
-    reducible = matrix.device.type == "cpu" and matrix.shape[1] > 1 and len(components)
-    if reducible and (found := _by_inverse_iteration(matrix, components)):
+        (left, values, right), components = some_components(matrix.T, choose)
+        return (right.T, values, left.T), components
+    reducible = matrix.device.type == "cpu" and matrix.shape[1] > 1
+    if reducible and (found := _by_inverse_iteration(matrix, choose)):
         return found
     left, values, right = thin_svd(matrix)
-    return left[:, components], values, right[components]
+    components = choose(values.cpu())
+    return (left[:, components], values, right[components]), components
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -132,21 +134,34 @@ def _eigenvectors(matrix: Tensor) -> Tensor:
     return torch.from_numpy(np.linalg.eigh(_gram(matrix), UPLO="U")[1])
 
 
-def _by_inverse_iteration(matrix: Tensor, components: Tensor) -> Factors | None:
+def _by_inverse_iteration(
+    matrix: Tensor, choose: Callable[[Tensor], Tensor]
+) -> tuple[Factors, Tensor] | None:
     k = matrix.shape[1]
-    picked = k - 1 - components.flip(0)  # LAPACK counts from the smallest
-    found = lapack.some_eigenvectors(_gram(matrix), picked.numpy())
+    components = torch.empty(0, dtype=torch.long)
+
+    def pick(squares: np.ndarray) -> np.ndarray:
+        nonlocal components
+        components = choose(_roots(squares))
+        return k - 1 - components.flip(0).numpy()  # LAPACK counts from the smallest
+
+    found = lapack.some_eigenvectors(_gram(matrix), pick)
     if found is None:
         return None
-    values = torch.from_numpy(found[0]).clamp_min(0).sqrt().flip(0)
-    if not values[components].min() > TAIL * values[0]:
+    values = _roots(found[0])
+    if not (values[components] > TAIL * values[0]).all():
         return None
     v = torch.from_numpy(found[1]).flip(0).T  # (n, c)
     left, _ = _normed_product(matrix, v)
     right = v.float()
     eye = torch.eye(len(components))
-    worst = max((basis.T @ basis - eye).abs().max() for basis in (left, right))
-    return (left, values, right.T) if worst <= ORTHONORMAL else None
+    if not all(((basis.T @ basis - eye).abs() <= ORTHONORMAL).all() for basis in (left, right)):
+        return None
+    return (left, values, right.T), components
+
+
+def _roots(squares: np.ndarray) -> Tensor:
+    return torch.from_numpy(squares).clamp_min(0).sqrt().flip(0)
 
 
 def _normed_product(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

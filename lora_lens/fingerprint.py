@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 import torch
@@ -23,3 +24,10 @@ def add_tensor(digest: Digest, tensor: Tensor) -> None:
     """Hash a tensor's dtype, shape and elements."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor_bytes(tensor))
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and elements: 64 hex digits."""
+    digest = hashlib.sha256()
+    add_tensor(digest, tensor)
+    return digest.hexdigest()

@@ -57,8 +57,10 @@ def eigenvalues(matrix: np.ndarray) -> np.ndarray:
     return _eigenvalues_of_tridiagonal(*_tridiagonal(matrix)[:2])
 
 
-def some_eigenvectors(matrix: np.ndarray, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """All eigenvalues (n,), ascending, and the eigenvectors (c, n) of those that are ``picked``.
+def some_eigenvectors(
+    matrix: np.ndarray, pick: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """All eigenvalues (n,), ascending, and the eigenvectors (c, n) of those that ``pick`` chooses.
 
     As :func:`eigenvalues`, then the wanted eigenvectors by inverse iteration
     (stein), transformed back (ormtr). Among many nearly equal eigenvalues
@@ -66,15 +68,19 @@ def some_eigenvectors(matrix: np.ndarray, picked: np.ndarray) -> tuple[np.ndarra
 
     Args:
         matrix: (n, n), n >= 2, as for :func:`eigenvalues`.
-        picked: (c,) indices, ascending, c >= 1.
+        pick: given the eigenvalues, returns indices (c,), ascending.
 
     Returns:
         None where inverse iteration does not converge.
     """
-    n, c = len(matrix), len(picked)
+    n = len(matrix)
     diagonal, beside, scales, room = _tridiagonal(matrix)
     values = _eigenvalues_of_tridiagonal(diagonal.copy(), beside.copy())
-    vectors, wanted = np.empty((c, n)), values[picked]
+    wanted = values[pick(values)]
+    c = len(wanted)
+    vectors = np.empty((c, n))
+    if c == 0:
+        return values, vectors
     block, end = np.ones(n, np.intc), np.full(n, n, np.intc)  # one block, the whole matrix
     spare, failed = np.empty((2, n), np.intc)
     if _lapack("dstein", n, diagonal, beside, c, wanted, block, end, vectors, n, room, spare, failed):

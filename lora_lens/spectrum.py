@@ -24,7 +24,7 @@ from lora_lens.factorization import Factors, product_svd, singular_values, some_
 from lora_lens.layers import Targets, block_and_kind, check_finite, listed
 from lora_lens.progress import progress_bar
 from lora_lens.weights import Weight, weights
-from lora_lens.window import Window
+from lora_lens.window import Placement, Window, require_fit
 
 METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
 CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
@@ -70,43 +70,60 @@ class Spectrum:
         """See :func:`lora_lens.spectral_metrics.stable_rank`."""
         return spectral_metrics.stable_rank(self.singular_values)
 
-    def energy(self, window: Window) -> float:
-        """The window's share of the squared Frobenius norm, sum_w(s^2) / sum(s^2): in [0, 1]."""
+    def energy(self, window: Placement) -> float:
+        """The share of the squared Frobenius norm, sum_w(s^2) / sum(s^2): in [0, 1]."""
         squares = self.singular_values.square()
         total = squares.sum()
-        return float(squares[window.slice(self.k, self.name)].sum() / total) if total > 0 else 0.0
+        part = window.select(self.singular_values, self.name)
+        return float(squares[part].sum() / total) if total > 0 else 0.0
 
-    def vectors(self, window: Window) -> tuple[Tensor, Tensor]:
+    def components_of(self, window: Placement) -> Tensor:
+        """The indices of a window's or another placement's components, shape (rank,), ascending.
+
+        Raises:
+            ValueError: the placement does not fit.
+        """
+        return torch.arange(self.k)[window.select(self.singular_values, self.name)]
+
+    def vectors(self, window: Placement) -> tuple[Tensor, Tensor]:
         """U_w, shape (out_features, rank), and V_w^T, shape (rank, in_features), float32.
 
         Raises:
-            ValueError: the window does not fit, or its vectors were not computed.
+            ValueError: the placement does not fit, or its vectors were not computed.
         """
-        part = window.slice(self.k, self.name)
+        part = window.select(self.singular_values, self.name)
         if self.left is None or self.right is None:
             raise ValueError(
                 f"the spectrum of {self.name} has no singular vectors; "
                 "compute it with spectra(..., vectors=True)"
             )
         if self.components is not None:
-            first = int(torch.searchsorted(self.components, part.start))
-            held = self.components[first : first + window.rank]
-            if held.tolist() != list(range(part.start, part.stop)):
+            wanted = self.components_of(window)
+            part = torch.searchsorted(self.components, wanted).clamp_max(len(self.components) - 1)
+            if not torch.equal(self.components[part], wanted):
                 raise ValueError(
-                    f"the spectrum of {self.name} holds vectors for other windows, not for "
-                    f"[{part.start}, {part.stop}); compute it with spectra(..., vectors=True) for all"
+                    f"the spectrum of {self.name} holds vectors for other components than {_named(wanted)}; "
+                    "compute it with spectra(..., vectors=True) for all"
                 )
-            part = slice(first, first + window.rank)
+            if int(part[-1] - part[0]) == len(part) - 1:
+                part = slice(int(part[0]), int(part[-1]) + 1)  # a view instead of a copy
         return self.left[:, part], self.right[part]
 
-    def component(self, window: Window) -> Tensor:
+    def component(self, window: Placement) -> Tensor:
         """The part of the weight the window holds, U_w S_w V_w^T: (out_features, in_features), float32.
 
         Raises:
             ValueError: as :meth:`vectors`.
         """
         left, right = self.vectors(window)
-        return left * self.singular_values[window.slice(self.k, self.name)].float() @ right
+        return left * self.singular_values[window.select(self.singular_values, self.name)].float() @ right
+
+
+def _named(components: Tensor) -> str:
+    first, last = int(components[0]), int(components[-1])
+    if last - first == len(components) - 1:
+        return f"[{first}, {last + 1})"
+    return listed([str(int(i)) for i in components], most=6)
 
 
 class SpectrumSet(Mapping[str, Spectrum]):
@@ -129,7 +146,7 @@ class SpectrumSet(Mapping[str, Spectrum]):
     def __repr__(self) -> str:
         return f"SpectrumSet of {len(self)} weights: {listed(self._spectra)}"
 
-    def table(self, window: Window | None = None, *, power_law: bool = False) -> pd.DataFrame:
+    def table(self, window: Placement | None = None, *, power_law: bool = False) -> pd.DataFrame:
         """One row per weight.
 
         Columns: layer (module name), block (first number in the name, or -1),
@@ -166,7 +183,7 @@ class SpectrumSet(Mapping[str, Spectrum]):
                 "above_mp": bulk.above,
             }
             if window is not None:
-                row["start"] = window.slice(spectrum.k, spectrum.name).start
+                row["start"] = int(spectrum.components_of(window)[0])
                 row["energy"] = spectrum.energy(window)
             if power_law:
                 fit = spectral_metrics.power_law(s)
@@ -179,7 +196,7 @@ def spectra(
     source: nn.Module | str | Path,
     targets: Targets = None,
     *,
-    vectors: bool | Iterable[Window] = True,
+    vectors: bool | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
     split_qkv: bool = False,
     device: torch.device | str | None = None,
     cache: bool = True,
@@ -191,8 +208,9 @@ def spectra(
         source: a model, a ``.safetensors`` or ``.gguf`` file, a folder of shards or of a PEFT
             adapter; see :func:`lora_lens.weights.weights`. Files are read one matrix at a time.
         targets: which layers, see there; default all linear layers but the classifier.
-        vectors: True for all singular vectors; windows for theirs alone, in less time and memory;
-            False for the singular values only, which is enough for tables and most pictures.
+        vectors: True for all singular vectors; windows or other placements for theirs alone, in less
+            time and memory, or by weight name those for each; False for the singular values only, which
+            is enough for tables and most pictures.
         split_qkv: fused q, k and v as three weights, see there.
         device: where to compute; default where each weight lies. It needs float64, so the CPU
             stands in for "mps".
@@ -208,12 +226,12 @@ def spectra(
         ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values, a
             window does not fit, or as :func:`lora_lens.weights.weights`.
     """
-    chosen = vectors if isinstance(vectors, bool) else list(vectors)
+    chosen = vectors if isinstance(vectors, (bool, Mapping)) else list(vectors)
     found = weights(source, targets, split_qkv)
     live = isinstance(source, nn.Module)
     for weight in found:  # meet what is wrong before the work starts
-        for window in [] if isinstance(chosen, bool) or weight.factors else chosen:
-            window.slice(min(weight.shape), weight.name)
+        for placement in [] if weight.factors else _placements(chosen, weight.name):
+            _require_room(placement, min(weight.shape), weight.name)
         if live:
             check_finite(weight.name, weight.load())
     kept = SpectrumCache() if cache and chosen else None
@@ -224,6 +242,27 @@ def spectra(
             done[spectrum.name] = spectrum
             bar.update()
     return SpectrumSet([done[weight.name] for weight in found])
+
+
+def _placements(
+    vectors: bool | list[Placement] | Mapping[str, Iterable[Placement]], name: str
+) -> Sequence[Placement]:
+    """Whose vectors of the weight are wanted; none where all or no vectors are."""
+    if isinstance(vectors, Mapping):
+        return list(vectors[name])
+    return [] if isinstance(vectors, bool) else vectors
+
+
+def _require_room(placement: Placement, k: int, name: str) -> None:
+    """Before the singular values are known: whether the placement can fit at all."""
+    require_fit(placement.rank, k, name)
+    if isinstance(placement, Window):
+        placement.slice(k, name)
+
+
+def _union(placements: Sequence[Placement], values: Tensor, name: str) -> Tensor:
+    every = torch.arange(len(values))
+    return torch.cat([every[p.select(values, name)] for p in placements]).unique()
 
 
 def factorize(name: str, weight: Tensor) -> Spectrum:
@@ -267,7 +306,7 @@ def _in_workers(
 
 def _spectrum(
     weight: Weight,
-    vectors: bool | list[Window],
+    vectors: bool | list[Placement] | Mapping[str, Iterable[Placement]],
     device: torch.device | str | None,
     cache: SpectrumCache | None,
     checked: bool,
@@ -290,12 +329,11 @@ def _spectrum(
     key = weight_key(matrix, METHOD) if cache and large else ""
     if key and (known := cache.get(key)) is not None:
         return _packed(weight.name, weight.shape, known)
-    if large and vectors is not True:
-        picked = sorted({i for w in vectors for i in range(k)[w.slice(k)]})
-        if WORTH_PICKING * len(picked) <= k:
-            components = torch.tensor(picked)
-            factors = some_components(_placed(matrix, device), components)
-            return _packed(weight.name, weight.shape, factors, components)
+    placements = _placements(vectors, weight.name)
+    if large and placements and WORTH_PICKING * sum(p.rank for p in placements) <= k:
+        choose = partial(_union, placements, name=weight.name)
+        factors, components = some_components(_placed(matrix, device), choose)
+        return _packed(weight.name, weight.shape, factors, components)
     spectrum = factorize(weight.name, _placed(matrix, device))
     if key:
         cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,15 +13,17 @@ import torch
 from joblib import Parallel, delayed
 from torch import nn
 
-from lora_lens.adapter import FullFineTuning, LinearProbe, LoRA, Method, attach, chosen_layers, fitting_layers
+from lora_lens.adapter import attach, chosen_layers, planned
 from lora_lens.layers import Targets
+from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
+from lora_lens.placement import ByLayer
 from lora_lens.progress import progress_bar
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.store import experiment_identity, open_store, read_run, run_name, write_atomically
 from lora_lens.tasks import Task
 from lora_lens.training import Training, finetune
-from lora_lens.window import Window
+from lora_lens.window import Placement, Window
 
 METHOD_NAMES = {
     Window: "window",
@@ -36,7 +38,8 @@ class Grid:
     """Every method at every learning rate with every seed.
 
     Attributes:
-        window: the windows, such as ``windows(rank=8, count=9)``.
+        window: the windows, such as ``windows(rank=8, count=9)``; other placements and mappings of
+            target patterns to placements may be among them or among the baselines.
         lr: learning rates.
         seed: seeds.
         baselines: other methods to run beside the windows.
@@ -51,11 +54,12 @@ class Grid:
         for name in ("window", "lr", "seed", "baselines"):
             value = getattr(self, name)
             values = tuple(value) if isinstance(value, (Sequence, range)) else (value,)
+            values = tuple(ByLayer(v) if isinstance(v, Mapping) else v for v in values)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} holds the same value twice: {values}")
             object.__setattr__(self, name, values)
         for method in self.methods:
-            if type(method) not in METHOD_NAMES:
+            if not isinstance(method, (Placement, ByLayer, *METHOD_NAMES)):
                 raise TypeError(f"a grid is made of windows and baselines, not {method!r}")
         if not (self.methods and self.lr and self.seed):
             raise ValueError("a grid needs at least one window or baseline, one lr and one seed")
@@ -79,21 +83,23 @@ class Experiment:
     model: nn.Module
     task: Task
     retain: Task
-    targets: list[str]
+    layers: dict[Method, list[str]]
     alpha: float | None
-    spectra: SpectrumSet
+    variant: Variant
+    spectra: SpectrumSet | None
     training: Training
 
     def describe(self, method: Method, lr: float, seed: int) -> dict[str, object]:
         """The plain values that describe one run; their hash is its identity."""
-        fields = asdict(method)
+        variant = {} if self.variant == Variant() else {"variant": str(self.variant)}
         return {
-            "method": METHOD_NAMES[type(method)],
-            "rank": fields.get("rank"),
-            "position": fields.get("position"),
-            "start": fields.get("start"),
+            "method": METHOD_NAMES.get(type(method)) or str(method),
+            "rank": getattr(method, "rank", None),
+            "position": getattr(method, "position", None),
+            "start": getattr(method, "start", None),
             "alpha": None if self.alpha is None else float(self.alpha),
-            "targets": " ".join(self.targets),
+            "targets": " ".join(self.layers[method]),
+            **variant,
             **asdict(replace(self.training, lr=float(lr), seed=int(seed))),
         }
 
@@ -107,6 +113,7 @@ def sweep(
     store: str | Path | None = None,
     targets: Targets = None,
     alpha: float | None = None,
+    variant: Variant | None = None,
     spectra: SpectrumSet | None = None,
     jobs: int | None = None,
     progress: bool = True,
@@ -116,7 +123,7 @@ def sweep(
 
     Args:
         grid: what to vary.
-        model, task, retain, targets, alpha: as for ``attach`` and ``finetune``.
+        model, task, retain, targets, alpha, variant: as for ``attach`` and ``finetune``.
         store: a folder that keeps one small file per finished run. A sweep
             that was interrupted, or a larger grid, runs only what is missing.
             Without it nothing is kept.
@@ -127,9 +134,9 @@ def sweep(
 
     Returns:
         One row per run in the grid's order. Columns: run (identity), method
-        (window, LoRA, linear probe, full fine-tuning), rank, position, start,
-        alpha, lr, seed and the other settings; trainable (adapter parameters
-        trained, without the new head); loss (nats, mean since the last
+        (window, LoRA, linear probe, full fine-tuning, or another placement in words), rank, position,
+        start, alpha, variant (if one was given), lr, seed and the other settings; trainable (adapter
+        parameters trained, without the new head); loss (nats, mean since the last
         evaluation); accuracy, retained_before, retained_accuracy (in [0, 1]);
         forgetting (retained_before - retained_accuracy; positive = forgot);
         diverged.
@@ -141,9 +148,12 @@ def sweep(
     if {"lr", "seed"} & set(settings):
         raise ValueError("lr and seed are the grid's: give them to Grid, not to sweep")
     training = Training(**settings)
-    layers = list(chosen_layers(model, targets, spectra))
-    for method in grid.methods:
-        fitting_layers(model, method, targets=layers, alpha=alpha, spectra=spectra)
+    variant = variant or Variant()
+    usual = list(chosen_layers(model, targets, spectra))
+    plans = {
+        method: planned(model, method, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
+        for method in grid.methods
+    }
     for lr in grid.lr:
         replace(training, lr=lr)  # raises for an impossible rate
     rehearsal = attach(model, LinearProbe())
@@ -151,9 +161,12 @@ def sweep(
 
     with open_store(store, experiment_identity(model, task, retain)) as folder:
         if spectra is None:
-            wanted = [method for method in grid.methods if isinstance(method, Window)]
-            spectra = compute_spectra(model, layers, vectors=wanted, progress=progress)
-        experiment = Experiment(model, task, retain, layers, alpha, spectra, training)
+            wanted = _placements_by_layer(plans.values())
+            spectra = (
+                compute_spectra(model, list(wanted), vectors=wanted, progress=progress) if wanted else None
+            )
+        layers = {method: list(plan) or usual for method, plan in plans.items()}
+        experiment = Experiment(model, task, retain, layers, alpha, variant, spectra, training)
         plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in grid]
         missing = [(point, path) for point, path in plan if read_run(path) is None]
         cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -168,14 +181,24 @@ def sweep(
         return pd.DataFrame([_row(read_run(path)) for _, path in plan])
 
 
+def _placements_by_layer(plans: Iterable[Mapping[str, Placement | LoRA]]) -> dict[str, list[Placement]]:
+    wanted: dict[str, list[Placement]] = {}
+    for plan in plans:
+        for name, placement in plan.items():
+            if isinstance(placement, Placement):
+                wanted.setdefault(name, []).append(placement)
+    return wanted
+
+
 def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path: Path) -> None:
     method, lr, seed = point
     with _one_thread():
         adapted = attach(
             experiment.model,
             method,
-            targets=experiment.targets,
+            targets=experiment.layers[method],
             alpha=experiment.alpha,
+            variant=experiment.variant,
             spectra=experiment.spectra,
             seed=seed,
         )

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.checkpoint import PACKED, Stored, problem_of, tensors_in
-from lora_lens.layers import Targets, block_and_kind, classifier, listed, matching
+from lora_lens.layers import GROUPS, Targets, block_and_kind, classifier, listed, matching, part_of
 
 FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv"}  # not query_key_value and qkv_proj, which mix q, k, v by head
 
@@ -64,7 +64,7 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
               names are llama.cpp's, and q and k of Llama models have their rows permuted;
             - a folder with a PEFT LoRA adapter: the update scaling * B @ A of each adapted layer.
         targets: None for the linear layers and experts, without embeddings, output head and
-            routers (in files: by their usual names); or patterns as in
+            routers (in files: by their usual names); or patterns and groups as in
             :func:`lora_lens.layers.target_layers`, which choose among all of the above.
         split_qkv: q, k and v as three weights for layers named qkv, c_attn, Wqkv or attn_qkv of
             shape (3 * in, in). Those that mix q, k and v by head stay whole.
@@ -96,7 +96,7 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
     if targets is None and not chosen:
         raise ValueError(f"{where} has no linear layers besides its head; choose others by name, {could}")
     for pattern in patterns:
-        names = matching([s.name for s in stored], pattern)
+        names = _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
         found = {id(w) for s, w in matrices if s.name in names or f".{w.name}".endswith(f".{pattern}")}
         if not found:
             raise ValueError(f"target {pattern!r} matches no weight of {where}; {could}")
@@ -106,6 +106,12 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
         if tensor.problem or 0 in tensor.shape:
             raise ValueError(f"{tensor.name} {tensor.problem or f'is empty: its shape is {tensor.shape}'}")
     return [weight for _, weight in picked]
+
+
+def _group(stored: list[Stored], group: str) -> set[str]:
+    if group == "all-conv":
+        return {s.name for s in stored if len(s.shape) > 2 and not s.experts}
+    return {s.name for s in stored if s.usual and group in ("all-linear", f"all-{part_of(s.name)}")}
 
 
 def _matrices(stored: Stored, split_qkv: bool) -> list[Weight]:

@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
+from torch import Tensor
+
+
+class Placement(ABC):
+    """Which ``rank`` components of a spectrum are trained; a rule that holds for every weight.
+
+    :class:`Window` is one; :mod:`lora_lens.placement` has others. For a rule of your own, subclass
+    with a frozen dataclass that has a ``rank`` and a ``select``.
+    """
+
+    rank: int
+
+    @abstractmethod
+    def select(self, singular_values: Tensor, name: str = "this weight") -> slice | Tensor:
+        """The component indices: a range, or (rank,) integers, ascending.
+
+        Args:
+            singular_values: (k,), descending.
+            name: of the weight, for messages.
+
+        Raises:
+            ValueError: the rule gives nothing for this spectrum; the message names ``name``.
+        """
+
+
+def whole_rank(rank: object) -> int:
+    """A rank as an ``int``.
+
+    Raises:
+        TypeError, ValueError: it is no whole number of at least 1.
+    """
+    if not isinstance(rank, Integral) or isinstance(rank, bool):
+        raise TypeError(f"rank must be a whole number, not {rank!r}")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    return int(rank)
+
+
+def require_fit(rank: int, k: int, name: str) -> None:
+    """Raise a ValueError that names the weight if it has fewer than ``rank`` components."""
+    if rank > k:
+        raise ValueError(
+            f"rank {rank} does not fit {name}: its spectrum has {k} components; "
+            f"use a rank of at most {k} or leave this weight out of the targets"
+        )
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Placement):
     """``rank`` consecutive components, placed by relative ``position`` or absolute ``start``.
 
     On a spectrum of k components the window is the half-open range
@@ -28,11 +74,7 @@ class Window:
     start: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, Integral) or isinstance(self.rank, bool):
-            raise TypeError(f"rank must be a whole number, not {self.rank!r}")
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        object.__setattr__(self, "rank", int(self.rank))
+        object.__setattr__(self, "rank", whole_rank(self.rank))
         if (self.position is None) == (self.start is None):
             raise ValueError(
                 f"give a window either a position in [0, 1] or a start, not "
@@ -68,11 +110,7 @@ class Window:
         Raises:
             ValueError: the window does not fit; the message names ``name``.
         """
-        if self.rank > k:
-            raise ValueError(
-                f"rank {self.rank} does not fit {name}: its spectrum has {k} components; "
-                f"use a rank of at most {k} or leave this weight out of the targets"
-            )
+        require_fit(self.rank, k, name)
         start = round(self.position * (k - self.rank)) if self.position is not None else int(self.start)
         if start + self.rank > k:
             raise ValueError(
@@ -80,6 +118,10 @@ class Window:
                 f"{k} components, so start must be at most {k - self.rank}"
             )
         return slice(start, start + self.rank)
+
+    def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
+        """As :meth:`slice`, whatever the singular values."""
+        return self.slice(len(singular_values), name)
 
     def __str__(self) -> str:
         where = f"position {self.position:g}" if self.position is not None else f"start {self.start}"

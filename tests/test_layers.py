@@ -25,15 +25,15 @@ def test_a_pattern_that_matches_nothing_lists_what_could_match(patch_vit):
         target_layers(patch_vit, "q_proj")
 
 
-def test_a_convolution_caught_by_a_pattern_is_named_with_a_way_out(patch_vit):
-    with pytest.raises(ValueError, match=r"'proj' also matches patch_embed.proj \(Conv2d\).*'attn.proj'"):
-        target_layers(patch_vit, ["qkv", "proj"])
+def test_convolutions_are_layers_too(patch_vit):
+    assert list(target_layers(patch_vit, "all-conv")) == ["patch_embed.proj"]
+    assert "patch_embed.proj" in target_layers(patch_vit, ["qkv", "proj"])
     assert list(target_layers(patch_vit, "attn.proj")) == ["blocks.0.attn.proj", "blocks.1.attn.proj"]
 
 
-def test_a_pattern_that_matches_only_other_layers_says_so(patch_vit):
-    with pytest.raises(ValueError, match=r"'patch_embed.proj' matches only patch_embed.proj \(Conv2d\)"):
-        target_layers(patch_vit, "patch_embed.proj")
+def test_a_pattern_that_matches_only_modules_without_a_weight_says_so(patch_vit):
+    with pytest.raises(ValueError, match=r"'act' matches only blocks.0.mlp.act \(GELU\)"):
+        target_layers(patch_vit, "act")
 
 
 def test_a_model_without_a_classifier_is_refused():

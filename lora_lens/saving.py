@@ -1,0 +1,353 @@
+"""Adapters on disk: to go on training, for anybody's PEFT, or with their residual base. Only safetensors.
+
+A folder holds what PEFT writes, adapter_config.json and adapter_model.safetensors, and
+
+lora_lens.json      which weights the adapter belongs to, by hash, and how it was made; its "kind" is
+                    "adapter" if it fits these weights as they are, "window" if it fits their residual
+start.safetensors   of a window: the factors that the residual lacks, <layer>.A and <layer>.B
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from uuid import uuid4
+
+import pandas as pd
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+
+from lora_lens.adapter import (
+    ADAPTER,
+    Attachment,
+    Start,
+    attached,
+    copy_around,
+    factor_matrix,
+    inject,
+    lora_layer,
+    lora_layers,
+    matrices_of,
+    note_start,
+    rank_settings,
+    require_same,
+    set_start,
+)
+from lora_lens.checkpoint import read_json, read_safetensors
+from lora_lens.factorization import product_svd
+from lora_lens.fingerprint import digest_of
+from lora_lens.layers import weight_matrix
+from lora_lens.methods import Variant
+from lora_lens.window import whole_rank
+
+FORMAT = 1
+ABOUT, WEIGHTS, START = "lora_lens.json", "adapter_model.safetensors", "start.safetensors"
+PREFIX = "base_model.model."  # of PEFT's tensor names
+
+
+def save(adapted: nn.Module, folder: str | Path) -> None:
+    """Keep an adapter as it is, to go on with :func:`load`: also before training, as the window's file.
+
+    Next to PEFT's files it keeps the factors that the adapter started from, so that :func:`load`
+    forms the same residual without factorizing anything. Without :func:`load` this adapter fits no
+    model: for others, see :func:`export` and :func:`export_residual`.
+
+    Args:
+        adapted: from :func:`lora_lens.attach`, trained or not.
+        folder: a new folder, or one that lora_lens wrote, which is replaced when all is written.
+
+    Raises:
+        ValueError: ``adapted`` is none of attach's or merged; the folder holds something else.
+    """
+    peft_model, record = attached(adapted)
+    _require_unmerged(peft_model)
+    starts = record.starts
+    with _replaced(folder) as new:
+        _write_adapter(new, peft_model.peft_config[ADAPTER], _state(peft_model))
+        if starts:
+            factors = {f"{name}.{key}": getattr(s, key.lower()) for name, s in starts.items() for key in "AB"}
+            save_file({key: t.cpu().contiguous() for key, t in factors.items()}, new / START)
+        digests = {name: start.digest for name, start in starts.items()} or _digests(peft_model)
+        _write_about(new, "window" if starts else "adapter", record, digests)
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    inplace: bool = False,
+) -> PeftModel:
+    """Put an adapter from :func:`save` or :func:`export` on its pretrained model, if it is that.
+
+    Args:
+        model: the pretrained model, or for the adapter of :func:`export_residual` its residual base.
+        folder: what lora_lens wrote.
+        checkpoint: a folder that PEFT or a trainer wrote during training (with
+            adapter_model.safetensors), whose factors replace those of ``folder``.
+        inplace: adapt ``model`` itself instead of a copy.
+
+    Returns:
+        A model as :func:`lora_lens.attach` returns it, ready to be trained on.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, it is damaged or not lora_lens's, or
+            a weight of the model is not the one that the adapter was made for.
+    """
+    folder = Path(folder)
+    about = _about(folder)
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = False
+    state = read_safetensors((Path(checkpoint) if checkpoint else folder) / WEIGHTS)
+    factors = read_safetensors(folder / START) if about["kind"] == "window" else {}
+    names, variant = list(about["weights"]), _variant(about["variant"])
+    read = matrices_of(model, names)
+    for name, known in about["weights"].items():
+        require_same(name, read[name](), known["digest"])
+
+    originals = {name: model.get_submodule(name).weight for name in names}
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    base = model if inplace else copy_around(model, originals.values() if factors else [])
+    adapted = inject(base, config, names, variant)
+    starts = {}
+    for name in names if factors else []:
+        layer = lora_layer(adapted, name)
+        set_start(layer, factors[f"{name}.B"], factors[f"{name}.A"], keep=not inplace)
+        original = None if inplace else originals[name].detach()
+        known = about["weights"][name]
+        starts[name] = note_start(layer, torch.tensor(known["components"]), known["digest"], original)
+    _fill(adapted, state, checkpoint or folder)
+    adapted.attachment = Attachment(about["method"], variant, starts, trainable)
+    return adapted
+
+
+def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
+    """Write an ordinary LoRA (or DoRA) for the untouched pretrained model; any PEFT loads it.
+
+    The trained function is W - scaling B_0 A_0 + scaling B A. Seen from W the update has rank 2r:
+    scaling (B A - B_0 A_0) = scaling [B - B_0, B_0] [A; A - A_0], and rank r if one of the factors
+    was not trained. A smaller ``rank`` keeps the largest singular components of each update.
+
+    Args:
+        adapted: from :func:`lora_lens.attach`.
+        folder: as for :func:`save`.
+        rank: None for the exact update; otherwise the largest rank to write.
+
+    Returns:
+        One row per layer: layer, rank (as written), update (Frobenius norm of the whole update),
+        lost (share of its squared Frobenius norm that truncation left out, in [0, 1]).
+
+    Raises:
+        ValueError: ``adapted`` is none of attach's, is merged or holds NaN; or as :func:`save`.
+    """
+    most = None if rank is None else whole_rank(rank)
+    peft_model, record = attached(adapted)
+    _require_unmerged(peft_model)
+    layers = lora_layers(peft_model)
+    state, ranks, rows = _state(peft_model), {}, []
+    for name, layer in layers.items():
+        b, a, norm, lost = _truncated(*_update(layer, record.starts.get(name)), most)
+        if not torch.isfinite(norm):
+            raise ValueError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
+        ranks[name] = len(a)
+        shapes = (layer.lora_B[ADAPTER].weight.shape, layer.lora_A[ADAPTER].weight.shape)
+        state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
+        state[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(len(a), *shapes[1][1:])
+        rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
+    old = peft_model.peft_config[ADAPTER]
+    config = LoraConfig(
+        target_modules=old.target_modules,
+        modules_to_save=old.modules_to_save,
+        use_dora=old.use_dora,
+        fan_in_fan_out=old.fan_in_fan_out,
+        task_type=old.task_type,
+        base_model_name_or_path=old.base_model_name_or_path,
+        **rank_settings(ranks, None),
+    )
+    digests = {name: start.digest for name, start in record.starts.items()} or _digests(peft_model)
+    with _replaced(folder) as new:
+        _write_adapter(new, config, state)
+        _write_about(new, "adapter", record, digests)
+    return pd.DataFrame(rows)
+
+
+def export_residual(adapted: nn.Module, folder: str | Path) -> None:
+    """Write the residual model and the adapter as it was before training, for trainers that want both.
+
+    ``folder/base`` holds the residual model: of a transformers model with its configuration, for
+    ``from_pretrained``; of any other model its state in model.safetensors. ``folder/adapter`` holds
+    the window's factors as an ordinary PEFT adapter: load it trainable. To train over an 8- or 4-bit
+    base, load ``folder/base`` with that quantization: then only the residual is rounded, as in
+    QPiSSA (Meng et al. 2024).
+
+    Args:
+        adapted: from :func:`lora_lens.attach` with a window; what was trained since is left out.
+        folder: as for :func:`save`.
+
+    Raises:
+        ValueError: ``adapted`` holds no window, or as :func:`save`.
+    """
+    peft_model, record = attached(adapted)
+    _require_unmerged(peft_model)
+    if not record.starts:
+        raise ValueError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
+    state, digests = _state(peft_model), {}
+    for name, start in record.starts.items():
+        layer = lora_layer(peft_model, name)
+        for key, factor in (("B", start.b), ("A", start.a)):
+            like = getattr(layer, f"lora_{key}")[ADAPTER].weight
+            state[f"{PREFIX}{name}.lora_{key}.weight"] = factor.reshape(like.shape)
+        residual = weight_matrix(layer.get_base_layer())
+        digests[name] = digest_of(residual)
+        if record.variant.dora:
+            key = f"{PREFIX}{name}.lora_magnitude_vector"
+            whole = torch.addmm(
+                residual.float(), start.b.float(), start.a.float(), alpha=layer.scaling[ADAPTER]
+            )
+            state[key] = torch.linalg.norm(whole, dim=1).reshape(state[key].shape).to(state[key].dtype)
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            untrained = module.original_module.state_dict()
+            state |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in untrained.items()}
+
+    # Modules of its own around the same tensors, because taking the adapter off changes modules.
+    tensors = [*peft_model.parameters(), *peft_model.buffers()]
+    base = copy.deepcopy(peft_model, {id(t): t for t in tensors}).unload()
+    with _replaced(folder) as new:
+        (new / "base").mkdir()
+        (new / "adapter").mkdir()
+        if hasattr(base, "save_pretrained"):
+            base.save_pretrained(new / "base")
+        else:
+            save_model(base, str(new / "base" / "model.safetensors"))
+        _write_adapter(new / "adapter", peft_model.peft_config[ADAPTER], state)
+        _write_about(new / "adapter", "adapter", record, digests)
+        (new / ABOUT).write_text(
+            json.dumps({"format": FORMAT, "kind": "residual base and adapter"}, indent=1)
+        )
+
+
+def _update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
+    """Factors (out, R) and (R, in) of what was trained, float32 or more."""
+    scaling = layer.scaling[ADAPTER]
+    b, a = (factor_matrix(f).cpu() for f in (layer.lora_B, layer.lora_A))
+    exact = torch.promote_types(b.dtype, torch.float32)
+    b, a = b.to(exact), a.to(exact)
+    if start is None:
+        return scaling * b, a
+    b0, a0 = start.b.cpu().to(exact), start.a.cpu().to(exact)
+    if torch.equal(b, b0):
+        return scaling * b, a - a0
+    if torch.equal(a, a0):
+        return scaling * (b - b0), a
+    return scaling * torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
+
+
+def _truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The factors of at most ``rank``, the norm of the whole product, and the share of it left out."""
+    gram_b, gram_a = b.double().T @ b.double(), a.double() @ a.double().T
+    norm = (gram_b * gram_a).sum().clamp_min(0).sqrt()
+    if rank is None or rank >= len(a) or not torch.isfinite(norm):
+        return b, a, norm, 0.0
+    left, values, right = product_svd(b.double(), a.double())
+    root, squares = values[:rank].sqrt(), values.square()
+    lost = float(squares[rank:].sum() / squares.sum()) if squares.sum() > 0 else 0.0
+    return (left[:, :rank] * root).to(b.dtype), (root[:, None] * right[:rank]).to(a.dtype), norm, lost
+
+
+def _state(peft_model: PeftModel) -> dict[str, Tensor]:
+    return dict(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+
+
+def _fill(adapted: PeftModel, state: Mapping[str, Tensor], where: str | Path) -> None:
+    expected = {key: tuple(tensor.shape) for key, tensor in _state(adapted).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if expected != found:
+        wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))[0]
+        raise ValueError(
+            f"{where} does not hold the adapter that was saved: {wrong} has the shape {found.get(wrong)}, "
+            f"expected {expected.get(wrong)}"
+        )
+    set_peft_model_state_dict(adapted, dict(state))
+
+
+def _digests(peft_model: PeftModel) -> dict[str, str]:
+    """Of base weights that no window has changed."""
+    return {n: digest_of(weight_matrix(x.get_base_layer())) for n, x in lora_layers(peft_model).items()}
+
+
+def _require_unmerged(peft_model: PeftModel) -> None:
+    for name, layer in lora_layers(peft_model).items():
+        if layer.merged:
+            raise ValueError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
+
+
+def _write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _write_about(folder: Path, kind: str, record: Attachment, digests: Mapping[str, str]) -> None:
+    components = {name: start.components.tolist() for name, start in record.starts.items()}
+    about = {
+        "format": FORMAT,
+        "kind": kind,
+        "method": record.method,
+        "variant": {**asdict(record.variant), "dtype": str(record.variant.dtype).removeprefix("torch.")},
+        "weights": {n: {"digest": d, "components": components.get(n)} for n, d in digests.items()},
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=1))
+
+
+def _about(folder: Path) -> dict:
+    if not (folder / ABOUT).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {ABOUT}, so it was not written by lora_lens: "
+            "load an ordinary adapter with PEFT's PeftModel.from_pretrained"
+        )
+    about = read_json(folder / ABOUT)
+    if about.get("kind") not in ("adapter", "window"):
+        raise ValueError(f"{folder} holds a {about.get('kind')}: load what is in its folders")
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / ABOUT} has format {about.get('format')}, expected {FORMAT}: update lora_lens"
+        )
+    return about
+
+
+def _variant(values: Mapping[str, object]) -> Variant:
+    dtype = values["dtype"]
+    return Variant(**{**values, "dtype": None if dtype == "None" else getattr(torch, dtype)})
+
+
+@contextmanager
+def _replaced(folder: str | Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder`` once all is written; until then that is untouched."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and was not written by lora_lens; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tag = uuid4().hex[:8]
+    new, old = (folder.with_name(f".{folder.name}.{tag}.{state}") for state in ("new", "old"))
+    try:
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
