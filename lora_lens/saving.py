@@ -27,7 +27,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from lora_lens.adapter import (
+from lora_lens.checkpoint import read_json, read_safetensors
+from lora_lens.factorization import product_svd
+from lora_lens.fingerprint import digest_of
+from lora_lens.injection import (
     ADAPTER,
     Attachment,
     Start,
@@ -42,10 +45,8 @@ from lora_lens.adapter import (
     rank_settings,
     require_same,
     set_start,
+    taken_off,
 )
-from lora_lens.checkpoint import read_json, read_safetensors
-from lora_lens.factorization import product_svd
-from lora_lens.fingerprint import digest_of
 from lora_lens.layers import weight_matrix
 from lora_lens.methods import Variant
 from lora_lens.window import whole_rank
@@ -222,7 +223,7 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
 
     # Modules of its own around the same tensors, because taking the adapter off changes modules.
     tensors = [*peft_model.parameters(), *peft_model.buffers()]
-    base = copy.deepcopy(peft_model, {id(t): t for t in tensors}).unload()
+    base = taken_off(copy.deepcopy(peft_model, {id(t): t for t in tensors}))
     with _replaced(folder) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()

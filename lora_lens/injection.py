@@ -1,0 +1,258 @@
+"""PEFT's layers under a window: how they get into a model, what they started from, and whose they are."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_lens.fingerprint import digest_of
+from lora_lens.layers import set_weight_matrix, weight_matrix
+from lora_lens.methods import LoRA, Variant
+from lora_lens.weights import weights
+from lora_lens.window import Placement
+
+ADAPTER = "default"  # PEFT's name for the only adapter of a model
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where the adapter of one weight started: what must be known to undo it.
+
+    Attributes:
+        components: (rank,) indices of the components, ascending.
+        b, a: the factors as they were stored, (out_features, rank) and (rank, in_features).
+        digest: of the pretrained weight as a matrix, see :func:`lora_lens.fingerprint.digest_of`.
+        original: that weight, shared with the model that was given, and the version it had then;
+            None if the model was adapted in place.
+    """
+
+    components: Tensor
+    b: Tensor
+    a: Tensor
+    digest: str
+    original: Tensor | None = None
+    version: int = 0
+
+    def __deepcopy__(self, memo: dict) -> Start:
+        return self
+
+    def weight(self, name: str) -> Tensor:
+        """The pretrained weight as it was, in the layout of its layer.
+
+        Raises:
+            ValueError: it was not kept, or its model was trained meanwhile.
+        """
+        if self.original is None:
+            raise ValueError(
+                f"the pretrained weight of {name} was not kept, because the model was adapted in place; "
+                "pass original=, the pretrained model or its file"
+            )
+        if self.original._version != self.version:
+            raise ValueError(
+                f"the pretrained model was changed after attach (its {name}.weight); pass original=, "
+                "the pretrained model or its file"
+            )
+        return self.original
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """What :func:`attach` notes on the model that it returns, as the attribute ``attachment``.
+
+    Attributes:
+        method: in words.
+        variant: how the adapter was built.
+        starts: by layer name; none for ordinary LoRA.
+        trainable: the parameters of the pretrained model that required gradients.
+    """
+
+    method: str
+    variant: Variant
+    starts: Mapping[str, Start]
+    trainable: frozenset[str]
+
+    def __deepcopy__(self, memo: dict) -> Attachment:
+        return self
+
+
+def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
+    """The PEFT model inside wrappers (compiled, distributed), and what attach noted on it.
+
+    Raises:
+        ValueError: it does not come from attach.
+    """
+    inner = adapted
+    while not isinstance(inner, PeftModel):
+        wrapped = [getattr(inner, key, None) for key in ("_orig_mod", "module")]
+        inner = next((m for m in wrapped if isinstance(m, nn.Module)), None)
+        if inner is None:
+            break
+    if inner is None or not hasattr(inner, "attachment"):
+        raise ValueError(
+            f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; "
+            "for an adapter that was made elsewhere, use PEFT's own functions"
+        )
+    return inner, inner.attachment
+
+
+def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers by the names they have without PEFT."""
+    modules = peft_model.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+
+
+def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
+    return peft_model.get_base_model().get_submodule(name)
+
+
+def factor_matrix(factor: nn.ModuleDict) -> Tensor:
+    """A layer's A (rank, in_features) or B (out_features, rank), a view, also of a convolution's."""
+    return factor[ADAPTER].weight.detach().flatten(1)
+
+
+def copy_around(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+    """A deep copy of all but the values of ``shared``."""
+    # data instead of detach(): changes of the copy must not count as changes of the original.
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in shared})
+
+
+def inject(
+    model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
+) -> PeftModel:
+    """PEFT's layers in place of the named ones, ready for :func:`set_start`."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT minds mixed models
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=variant.dtype is None)
+    for name in names:
+        layer = lora_layer(adapted, name)
+        if variant.dtype is not None:
+            layer.lora_A.to(variant.dtype), layer.lora_B.to(variant.dtype)
+        if variant.train != "both":
+            fixed = "lora_B" if variant.train == "A" else "lora_A"
+            layer.frozen_peft_weight_names = {ADAPTER: (fixed,)}  # PEFT's set_adapter would train it again
+            getattr(layer, fixed).requires_grad_(False)
+    return adapted
+
+
+@torch.no_grad()
+def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
+    """Give a layer its first factors, (out, rank) and (rank, in), and its base the residual.
+
+    With ``keep`` the base's values go to new memory.
+    """
+    factor_matrix(layer.lora_B).copy_(b)
+    factor_matrix(layer.lora_A).copy_(a)
+    base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
+    if keep:
+        base.weight.data = base.weight.data.clone()
+    matrix = weight_matrix(base)
+    exact = torch.promote_types(matrix.dtype, torch.float32)
+    stored_b, stored_a = (factor_matrix(f).to(exact) for f in (layer.lora_B, layer.lora_A))
+    if matrix.dtype == exact:
+        residual = matrix.addmm_(stored_b, stored_a, alpha=-scaling)
+    else:
+        residual = torch.addmm(matrix.to(exact), stored_b, stored_a, alpha=-scaling)
+    if residual.data_ptr() != base.weight.data_ptr():
+        set_weight_matrix(base, residual)
+    if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):  # as long as the rows of the sum now are
+        layer.lora_magnitude_vector[ADAPTER].update_layer(
+            base_layer=base,
+            lora_A=layer.lora_A[ADAPTER].weight,
+            lora_B=layer.lora_B[ADAPTER].weight,
+            scaling=scaling,
+        )
+
+
+def note_start(layer: LoraLayer, components: Tensor, digest: str, original: Tensor | None) -> Start:
+    """To be called before the first training step."""
+    b, a = (factor_matrix(f).clone() for f in (layer.lora_B, layer.lora_A))
+    return Start(components, b, a, digest, original, 0 if original is None else original._version)
+
+
+def peft_config(
+    model: nn.Module,
+    plan: Mapping[str, Placement | LoRA],
+    alpha: float | None,
+    variant: Variant,
+    modules_to_save: Sequence[str],
+) -> LoraConfig:
+    return LoraConfig(
+        target_modules=_only(plan, model),
+        init_lora_weights=any(isinstance(placement, LoRA) for placement in plan.values()),
+        bias="none",
+        use_rslora=variant.rslora,
+        use_dora=variant.dora,
+        lora_dropout=variant.dropout,
+        modules_to_save=list(modules_to_save) or None,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in plan),
+        **rank_settings({name: placement.rank for name, placement in plan.items()}, alpha),
+    )
+
+
+def rank_settings(ranks: Mapping[str, int], alpha: float | None) -> dict[str, object]:
+    """PEFT's settings for these ranks by layer; alpha is the rank where None."""
+    most = max(ranks.values())
+    settings: dict[str, object] = {"r": most, "lora_alpha": alpha or most}
+    if len(set(ranks.values())) > 1:
+        # PEFT takes the first pattern that ends a name, and one layer's name may end another's.
+        longest_first = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+        settings["rank_pattern"] = longest_first
+        if alpha is None:
+            settings["alpha_pattern"] = dict(longest_first)
+    return settings
+
+
+def _only(names: Mapping[str, object], model: nn.Module) -> list[str] | str:
+    """PEFT's target_modules for these layers alone: a list also takes layers whose names end in one of it."""
+    ends = tuple(f".{name}" for name in names)
+    if any(name not in names and name.endswith(ends) for name, _ in model.named_modules()):
+        return "|".join(re.escape(name) for name in names)
+    return list(names)
+
+
+def taken_off(peft_model: PeftModel) -> nn.Module:
+    """The base model without PEFT's modules, but with its own where PEFT trained copies; uses it up."""
+    modules = peft_model.get_base_model().named_modules()
+    own = {name: m.original_module for name, m in modules if isinstance(m, ModulesToSaveWrapper)}
+    base = peft_model.unload()
+    for name, module in own.items():  # PEFT leaves its copies there
+        base.set_submodule(name, module)
+    return base
+
+
+def matrices_of(source: nn.Module | str | Path, names: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+    """What reads each named weight of a model or file as a matrix.
+
+    Raises:
+        ValueError: a name is missing there.
+    """
+    if not names:
+        return {}
+    try:
+        found = {w.name: w.load for w in weights(source, list(names))}
+        return {name: found[name] for name in names}
+    except (ValueError, KeyError) as error:
+        where = source if isinstance(source, (str, Path)) else type(source).__name__
+        raise ValueError(f"{where} is not the model that was adapted: {error}") from error
+
+
+def require_same(name: str, matrix: Tensor, digest: str) -> None:
+    """Raise a ValueError that names the weight if it is not the one that was adapted."""
+    if digest_of(matrix) != digest:
+        raise ValueError(
+            f"{name}.weight is not the one that this adapter was made for (their hashes differ; here "
+            f"{str(matrix.dtype).removeprefix('torch.')}, {tuple(matrix.shape)}): use the same pretrained "
+            "model, in the same dtype"
+        )
