@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from lora_lens.layers import block_and_kind, classifier, target_layers
+import lora_lens as ll
+from lora_lens.layers import block_and_kind, classifier, part_of, target_layers
 
 
 def test_patterns_select_by_the_end_of_the_name_in_whole_parts(model):
@@ -46,3 +47,43 @@ def test_block_and_kind():
     assert block_and_kind("model.layers.11.self_attn.q_proj") == (11, "self_attn.q_proj")
     assert block_and_kind("head") == (-1, "head")
     assert block_and_kind("0") == (0, "0")
+
+
+def test_groups_go_by_type_and_by_the_usual_names(model):
+    assert set(target_layers(model, "all-linear")) == set(target_layers(model))
+    attention, mlp = (set(target_layers(model, group)) for group in ("all-attention", "all-mlp"))
+    assert {block_and_kind(n)[1] for n in attention} == {"attn.qkv", "attn.proj"}
+    assert {block_and_kind(n)[1] for n in mlp} == {"mlp.fc1", "mlp.fc2"}
+    assert all("backbone" in name for name in target_layers(model, "all-conv"))
+    for group in ("all-linear", "all-conv", "all-attention", "all-mlp"):
+        assert set(ll.spectra(model, group, vectors=False)) == set(target_layers(model, group))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.layers.0.self_attn.q_proj", "attention"),
+        ("transformer.h.0.attn.c_proj", "attention"),
+        ("encoder.layer.0.attention.output.dense", "attention"),
+        ("decoder.block.0.layer.0.SelfAttention.q", "attention"),
+        ("blk.3.attn_q", "attention"),
+        ("model.layers.0.mlp.gate_proj", "mlp"),
+        ("transformer.h.0.mlp.c_fc", "mlp"),
+        ("encoder.layer.0.intermediate.dense", "mlp"),
+        ("encoder.layer.0.output.dense", "mlp"),
+        ("decoder.block.0.layer.1.DenseReluDense.wi_0", "mlp"),
+        ("blk.3.ffn_up", "mlp"),
+        ("layers.0.linear1", "mlp"),
+        ("head", "other"),
+        ("layers.0.downsample.reduction", "other"),
+    ],
+)
+def test_the_part_that_a_layer_plays_is_told_by_its_name(name, part):
+    assert part_of(name) == part
+
+
+def test_a_group_without_members_says_why():
+    with pytest.raises(ValueError, match=r"Sequential has no convolution that can be adapted$"):
+        target_layers(nn.Sequential(nn.Linear(2, 2)), "all-conv")
+    with pytest.raises(ValueError, match=r"has no convolution.*; 0 is a convolution with groups=2"):
+        target_layers(nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), "all-conv")
