@@ -26,6 +26,8 @@ from lora_lens.progress import progress_bar
 from lora_lens.weights import Weight, weights
 from lora_lens.window import Placement, Window, require_fit
 
+Vectors = bool | Sequence[Placement] | Mapping[str, Iterable[Placement]]
+
 METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
 CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
 WORTH_PICKING = 3  # computing some components pays when there are this many times more
@@ -230,7 +232,8 @@ def spectra(
     found = weights(source, targets, split_qkv)
     live = isinstance(source, nn.Module)
     for weight in found:  # meet what is wrong before the work starts
-        for placement in [] if weight.factors else _placements(chosen, weight.name):
+        wanted = _wanted(chosen, weight.name)
+        for placement in [] if weight.factors or isinstance(wanted, bool) else wanted:
             _require_room(placement, min(weight.shape), weight.name)
         if live:
             check_finite(weight.name, weight.load())
@@ -244,13 +247,10 @@ def spectra(
     return SpectrumSet([done[weight.name] for weight in found])
 
 
-def _placements(
-    vectors: bool | list[Placement] | Mapping[str, Iterable[Placement]], name: str
-) -> Sequence[Placement]:
-    """Whose vectors of the weight are wanted; none where all or no vectors are."""
+def _wanted(vectors: Vectors, name: str) -> bool | Sequence[Placement]:
     if isinstance(vectors, Mapping):
-        return list(vectors[name])
-    return [] if isinstance(vectors, bool) else vectors
+        return list(vectors.get(name, ()))
+    return vectors
 
 
 def _require_room(placement: Placement, k: int, name: str) -> None:
@@ -306,32 +306,32 @@ def _in_workers(
 
 def _spectrum(
     weight: Weight,
-    vectors: bool | list[Placement] | Mapping[str, Iterable[Placement]],
+    vectors: Vectors,
     device: torch.device | str | None,
     cache: SpectrumCache | None,
     checked: bool,
 ) -> Spectrum:
+    wanted = _wanted(vectors, weight.name)
     if weight.factors is not None:
         b, a = (factor.to("cpu", torch.float64) for factor in weight.factors())
         check_finite(weight.name, b)
         check_finite(weight.name, a)
         left, values, right = product_svd(b, a)
-        if not vectors:
+        if not wanted:
             return Spectrum(weight.name, weight.shape, values)
         return _packed(weight.name, weight.shape, (left, values, right))
     matrix = weight.load().detach()
     if not checked:
         check_finite(weight.name, matrix)
-    if not vectors:
+    if not wanted:
         return Spectrum(weight.name, weight.shape, singular_values(_placed(matrix, device)).cpu())
     k = min(weight.shape)
     large = k >= CACHED_FROM
     key = weight_key(matrix, METHOD) if cache and large else ""
     if key and (known := cache.get(key)) is not None:
         return _packed(weight.name, weight.shape, known)
-    placements = _placements(vectors, weight.name)
-    if large and placements and WORTH_PICKING * sum(p.rank for p in placements) <= k:
-        choose = partial(_union, placements, name=weight.name)
+    if large and wanted is not True and WORTH_PICKING * sum(p.rank for p in wanted) <= k:
+        choose = partial(_union, wanted, name=weight.name)
         factors, components = some_components(_placed(matrix, device), choose)
         return _packed(weight.name, weight.shape, factors, components)
     spectrum = factorize(weight.name, _placed(matrix, device))

@@ -335,3 +335,11 @@ def test_the_cache_can_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_LENS_CACHE", str(tmp_path))
     ll.spectra(nn.Sequential(nn.Linear(300, 280)), cache=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_vectors_by_weight_are_those_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 280), nn.ReLU(), nn.Linear(280, 270))
+    found = ll.spectra(model, vectors={"0": [ll.Window.middle(8)]}, cache=False)
+    assert found["0"].components.tolist() == list(range(136, 144))
+    assert found["2"].left is None and found["2"].k == 270
