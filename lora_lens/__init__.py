@@ -14,6 +14,7 @@ from types import ModuleType
 from lora_lens import comparison, embedded, metrics, placement, spectral_metrics
 from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.comparison import compare
+from lora_lens.features import feature_split
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Variant
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
@@ -45,6 +46,7 @@ __all__ = [
     "embedded",
     "export",
     "export_residual",
+    "feature_split",
     "finetune",
     "function_error",
     "load",

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_lens.factorization import product_norm
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     ADAPTER,
@@ -245,9 +246,10 @@ def summary(adapted: nn.Module) -> pd.DataFrame:
     """What is adapted, and how exactly: one row per layer.
 
     Columns: layer, kind, rank, first and last (the lowest and highest component; missing for
-    ordinary LoRA), scaling, base_dtype, adapter_dtype, and start_error: the relative error of the
-    weight at the start, ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if
-    the pretrained weight was not kept (inplace=True).
+    ordinary LoRA), energy (the share of ||W||_F^2 that these components hold, in [0, 1]), scaling,
+    base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
+    ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
+    weight was not kept (inplace=True).
 
     Raises:
         ValueError: ``adapted`` does not come from :func:`attach`.
@@ -264,6 +266,7 @@ def summary(adapted: nn.Module) -> pd.DataFrame:
                 "rank": layer.r[ADAPTER],
                 "first": None if start is None else int(components[0]),
                 "last": None if start is None else int(components[-1]),
+                "energy": 0.0 if start is None else _start_energy(layer, start),
                 "scaling": float(layer.scaling[ADAPTER]),
                 "base_dtype": str(layer.get_base_layer().weight.dtype).removeprefix("torch."),
                 "adapter_dtype": str(layer.lora_A[ADAPTER].weight.dtype).removeprefix("torch."),
@@ -331,6 +334,13 @@ def _check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -
             f"the spectrum of {spectrum.name} is not that of this model's weight; "
             "the model changed or the spectra are another model's: call spectra(model) again"
         )
+
+
+def _start_energy(layer: LoraLayer, start: Start) -> float:
+    """Window and residual are orthogonal, so their squared norms add up to that of the weight."""
+    window = layer.scaling[ADAPTER] ** 2 * float(product_norm(start.b, start.a)) ** 2
+    whole = window + float(torch.linalg.norm(weight_matrix(layer.get_base_layer()).float())) ** 2
+    return window / whole if whole > 0 else 0.0
 
 
 def _start_error(layer: LoraLayer, start: Start) -> float:

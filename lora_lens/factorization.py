@@ -112,6 +112,12 @@ def product_svd(b: Tensor, a: Tensor) -> Factors:
     return q_b @ left, values, right @ q_a.T
 
 
+def product_norm(b: Tensor, a: Tensor) -> Tensor:
+    """The Frobenius norm of B A without forming it, in float64; b (m, r), a (r, n)."""
+    b, a = b.double(), a.double()
+    return ((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt()
+
+
 def _gram(matrix: Tensor) -> np.ndarray:
     """The upper triangle of W^T W (n, n), float64, of a tall matrix on the CPU; until the next call."""
     n = matrix.shape[1]

@@ -133,6 +133,7 @@ def inject(
     """PEFT's layers in place of the named ones, ready for :func:`set_start`."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT minds mixed models
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=variant.dtype is None)
     for name in names:

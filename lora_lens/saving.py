@@ -5,6 +5,9 @@ A folder holds what PEFT writes, adapter_config.json and adapter_model.safetenso
 lora_lens.json      which weights the adapter belongs to, by hash, and how it was made; its "kind" is
                     "adapter" if it fits these weights as they are, "window" if it fits their residual
 start.safetensors   of a window: the factors that the residual lacks, <layer>.A and <layer>.B
+
+PEFT's files of a window lie in the folder "on_residual", where PEFT does not find them by mistake:
+without the residual they would give a wrong function.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from lora_lens.checkpoint import read_json, read_safetensors
-from lora_lens.factorization import product_svd
+from lora_lens.factorization import product_norm, product_svd
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     ADAPTER,
@@ -53,6 +56,7 @@ from lora_lens.window import whole_rank
 
 FORMAT = 1
 ABOUT, WEIGHTS, START = "lora_lens.json", "adapter_model.safetensors", "start.safetensors"
+ON_RESIDUAL = "on_residual"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 
 
@@ -60,8 +64,8 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
     """Keep an adapter as it is, to go on with :func:`load`: also before training, as the window's file.
 
     Next to PEFT's files it keeps the factors that the adapter started from, so that :func:`load`
-    forms the same residual without factorizing anything. Without :func:`load` this adapter fits no
-    model: for others, see :func:`export` and :func:`export_residual`.
+    forms the same residual without factorizing anything. For people without lora_lens, see
+    :func:`export` and :func:`export_residual`.
 
     Args:
         adapted: from :func:`lora_lens.attach`, trained or not.
@@ -74,7 +78,9 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
     _require_unmerged(peft_model)
     starts = record.starts
     with _replaced(folder) as new:
-        _write_adapter(new, peft_model.peft_config[ADAPTER], _state(peft_model))
+        place = new / ON_RESIDUAL if starts else new
+        place.mkdir(exist_ok=True)
+        _write_adapter(place, peft_model.peft_config[ADAPTER], _state(peft_model))
         if starts:
             factors = {f"{name}.{key}": getattr(s, key.lower()) for name, s in starts.items() for key in "AB"}
             save_file({key: t.cpu().contiguous() for key, t in factors.items()}, new / START)
@@ -107,9 +113,10 @@ def load(
     """
     folder = Path(folder)
     about = _about(folder)
-    config = LoraConfig.from_pretrained(folder)
+    place = folder / ON_RESIDUAL if about["kind"] == "window" else folder
+    config = LoraConfig.from_pretrained(place)
     config.inference_mode = False
-    state = read_safetensors((Path(checkpoint) if checkpoint else folder) / WEIGHTS)
+    state = read_safetensors((Path(checkpoint) if checkpoint else place) / WEIGHTS)
     factors = read_safetensors(folder / START) if about["kind"] == "window" else {}
     names, variant = list(about["weights"]), _variant(about["variant"])
     read = matrices_of(model, names)
@@ -256,8 +263,7 @@ def _update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
 
 def _truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
     """The factors of at most ``rank``, the norm of the whole product, and the share of it left out."""
-    gram_b, gram_a = b.double().T @ b.double(), a.double() @ a.double().T
-    norm = (gram_b * gram_a).sum().clamp_min(0).sqrt()
+    norm = product_norm(b, a)
     if rank is None or rank >= len(a) or not torch.isfinite(norm):
         return b, a, norm, 0.0
     left, values, right = product_svd(b.double(), a.double())

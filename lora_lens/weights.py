@@ -99,7 +99,11 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
         names = _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
         found = {id(w) for s, w in matrices if s.name in names or f".{w.name}".endswith(f".{pattern}")}
         if not found:
-            raise ValueError(f"target {pattern!r} matches no weight of {where}; {could}")
+            raise ValueError(
+                f"no layer of {where} belongs to {pattern!r}; {could}"
+                if pattern in GROUPS
+                else f"target {pattern!r} matches no weight of {where}; {could}"
+            )
         chosen |= found
     picked = [(s, w) for s, w in matrices if id(s) in chosen or id(w) in chosen]
     for tensor, _ in picked:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from html import escape
 from io import BytesIO
 
+import numpy as np
 import pandas as pd
 import torch
 from ipywidgets import (
@@ -29,12 +31,14 @@ from ipywidgets import Widget as Control
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lens import plots
-from lora_lens.adapter import attach, function_error
+from lora_lens.adapter import attach, chosen_layers, function_error
+from lora_lens.features import FeatureSplit, feature_split, patch_grid, splittable
 from lora_lens.metrics import seed_means
-from lora_lens.spectrum import SpectrumSet
+from lora_lens.spectrum import Spectrum, SpectrumSet
+from lora_lens.spectrum_plots import show_image
 from lora_lens.tasks import Task
 from lora_lens.window import Window
 
@@ -49,6 +53,7 @@ SWEEP_COLUMNS = (
     "retained_accuracy",
     "forgetting",
 )
+IMAGES_WITH_FEATURES = 3
 ALL = ""  # not None, for which ipywidgets shows an empty box
 CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
 
@@ -115,22 +120,25 @@ def window_explorer(
     """Cut a window out of every weight, look at one of them, and see that the model still says the same.
 
     Controls: the layer to look at, rank and position of the window. Shown:
-    the weight, the window's slice of it and the residual; the window's energy
-    in this layer; the predictions for a few test images before and after
-    :func:`lora_lens.attach`, and the largest difference of the logits
+    the layer's spectrum with the window shaded; what the window and the residual
+    carry of the features of three images (:func:`lora_lens.feature_split`); the
+    weight, the window's slice of it and the residual; the window's energy in this
+    layer and in these features; the predictions for a few test images before and
+    after :func:`lora_lens.attach`, and the largest difference of the logits
     (:func:`lora_lens.function_error`).
 
     Args:
         model: the pretrained model; it is only read.
-        spectra: its spectra.
+        spectra: its spectra. The layers to look at are those whose inputs are an image's tokens on a
+            square grid: linear layers, no convolutions.
         task: what the model can do; its first test inputs are shown, (n, channels, height, width).
         rank: of the window at first.
-        images: how many test images to show.
+        images: how many test images to show with their predictions.
 
     Raises:
         ValueError: there are no spectra or they are another model's, the rank
-            does not fit a weight, the inputs are no images, or the task has
-            other classes than the model.
+            does not fit a weight, the inputs are no images, no layer has tokens on
+            a grid, or the task has other classes than the model.
     """
     _require_spectra(spectra)
     inputs = task.test.first(images).inputs
@@ -141,9 +149,12 @@ def window_explorer(
         )
     inputs = inputs.to(next(model.parameters()).device)
     before = _classes(model, inputs, task)
-    layer = _dropdown("layer", list(spectra))
-    size, position = _rank_slider(rank, spectra), _position_slider()
-    cut, answers, numbers = HTML(), HTML(), _table()
+    seen = inputs[:IMAGES_WITH_FEATURES]
+    prefix = getattr(model, "num_prefix_tokens", None)  # timm's count of class token and registers
+    layer = _dropdown("layer", _on_a_grid(model, spectra, seen, prefix))
+    cuts = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
+    size, position = _rank_slider(rank, cuts), _position_slider()
+    place, cut, answers, numbers = HTML(), HTML(), HTML(), _table()
 
     def draw() -> None:
         window = Window(size.value, position=position.value)
@@ -152,8 +163,15 @@ def window_explorer(
         same = sum(a == b for a, b in zip(after, before, strict=True))
         spectrum = spectra[layer.value]
         part = window.slice(spectrum.k, spectrum.name)
+        split = feature_split(model, layer.value, spectrum, window, seen)
+        place.value = _drawn(
+            lambda figure: _draw_place(figure, spectrum, window, seen, split, prefix),
+            f"{layer.value}: singular values with the {window} shaded, and maps of what window and residual "
+            f"carry of the features of {len(seen)} images",
+            size=(10, 4.3),
+        )
         cut.value = _drawn(
-            lambda figure: plots.decomposition(spectrum, window, figure.subplots(1, 3)),
+            lambda figure: plots.decomposition(spectrum, window, _fixed_row(figure, 3)),
             f"{layer.value}: the weight, the slice in the {window}, and the residual",
             size=(10, 3.4),
         )
@@ -166,12 +184,13 @@ def window_explorer(
             "window": f"[{part.start}, {part.stop}) of {spectrum.k}",
             "energy in the window": f"{spectrum.energy(window):.2%}",
             "energy in the residual": f"{1 - spectrum.energy(window):.2%}",
+            f"of the features of {len(seen)} images": f"{float(split.shares.mean()):.2%} in the window",
             "same predictions": f"{same} of {len(after)}",
             "largest logit difference (relative)": f"{function_error(adapted, model, inputs):.1e}",
         }
         numbers.value = _html(pd.DataFrame([facts]))
 
-    return _explorer([[layer], [size, position]], [cut, numbers, answers], draw)
+    return _explorer([[layer], [size, position]], [place, numbers, cut, answers], draw)
 
 
 def tradeoff_explorer(table: pd.DataFrame) -> VBox:
@@ -311,6 +330,13 @@ def _fixed_axes(figure: Figure) -> Axes:
     return figure.add_axes((0.085, 0.14, 0.9, 0.77))
 
 
+def _fixed_row(figure: Figure, count: int, **margins: float) -> np.ndarray:
+    """Likewise ``count`` Axes side by side; shape (count,)."""
+    figure.set_layout_engine("none")
+    places = {"left": 0.065, "right": 0.99, "bottom": 0.15, "top": 0.86, "wspace": 0.17, **margins}
+    return figure.subplots(1, count, squeeze=False, gridspec_kw=places)[0]
+
+
 def _html(table: pd.DataFrame, rows_in_view: int | None = None) -> str:
     text = table.to_html(index=False, border=0, na_rep="")
     if rows_in_view is None or len(table) <= rows_in_view:
@@ -361,7 +387,7 @@ def _weights(count: int) -> str:
 
 
 @torch.inference_mode()
-def _classes(model: nn.Module, inputs: torch.Tensor, task: Task) -> list[str]:
+def _classes(model: nn.Module, inputs: Tensor, task: Task) -> list[str]:
     """The names of the classes that ``model`` predicts."""
     was_training = model.training
     logits = model.eval()(inputs)  # (n, classes)
@@ -374,12 +400,41 @@ def _classes(model: nn.Module, inputs: torch.Tensor, task: Task) -> list[str]:
     return [task.classes[i] for i in logits.argmax(-1).tolist()]
 
 
-def _draw_answers(figure: Figure, inputs: torch.Tensor, before: list[str], after: list[str]) -> None:
-    axes = figure.subplots(1, len(inputs), squeeze=False)[0]
-    for ax, image, old, new in zip(axes, inputs.cpu(), before, after, strict=True):
-        low, high = image.min(), image.max()
-        unit = (image - low) / (high - low).clamp_min(1e-12)  # (channels, height, width), in [0, 1]
-        pixels = unit.permute(1, 2, 0).numpy()
-        ax.imshow(pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0], cmap="gray")
-        ax.set_title(f"before: {old}\nafter: {new}", fontsize=9, loc="center")
-        ax.axis("off")
+def _draw_answers(figure: Figure, inputs: Tensor, before: list[str], after: list[str]) -> None:
+    axes = _fixed_row(figure, len(inputs), bottom=0.02, top=0.76, wspace=0.1)
+    for ax, image, old, new in zip(axes, inputs, before, after, strict=True):
+        show_image(ax, image)
+        ax.set_title(f"before: {old}\nafter: {new}", fontsize=8, loc="center")
+
+
+def _draw_place(
+    figure: Figure,
+    spectrum: Spectrum,
+    window: Window,
+    images: Tensor,
+    split: FeatureSplit,
+    prefix: int | None,
+) -> None:
+    """The spectrum with the window on the left, the images' features on the right."""
+    figure.set_layout_engine("none")
+    plots.spectrum(spectrum, window, ax=figure.add_axes((0.105, 0.13, 0.37, 0.75)))
+    axes = figure.subplots(
+        len(images), 3, squeeze=False,
+        gridspec_kw={"left": 0.53, "right": 0.99, "bottom": 0.06, "top": 0.88, "wspace": 0.05, "hspace": 0.3},
+    )  # fmt: skip
+    plots.feature_maps(images, split, prefix=prefix, axes=axes)
+
+
+def _on_a_grid(model: nn.Module, spectra: SpectrumSet, images: Tensor, prefix: int | None) -> list[str]:
+    """The layers with a spectrum whose inputs are tokens that lie on the images."""
+    found = []
+    for name, positions in splittable(model, spectra, images).items():
+        with suppress(ValueError):
+            patch_grid(positions, prefix)
+            found.append(name)
+    if not found:
+        raise ValueError(
+            f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are an image's "
+            "tokens on a square grid, so there are no features to lay over the images"
+        )
+    return found

@@ -205,3 +205,10 @@ def test_a_sweep_runs_other_placements_beside_windows(patch_vit, digits, source)
     assert table["method"].tolist() == ["window", "2 random components, seed 0", str(ByLayer(both))]
     assert table["trainable"].nunique() == 1
     assert set(table["variant"]) == {"S in A"}
+
+
+def test_the_summary_s_energy_is_that_of_the_spectrum(model, spectra):
+    for alpha in (None, 32):
+        table = ll.summary(ll.attach(model, ll.Window(8, position=0.1), spectra=spectra, alpha=alpha))
+        expected = spectra.table(ll.Window(8, position=0.1)).set_index("layer")["energy"]
+        assert table.set_index("layer")["energy"].to_dict() == pytest.approx(expected.to_dict(), rel=1e-4)

@@ -8,6 +8,7 @@ import torch
 from matplotlib.axes import Axes
 
 import lora_lens as ll
+from lora_lens.features import FeatureSplit
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +208,61 @@ def test_the_three_parts_of_a_weight(spectra):
     axes = ll.plots.decomposition(spectra["blocks.0.attn.proj"], ll.Window.first(8))
     whole, part, rest = (ax.images[0].get_array() for ax in axes)
     np.testing.assert_allclose(whole, part + rest, atol=1e-6)
+
+
+@pytest.fixture
+def images(source) -> torch.Tensor:
+    return source.test.inputs[:2]
+
+
+def test_the_maps_hold_the_norms_of_the_tokens_where_they_lie(model, spectra, images):
+    name = "blocks.0.attn.proj"
+    split = ll.feature_split(model, name, spectra[name], ll.Window.middle(8), images)
+    axes = ll.plots.feature_maps(images, split)
+    assert axes.shape == (2, 3)
+    for column, norms in ((1, split.window_norms), (2, split.residual_norms)):
+        for row in range(2):
+            image = axes[row, column].images[0]
+            np.testing.assert_array_equal(image.get_array(), norms[row].reshape(4, 4))
+            assert image.get_clim() == (0, norms.max()) and image.get_extent() == [0, 28, 28, 0]
+        assert f"0 to {norms.max():.2g}" in axes[0, column].get_title()
+    shares = [f"{100 * share:.1g} % of energy" for share in split.shares.tolist()]
+    assert [ax.get_xlabel() for ax in axes[:, 1]] == shares
+    assert [ax.get_xlabel() for ax in axes[:, 2]] == [
+        f"{100 - 100 * s:.2f} % of energy" for s in split.shares
+    ]
+
+
+def test_leading_tokens_are_on_no_map(images):
+    torch.manual_seed(0)
+    split = FeatureSplit("layer", torch.rand(2, 10, 5), torch.rand(2, 10, 5))
+    axes = ll.plots.feature_maps(images, split)
+    np.testing.assert_array_equal(axes[1, 1].images[0].get_array(), split.window_norms[1, 1:].reshape(3, 3))
+    two = FeatureSplit("layer", split.window[:, :6], split.residual[:, :6])
+    with pytest.raises(ValueError, match="6 positions are no square grid"):
+        ll.plots.feature_maps(images, two)
+    assert ll.plots.feature_maps(images, two, prefix=2)[0, 1].images[0].get_array().shape == (2, 2)
+    with pytest.raises(ValueError, match="after 3 leading tokens"):
+        ll.plots.feature_maps(images, two, prefix=3)
+
+
+def test_what_rounding_leaves_of_a_residual_is_shown_as_nothing(model, spectra, images):
+    name = "blocks.0.attn.proj"
+    split = ll.feature_split(model, name, spectra[name], ll.Window.first(96), images)
+    axes = ll.plots.feature_maps(images, split)
+    assert "zero up to rounding" in axes[0, 2].get_title() and axes[0, 2].get_xlabel() == "0 % of energy"
+    assert axes[0, 2].images[0].get_clim() == (0, 1) and axes[0, 1].get_xlabel() == "100.00 % of energy"
+
+
+def test_maps_go_on_the_axes_given_if_these_and_the_images_fit(images):
+    split = FeatureSplit("layer", torch.ones(2, 4, 5), torch.zeros(2, 4, 5))
+    figure, axes = plt.subplots(2, 3)
+    assert ll.plots.feature_maps(images, split, axes=axes) is axes and plt.get_fignums() == [figure.number]
+    with pytest.raises(ValueError, match=r"axes of shape \(2, 3\), not \(3,\)"):
+        ll.plots.feature_maps(images, split, axes=axes[0])
+    for wrong in (images[:1], images[:, 0]):
+        with pytest.raises(ValueError, match="expected 2 images"):
+            ll.plots.feature_maps(wrong, split)
 
 
 def test_a_table_without_windows_is_refused(table):

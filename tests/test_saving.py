@@ -84,6 +84,12 @@ def test_what_was_saved_goes_on_where_it_was(adapted, model, inputs, tmp_path):
     )
 
 
+def test_peft_does_not_take_a_saved_window_for_an_adapter_of_the_original(model, spectra, tmp_path):
+    ll.save(ll.attach(model, ll.Window.middle(8), spectra=spectra), tmp_path / "a")
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a")
+
+
 def test_an_export_is_loaded_with_its_base_checked(adapted, model, inputs, tmp_path):
     ll.export(adapted, tmp_path / "lora")
     assert ll.function_error(ll.load(model, tmp_path / "lora"), adapted, inputs) < 1e-5
@@ -239,7 +245,7 @@ def test_damaged_and_foreign_folders_are_refused(model, spectra, tmp_path):
     ll.save(adapted, tmp_path / "a")
     with pytest.raises(FileNotFoundError, match=r"holds no lora_lens.json.*PeftModel.from_pretrained"):
         ll.load(model, tmp_path / "nowhere")
-    weights = tmp_path / "a" / "adapter_model.safetensors"
+    weights = tmp_path / "a" / "on_residual" / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="truncated or malformed"):
@@ -267,7 +273,7 @@ def test_nothing_foreign_is_overwritten_and_nothing_is_lost_on_a_crash(model, sp
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
     ll.save(adapted, tmp_path / "a")
-    first = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    first = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
     trained(adapted)
 
     def full_disk(*_args: object, **_settings: object) -> None:
@@ -277,10 +283,10 @@ def test_nothing_foreign_is_overwritten_and_nothing_is_lost_on_a_crash(model, sp
         patch.setattr(saving, "save_file", full_disk)
         with pytest.raises(OSError, match="No space left"):
             ll.save(adapted, tmp_path / "a")
-    kept = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    kept = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
     assert all(torch.equal(first[k], kept[k]) for k in first)
     ll.save(adapted, tmp_path / "a")
-    replaced = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    replaced = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
     assert not any(torch.equal(first[k], replaced[k]) for k in first)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "mine"]
 

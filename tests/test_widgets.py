@@ -10,6 +10,7 @@ import pytest
 import torch
 from ipywidgets import HTML, VBox, Widget
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import lora_lens as ll
 
@@ -100,7 +101,7 @@ def tradeoff_explorer(table) -> VBox:
     ("name", "controls", "images"),
     [
         ("spectrum_explorer", ["kind", "block", "rank", "position"], 1),
-        ("window_explorer", ["layer", "rank", "position"], 2),
+        ("window_explorer", ["layer", "rank", "position"], 3),
         ("tradeoff_explorer", ["score", "0.001", "0.01"], 2),
     ],
 )
@@ -154,6 +155,49 @@ def test_attaching_at_any_position_keeps_the_predictions(window_explorer):
         control(window_explorer, "position").value = position
         *_, same, difference = re.findall("<td>(.*)</td>", text(window_explorer))
         assert same == "8 of 8" and float(difference) < 1e-5
+
+
+def test_every_picture_of_a_window_moves_with_it_and_the_answers_do_not(window_explorer):
+    before = pictures(window_explorer)
+    control(window_explorer, "position").value = 1.0
+    place, cut, answers = pictures(window_explorer)
+    assert place != before[0] and cut != before[1] and answers == before[2]
+
+
+def test_the_features_are_those_of_the_layer_and_of_the_first_images(
+    window_explorer, narrow, narrow_spectra, digits
+):
+    name = "blocks.1.mlp.fc1"
+    control(window_explorer, "layer").value = name
+    control(window_explorer, "position").value = 0.0
+    images = digits.test.inputs[:3]
+    split = ll.feature_split(narrow, name, narrow_spectra[name], ll.Window.first(8), images)
+    assert f"<td>{split.shares.mean():.2%} in the window</td>" in text(window_explorer)
+
+
+def test_only_layers_with_features_on_a_grid_are_offered(patch_vit, digits):
+    spectra = ll.spectra(patch_vit, ["all-linear", "all-conv"], progress=False)
+    assert "patch_embed.proj" in spectra
+    explorer = ll.widgets.window_explorer(patch_vit, spectra, digits)
+    offered = list(control(explorer, "layer").options)
+    assert offered == [name for name in spectra if name != "patch_embed.proj"]
+
+
+def test_a_model_without_tokens_on_a_grid_is_refused(digits):
+    class Strips(nn.Module):
+        """Reads 7 strips of an image: 7 tokens, which are no square."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(112, 16), nn.Linear(16, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.fc(x.reshape(len(x), 7, 112)).mean(1))
+
+    torch.manual_seed(0)
+    model = Strips()
+    with pytest.raises(ValueError, match="no features to lay over the images"):
+        ll.widgets.window_explorer(model, ll.spectra(model, progress=False), digits)
 
 
 @pytest.mark.parametrize("name", ["spectrum_explorer", "window_explorer"])

@@ -1,0 +1,193 @@
+"""What a window carries of an input's features: a layer's product with one batch, in two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+
+from lora_lens.layers import LINEAR, weight_matrix
+from lora_lens.spectrum import Spectrum
+from lora_lens.window import Placement
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSplit:
+    """A layer's product W x, without bias, as the sum of a window's and of the residual's part.
+
+    W_w = U_w S_w V_w^T and W - W_w have orthogonal column spaces, so at every position
+    ||W x||^2 = ||W_w x||^2 + ||(W - W_w) x||^2: the two parts share the energy and nothing is
+    counted twice. That holds for any components, next to each other or not.
+
+    Attributes:
+        layer: the module's name.
+        window: W_w x, shape (batch, positions, out_features), float32, on the CPU.
+        residual: (W - W_w) x, likewise.
+    """
+
+    layer: str
+    window: Tensor
+    residual: Tensor
+
+    @property
+    def window_norms(self) -> Tensor:
+        """||W_w x|| at each position, shape (batch, positions)."""
+        return torch.linalg.vector_norm(self.window, dim=-1)
+
+    @property
+    def residual_norms(self) -> Tensor:
+        """||(W - W_w) x|| at each position, shape (batch, positions)."""
+        return torch.linalg.vector_norm(self.residual, dim=-1)
+
+    @property
+    def position_shares(self) -> Tensor:
+        """The window's share of the energy at each position, shape (batch, positions), in [0, 1].
+
+        ||W_w x||^2 / ||W x||^2; 0 where W x is zero.
+        """
+        return _share(self.window_norms.square(), self.residual_norms.square())
+
+    @property
+    def shares(self) -> Tensor:
+        """The window's share of the energy in each example, all positions together: (batch,), in [0, 1]."""
+        return _share(self.window_norms.square().sum(1), self.residual_norms.square().sum(1))
+
+
+@torch.no_grad()
+def feature_split(
+    model: nn.Module, layer: str, spectrum: Spectrum, window: Placement, inputs: Inputs
+) -> FeatureSplit:
+    """Run the model once, and split what one of its linear layers makes of its input.
+
+    Args:
+        model: the pretrained model, not an adapted one; it runs in evaluation mode and is left as it was.
+        layer: name of an ``nn.Linear`` (or GPT-2's ``Conv1D``) whose input is (batch, positions,
+            in_features) or (batch, in_features), which counts as one position. Further dimensions
+            between the first and the last are positions, too. If the model calls the layer several
+            times, the last call counts.
+        spectrum: of this layer's weight, with the window's vectors.
+        window: a window or any other placement.
+        inputs: a batch as the model takes it, or a mapping of keyword arguments; on the model's device.
+
+    Raises:
+        ValueError: there is no such layer, it is none of these (a convolution, an adapted layer), the
+            model does not call it or gives it something other than a batch, the placement does not
+            fit, or ``spectrum`` is another weight's.
+    """
+    module = _linear(model, layer)
+    given = _given(model, [layer], inputs)
+    if layer not in given:
+        raise ValueError(f"{type(model).__name__} made its output without calling {layer}")
+    x = given[layer]
+    batch = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
+    if not _is_batch(x, batch):
+        raise ValueError(
+            f"{layer} was given an input of shape {tuple(x.shape)} for a batch of {batch}: expected "
+            "(batch, positions, in_features) or (batch, in_features)"
+        )
+    weight = weight_matrix(module).float()
+    left, right = (factor.to(weight.device) for factor in spectrum.vectors(window))
+    part = window.select(spectrum.singular_values, spectrum.name)
+    values = spectrum.singular_values[part].float().to(weight.device)
+    _require_own(layer, weight, spectrum, left * values, right)
+    x = x.float().reshape(batch, -1, x.shape[-1])
+    carried = x @ right.T * values @ left.T
+    return FeatureSplit(layer, carried.cpu(), (x @ weight.T - carried).cpu())
+
+
+def splittable(model: nn.Module, names: Iterable[str], inputs: Tensor) -> dict[str, int]:
+    """Those of the named layers that :func:`feature_split` takes, with their number of positions."""
+    linear = [name for name in names if type(_module(model, name)) in LINEAR]
+    given = _given(model, linear, inputs)
+    found = {name: given[name] for name in linear if name in given}
+    return {name: x[0].numel() // x.shape[-1] for name, x in found.items() if _is_batch(x, len(inputs))}
+
+
+def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
+    """How an image's tokens lie on it: how many lead without a place on it, and the side of the square.
+
+    Args:
+        positions: how many tokens there are.
+        prefix: how many lead, such as a class token and registers; None to find out whether one does.
+
+    Raises:
+        ValueError: the others are no square.
+    """
+    for lead in (0, 1) if prefix is None else (prefix,):
+        side = isqrt(max(positions - lead, 0))
+        if side > 0 and side * side == positions - lead:
+            return lead, side
+    leading = "with or without a class token" if prefix is None else f"after {prefix} leading tokens"
+    raise ValueError(
+        f"{positions} positions are no square grid of patches, {leading}; prefix= says how many tokens lead"
+    )
+
+
+def _share(part: Tensor, rest: Tensor) -> Tensor:
+    whole = part + rest
+    return torch.where(whole > 0, part / whole, torch.zeros_like(whole))
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no layer {name!r}") from None
+
+
+def _linear(model: nn.Module, name: str) -> nn.Module:
+    module = _module(model, name)
+    if type(module) not in LINEAR:
+        raise ValueError(
+            f"{name} is a {type(module).__module__.partition('.')[0]} {type(module).__name__}, and features "
+            "are split for nn.Linear and Conv1D of a pretrained model only, which multiply every position "
+            "by the same matrix"
+        )
+    return module
+
+
+def _given(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Tensor]:
+    """The last input of each layer that one pass in evaluation mode reaches."""
+    given: dict[str, Tensor] = {}
+
+    def keep(name: str, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        given[name] = arguments[0] if arguments else next(iter(options.values()))
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, arguments, options, name=name: keep(name, arguments, options), with_kwargs=True
+        )
+        for name in names
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return given
+
+
+def _is_batch(x: Tensor, batch: int) -> bool:
+    return x.ndim >= 2 and len(x) == batch
+
+
+def _require_own(layer: str, weight: Tensor, spectrum: Spectrum, scaled: Tensor, right: Tensor) -> None:
+    """W V_w must be U_w S_w, or the two parts would not be orthogonal."""
+    own = spectrum.shape == tuple(weight.shape)
+    if own:
+        error = torch.linalg.norm(weight @ right.T - scaled)
+        own = bool(error <= 1e-3 * torch.linalg.norm(scaled) + 1e-5 * torch.linalg.norm(weight))
+    if not own:
+        raise ValueError(
+            f"the spectrum of {spectrum.name} is not that of {layer} in this model; call spectra(model) again"
+        )
