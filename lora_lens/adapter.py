@@ -126,6 +126,7 @@ def attach(
     if isinstance(method, (LinearProbe, FullFineTuning)):
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     originals = {} if inplace else {name: modules[name].weight.detach() for name in windows}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = pool.map(digest_of, [weight_matrix(modules[name]) for name in windows])
@@ -142,7 +143,7 @@ def attach(
             layer, spectra[name].components_of(placement), digests[name], originals.get(name)
         )
     described = ByLayer(method) if isinstance(method, Mapping) else method
-    adapted.attachment = Attachment(str(described), variant, starts, trainable)
+    adapted.attachment = Attachment(str(described), variant, starts, trainable, buffers)
     return adapted
 
 
@@ -186,7 +187,7 @@ def planned(
         if isinstance(placement, Window):
             placement.slice(k, name)
         if isinstance(placement, Placement) and spectra is not None:
-            _check_belongs(spectra[name], placement, layer)
+            check_belongs(spectra[name], placement, layer)
     return plan
 
 
@@ -239,6 +240,8 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
             set_weight_matrix(layer, found[name]())
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in record.trainable)
+    for name, buffer in base.named_buffers():
+        buffer.copy_(record.buffers[name])
     return base
 
 
@@ -286,10 +289,14 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
     Args:
         adapted, model: the two models, on the inputs' device.
         inputs: a batch, or a mapping of keyword arguments such as a tokenizer gives. Of outputs with
-            several tensors the first counts, which is the logits where the model has them.
+            several tensors the first counts, which is the logits where the model has them. Outputs
+            at positions that an ``attention_mask`` among the inputs masks are left out.
     """
-    with _evaluating(adapted), _evaluating(model):
+    with evaluating(adapted), evaluating(model):
         reference, now = (_first_output(m, inputs) for m in (model, adapted))
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is not None and reference.shape[:-1] == mask.shape:
+        reference, now = reference[mask.bool()], now[mask.bool()]
     return float((now - reference).abs().max() / reference.abs().max())
 
 
@@ -318,7 +325,7 @@ def _factors(spectrum: Spectrum, placement: Placement, scaling: float, split: st
     return left.double() * of_b, of_a[:, None] * right.double()
 
 
-def _check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
+def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
     """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
     belongs = spectrum.shape == matrix_shape(layer)
     if belongs:
@@ -357,7 +364,8 @@ def _start_error(layer: LoraLayer, start: Start) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module is in the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

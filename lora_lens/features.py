@@ -9,6 +9,7 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
+from lora_lens.adapter import check_belongs, evaluating
 from lora_lens.layers import LINEAR, weight_matrix
 from lora_lens.spectrum import Spectrum
 from lora_lens.window import Placement
@@ -90,11 +91,11 @@ def feature_split(
             f"{layer} was given an input of shape {tuple(x.shape)} for a batch of {batch}: expected "
             "(batch, positions, in_features) or (batch, in_features)"
         )
+    check_belongs(spectrum, window, module)
     weight = weight_matrix(module).float()
     left, right = (factor.to(weight.device) for factor in spectrum.vectors(window))
     part = window.select(spectrum.singular_values, spectrum.name)
     values = spectrum.singular_values[part].float().to(weight.device)
-    _require_own(layer, weight, spectrum, left * values, right)
     x = x.float().reshape(batch, -1, x.shape[-1])
     carried = x @ right.T * values @ left.T
     return FeatureSplit(layer, carried.cpu(), (x @ weight.T - carried).cpu())
@@ -164,30 +165,14 @@ def _given(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, 
         )
         for name in names
     ]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return given
 
 
 def _is_batch(x: Tensor, batch: int) -> bool:
     return x.ndim >= 2 and len(x) == batch
-
-
-def _require_own(layer: str, weight: Tensor, spectrum: Spectrum, scaled: Tensor, right: Tensor) -> None:
-    """W V_w must be U_w S_w, or the two parts would not be orthogonal."""
-    own = spectrum.shape == tuple(weight.shape)
-    if own:
-        error = torch.linalg.norm(weight @ right.T - scaled)
-        own = bool(error <= 1e-3 * torch.linalg.norm(scaled) + 1e-5 * torch.linalg.norm(weight))
-    if not own:
-        raise ValueError(
-            f"the spectrum of {spectrum.name} is not that of {layer} in this model; call spectra(model) again"
-        )

@@ -75,12 +75,14 @@ class Attachment:
         variant: how the adapter was built.
         starts: by layer name; none for ordinary LoRA.
         trainable: the parameters of the pretrained model that required gradients.
+        buffers: of the pretrained model, such as the statistics of batch norms, which training moves.
     """
 
     method: str
     variant: Variant
     starts: Mapping[str, Start]
     trainable: frozenset[str]
+    buffers: Mapping[str, Tensor]
 
     def __deepcopy__(self, memo: dict) -> Attachment:
         return self
@@ -221,6 +223,18 @@ def _only(names: Mapping[str, object], model: nn.Module) -> list[str] | str:
     if any(name not in names and name.endswith(ends) for name, _ in model.named_modules()):
         return "|".join(re.escape(name) for name in names)
     return list(names)
+
+
+def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
+    """The model's buffers by the names that they have without PEFT."""
+    named = peft_model.get_base_model().named_buffers()
+    return {n.replace(".base_layer.", ".").replace(".original_module.", "."): buffer for n, buffer in named}
+
+
+def moved_buffers(peft_model: PeftModel, record: Attachment) -> dict[str, Tensor]:
+    """The buffers that are not as the pretrained model had them."""
+    now, before = buffers_by_name(peft_model), record.buffers
+    return {n: b for n, b in now.items() if n in before and not torch.equal(b, before[n].to(b.device))}
 
 
 def taken_off(peft_model: PeftModel) -> nn.Module:

@@ -109,12 +109,11 @@ def _adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
             continue
         parent, _, child = name.rpartition(".")
         others = [n for n in places.get(id(weight), []) if n != name]
-        reasons[name] = _reason(module, others)
         reader = type(model.get_submodule(parent))
-        if not reasons[name] and _passed_by(reader, child):
-            reasons[name] = (
-                f"is never called: {reader.__name__}.forward reads its weight and passes an adapter by"
-            )
+        if _passed_by(reader, child):
+            reasons[name] = f"is passed by: {reader.__name__} reads its weight without calling it"
+        else:
+            reasons[name] = _reason(module, others)
         if not reasons[name]:
             able[name] = module
     return able, {name: reason for name, reason in reasons.items() if reason}
@@ -135,10 +134,10 @@ def _reason(module: nn.Module, others: list[str]) -> str:
         return "is an embedding (nn.Embedding): its rows are looked up, and no product with it is ever formed"
     if others:
         return f"shares its weight with {listed(others, most=3)} (tied weights): a residual would change both"
-    if type(module) not in LINEAR + CONVOLUTIONS:
-        return f"is a {kind}, and a window fits nn.Linear, Conv1D and plain convolutions only"
     if "weight" not in module._parameters:
         return f"computes its weight ({kind} under weight or spectral norm): remove the norm first"
+    if type(module) not in LINEAR + CONVOLUTIONS:
+        return f"is a {kind}, and a window fits nn.Linear, Conv1D and plain convolutions only"
     if weight.is_meta:
         return "is on the meta device, with a shape but no values; load the model's weights first"
     if weight.dtype not in FLOATS:
@@ -163,7 +162,10 @@ def _passed_by(parent: type[nn.Module], child: str) -> bool:
     except (OSError, TypeError):
         return False
     return bool(
-        re.search(rf"(linear|conv\dd|matmul|einsum)\([^()]*self\.{re.escape(child)}\.weight\b", source)
+        re.search(
+            rf"(linear|conv\dd|matmul|einsum|attention_forward|encoder_layer_fwd)\([^()]*self\.{re.escape(child)}\.weight\b",
+            source,
+        )
     )
 
 
@@ -177,7 +179,7 @@ def _refuse(
     good, bad = found & able.keys(), sorted(found & reasons.keys())
     if good and not bad:
         return
-    kinds = listed(sorted({block_and_kind(name)[1] for name in able}))
+    kinds = listed(sorted({block_and_kind(name)[1] for name in able})) or "none"
     if good:
         raise ValueError(
             f"target {pattern!r} also matches {bad[0]}, which {reasons[bad[0]]}; "

@@ -5,6 +5,7 @@ A folder holds what PEFT writes, adapter_config.json and adapter_model.safetenso
 lora_lens.json      which weights the adapter belongs to, by hash, and how it was made; its "kind" is
                     "adapter" if it fits these weights as they are, "window" if it fits their residual
 start.safetensors   of a window: the factors that the residual lacks, <layer>.A and <layer>.B
+buffers.safetensors if training moved them: what is no parameter, such as batch norms' statistics
 
 PEFT's files of a window lie in the folder "on_residual", where PEFT does not find them by mistake:
 without the residual they would give a wrong function.
@@ -16,6 +17,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -38,25 +40,27 @@ from lora_lens.injection import (
     Attachment,
     Start,
     attached,
+    buffers_by_name,
     copy_around,
     factor_matrix,
     inject,
     lora_layer,
     lora_layers,
     matrices_of,
+    moved_buffers,
     note_start,
     rank_settings,
     require_same,
     set_start,
     taken_off,
 )
-from lora_lens.layers import weight_matrix
+from lora_lens.layers import listed, weight_matrix
 from lora_lens.methods import Variant
 from lora_lens.window import whole_rank
 
 FORMAT = 1
 ABOUT, WEIGHTS, START = "lora_lens.json", "adapter_model.safetensors", "start.safetensors"
-ON_RESIDUAL = "on_residual"
+BUFFERS, ON_RESIDUAL = "buffers.safetensors", "on_residual"
 PREFIX = "base_model.model."  # of PEFT's tensor names
 
 
@@ -83,7 +87,9 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
         _write_adapter(place, peft_model.peft_config[ADAPTER], _state(peft_model))
         if starts:
             factors = {f"{name}.{key}": getattr(s, key.lower()) for name, s in starts.items() for key in "AB"}
-            save_file({key: t.cpu().contiguous() for key, t in factors.items()}, new / START)
+            _write_tensors(new / START, factors)
+        if moved := moved_buffers(peft_model, record):
+            _write_tensors(new / BUFFERS, moved)
         digests = {name: start.digest for name, start in starts.items()} or _digests(peft_model)
         _write_about(new, "window" if starts else "adapter", record, digests)
 
@@ -116,7 +122,8 @@ def load(
     place = folder / ON_RESIDUAL if about["kind"] == "window" else folder
     config = LoraConfig.from_pretrained(place)
     config.inference_mode = False
-    state = read_safetensors((Path(checkpoint) if checkpoint else place) / WEIGHTS)
+    state = read_safetensors(_checked(Path(checkpoint) if checkpoint else place) / WEIGHTS)
+    moved = read_safetensors(folder / BUFFERS) if (folder / BUFFERS).is_file() else {}
     factors = read_safetensors(folder / START) if about["kind"] == "window" else {}
     names, variant = list(about["weights"]), _variant(about["variant"])
     read = matrices_of(model, names)
@@ -125,6 +132,7 @@ def load(
 
     originals = {name: model.get_submodule(name).weight for name in names}
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     base = model if inplace else copy_around(model, originals.values() if factors else [])
     adapted = inject(base, config, names, variant)
     starts = {}
@@ -135,7 +143,10 @@ def load(
         known = about["weights"][name]
         starts[name] = note_start(layer, torch.tensor(known["components"]), known["digest"], original)
     _fill(adapted, state, checkpoint or folder)
-    adapted.attachment = Attachment(about["method"], variant, starts, trainable)
+    adapted.attachment = Attachment(about["method"], variant, starts, trainable, buffers)
+    for name, buffer in buffers_by_name(adapted).items():
+        if name in moved:
+            buffer.copy_(moved[name])
     return adapted
 
 
@@ -157,6 +168,10 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
 
     Raises:
         ValueError: ``adapted`` is none of attach's, is merged or holds NaN; or as :func:`save`.
+
+    Warns:
+        UserWarning: training moved buffers, such as batch norms' statistics: an adapter has no place
+            for them, so only :func:`load` brings them back, and PEFT does not.
     """
     most = None if rank is None else whole_rank(rank)
     peft_model, record = attached(adapted)
@@ -172,6 +187,12 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
         state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
         state[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(len(a), *shapes[1][1:])
         rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
+    if moved := moved_buffers(peft_model, record):
+        warnings.warn(
+            f"training moved {listed(moved, most=2)}, which an adapter cannot carry: with plain PEFT the "
+            "function differs; use merge_and_unload to keep it all, or train with the norms in eval mode",
+            stacklevel=2,
+        )
     old = peft_model.peft_config[ADAPTER]
     config = LoraConfig(
         target_modules=old.target_modules,
@@ -185,6 +206,8 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
     digests = {name: start.digest for name, start in record.starts.items()} or _digests(peft_model)
     with _replaced(folder) as new:
         _write_adapter(new, config, state)
+        if moved:
+            _write_tensors(new / BUFFERS, moved)
         _write_about(new, "adapter", record, digests)
     return pd.DataFrame(rows)
 
@@ -229,8 +252,10 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
             state |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in untrained.items()}
 
     # Modules of its own around the same tensors, because taking the adapter off changes modules.
-    tensors = [*peft_model.parameters(), *peft_model.buffers()]
-    base = taken_off(copy.deepcopy(peft_model, {id(t): t for t in tensors}))
+    tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
+    now = buffers_by_name(peft_model)
+    before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
+    base = taken_off(copy.deepcopy(peft_model, tensors | before))
     with _replaced(folder) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()
@@ -303,8 +328,12 @@ def _write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]
     config = copy.deepcopy(config)
     config.inference_mode = True
     config.save_pretrained(folder)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_tensors(folder / WEIGHTS, state)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(own, path, metadata={"format": "pt"})
 
 
 def _write_about(folder: Path, kind: str, record: Attachment, digests: Mapping[str, str]) -> None:
@@ -317,6 +346,15 @@ def _write_about(folder: Path, kind: str, record: Attachment, digests: Mapping[s
         "weights": {n: {"digest": d, "components": components.get(n)} for n, d in digests.items()},
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=1))
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, if it holds adapter weights; otherwise an error that says where there are some."""
+    if not (folder / WEIGHTS).is_file():
+        inside = sorted(f.parent.name for f in folder.glob(f"*/{WEIGHTS}"))
+        hint = f"; give one of its folders: {listed(inside)}" if inside else ""
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS} (pickled files are not opened){hint}")
+    return folder
 
 
 def _about(folder: Path) -> dict:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens import metrics
@@ -123,9 +124,9 @@ def finetune(
 
     The model's own classifier is kept as it is: the new head reads the same
     features, and the retained task is tested with the old head on the adapted
-    features. The model is trained in place, on the device that accelerate
-    picks. The same seed on the same machine with the same number of threads
-    gives the same numbers.
+    features. Batch norms that are frozen keep their statistics. The model is
+    trained in place, on the device that accelerate picks. The same seed on the
+    same machine with the same number of threads gives the same numbers.
 
     Args:
         model: from :func:`lora_lens.attach`.
@@ -167,7 +168,7 @@ def finetune(
         if retain is not None:
             old = _predictions(model, old_head, new_head, retain.test)[1]
             retained = metrics.accuracy(old, retain.test.labels)
-        model.train()
+        _train(model)
         rows.append(
             {
                 "step": step,
@@ -206,6 +207,14 @@ def finetune(
                 break
     model.eval()
     return Run(config, pd.DataFrame(rows), diverged, time.monotonic() - started, new_head)
+
+
+def _train(model: nn.Module) -> None:
+    """Training mode, but for batch norms with frozen parameters: their statistics are pretrained, too."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 @contextmanager

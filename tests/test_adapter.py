@@ -147,12 +147,12 @@ def test_other_methods_and_alphas_are_refused(patch_vit):
 
 def test_without_targets_only_what_is_adapted_safely_is_taken_from_the_spectra():
     torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(
-        32, 2, 64, batch_first=True
-    ).eval()  # its attention bypasses out_proj's forward
-    spectra = ll.spectra(encoder)
-    assert set(spectra) == {"self_attn.out_proj", "linear1", "linear2"}
-    adapted = ll.attach(encoder, ll.Window.middle(4), spectra=spectra)
+    decoder = nn.TransformerDecoderLayer(
+        32, 2, 64
+    )  # its attention reads out_proj's weight without calling it
+    spectra = ll.spectra(decoder)
+    assert set(spectra) == {"self_attn.out_proj", "multihead_attn.out_proj", "linear1", "linear2"}
+    adapted = ll.attach(decoder, ll.Window.middle(4), spectra=spectra)
     assert trainable(adapted) == {"linear1", "linear2"}
     with pytest.raises(ValueError, match="none of the spectra is of a layer that is adapted by default"):
-        ll.attach(encoder, ll.Window.middle(4), spectra=ll.spectra(encoder, "out_proj"))
+        ll.attach(decoder, ll.Window.middle(4), spectra=ll.spectra(decoder, "out_proj"))

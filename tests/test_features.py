@@ -160,7 +160,7 @@ def test_spectra_of_another_weight_and_windows_that_do_not_fit_are_refused():
     x = torch.ones(2, 9)
     turned = replace(spectrum, left=spectrum.left.flip(0))
     for wrong in (made(6, 9, seed=1)[1], made(6, 8)[1], turned):
-        with pytest.raises(ValueError, match="is not that of fc"):
+        with pytest.raises(ValueError, match="spectrum of fc is not that of this model"):
             ll.feature_split(model, "fc", wrong, ll.Window.first(2), x)
     with pytest.raises(ValueError, match="rank 7 does not fit fc"):
         ll.feature_split(model, "fc", spectrum, ll.Window.first(7), x)

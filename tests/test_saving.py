@@ -86,7 +86,7 @@ def test_what_was_saved_goes_on_where_it_was(adapted, model, inputs, tmp_path):
 
 def test_peft_does_not_take_a_saved_window_for_an_adapter_of_the_original(model, spectra, tmp_path):
     ll.save(ll.attach(model, ll.Window.middle(8), spectra=spectra), tmp_path / "a")
-    with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):
         PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a")
 
 
