@@ -30,6 +30,7 @@ from lora_lens.injection import (
     note_start,
     peft_config,
     require_same,
+    require_unadapted,
     set_start,
     taken_off,
 )
@@ -160,11 +161,7 @@ def planned(
 
     Empty for baselines without adapters. Copies and changes nothing.
     """
-    if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
-        raise ValueError(
-            "this model is adapted already; attach to the pretrained model instead, or first take the "
-            "adapter off (ll.detach, PEFT's unload) or in (PEFT's merge_and_unload)"
-        )
+    require_unadapted(model)
     if isinstance(method, (LinearProbe, FullFineTuning)):
         return {}
     if not isinstance(method, (Placement, LoRA, Mapping)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -86,6 +87,15 @@ class Attachment:
 
     def __deepcopy__(self, memo: dict) -> Attachment:
         return self
+
+
+def require_unadapted(model: nn.Module) -> None:
+    """Raise a ValueError if PEFT is in the model: its weights may be residuals."""
+    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            "this model is adapted already; start from the pretrained model instead, or first take the "
+            "adapter off (ll.detach, PEFT's unload) or in (PEFT's merge_and_unload)"
+        )
 
 
 def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:

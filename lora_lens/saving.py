@@ -51,6 +51,7 @@ from lora_lens.injection import (
     note_start,
     rank_settings,
     require_same,
+    require_unadapted,
     set_start,
     taken_off,
 )
@@ -118,6 +119,7 @@ def load(
             a weight of the model is not the one that the adapter was made for.
     """
     folder = Path(folder)
+    require_unadapted(model)
     about = _about(folder)
     place = folder / ON_RESIDUAL if about["kind"] == "window" else folder
     config = LoraConfig.from_pretrained(place)
@@ -364,12 +366,16 @@ def _about(folder: Path) -> dict:
             "load an ordinary adapter with PEFT's PeftModel.from_pretrained"
         )
     about = read_json(folder / ABOUT)
+    if missing := {"format", "kind"} - about.keys():
+        raise ValueError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
     if about.get("kind") not in ("adapter", "window"):
         raise ValueError(f"{folder} holds a {about.get('kind')}: load what is in its folders")
     if about.get("format") != FORMAT:
         raise ValueError(
             f"{folder / ABOUT} has format {about.get('format')}, expected {FORMAT}: update lora_lens"
         )
+    if missing := {"method", "variant", "weights"} - about.keys():
+        raise ValueError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
     return about
 
 
@@ -381,7 +387,7 @@ def _variant(values: Mapping[str, object]) -> Variant:
 @contextmanager
 def _replaced(folder: str | Path) -> Iterator[Path]:
     """A new folder that takes the place of ``folder`` once all is written; until then that is untouched."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and not (folder / ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and was not written by lora_lens; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +398,12 @@ def _replaced(folder: str | Path) -> Iterator[Path]:
         yield new
         if folder.exists():
             os.replace(folder, old)
-        os.replace(new, folder)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -237,6 +238,8 @@ def test_an_adapter_for_another_base_is_refused(model, spectra, tmp_path):
     assert all(torch.equal(other.state_dict()[k], v) for k, v in before.items())
     with pytest.raises(ValueError, match="is not the one that this adapter was made for"):
         ll.detach(adapted, original=other)
+    with pytest.raises(ValueError, match="this model is adapted already"):
+        ll.load(ll.attach(model, ll.LoRA(2)), tmp_path / "lora")
     assert len(ll.summary(adapted)) == 24  # still adapted
 
 
@@ -257,6 +260,12 @@ def test_damaged_and_foreign_folders_are_refused(model, spectra, tmp_path):
     about = tmp_path / "a" / "lora_lens.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "format": 2}))
     with pytest.raises(ValueError, match="has format 2, expected 1"):
+        ll.load(model, tmp_path / "a")
+    about.write_text('{"format": 1, "kind": "window"}')
+    with pytest.raises(ValueError, match=r"lora_lens.json lacks method, variant, weights: save the adapter"):
+        ll.load(model, tmp_path / "a")
+    about.write_text("{}")
+    with pytest.raises(ValueError, match=r"lora_lens.json lacks format, kind"):
         ll.load(model, tmp_path / "a")
     about.write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):
@@ -281,6 +290,13 @@ def test_nothing_foreign_is_overwritten_and_nothing_is_lost_on_a_crash(model, sp
 
     with monkeypatch.context() as patch:
         patch.setattr(saving, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            ll.save(adapted, tmp_path / "a")
+    kept = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
+    assert all(torch.equal(first[k], kept[k]) for k in first)
+    moves = iter([os.replace, full_disk, os.replace])  # aside, in its place, and back again
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: next(moves)(*paths))
         with pytest.raises(OSError, match="No space left"):
             ll.save(adapted, tmp_path / "a")
     kept = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
