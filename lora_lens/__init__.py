@@ -11,14 +11,14 @@ run = ll.finetune(adapted, ll.embedded.digits(), retain=source)
 from importlib import import_module
 from types import ModuleType
 
-from lora_lens import comparison, embedded, metrics, placement, spectral_metrics
+from lora_lens import comparison, embedded, items, metrics, placement, spectral_metrics
 from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.comparison import compare
 from lora_lens.features import feature_split
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Variant
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
-from lora_lens.store import curves
+from lora_lens.store import answers, curves
 from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
 from lora_lens.training import Run, Training, finetune
@@ -38,6 +38,7 @@ __all__ = [
     "Training",
     "Variant",
     "Window",
+    "answers",
     "attach",
     "compare",
     "comparison",
@@ -49,6 +50,7 @@ __all__ = [
     "feature_split",
     "finetune",
     "function_error",
+    "items",
     "load",
     "metrics",
     "placement",

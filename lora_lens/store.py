@@ -1,7 +1,7 @@
 """The runs of a sweep on disk: one folder per experiment, one small file per finished run.
 
 experiment.json     which model and tasks the runs belong to, and the versions that made them
-runs/<run>.json     settings, results and curve of one run; <run> is the hash of the settings
+runs/<run>.json     settings, results, curve and answers of one run; <run> is the hash of the settings
 """
 
 from __future__ import annotations
@@ -32,13 +32,39 @@ def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         FileNotFoundError: a run is not in the store.
     """
+    parts = [pd.DataFrame(record["curve"]).assign(run=record["run"]) for record in _records(store, table)]
+    return pd.concat(parts, ignore_index=True)[["run", "step", "loss", "accuracy", "retained_accuracy"]]
+
+
+def answers(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
+    """What every run in ``table`` did to each test example of the retained task.
+
+    Returns:
+        One row per run and example: run, item (its place in the test set), label, before and after
+        (the predicted class before and after training). See :mod:`lora_lens.items`.
+
+    Raises:
+        FileNotFoundError: a run is not in the store.
+        ValueError: a run was kept by a version that did not note its answers.
+    """
     parts = []
+    for record in _records(store, table):
+        if "items" not in record:
+            raise ValueError(
+                f"run {record['run']} in {store} was kept without its answers, by an earlier version; "
+                "sweep again into another folder to have them"
+            )
+        kept = pd.DataFrame(record["items"]).rename_axis("item").reset_index()
+        parts.append(kept.assign(run=record["run"]))
+    return pd.concat(parts, ignore_index=True)[["run", "item", "label", "before", "after"]]
+
+
+def _records(store: str | Path, table: pd.DataFrame) -> Iterator[dict]:
     for run in table["run"]:
         record = read_run(Path(store) / "runs" / f"{run}.json")
         if record is None:
             raise FileNotFoundError(f"{store} holds no run {run}")
-        parts.append(pd.DataFrame(record["curve"]).assign(run=run))
-    return pd.concat(parts, ignore_index=True)[["run", "step", "loss", "accuracy", "retained_accuracy"]]
+        yield record
 
 
 @contextmanager

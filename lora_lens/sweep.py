@@ -219,6 +219,7 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
         "settings": experiment.describe(*point),
         "result": result,
         "curve": run.curve.to_dict("list"),
+        "items": run.items.to_dict("list"),
         "seconds": run.seconds,
     }
     write_atomically(path, record)

@@ -82,6 +82,8 @@ class Run:
         diverged: True when the loss became NaN or infinite; the run stopped there.
         seconds: wall-clock time, evaluations included.
         head: the new task's trained classifier.
+        items: one row per test example of the retained task, in its order: label, before and after
+            (the predicted class before the first and after the last step); None without such a task.
     """
 
     config: Training
@@ -89,6 +91,7 @@ class Run:
     diverged: bool
     seconds: float
     head: nn.Linear = field(repr=False)
+    items: pd.DataFrame | None = field(default=None, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -159,6 +162,7 @@ def finetune(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     rows: list[dict[str, float]] = []
+    answers: list[np.ndarray] = []  # to the retained task's test examples, one array per evaluation
     losses: list[float] = []
     bar = progress_bar(shown=progress, total=config.steps, desc=task.name, unit="step")
 
@@ -166,8 +170,8 @@ def finetune(
         model.eval()
         new, retained = _predictions(model, old_head, new_head, task.test)[0], float("nan")
         if retain is not None:
-            old = _predictions(model, old_head, new_head, retain.test)[1]
-            retained = metrics.accuracy(old, retain.test.labels)
+            answers.append(_predictions(model, old_head, new_head, retain.test)[1])
+            retained = metrics.accuracy(answers[-1], retain.test.labels)
         _train(model)
         rows.append(
             {
@@ -206,7 +210,11 @@ def finetune(
             if diverged:
                 break
     model.eval()
-    return Run(config, pd.DataFrame(rows), diverged, time.monotonic() - started, new_head)
+    items = None
+    if retain is not None:
+        columns = {"label": retain.test.labels.numpy(), "before": answers[0], "after": answers[-1]}
+        items = pd.DataFrame(columns)
+    return Run(config, pd.DataFrame(rows), diverged, time.monotonic() - started, new_head, items)
 
 
 def _train(model: nn.Module) -> None:

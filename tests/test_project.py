@@ -73,6 +73,7 @@ def test_imports_point_one_way():
         "features",
         "tasks",
         "metrics",
+        "items",
         "training",
         "store",
         "sweep",
