@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import cycle
+from textwrap import shorten
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -17,6 +19,8 @@ from lora_lens.plot_style import colour_bar, styled
 from lora_lens.training import Run
 
 REFERENCE_LINES = {"LoRA": "--", "full fine-tuning": ":"}
+MORE_LINES = ("-.", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 4)), (0, (9, 4)))  # other placements than one window
+LONGEST_LABEL = 44  # characters
 RATE_MARKERS = "osD^vP*X"
 
 
@@ -54,8 +58,9 @@ def accuracy_curve(table: pd.DataFrame, rates: Collection[float] | None = None, 
     """Accuracy on the new task against the window's position, from a sweep's table.
 
     One line per learning rate: the mean over seeds, in a band from the lowest
-    to the highest seed. Flat lines are ordinary LoRA (dashed) and full
-    fine-tuning (dotted) at the same rate, as far as the table holds them.
+    to the highest seed. Flat lines are ordinary LoRA (dashed), full
+    fine-tuning (dotted) and other placements at the same rate, as far as the
+    table holds them.
     ``rates`` picks the learning rates to draw, all by default; each looks the
     same in every choice.
     """
@@ -71,7 +76,7 @@ def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float]
         raise ValueError("the table has no runs of windows placed by position")
     rates = sorted(table["lr"].unique())
     colours = dict(zip(rates, sns.color_palette("colorblind", len(rates)), strict=True))
-    drawn = [name for name in REFERENCE_LINES if (table["method"] == name).any()]
+    lines = _reference_lines(table)
     for rate, marker in zip(rates, RATE_MARKERS * len(rates), strict=False):
         if chosen is not None and rate not in chosen:
             continue
@@ -81,10 +86,10 @@ def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float]
             mean.index, by_position.min(), by_position.max(), color=colours[rate], alpha=0.2, linewidth=0
         )
         ax.plot(mean.index, mean, color=colours[rate], marker=marker, label=f"{rate:g}")
-        for name in drawn:
+        for name, line in lines.items():
             reference = table.loc[(table["method"] == name) & (table["lr"] == rate), score].mean()
             if pd.notna(reference):
-                ax.axhline(reference, color=colours[rate], linestyle=REFERENCE_LINES[name], linewidth=1.3)
+                ax.axhline(reference, color=colours[rate], linestyle=line, linewidth=1.3)
     for position, name, side in ((0, "PiSSA", "left"), (1, "MiLoRA", "right")):
         ax.axvline(position, color="0.6", linewidth=0.8, zorder=0)
         place = {"transform": ax.get_xaxis_transform(), "ha": side, "va": "top"}
@@ -93,9 +98,21 @@ def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float]
     ax.margins(y=0.12)
     handles, _ = ax.get_legend_handles_labels()
     handles += [
-        Line2D([], [], color="0.3", linestyle=REFERENCE_LINES[n], linewidth=1.3, label=n) for n in drawn
+        Line2D([], [], color="0.3", linestyle=line, linewidth=1.3, label=_short(name))
+        for name, line in lines.items()
     ]
     ax.legend(handles=handles, title="learning rate", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _reference_lines(table: pd.DataFrame) -> dict[str, object]:
+    """A line style for every method that has no position, baselines first."""
+    methods = [m for m in table["method"].unique() if m not in ("window", "linear probe", *REFERENCE_LINES)]
+    known = {name: line for name, line in REFERENCE_LINES.items() if (table["method"] == name).any()}
+    return known | dict(zip(methods, cycle(MORE_LINES), strict=False))
+
+
+def _short(name: str) -> str:
+    return shorten(name, LONGEST_LABEL, placeholder=" ...")
 
 
 @styled
@@ -131,7 +148,7 @@ def tradeoff(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax:
     plain = {"linestyle": "", "color": "0.3"}
     handles = [Line2D([], [], marker=markers[r], label=f"rate {r:g}", **plain) for r in rates]
     hollow = {"marker": "o", "linestyle": "", "markerfacecolor": "white", "markeredgewidth": 1.6}
-    handles += [Line2D([], [], markeredgecolor=edges[b], label=b, **hollow) for b in baselines]
+    handles += [Line2D([], [], markeredgecolor=edges[b], label=_short(b), **hollow) for b in baselines]
     handles.append(Line2D([], [], color="0.55", linewidth=1.3, label="Pareto front"))
     ax.legend(handles=handles, loc="best")
     for axis in (ax.xaxis, ax.yaxis):

@@ -278,3 +278,21 @@ def test_the_curve_of_a_run(model, source, digits):
     ax = ll.plots.learning_curve(run)
     assert isinstance(ax, Axes)
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), run.curve["accuracy"])
+
+
+def test_other_placements_are_lines_beside_the_curve_with_names_that_fit(table):
+    mapping = ll.placement.ByLayer({f"blocks.{b}.*": ll.Window.middle(8) for b in range(6)})
+    others = [ll.placement.RandomComponents(8), ll.placement.SpreadComponents(8), mapping]
+    rows = [table[table["method"] == "LoRA"].assign(method=str(other)) for other in others]
+    wider = pd.concat([table, *rows], ignore_index=True)
+    ax = ll.plots.forgetting_curve(wider)
+    texts = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert texts[2:6] == [
+        "LoRA", "full fine-tuning", "8 random components, seed 0", "8 components evenly spread",
+    ]  # fmt: skip
+    assert texts[6].endswith(" ...") and max(map(len, texts)) <= 44
+    lines = len(ll.plots.forgetting_curve(table).lines)
+    assert len(ax.lines) - lines == 2 * len(others)  # one for each learning rate
+    assert "8 random components, seed 0" in [
+        t.get_text() for t in ll.plots.tradeoff(wider).get_legend().get_texts()
+    ]
