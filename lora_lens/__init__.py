@@ -11,9 +11,10 @@ run = ll.finetune(adapted, ll.embedded.digits(), retain=source)
 from importlib import import_module
 from types import ModuleType
 
-from lora_lens import comparison, embedded, items, metrics, placement, spectral_metrics
+from lora_lens import comparison, embedded, items, metrics, placement, spectral_metrics, tradeoffs
 from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.comparison import compare
+from lora_lens.drift import drift, feature_change
 from lora_lens.features import feature_split
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Variant
 from lora_lens.saving import export, export_residual, load, save
@@ -22,6 +23,7 @@ from lora_lens.store import answers, curves
 from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
 from lora_lens.training import Run, Training, finetune
+from lora_lens.u_shape import u_shape_test
 from lora_lens.window import Window, windows
 
 __version__ = "0.1.0"
@@ -44,9 +46,11 @@ __all__ = [
     "comparison",
     "curves",
     "detach",
+    "drift",
     "embedded",
     "export",
     "export_residual",
+    "feature_change",
     "feature_split",
     "finetune",
     "function_error",
@@ -60,6 +64,8 @@ __all__ = [
     "spectral_metrics",
     "summary",
     "sweep",
+    "tradeoffs",
+    "u_shape_test",
     "widgets",
     "windows",
 ]

@@ -235,6 +235,29 @@ def _only(names: Mapping[str, object], model: nn.Module) -> list[str] | str:
     return list(names)
 
 
+def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
+    """Factors (out, R) and (R, in) of what was trained, float32 or more."""
+    scaling = layer.scaling[ADAPTER]
+    b, a = (factor_matrix(f).cpu() for f in (layer.lora_B, layer.lora_A))
+    exact = torch.promote_types(b.dtype, torch.float32)
+    b, a = b.to(exact), a.to(exact)
+    if start is None:
+        return scaling * b, a
+    b0, a0 = start.b.cpu().to(exact), start.a.cpu().to(exact)
+    if torch.equal(b, b0):
+        return scaling * b, a - a0
+    if torch.equal(a, a0):
+        return scaling * (b - b0), a
+    return scaling * torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
+
+
+def require_unmerged(peft_model: PeftModel) -> None:
+    """Raise a ValueError if an adapter is merged: its base is neither residual nor pretrained then."""
+    for name, layer in lora_layers(peft_model).items():
+        if layer.merged:
+            raise ValueError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
+
+
 def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
     """The model's buffers by the names that they have without PEFT."""
     named = peft_model.get_base_model().named_buffers()

@@ -38,13 +38,13 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
 
 
 def seed_means(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and learning rate: means over seeds, and their spread.
+    """One row per method (and variant, if the table has that column) and learning rate: means over seeds.
 
     Columns: method, rank, position, start, lr, seeds (how many), accuracy,
     retained_accuracy, forgetting (means), and each of the three with the
     suffix ``_std`` (sample standard deviation over seeds; NaN for one seed).
     """
-    keys = ["method", "rank", "position", "start", "lr"]
+    keys = [key for key in ("method", "variant", "rank", "position", "start", "lr") if key in table]
     scores = ["accuracy", "retained_accuracy", "forgetting"]
     groups = table.groupby(keys, dropna=False, sort=False)
     means = groups[scores].mean()
@@ -61,14 +61,21 @@ def ends_and_interior(table: pd.DataFrame) -> pd.DataFrame:
     for each its smallest value over seeds, ``*_min``; u_shape (True when both
     excesses are positive for every seed). All are means over seeds unless
     said otherwise. The best window is the one with the least mean, so with
-    few seeds the excesses lean upwards; it is a description, not a test.
+    few seeds the excesses lean upwards; it is a description. The test is
+    :func:`lora_lens.u_shape_test`.
 
     Raises:
-        ValueError: no window between the ends, or an end is missing.
+        ValueError: no window between the ends, an end is missing, or the table
+            mixes ranks or variants.
     """
     swept = table[table["method"] == "window"].dropna(subset=["position"])
     rows = []
     for lr, group in swept.groupby("lr"):
+        if group.duplicated(["seed", "position"]).any():
+            raise ValueError(
+                f"several runs share seed and position at learning rate {lr:g}: "
+                "give the rows of one rank and variant"
+            )
         by_seed = group.pivot_table(index="seed", columns="position", values="forgetting")
         if 0.0 not in by_seed or 1.0 not in by_seed or by_seed.shape[1] < 3:
             raise ValueError(

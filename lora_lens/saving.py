@@ -27,7 +27,6 @@ from uuid import uuid4
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
@@ -38,11 +37,9 @@ from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     ADAPTER,
     Attachment,
-    Start,
     attached,
     buffers_by_name,
     copy_around,
-    factor_matrix,
     inject,
     lora_layer,
     lora_layers,
@@ -52,8 +49,10 @@ from lora_lens.injection import (
     rank_settings,
     require_same,
     require_unadapted,
+    require_unmerged,
     set_start,
     taken_off,
+    trained_update,
 )
 from lora_lens.layers import listed, weight_matrix
 from lora_lens.methods import Variant
@@ -80,7 +79,7 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
         ValueError: ``adapted`` is none of attach's or merged; the folder holds something else.
     """
     peft_model, record = attached(adapted)
-    _require_unmerged(peft_model)
+    require_unmerged(peft_model)
     starts = record.starts
     with _replaced(folder) as new:
         place = new / ON_RESIDUAL if starts else new
@@ -177,11 +176,11 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
     """
     most = None if rank is None else whole_rank(rank)
     peft_model, record = attached(adapted)
-    _require_unmerged(peft_model)
+    require_unmerged(peft_model)
     layers = lora_layers(peft_model)
     state, ranks, rows = _state(peft_model), {}, []
     for name, layer in layers.items():
-        b, a, norm, lost = _truncated(*_update(layer, record.starts.get(name)), most)
+        b, a, norm, lost = _truncated(*trained_update(layer, record.starts.get(name)), most)
         if not torch.isfinite(norm):
             raise ValueError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
         ranks[name] = len(a)
@@ -231,7 +230,7 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
         ValueError: ``adapted`` holds no window, or as :func:`save`.
     """
     peft_model, record = attached(adapted)
-    _require_unmerged(peft_model)
+    require_unmerged(peft_model)
     if not record.starts:
         raise ValueError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
     state, digests = _state(peft_model), {}
@@ -272,22 +271,6 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
         )
 
 
-def _update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
-    """Factors (out, R) and (R, in) of what was trained, float32 or more."""
-    scaling = layer.scaling[ADAPTER]
-    b, a = (factor_matrix(f).cpu() for f in (layer.lora_B, layer.lora_A))
-    exact = torch.promote_types(b.dtype, torch.float32)
-    b, a = b.to(exact), a.to(exact)
-    if start is None:
-        return scaling * b, a
-    b0, a0 = start.b.cpu().to(exact), start.a.cpu().to(exact)
-    if torch.equal(b, b0):
-        return scaling * b, a - a0
-    if torch.equal(a, a0):
-        return scaling * (b - b0), a
-    return scaling * torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
-
-
 def _truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
     """The factors of at most ``rank``, the norm of the whole product, and the share of it left out."""
     norm = product_norm(b, a)
@@ -318,12 +301,6 @@ def _fill(adapted: PeftModel, state: Mapping[str, Tensor], where: str | Path) ->
 def _digests(peft_model: PeftModel) -> dict[str, str]:
     """Of base weights that no window has changed."""
     return {n: digest_of(weight_matrix(x.get_base_layer())) for n, x in lora_layers(peft_model).items()}
-
-
-def _require_unmerged(peft_model: PeftModel) -> None:
-    for name, layer in lora_layers(peft_model).items():
-        if layer.merged:
-            raise ValueError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
 
 
 def _write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:

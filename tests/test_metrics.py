@@ -74,3 +74,15 @@ def test_means_over_seeds():
     assert means["forgetting"].tolist() == pytest.approx([0.45, 0.2])
     assert means["seeds"].tolist() == [2, 2]
     assert means["forgetting_std"].iloc[1] == pytest.approx(np.std([0.3, 0.1], ddof=1))
+
+
+def test_variants_are_not_averaged_and_mixed_tables_are_not_compared():
+    rows = [
+        {"method": "window", "rank": 8, "position": p, "start": None, "lr": 1e-3, "seed": 0, "variant": v,
+         "accuracy": 0.9, "retained_accuracy": 0.8, "forgetting": 0.1 + i}
+        for i, v in enumerate(("plain", "dora")) for p in (0.0, 0.5, 1.0)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    assert len(metrics.seed_means(table)) == 6 and len(metrics.seed_means(table.drop(columns="variant"))) == 3
+    with pytest.raises(ValueError, match=r"several runs share seed and position at learning rate 0.001"):
+        metrics.ends_and_interior(table)

@@ -1,0 +1,362 @@
+"""Comparisons that hold: forgetting at equal learning, and how sure the seeds let us be.
+
+A method that learns less looks as if it forgot less. So forgetting is compared at equal learning rates,
+at every method's own best rate, and where the runs pass the same accuracy on the new task; and each mean
+comes with the number of seeds and an interval. All functions are pure and take the table of
+:func:`lora_lens.sweep`, one row per run. A window is a row's method, rank, position and start (and
+variant, where the table has one); baselines are told apart in the same way. Accuracies and forgetting are
+shares in [0, 1], rates are those of the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+WINDOW = ["method", "rank", "position", "start"]
+SCORES = ["accuracy", "forgetting"]
+LEVEL = 0.05  # below this p value a U-shape is called one
+FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
+
+
+def bootstrap_interval(
+    values: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the mean of ``values``, one per seed, by the percentile bootstrap.
+
+    Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13. The same arguments give the
+    same interval. One value has no interval: (NaN, NaN). With few seeds the interval is too narrow (for n
+    values its width is about sqrt((n - 1) / n) of that from the standard error, before any correction for
+    few seeds), so read it as a lower bound of the uncertainty.
+
+    Raises:
+        ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
+    """
+    values = np.asarray(values, float).ravel()
+    if values.size == 0 or np.isnan(values).any():
+        raise ValueError(f"an interval needs values, none of them missing, not {values}; drop those runs")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, not {level!r}")
+    if values.size == 1:
+        return float("nan"), float("nan")
+    means = values[_resampled(len(values), resamples, seed)].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
+    """What every window gained and lost at each learning rate, all at the same number of steps.
+
+    Returns:
+        One row per window and rate. Columns: method, rank, position, start, lr; seeds and diverged (how
+        many of them did); accuracy and forgetting (means over seeds), and each of the two with the
+        suffixes ``_low`` and ``_high``, its 95% interval (see :func:`bootstrap_interval`).
+
+    Raises:
+        ValueError: a column is missing, or two runs share window, rate and seed.
+    """
+    rows = [
+        {**names, **_summary(group)}
+        for names, group in _groups(table, [*_window(table), "lr"], [*SCORES, "diverged"])
+    ]
+    return pd.DataFrame(rows)
+
+
+def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
+    """What every window gained and lost at the learning rate that suits it best.
+
+    The best rate has the highest mean of ``score`` over seeds; of equals, the lowest. The best of several
+    noisy means is higher than it ought to be, the more so the more rates were tried. Where a window has at
+    least 4 seeds, its rate is therefore chosen on the lower half of them (by number) and all that the row
+    tells comes from the other half. Only the seeds that were run at every rate of the window take part.
+
+    Returns:
+        One row per window with the columns of :func:`at_equal_rate` (lr is the chosen rate, seeds those
+        that the means are of), and rates (how many it was chosen from) and selected_on ("other seeds", or
+        "same seeds" where there were fewer than 4: then the score leans upwards).
+
+    Raises:
+        ValueError: ``score`` is not accuracy or retained_accuracy, a column is missing, two runs share
+            window, rate and seed, or no seed of a window was run at all its rates.
+    """
+    if score not in ("accuracy", "retained_accuracy"):
+        raise ValueError(f"score must be accuracy or retained_accuracy (larger is better), not {score!r}")
+    rows = []
+    for names, group in _groups(table, _window(table), [score, *SCORES, "diverged"]):
+        by_seed = _seeds_by_rate(group, score, names)
+        half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
+        choosing, told = by_seed.iloc[: half or None], by_seed.index[half:]
+        rate = choosing.mean().idxmax()  # the first of equals, and the rates ascend
+        chosen = group[(group["lr"] == rate) & group["seed"].isin(told)]
+        selected_on = "other seeds" if half else "same seeds"
+        row = {"lr": rate, **_summary(chosen), "rates": by_seed.shape[1], "selected_on": selected_on}
+        rows.append({**names, **row})
+    return pd.DataFrame(rows)
+
+
+def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+    """What the runs had forgotten when they first reached ``accuracy`` on the new task.
+
+    Along a run's evaluations the accuracy so far (its running maximum) is joined by straight lines, and
+    so is the retained accuracy; the first crossing is read off both. A run whose first evaluation is good
+    enough already is read there. With ``most_reached`` the rows reduce to one per window:
+    ``result[result["most_reached"]]``. The rate is picked by reach alone, never by forgetting, so the
+    forgetting at it is not flattered by the choice.
+
+    Args:
+        curves: from :func:`lora_lens.curves` (run, step, accuracy, retained_accuracy).
+        accuracy: the accuracy to compare at, in [0, 1].
+
+    Returns:
+        One row per window and rate. Columns: method, rank, position, start, lr; seeds, and reached (how
+        many of them got there); step and forgetting (means over the runs that got there, NaN without
+        any), and each of the two with ``_low`` and ``_high``, its 95% interval; most_reached (True for
+        the rate of each window with the largest share of runs that got there; of equals, the lowest).
+        Where reached is less than seeds, the means are of the better runs only: compare with care.
+
+    Raises:
+        ValueError: ``accuracy`` is out of range, a column is missing, a run has no curve, or two runs
+            share window, rate and seed.
+    """
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
+    require_columns(table, ["run"])
+    require_columns(curves, ["run", "step", "accuracy", "retained_accuracy"])
+    by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
+    without = [run for run in table["run"] if run not in by_run]
+    if without:
+        raise ValueError(
+            f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
+        )
+    rows = []
+    for names, group in _groups(table, [*_window(table), "lr"], ["retained_before"]):
+        found = [_first_crossing(by_run[run], accuracy) for run in group["run"]]
+        step, retained = np.array(found, float).T
+        there = ~np.isnan(step)
+        forgotten = group["retained_before"].to_numpy(float) - retained
+        row = {"seeds": len(group), "reached": int(there.sum())}
+        rows.append({**names, **row, **_mean("step", step[there]), **_mean("forgetting", forgotten[there])})
+    result = pd.DataFrame(rows)
+    order = result.assign(share=result["reached"] / result["seeds"]).sort_values(
+        ["share", "lr"], ascending=[False, True], kind="stable"
+    )
+    first = ~order.duplicated(_window(table))
+    return result.assign(most_reached=first.reindex(result.index))
+
+
+def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
+    """How much the learning rate may be off before it costs accuracy on the new task.
+
+    Args:
+        tolerance: the accuracy that a rate may lose against the best one, in shares.
+
+    Returns:
+        One row per window. Columns: method, rank, position, start; seeds (those run at every rate; the
+        others are left out), rates; best_lr (of equals, the lowest) and accuracy with accuracy_low and
+        accuracy_high there (chosen on the same seeds, so it leans upwards; see
+        :func:`at_own_best_rate`); lowest and highest (the ends of the unbroken run of rates around the
+        best one whose mean accuracy is within ``tolerance`` of it); octaves (log2 of highest / lowest)
+        with octaves_low and octaves_high, its 95% interval when the seeds are resampled; at_grid_end
+        (True where that run of rates ends at an end of the grid: then the width is a lower bound);
+        collapse (the lowest rate above the best at which the mean accuracy is below half of the best; NaN
+        if the grid holds none).
+
+    Raises:
+        ValueError: ``tolerance`` is negative, a column is missing, two runs share window, rate and seed,
+            or no seed of a window was run at all its rates.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, not {tolerance!r}")
+    rows = []
+    for names, group in _groups(table, _window(table), ["accuracy"]):
+        by_seed = _seeds_by_rate(group, "accuracy", names)
+        rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
+        means = scores.mean(0)
+        low, best, high = _plateau(means, tolerance)
+        too_high = rates[best + 1 :][means[best + 1 :] < means[best] / 2]
+        rows.append(
+            {
+                **names,
+                "seeds": len(scores),
+                "rates": len(rates),
+                "best_lr": rates[best],
+                **_mean("accuracy", scores[:, best]),
+                "lowest": rates[low],
+                "highest": rates[high],
+                "octaves": np.log2(rates[high] / rates[low]),
+                **_width_interval(scores, rates, tolerance),
+                "at_grid_end": low == 0 or high == len(rates) - 1,
+                "collapse": too_high[0] if len(too_high) else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def dominance(table: pd.DataFrame) -> pd.DataFrame:
+    """How often one window beats another on both tasks at once, at equal seed and learning rate.
+
+    Returns:
+        One row per pair of windows. Columns: method, rank, position, start with the suffix ``_a`` for the
+        one and ``_b`` for the other; pairs (seeds and rates that both were run at) and seeds among them;
+        a_beats_b (share of pairs in which a is higher in both accuracy and retained_accuracy; the mean
+        over seeds of each seed's share) and b_beats_a, each with ``_low`` and ``_high``, its 95% interval
+        over seeds. The two need not sum to 1: the rest is a trade-off or a tie. Without pairs the shares
+        are NaN.
+
+    Raises:
+        ValueError: a column is missing, two runs share window, rate and seed, or there is one window only.
+    """
+    both = ["accuracy", "retained_accuracy"]
+    groups = [
+        (names, group.set_index(["seed", "lr"])[both])
+        for names, group in _groups(table, _window(table), both)
+    ]
+    if len(groups) < 2:
+        raise ValueError(f"a comparison needs at least two windows or methods, not {len(groups)}")
+    rows = []
+    for (names_a, a), (names_b, b) in combinations(groups, 2):
+        shared = a.index.intersection(b.index)
+        difference = a.loc[shared] - b.loc[shared]
+        row = {f"{k}_a": v for k, v in names_a.items()} | {f"{k}_b": v for k, v in names_b.items()}
+        row |= {"pairs": len(shared), "seeds": shared.get_level_values("seed").nunique()}
+        for name, sign in (("a_beats_b", 1), ("b_beats_a", -1)):
+            wins = (sign * difference > 0).all(axis=1).astype(float)
+            row |= _mean(name, wins.groupby(level="seed").mean())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def hypervolume(points: ArrayLike, reference: tuple[float, float] = (0, 0)) -> float:
+    """The area between ``reference`` and the front of ``points`` (n, 2), larger being better in both.
+
+    Zitzler and Thiele 1998, "Multiobjective optimization using evolutionary algorithms - a comparative
+    case study", where it is called the size of the space covered; exact, by sorting. Points that are not
+    above ``reference`` in both, or have a missing value, cover nothing. It grows with the number of points,
+    so compare only sets of as many.
+
+    Raises:
+        ValueError: ``points`` are not pairs.
+    """
+    points = np.asarray(points, float)
+    if points.size == 0:
+        return 0.0
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"points must be pairs, of shape (n, 2), not {points.shape}")
+    above = points - np.asarray(reference, float)
+    above = above[(above > 0).all(1)]  # also drops the missing
+    above = above[np.argsort(-above[:, 0], kind="stable")]
+    heights = np.maximum.accumulate(above[:, 1])
+    steps = np.diff(heights, prepend=0.0)  # what each point adds above those further right
+    return float((above[:, 0] * steps).sum())
+
+
+def _first_crossing(curve: pd.DataFrame, accuracy: float) -> tuple[float, float]:
+    """(step, retained accuracy) where the accuracy so far first reaches ``accuracy``; NaN if never."""
+    steps, retained = curve["step"].to_numpy(float), curve["retained_accuracy"].to_numpy(float)
+    so_far = np.maximum.accumulate(curve["accuracy"].to_numpy(float))
+    good = np.flatnonzero(so_far >= accuracy)
+    if not len(good):
+        return float("nan"), float("nan")
+    i = good[0]
+    if i == 0:
+        return steps[0], retained[0]
+    share = (accuracy - so_far[i - 1]) / (so_far[i] - so_far[i - 1])
+    return tuple(v[i - 1] + share * (v[i] - v[i - 1]) for v in (steps, retained))
+
+
+def _plateau(means: np.ndarray, tolerance: float) -> tuple[int, int, int]:
+    """(first, best, last): the unbroken run around the best mean of those within ``tolerance`` of it."""
+    best = low = high = int(means.argmax())
+    enough = means >= means[best] - tolerance - 1e-12  # 0.90 - 0.88 is more than 0.02 by rounding
+    while low > 0 and enough[low - 1]:
+        low -= 1
+    while high < len(means) - 1 and enough[high + 1]:
+        high += 1
+    return low, best, high
+
+
+def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> dict[str, float]:
+    """The 95% interval of the plateau's width in octaves, when the seeds are resampled."""
+    if len(scores) == 1:
+        return {"octaves_low": np.nan, "octaves_high": np.nan}
+    means = scores[_resampled(len(scores), 2000, 0)].mean(1)
+    ends = np.array([_plateau(m, tolerance) for m in means])
+    low, high = np.quantile(np.log2(rates[ends[:, 2]] / rates[ends[:, 0]]), [0.025, 0.975])
+    return {"octaves_low": low, "octaves_high": high}
+
+
+def _resampled(n: int, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, n) places of n values, drawn with replacement."""
+    if not resamples >= 1:
+        raise ValueError(f"resamples must be at least 1, not {resamples!r}")
+    return np.random.default_rng(seed).integers(n, size=(resamples, n))
+
+
+def _summary(group: pd.DataFrame) -> dict[str, float]:
+    """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate."""
+    row = {"seeds": len(group), "diverged": int(group["diverged"].sum())}
+    for score in SCORES:
+        row |= _mean(score, group[score])
+    return row
+
+
+def _mean(name: str, values: ArrayLike) -> dict[str, float]:
+    """The mean over seeds and its interval, named; NaN where there are no values."""
+    values = np.asarray(values, float)
+    mean = float(values.mean()) if len(values) else np.nan
+    low, high = bootstrap_interval(values) if len(values) else (np.nan, np.nan)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def _window(table: pd.DataFrame) -> list[str]:
+    """The columns that tell windows and methods apart."""
+    return [*WINDOW, *(["variant"] if "variant" in table else [])]
+
+
+def _groups(
+    table: pd.DataFrame, keys: list[str], columns: list[str]
+) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
+    """(the keys' values by name, their rows), in the table's order, after checking the table."""
+    require_columns(table, [*keys, "lr", "seed", *columns])
+    if table.empty:
+        raise ValueError("the table has no runs; pass what sweep returned")
+    twice = table.duplicated([*_window(table), "lr", "seed"])
+    if twice.any():
+        # Two runs of one seed are not two seeds: their interval would be too narrow.
+        row = table[twice].iloc[0]
+        raise ValueError(
+            f"two runs of {_named(row[_window(table)].to_dict())} share learning rate {row['lr']:g} and "
+            f"seed {row['seed']}; pass the runs of one sweep, with one value of every other setting"
+        )
+    groups = table.groupby(keys, dropna=False, sort=False)
+    return ((dict(zip(keys, values, strict=True)), group) for values, group in groups)
+
+
+def _seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> pd.DataFrame:
+    """``score`` (seeds, rates), both ascending, of the seeds that were run at every rate."""
+    by_seed = group.pivot(index="seed", columns="lr", values=score).dropna()
+    if by_seed.empty:
+        raise ValueError(
+            f"no seed of {_named(names)} was run at all its rates {rates_in(group)}; "
+            "run the missing ones or drop a rate"
+        )
+    return by_seed
+
+
+def require_columns(table: pd.DataFrame, columns: list[str]) -> None:
+    missing = [column for column in dict.fromkeys(columns) if column not in table]
+    if missing:
+        raise ValueError(f"the table has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+
+
+def _named(names: dict[str, object]) -> str:
+    details = [f"{name} {value}" for name, value in names.items() if name != "method" and pd.notna(value)]
+    return f"{names['method']} ({', '.join(details)})" if details else str(names["method"])
+
+
+def rates_in(table: pd.DataFrame) -> str:
+    return ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))

@@ -1,0 +1,478 @@
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_lens as ll
+from lora_lens.drift import cka, drift, drift_between, feature_change, turned
+from lora_lens.layers import set_weight_matrix, weight_matrix
+from lora_lens.placement import Components
+from lora_lens.saving import save_model
+
+SHARES = ["inside", "above", "below", "mixed", "outside"]
+WINDOW = ll.Window(4, start=6)
+
+
+def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
+
+
+def one_layer(out: int = 24, inputs: int = 16) -> nn.Sequential:
+    """A model with one weight of well separated singular values, from 10 down to 1."""
+    k = min(out, inputs)
+    s = torch.logspace(1, 0, k, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(inputs, out))
+    set_weight_matrix(model[0], orthonormal(out, k, 0) * s @ orthonormal(inputs, k, 1).T)
+    return model
+
+
+def spectra_of(model: nn.Module) -> ll.SpectrumSet:
+    return ll.spectra(model, "0", progress=False)
+
+
+class Shapes(nn.Module):
+    """Every kind of layer that can be adapted, never called."""
+
+    def __init__(self, out: int, inputs: int) -> None:
+        super().__init__()
+        self.linear, self.conv1d = nn.Linear(inputs, out), Conv1D(out, inputs)
+        self.convolution = nn.Conv2d(3, out, (2, inputs))
+
+
+def with_update(model: nn.Module, update: torch.Tensor, method: ll.Window | ll.LoRA) -> nn.Module:
+    """The one-layer model, adapted and trained to W + update, of the adapter's rank at most."""
+    adapted = ll.attach(model, method, targets="0", spectra=spectra_of(model))
+    layer = adapted.get_base_model()[0]
+    target = weight_matrix(model[0]).double() + update - weight_matrix(layer.get_base_layer()).double()
+    left, values, right = torch.linalg.svd(target)
+    rank = layer.r["default"]
+    assert values[rank:].max() < 1e-5
+    with torch.no_grad():
+        layer.lora_B["default"].weight.copy_(left[:, :rank] * values[:rank])
+        layer.lora_A["default"].weight.copy_(right[:rank])
+    return adapted
+
+
+def only_row(table: pd.DataFrame) -> pd.Series:
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+def between(model: nn.Module, update: torch.Tensor, window: object = WINDOW) -> pd.Series:
+    after = copy.deepcopy(model)
+    set_weight_matrix(after[0], weight_matrix(model[0]).double() + update)
+    return only_row(drift_between(model, after, spectra_of(model), window=window))
+
+
+def moved(adapted: nn.Module, size: float = 0.02, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn(p.shape, generator=generator))
+    return adapted
+
+
+def reference(update: torch.Tensor, weight: torch.Tensor, components: torch.Tensor) -> dict[str, float]:
+    """The columns from the whole matrices, entry by entry."""
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    c = (left.T @ update @ right.T).square()
+    k, (first, last) = len(c), (int(components[0]), int(components[-1]))
+    place = torch.full((k,), -1)  # between the window's components
+    place[:first], place[last + 1 :], place[components] = 1, 2, 0
+    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    total = update.square().sum()
+    found = {n: c[(rows == p) & (columns == p)].sum() for p, n in enumerate(SHARES[:3])}
+    found["mixed"] = c[(rows != columns) | (rows == -1)].sum()
+    found["outside"] = total - c.sum()
+    found["left_inside"] = (left[:, components].T @ update).square().sum()
+    found["right_inside"] = (update @ right[components].T).square().sum()
+    return {n: float(x / total) for n, x in found.items()} | {"diagonal": float(c.diagonal().sum() / c.sum())}
+
+
+# One pair (output, input) of components for each place, counted from the largest singular value.
+PLACES = {
+    "inside": (7, 9),
+    "above": (5, 0),
+    "below": (15, 10),
+    "mixed": (2, 12),
+    "outside": (20, 3),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_update_between_two_components_is_where_they_are(place):
+    model = one_layer()
+    left, _, right = torch.linalg.svd(weight_matrix(model[0]).double())
+    i, j = PLACES[place]
+    update = 0.3 * torch.outer(left[:, i], right[j])
+    for row in (
+        between(model, update),
+        only_row(drift(with_update(model, update, ll.LoRA(2)), spectra_of(model), window=WINDOW)),
+    ):
+        assert row["update"] == pytest.approx(0.3, rel=1e-5)
+        norm = float(torch.linalg.norm(weight_matrix(model[0]).double()))
+        assert row["relative"] == pytest.approx(0.3 / norm, rel=1e-5)
+        assert row["effective_rank"] == pytest.approx(1, abs=1e-4)
+        assert row["stable_rank"] == pytest.approx(1, abs=1e-6)
+        expected = [float(name == place) for name in SHARES]
+        np.testing.assert_allclose(row[SHARES].astype(float), expected, atol=1e-6)
+        if place != "outside":
+            assert row["diagonal"] < 1e-6
+
+
+def test_a_window_that_moves_only_within_itself_is_inside():
+    model = one_layer()
+    left, _, right = torch.linalg.svd(weight_matrix(model[0]).double())
+    mix = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    adapted = with_update(model, left[:, 6:10] @ mix @ right[6:10], WINDOW)
+    row = only_row(drift(adapted, spectra_of(model)))
+    np.testing.assert_allclose(row[SHARES].astype(float), [1, 0, 0, 0, 0], atol=1e-6)
+    assert row[["left_inside", "right_inside"]].tolist() == pytest.approx([1, 1], abs=1e-6)
+    assert row["diagonal"] == pytest.approx(float((mix.diag().norm() / mix.norm()) ** 2), abs=1e-5)
+    assert row[["layer", "block", "kind", "rank"]].tolist() == ["0", 0, "0", 4]
+    # seen from another window, the same update is above it
+    row = only_row(drift(adapted, spectra_of(model), window=ll.Window.last(3)))
+    np.testing.assert_allclose(row[SHARES].astype(float), [0, 1, 0, 0, 0], atol=1e-6)
+
+
+def test_a_stretch_of_the_window_is_diagonal():
+    model = one_layer()
+    adapted = ll.attach(model, WINDOW, targets="0", spectra=spectra_of(model))
+    with torch.no_grad():
+        adapted.get_base_model()[0].lora_B["default"].weight *= 1.2
+    row = only_row(drift(adapted, spectra_of(model)))
+    s = torch.logspace(1, 0, 16, dtype=torch.float64)
+    assert row["update"] == pytest.approx(0.2 * float(s[6:10].norm()), rel=1e-5)
+    assert row["relative"] == pytest.approx(0.2 * float(s[6:10].norm() / s.norm()), rel=1e-5)
+    assert row["diagonal"] == pytest.approx(1, abs=1e-6) and row["inside"] == pytest.approx(1, abs=1e-6)
+    assert row["stable_rank"] == pytest.approx(float((s[6:10] / s[6]).square().sum()), rel=1e-4)
+    for side in ("left", "right"):
+        np.testing.assert_allclose(
+            turned(adapted, "0", spectra_of(model)["0"], side)[:5, :5], np.eye(5), atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.3, 1.2])
+def test_two_vectors_that_turn_by_a_known_angle(angle):
+    model = one_layer()
+    left, s, right = torch.linalg.svd(weight_matrix(model[0]).double(), full_matrices=False)
+    c, d = math.cos(angle), math.sin(angle)
+    turn = torch.tensor([[c - 1, -d], [d, c - 1]], dtype=torch.float64)
+    update = left[:, [3, 12]] @ turn * s[[3, 12]] @ right[[3, 12]]
+    adapted = with_update(model, update, ll.LoRA(2))
+    matrix = turned(adapted, "0", spectra_of(model)["0"], "left")
+    expected = torch.eye(16)
+    expected[3, 3] = expected[12, 12] = abs(c)
+    expected[3, 12] = expected[12, 3] = abs(d)
+    assert matrix.shape == (16, 16) and matrix.dtype == torch.float32
+    np.testing.assert_allclose(matrix, expected, atol=1e-5)
+    np.testing.assert_allclose(turned(adapted, "0", spectra_of(model)["0"], "right"), np.eye(16), atol=1e-5)
+
+    # C = [[c - 1, -d], [d, c - 1]] diag(s): (c - 1)^2 / ((c - 1)^2 + d^2) = (1 - c) / 2
+    row = only_row(drift(adapted, spectra_of(model), window=ll.Window(2, start=12)))
+    assert row["diagonal"] == pytest.approx(math.sin(angle / 2) ** 2, rel=1e-2, abs=1e-6)
+    # u_12 is the window's, u_3 is above it: the pairs (3, 12) and (12, 3) are mixed
+    parts = torch.tensor(
+        [(c - 1) ** 2 * s[12] ** 2, (c - 1) ** 2 * s[3] ** 2, d**2 * (s[3] ** 2 + s[12] ** 2)]
+    )
+    parts = (parts / parts.sum()).tolist()
+    assert row[["inside", "above", "mixed"]].tolist() == pytest.approx(parts, abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    out=st.integers(3, 12),
+    inputs=st.integers(3, 12),
+    position=st.floats(0, 1),
+    alpha=st.sampled_from([None, 7.0]),
+    rank=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_shares_sum_to_one_and_are_those_of_the_whole_matrices(out, inputs, position, alpha, rank, seed):
+    torch.manual_seed(seed)
+    model = Shapes(out, inputs)
+    targets = ["linear", "conv1d", "convolution"]
+    spectra = ll.spectra(model, targets, progress=False)
+    window = ll.Window(rank, position=position)
+    for dora in (False, True):
+        adapted = ll.attach(
+            model, window, targets=targets, spectra=spectra, alpha=alpha, variant=ll.Variant(dora=dora)
+        )
+        table = drift(moved(adapted, 0.2, seed), spectra).set_index("layer")
+        merged = adapted.merge_and_unload()
+        assert list(table.index) == targets
+        for name, row in table.iterrows():
+            np.testing.assert_allclose(row[SHARES].sum(), 1, atol=1e-6)
+            assert (row[SHARES] >= 0).all()
+            before, after = (weight_matrix(m.get_submodule(name)).double() for m in (model, merged))
+            update = after - before
+            expected = reference(update, before, spectra[name].components_of(window))
+            np.testing.assert_allclose(row[list(expected)].astype(float), list(expected.values()), atol=2e-4)
+            values = torch.linalg.svdvals(update)
+            assert row["update"] == pytest.approx(float(values.norm()), rel=1e-4)
+            assert row["stable_rank"] == pytest.approx(ll.spectral_metrics.stable_rank(values), rel=1e-3)
+
+
+def test_components_between_those_of_a_placement_are_neither_above_nor_below():
+    model = one_layer()
+    placement = Components((4, 7, 11))
+    adapted = moved(ll.attach(model, placement, targets="0", spectra=spectra_of(model)), 0.3)
+    row = only_row(drift(adapted, spectra_of(model)))
+    after, before = (weight_matrix(m[0]).double() for m in (adapted.merge_and_unload(), model))
+    expected = reference(after - before, before, torch.tensor(placement.indices))
+    np.testing.assert_allclose(row[list(expected)].astype(float), list(expected.values()), atol=1e-5)
+    left, _, right = torch.linalg.svd(before)
+    assert between(model, torch.outer(left[:, 5], right[6]), placement)["mixed"] == pytest.approx(1, abs=1e-6)
+
+
+def test_nothing_trained_is_an_update_of_zero_without_shares(model, spectra):
+    for method in (ll.Window.middle(4), ll.LoRA(4)):
+        adapted = ll.attach(model, method, spectra=spectra)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            table = drift(adapted, spectra)
+            both = drift_between(model, model, spectra, window=ll.Window.first(2))
+        for found in (table, both):
+            assert len(found) == 24
+            assert (found[["update", "relative", "effective_rank", "stable_rank"]] == 0).all(axis=None)
+            assert found[[*SHARES, "left_inside", "right_inside", "diagonal"]].isna().all(axis=None)
+    adapted = ll.attach(model, ll.Window.middle(4), spectra=spectra, variant=ll.Variant(dora=True))
+    assert drift(adapted, spectra)["relative"].max() < 1e-6
+
+
+def test_ordinary_lora_has_shares_once_a_window_is_given(model, spectra):
+    adapted = moved(ll.attach(model, ll.LoRA(4), spectra=spectra))
+    table = drift(adapted, spectra)
+    assert table[["inside", "above", "below", "mixed", "left_inside", "right_inside"]].isna().all(axis=None)
+    assert table[["update", "outside", "diagonal"]].notna().all(axis=None)
+    table = drift(adapted, spectra, window=ll.Window.middle(4))
+    np.testing.assert_allclose(table[SHARES].sum(axis=1), 1, atol=1e-6)
+
+
+def test_a_low_rank_update_and_the_difference_of_weights_say_the_same(model, spectra, tmp_path):
+    adapted = moved(ll.attach(model, ll.Window.middle(4), spectra=spectra))
+    table = drift(adapted, spectra)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    dense = drift_between(model, merged, spectra, window=ll.Window.middle(4))
+    assert list(dense.columns) == [c for c in table.columns if c != "rank"]
+    for column in dense.columns[3:]:
+        np.testing.assert_allclose(table[column], dense[column], rtol=1e-3, atol=1e-5)
+    save_model(model, str(tmp_path / "before.safetensors"))
+    save_model(merged, str(tmp_path / "after.safetensors"))
+    files = drift_between(
+        tmp_path / "before.safetensors", tmp_path / "after.safetensors", spectra, window=ll.Window.middle(4)
+    )
+    pd.testing.assert_frame_equal(files, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision(model, dtype):
+    half = copy.deepcopy(model).to(dtype)
+    spectra = ll.spectra(half, progress=False)
+    table = drift(moved(ll.attach(half, ll.Window.first(4), spectra=spectra)), spectra)
+    np.testing.assert_allclose(table[SHARES].sum(axis=1), 1, atol=1e-6)
+
+
+def test_what_does_not_belong_together_is_refused(model, spectra):
+    adapted = moved(ll.attach(model, ll.Window.middle(4), spectra=spectra))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[2].mlp.fc1.weight.mul_(1.1)
+    foreign = ll.spectra(other, progress=False)
+    spectrum = spectra["blocks.0.attn.qkv"]
+    with pytest.raises(ValueError, match=r"of blocks.2.mlp.fc1, shape .* pretrained weight: take ll.spectra"):
+        drift(adapted, foreign)
+    with pytest.raises(ValueError, match=r"spectrum of blocks.2.mlp.fc1"):
+        drift_between(model, other, foreign)
+    with pytest.raises(ValueError, match=r"is not that of blocks.0.attn.proj's pretrained"):
+        turned(adapted, "blocks.0.attn.proj", spectrum)
+    with pytest.raises(ValueError, match=r"'head' is not adapted; these layers are: blocks.0.attn.qkv"):
+        turned(adapted, "head", spectrum)
+    with pytest.raises(ValueError, match="side must be 'left' or 'right', not 'top'"):
+        turned(adapted, "blocks.0.attn.qkv", spectrum, "top")
+    for lacking, said in [
+        (replace(spectrum, left=None, right=None), "has no singular vectors"),
+        (
+            replace(
+                spectrum, left=spectrum.left[:, :4], right=spectrum.right[:4], components=torch.arange(4)
+            ),
+            "holds vectors for other components",
+        ),
+    ]:
+        few = ll.SpectrumSet([lacking])
+        with pytest.raises(ValueError, match=said):
+            drift(ll.attach(model, ll.LoRA(4), targets=spectrum.name), few)
+        with pytest.raises(ValueError, match=said):
+            drift_between(model, model, few)
+    with pytest.raises(ValueError, match=r"expected a model from ll.attach"):
+        drift(model, spectra)
+    with pytest.raises(KeyError, match="no spectrum of"):
+        drift(adapted, ll.SpectrumSet([spectrum]))
+    with pytest.raises(ValueError, match=r"does not fit blocks.0.attn.qkv"):
+        drift(adapted, spectra, window=ll.Window(97, start=0))
+    wide = copy.deepcopy(model)
+    wide.blocks[0].attn.proj = nn.Linear(96, 97)
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn.proj has shape \(96, 96\) before and \(97, 96\) after"
+    ):
+        drift_between(model, wide, spectra)
+
+
+def test_merged_and_diverged_adapters_are_refused(model, spectra):
+    adapted = ll.attach(model, ll.Window.middle(4), spectra=spectra)
+    adapted.merge_adapter()
+    for ask in (drift, lambda m, s: turned(m, "blocks.0.attn.qkv", s["blocks.0.attn.qkv"])):
+        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv is merged.*unmerge_adapter"):
+            ask(adapted, spectra)
+    adapted.unmerge_adapter()
+    with torch.no_grad():
+        adapted.get_base_model().blocks[1].mlp.fc2.lora_A["default"].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"trained of blocks.1.mlp.fc2 holds NaN.*diverged"):
+        drift(adapted, spectra)
+    with pytest.raises(ValueError, match=r"trained of blocks.1.mlp.fc2 holds NaN"):
+        turned(adapted, "blocks.1.mlp.fc2", spectra["blocks.1.mlp.fc2"])
+
+
+def test_a_turned_dora_layer_is_that_of_its_merged_weight(model, spectra):
+    adapted = moved(
+        ll.attach(model, ll.Window.first(4), spectra=spectra, variant=ll.Variant(dora=True)), 0.05
+    )
+    name = "blocks.1.mlp.fc1"
+    found = turned(adapted, name, spectra[name], "right")
+    after = ll.spectra(adapted.merge_and_unload(), name, progress=False)[name]
+    np.testing.assert_allclose(found, (spectra[name].right @ after.right.T).abs(), atol=1e-3)
+    assert found.max() <= 1
+
+
+# What a rank of 8 would hold of a random update of these weights: at most (8 / 96)^2 = 0.7 %.
+@pytest.mark.parametrize("window", [ll.Window.first(8), ll.Window.last(8)], ids=str)
+def test_training_moves_the_window_first(window, model, spectra, digits, source):
+    def after(steps: int) -> tuple[pd.DataFrame, nn.Module]:
+        adapted = ll.attach(model, window, spectra=spectra)
+        ll.finetune(adapted, digits, steps=steps, lr=5e-3, warmup=0, evaluations=2, progress=False)
+        return drift(adapted, spectra), adapted
+
+    one, _ = after(1)
+    table, adapted = after(10)
+    for found in (one, table):
+        assert np.isfinite(found.drop(columns=["layer", "kind"]).astype(float)).all(axis=None)
+        np.testing.assert_allclose(found[SHARES].sum(axis=1), 1, atol=1e-6)
+        assert found["effective_rank"].between(1, 16).all()
+        square = found["kind"] == "attn.proj"
+        assert (found.loc[square, "outside"] < 1e-6).all()
+    assert (table["update"] > one["update"]).all()
+    assert one["inside"].mean() > 3 * (8 / 96) ** 2
+    assert (one["inside"] <= one[["left_inside", "right_inside"]].min(axis=1) + 1e-9).all()
+    # a pair of components that are both elsewhere moves in the second order only
+    elsewhere = "below" if window.position == 0 else "above"
+    assert one[elsewhere].mean() < 0.1 < one["mixed"].mean()
+    other = "above" if window.position == 0 else "below"
+    assert (table[other] == 0).all()
+
+    features = feature_change(model, adapted, source.test.inputs[:300])
+    assert features["layer"].tolist() == ["head"]
+    assert 0.3 < features["cka"][0] < 1 - 1e-4 and features["relative_change"][0] > 0.01
+
+
+def features(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(50, 10), (10, 50), (20, 20)])
+def test_cka_is_one_for_features_that_are_turned_scaled_and_shifted(shape):
+    x = features(*shape, 0) * torch.logspace(1, -1, shape[1])
+    turn = orthonormal(shape[1], shape[1], 1)
+    assert cka(x, x) == pytest.approx(1, abs=1e-12)
+    assert cka(x, -3.7 * x @ turn + 100) == pytest.approx(1, abs=1e-10)
+    y = x + features(*shape, 2)
+    assert 0.05 < cka(x, y) < 0.999
+    assert cka(x @ turn, y) == pytest.approx(cka(x, y), abs=1e-10) == cka(y, x)
+    assert cka(x.float(), y.float()) == pytest.approx(cka(x, y), abs=1e-5)
+
+
+def test_cka_of_independent_features_is_what_chance_gives():
+    assert cka(features(20_000, 8, 0), features(20_000, 5, 1)) < 1e-3
+    for n, p, q in [(400, 30, 60), (100, 300, 200)]:
+        chance = math.sqrt(p * q / ((n + p) * (n + q)))
+        assert cka(features(n, p, 0), features(n, q, 1)) == pytest.approx(chance, rel=0.1)
+
+
+def test_cka_is_the_same_through_either_gram_matrix():
+    x, y = features(30, 6, 0), features(30, 9, 1)
+    wide = torch.cat([y, torch.zeros(30, 40, dtype=torch.float64)], dim=1)  # through the examples'
+    assert cka(x, wide) == pytest.approx(cka(x, y), abs=1e-12)
+    centred = [f - f.mean(0) for f in (x, y)]
+    k, l_ = (f @ f.T for f in centred)
+    assert cka(x, y) == pytest.approx(float((k * l_).sum() / (k.norm() * l_.norm())), abs=1e-12)
+    assert math.isnan(cka(torch.ones(30, 6), y))
+    with pytest.raises(ValueError, match=r"shapes \(30, 6\) and \(29, 9\): expected \(n, p\) and \(n, q\)"):
+        cka(x, y[:-1])
+
+
+def test_features_change_where_the_model_did(model, spectra, source):
+    inputs = source.test.inputs[:40]
+    adapted = moved(ll.attach(model, ll.Window.first(4), targets="blocks.2.*", spectra=spectra), 0.1)
+    layers = ["blocks.1", "blocks.2.mlp.fc1", "blocks.2", "head"]
+    modes = [m.training for m in adapted.modules()]
+    table = feature_change(model, adapted, inputs, layers).set_index("layer")
+    assert list(table.index) == layers
+    assert table.loc["blocks.1"].tolist() == pytest.approx([1, 0], abs=1e-6)
+    assert (table.loc[layers[1:], "cka"] < 1 - 1e-4).all()
+    assert (table.loc[layers[1:], "relative_change"] > 1e-2).all()
+    assert [m.training for m in adapted.modules()] == modes
+    assert not any(m._forward_hooks for x in (model, adapted) for m in x.modules())
+    with torch.no_grad():
+        old, new = (m(inputs).double() for m in (model.eval(), adapted.eval()))
+    assert table.loc["head", "relative_change"] == pytest.approx(
+        float((new - old).norm() / old.norm()), rel=1e-4
+    )
+    assert table.loc["head", "cka"] == pytest.approx(cka(old, new), abs=1e-5)
+
+
+def test_features_are_by_default_what_the_classifier_reads(model, source):
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled.fc_norm.weight.mul_(1.5), scaled.fc_norm.bias.mul_(1.5)
+    inputs = source.test.inputs[:30]
+    row = only_row(feature_change(model, scaled, inputs))
+    assert row["layer"] == "head"
+    assert row["cka"] == pytest.approx(1, abs=1e-6)
+    assert row["relative_change"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_features_of_a_text_model_with_an_attention_mask():
+    bert = ll.embedded.minilm()
+    inputs = {"input_ids": torch.arange(60).reshape(6, 10) + 1000, "attention_mask": torch.ones(6, 10).long()}
+    table = feature_change(bert, copy.deepcopy(bert), inputs, ["encoder.layer.0", "encoder"])
+    assert table["cka"].tolist() == pytest.approx([1, 1]) and table["relative_change"].tolist() == [0, 0]
+
+
+def test_features_that_do_not_compare_are_refused(model, source):
+    inputs = source.test.inputs[:8]
+    with pytest.raises(ValueError, match=r"VisionTransformer has no module 'blocks.9'"):
+        feature_change(model, model, inputs, ["blocks.9"])
+    with pytest.raises(ValueError, match="BertModel has no linear classifier"):
+        feature_change(ll.embedded.minilm(), ll.embedded.minilm(), {"input_ids": torch.ones(2, 3).long()})
+    silent = copy.deepcopy(model)
+    silent.add_module("spare", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="made its output without calling spare"):
+        feature_change(silent, silent, inputs, ["spare"])
+    other = copy.deepcopy(model)
+    other.head = nn.Linear(96, 3)
+    with pytest.raises(
+        ValueError, match=r"of head have shape \(8, 10\) before and \(8, 3\) after for a batch"
+    ):
+        feature_change(model, other, inputs, ["head"])
