@@ -11,11 +11,21 @@ run = ll.finetune(adapted, ll.embedded.digits(), retain=source)
 from importlib import import_module
 from types import ModuleType
 
-from lora_lens import comparison, embedded, items, metrics, placement, spectral_metrics, tradeoffs
+from lora_lens import (
+    comparison,
+    embedded,
+    items,
+    metrics,
+    placement,
+    spectral_metrics,
+    task_variants,
+    tradeoffs,
+)
 from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.comparison import compare
 from lora_lens.drift import drift, feature_change
 from lora_lens.features import feature_split
+from lora_lens.folders import folder_task
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Variant
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
@@ -53,6 +63,7 @@ __all__ = [
     "feature_change",
     "feature_split",
     "finetune",
+    "folder_task",
     "function_error",
     "items",
     "load",
@@ -64,6 +75,7 @@ __all__ = [
     "spectral_metrics",
     "summary",
     "sweep",
+    "task_variants",
     "tradeoffs",
     "u_shape_test",
     "widgets",

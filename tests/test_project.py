@@ -73,6 +73,8 @@ def test_imports_point_one_way():
         "features",
         "drift",
         "tasks",
+        "task_variants",
+        "folders",
         "metrics",
         "items",
         "tradeoffs",
