@@ -27,6 +27,7 @@ from lora_lens.injection import (
     lora_layer,
     lora_layers,
     matrices_of,
+    note_pretrained,
     note_start,
     peft_config,
     require_same,
@@ -126,8 +127,7 @@ def attach(
     adapted = model if inplace else copy_around(model, [modules[name].weight for name in windows])
     if isinstance(method, (LinearProbe, FullFineTuning)):
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
-    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trainable, buffers = note_pretrained(model)
     originals = {} if inplace else {name: modules[name].weight.detach() for name in windows}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = pool.map(digest_of, [weight_matrix(modules[name]) for name in windows])
@@ -372,8 +372,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def call(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> object:
+    """What the model makes of a batch, or of a mapping of keyword arguments."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
 def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    output = call(model, inputs)
     if not isinstance(output, Tensor):
         logits = getattr(output, "logits", None)
         output = output[0] if logits is None else logits

@@ -22,7 +22,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_lens.adapter import evaluating
+from lora_lens.adapter import call, evaluating
 from lora_lens.comparison import Side
 from lora_lens.factorization import Factors, product_norm, product_svd, thin_svd
 from lora_lens.features import Inputs
@@ -31,6 +31,7 @@ from lora_lens.injection import (
     Start,
     attached,
     factor_matrix,
+    is_dora,
     lora_layers,
     matrices_of,
     require_unmerged,
@@ -273,7 +274,7 @@ def _shares(
 
 def _trained(name: str, layer: LoraLayer, start: Start | None) -> Factors:
     """dW of a layer as its singular value decomposition in float64."""
-    if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):  # DoRA: rows of a new length
+    if is_dora(layer):  # DoRA: rows of a new length
         return _factorized(name, _effective(layer) - _start_rows(layer, start, slice(None)))
     b, a = trained_update(layer, start)
     _require_finite(name, b)
@@ -292,7 +293,7 @@ def _effective(layer: LoraLayer) -> Tensor:
     b, a = (factor_matrix(f).to("cpu", torch.float64) for f in (layer.lora_B, layer.lora_A))
     base = weight_matrix(layer.get_base_layer()).to("cpu", torch.float64)
     weight = torch.addmm(base, b, a, alpha=layer.scaling[ADAPTER])
-    if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):
+    if is_dora(layer):
         lengths = layer.lora_magnitude_vector[ADAPTER].weight.detach().to("cpu", torch.float64)
         weight *= lengths.reshape(-1, 1) / torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     return weight
@@ -361,7 +362,7 @@ def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) ->
     if missing := [name for name in layers if name not in modules]:
         raise ValueError(f"{type(inner).__name__} has no module {missing[0]!r}; layers= takes module names")
     with _kept({name: modules[name] for name in layers}, head) as found, evaluating(model):
-        model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        call(model, inputs)
     if silent := [name for name in layers if name not in found]:
         raise ValueError(f"{type(inner).__name__} made its output without calling {silent[0]}")
     return {name: found[name] for name in layers}

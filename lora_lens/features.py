@@ -9,7 +9,7 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from lora_lens.adapter import check_belongs, evaluating
+from lora_lens.adapter import call, check_belongs, evaluating
 from lora_lens.layers import LINEAR, weight_matrix
 from lora_lens.spectrum import Spectrum
 from lora_lens.window import Placement
@@ -167,7 +167,7 @@ def _given(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, 
     ]
     try:
         with evaluating(model), torch.no_grad():
-            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
+from lora_lens.layers import listed
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
 
@@ -153,7 +154,8 @@ def _parts(path: Path, train: str, test: str | None) -> list[Files]:
         if lost:
             has, lacks = (train, test) if here == 0 else (test, train)
             raise ValueError(
-                f"{path}: classes in {has!r} but not in {lacks!r}: {_listed(lost)}; both need the same"
+                f"{path}: classes in {has!r} but not in {lacks!r}: "
+                f"{listed(lost, most=LISTED)}; both need the same"
             )
     return parts
 
@@ -171,8 +173,8 @@ def _files(folder: Path) -> Files:
     empty = [c for c, found in files.items() if not found]
     if empty:
         raise ValueError(
-            f"{folder}: no {', '.join(SUFFIXES)} files in {_listed(empty)}; every subfolder is a class, "
-            "so fill or remove them"
+            f"{folder}: no {', '.join(SUFFIXES)} files in {listed(empty, most=LISTED)}; "
+            "every subfolder is a class, so fill or remove them"
         )
     return files
 
@@ -210,7 +212,7 @@ def _check(files: list[Path], progress: bool) -> None:
         except Exception:  # Pillow's formats raise many kinds
             broken.append(str(file))
     if broken:
-        raise ValueError(f"not readable as images, restore or remove them: {_listed(broken)}")
+        raise ValueError(f"not readable as images, restore or remove them: {listed(broken, most=LISTED)}")
 
 
 def _loaded(part: Files, transform: Transform, progress: bool) -> Examples:
@@ -239,8 +241,3 @@ def _rgb(file: Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # a file may be cut off after a sound header
         raise ValueError(f"not readable as an image, restore or remove it: {file} ({error})") from error
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

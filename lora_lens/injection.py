@@ -133,6 +133,16 @@ def factor_matrix(factor: nn.ModuleDict) -> Tensor:
     return factor[ADAPTER].weight.detach().flatten(1)
 
 
+def note_pretrained(model: nn.Module) -> tuple[frozenset[str], dict[str, Tensor]]:
+    """Which parameters require gradients, and copies of the buffers: to be called before :func:`inject`."""
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    return trainable, {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def is_dora(layer: LoraLayer) -> bool:
+    return ADAPTER in getattr(layer, "lora_magnitude_vector", {})
+
+
 def copy_around(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
     """A deep copy of all but the values of ``shared``."""
     # data instead of detach(): changes of the copy must not count as changes of the original.
@@ -179,7 +189,7 @@ def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
         residual = torch.addmm(matrix.to(exact), stored_b, stored_a, alpha=-scaling)
     if residual.data_ptr() != base.weight.data_ptr():
         set_weight_matrix(base, residual)
-    if ADAPTER in getattr(layer, "lora_magnitude_vector", {}):  # as long as the rows of the sum now are
+    if is_dora(layer):  # as long as the rows of the sum now are
         layer.lora_magnitude_vector[ADAPTER].update_layer(
             base_layer=base,
             lora_A=layer.lora_A[ADAPTER].weight,

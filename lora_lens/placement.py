@@ -16,16 +16,32 @@ from lora_lens.window import Placement, Window, require_fit, whole_rank
 
 
 @dataclass(frozen=True)
-class AtEffectiveRank(Placement):
-    """The window that starts at the spectrum's effective rank (Roy and Vetterli 2007), rounded.
-
-    Where fewer than ``rank`` components follow, it is the last window.
-    """
-
+class _OfRank(Placement):
     rank: int
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", whole_rank(self.rank))
+
+
+@dataclass(frozen=True)
+class _OfShare(_OfRank):
+    """``share`` is of the energy, in (0, 1)."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share < 1:
+            raise ValueError(f"a share of the energy must lie in (0, 1), not {self.share!r}")
+        object.__setattr__(self, "share", float(self.share))
+
+
+@dataclass(frozen=True)
+class AtEffectiveRank(_OfRank):
+    """The window that starts at the spectrum's effective rank (Roy and Vetterli 2007), rounded.
+
+    Where fewer than ``rank`` components follow, it is the last window.
+    """
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
         return _from(round(effective_rank(singular_values)), self.rank, singular_values, name)
@@ -35,7 +51,7 @@ class AtEffectiveRank(Placement):
 
 
 @dataclass(frozen=True)
-class AfterEnergy(Placement):
+class AfterEnergy(_OfShare):
     """The window that starts behind the fewest first components that hold ``share`` of the energy.
 
     The energy is the squared Frobenius norm, sum(s^2). Where fewer than ``rank``
@@ -44,13 +60,6 @@ class AfterEnergy(Placement):
     Raises:
         ValueError: a share outside (0, 1).
     """
-
-    rank: int
-    share: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
-        object.__setattr__(self, "share", _share(self.share))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
         cumulative = _cumulative_energy(singular_values)
@@ -62,7 +71,7 @@ class AfterEnergy(Placement):
 
 
 @dataclass(frozen=True)
-class HoldingEnergy(Placement):
+class HoldingEnergy(_OfShare):
     """The last window, counted from the largest singular values, that holds ``share`` of the energy itself.
 
     The energy is the squared Frobenius norm, sum(s^2), so this equalises over
@@ -71,13 +80,6 @@ class HoldingEnergy(Placement):
     Raises:
         ValueError: a share outside (0, 1); :meth:`select`: not even the first window holds it.
     """
-
-    rank: int
-    share: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
-        object.__setattr__(self, "share", _share(self.share))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
         require_fit(self.rank, len(singular_values), name)
@@ -132,17 +134,16 @@ class Components(Placement):
 
 
 @dataclass(frozen=True)
-class RandomComponents(Placement):
+class RandomComponents(_OfRank):
     """``rank`` components drawn without replacement, anew for each weight: a control for windows.
 
     The draw depends on ``seed``, the weight's name and the number of its components, and on nothing else.
     """
 
-    rank: int
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        super().__post_init__()
         object.__setattr__(self, "seed", index(self.seed))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> Tensor:
@@ -156,13 +157,8 @@ class RandomComponents(Placement):
 
 
 @dataclass(frozen=True)
-class SpreadComponents(Placement):
+class SpreadComponents(_OfRank):
     """``rank`` components evenly spread over the spectrum, the first and the last among them: a control."""
-
-    rank: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> Tensor:
         k = len(singular_values)
@@ -226,9 +222,3 @@ def _cumulative_energy(singular_values: Tensor) -> Tensor:
     """(k + 1,): the squared singular values summed from the first on, beginning with 0."""
     squares = singular_values.double().square()
     return torch.cat([squares.new_zeros(1), squares.cumsum(0)])
-
-
-def _share(share: float) -> float:
-    if not 0 < share < 1:
-        raise ValueError(f"a share of the energy must lie in (0, 1), not {share!r}")
-    return float(share)

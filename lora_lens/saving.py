@@ -45,6 +45,7 @@ from lora_lens.injection import (
     lora_layers,
     matrices_of,
     moved_buffers,
+    note_pretrained,
     note_start,
     rank_settings,
     require_same,
@@ -132,8 +133,7 @@ def load(
         require_same(name, read[name](), known["digest"])
 
     originals = {name: model.get_submodule(name).weight for name in names}
-    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, originals.values() if factors else [])
     adapted = inject(base, config, names, variant)
     starts = {}
