@@ -1,10 +1,11 @@
-"""Pretrain the embedded vision transformer on Fashion-MNIST and write its model card.
+"""Pretrain the embedded vision transformers on Fashion-MNIST and write their model cards.
 
     python data/pretrain_vision.py                  # torchvision downloads Fashion-MNIST
     python data/pretrain_vision.py --fashion DIR    # DIR holds the four original .gz files
+    python data/pretrain_vision.py --known          # the model that sees six of the ten classes
 
-Writes ``vit_fashion_mnist.safetensors`` and ``vit_fashion_mnist.md`` beside
-this script and brings ``SHA256SUMS`` up to date. The 10,000 test images are
+Writes ``vit_fashion_mnist`` or ``vit_fashion_known`` (.safetensors and .md)
+beside this script and brings ``SHA256SUMS`` up to date. The test images are
 looked at once, after the last epoch; nothing is chosen by them.
 """
 
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lora_lens.embedded import FASHION_MEAN, FASHION_STD, vision_architecture
+from lora_lens.embedded import FASHION_CLASSES, FASHION_MEAN, FASHION_STD, KNOWN_CLASSES, vision_architecture
 
 HERE = Path(__file__).parent
 
@@ -81,7 +82,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def pretrain(images: Tensor, labels: Tensor, recipe: Recipe) -> nn.Module:
     torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
-    model = vision_architecture()
+    model = vision_architecture(int(labels.max()) + 1)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -114,24 +115,42 @@ def pretrain(images: Tensor, labels: Tensor, recipe: Recipe) -> nn.Module:
     return model
 
 
-def model_card(recipe: Recipe, scores: dict[str, float], parameters: int, minutes: float) -> str:
+def only_known(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The images of ``KNOWN_CLASSES``, with labels in that order."""
+    new = torch.tensor([KNOWN_CLASSES.index(c) if c in KNOWN_CLASSES else -1 for c in FASHION_CLASSES])
+    known = new[labels] >= 0
+    return images[known], new[labels][known]
+
+
+def model_card(
+    name: str,
+    recipe: Recipe,
+    counts: dict[str, int],
+    scores: dict[str, float],
+    parameters: int,
+    minutes: float,
+) -> str:
+    classes = (
+        "all ten classes" if name == "vit_fashion_mnist" else f"six classes ({', '.join(KNOWN_CLASSES)})"
+    )
+    command = "python data/pretrain_vision.py" + ("" if name == "vit_fashion_mnist" else " --known")
     torch_version = torch.__version__.split("+")[0]
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
-    return f"""# vit_fashion_mnist
+    return f"""# {name}
 
 A small timm `VisionTransformer` ({parameters:,} parameters, float32) pretrained by the lora_lens
-project on Fashion-MNIST: 28 x 28 grey images, convolutional stem (three 3 x 3 convolutions of
-stride 2), 16 tokens of width 96, 6 blocks, 3 heads, average pooling, 10 classes. Architecture:
+project on {classes} of Fashion-MNIST: 28 x 28 grey images, convolutional stem (three 3 x 3
+convolutions of stride 2), 16 tokens of width 96, 6 blocks, 3 heads, average pooling. Architecture:
 `lora_lens.embedded.vision_architecture`.
 
 | measured once, after the last epoch | |
 |---|---|
-| accuracy on the 10,000 test images | {scores["test"]:.4f} |
-| accuracy on the 60,000 training images | {scores["train"]:.4f} |
+| accuracy on the {counts["test"]:,} test images | {scores["test"]:.4f} |
+| accuracy on the {counts["train"]:,} training images | {scores["train"]:.4f} |
 | training time | {minutes:.0f} min with {torch.get_num_threads()} CPU threads |
 
 **Input**: pixel values / 255, minus {FASHION_MEAN}, divided by {FASHION_STD}.
-**Made by**: `python data/pretrain_vision.py` with torch {torch_version} and timm {timm.__version__}.
+**Made by**: `{command}` with torch {torch_version} and timm {timm.__version__}.
 **Intended use**: the pretrained model of the lora_lens experiments. It is no fashion classifier
 for production. **Licence**: MIT, like the project; trained on Fashion-MNIST (MIT, Zalando SE).
 
@@ -146,6 +165,7 @@ for production. **Licence**: MIT, like the project; trained on Fashion-MNIST (MI
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--fashion", type=Path, help="folder with the four original Fashion-MNIST files")
+    parser.add_argument("--known", action="store_true", help="train on six classes only")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--output", type=Path, default=HERE, help="where to write the model and its card")
     arguments = parser.parse_args()
@@ -156,6 +176,10 @@ def main() -> None:
         (normalise(torch.from_numpy(x)), torch.from_numpy(y).long())
         for x, y in (splits["train"], splits["test"])
     )
+    name = "vit_fashion_known" if arguments.known else "vit_fashion_mnist"
+    if arguments.known:
+        train_x, train_y = only_known(train_x, train_y)
+        test_x, test_y = only_known(test_x, test_y)
     started = time.monotonic()
     model = pretrain(train_x, train_y, recipe)
     minutes = (time.monotonic() - started) / 60
@@ -163,10 +187,11 @@ def main() -> None:
 
     metadata = {"recipe": json.dumps(asdict(recipe)), **{f"{k}_accuracy": str(v) for k, v in scores.items()}}
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, arguments.output / "vit_fashion_mnist.safetensors", metadata=metadata)
+    save_file(state, arguments.output / f"{name}.safetensors", metadata=metadata)
     parameters = sum(p.numel() for p in model.parameters())
-    card = model_card(recipe, scores, parameters, minutes)
-    (arguments.output / "vit_fashion_mnist.md").write_text(card)
+    counts = {"train": len(train_y), "test": len(test_y)}
+    card = model_card(name, recipe, counts, scores, parameters, minutes)
+    (arguments.output / f"{name}.md").write_text(card)
     write_checksums(arguments.output)
     print(f"test accuracy {scores['test']:.4f}, train accuracy {scores['train']:.4f}, {minutes:.1f} min")
 

@@ -17,19 +17,21 @@ from lora_lens import (
     items,
     metrics,
     placement,
+    rotation,
     spectral_metrics,
     task_variants,
     tradeoffs,
 )
 from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.comparison import compare
-from lora_lens.drift import drift, feature_change
+from lora_lens.drift import drift
+from lora_lens.feature_change import feature_change
 from lora_lens.features import feature_split
 from lora_lens.folders import folder_task
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Variant
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
-from lora_lens.store import answers, curves
+from lora_lens.store import answers, curves, drifts, pack, runs
 from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
 from lora_lens.training import Run, Training, finetune
@@ -57,6 +59,7 @@ __all__ = [
     "curves",
     "detach",
     "drift",
+    "drifts",
     "embedded",
     "export",
     "export_residual",
@@ -68,8 +71,11 @@ __all__ = [
     "items",
     "load",
     "metrics",
+    "pack",
     "placement",
     "plots",
+    "rotation",
+    "runs",
     "save",
     "spectra",
     "spectral_metrics",

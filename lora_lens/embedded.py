@@ -25,6 +25,7 @@ from torch import nn
 from transformers import BertModel, LlamaForCausalLM
 from transformers.utils import logging
 
+from lora_lens.task_variants import only_classes
 from lora_lens.tasks import Examples, Task
 
 PACKAGE = Path(__file__).parent
@@ -36,6 +37,8 @@ FASHION_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+# For a split within the data set; every class that is left out resembles one of these.
+KNOWN_CLASSES = ("T-shirt", "trouser", "dress", "coat", "sandal", "bag")
 
 
 def vision_architecture(num_classes: int = 10) -> VisionTransformer:
@@ -75,6 +78,22 @@ def vision() -> tuple[VisionTransformer, Task]:
     model = vision_architecture()
     model.load_state_dict(load_file(_verified("vit_fashion_mnist.safetensors")))
     return model.eval(), _images("fashion_mnist", FASHION_CLASSES)
+
+
+def vision_of_known_classes() -> tuple[VisionTransformer, Task, Task]:
+    """A transformer that has seen six classes of Fashion-MNIST, those six, and the other four.
+
+    The second task is to be learnt: pullover, shirt, sneaker and ankle boot, of which the model has
+    seen none. Same architecture and images as for :func:`vision`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged.
+    """
+    model = vision_architecture(len(KNOWN_CLASSES))
+    model.load_state_dict(load_file(_verified("vit_fashion_known.safetensors")))
+    whole = _images("fashion_mnist", FASHION_CLASSES)
+    new = [name for name in FASHION_CLASSES if name not in KNOWN_CLASSES]
+    return model.eval(), only_classes(whole, KNOWN_CLASSES), only_classes(whole, new)
 
 
 def digits() -> Task:

@@ -63,6 +63,10 @@ class Spectrum:
         return len(self.singular_values)
 
     @property
+    def has_all_vectors(self) -> bool:
+        return self.left is not None and self.left.shape[1] == self.k
+
+    @property
     def effective_rank(self) -> float:
         """See :func:`lora_lens.spectral_metrics.effective_rank`."""
         return spectral_metrics.effective_rank(self.singular_values)

@@ -1,13 +1,17 @@
 """The runs of a sweep on disk: one folder per experiment, one small file per finished run.
 
 experiment.json     which model and tasks the runs belong to, and the versions that made them
-runs/<run>.json     settings, results, curve and answers of one run; <run> is the hash of the settings
+runs/<run>.json     settings, results, curve, answers and drift of one run; <run> is the hash of the settings
+
+Packed, all of it is one file to keep or to hand on: a line of JSON for the experiment, then one for each
+run, compressed with LZMA. What reads a folder reads such a file as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import tempfile
 import warnings
@@ -21,6 +25,45 @@ from torch import nn
 
 from lora_lens.fingerprint import add_tensor
 from lora_lens.tasks import Task
+
+
+def runs(store: str | Path) -> pd.DataFrame:
+    """All finished runs of a results folder, or of a file from :func:`pack`, without running anything.
+
+    Returns:
+        One row per run with the columns of :func:`lora_lens.sweep`, by method, rank, position, rate and seed.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: it holds no runs, or is no such file.
+    """
+    table = pd.DataFrame([row_of(record) for record in _all_records(store).values()])
+    if table.empty:
+        raise ValueError(f"{store} holds no finished runs")
+    order = ["method", "rank", "position", "start", "steps", "lr", "seed"]
+    return table.sort_values(order, kind="stable", ignore_index=True)
+
+
+def pack(store: str | Path, path: str | Path) -> Path:
+    """Write all finished runs of a results folder into one file of about 1 kB per run.
+
+    Args:
+        store: the folder that ``sweep`` was given.
+        path: the file to write, ``.jsonl.xz``; it is replaced only when the new one is complete.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`runs`.
+    """
+    path, records = Path(path), _all_records(store)
+    if not records:
+        raise ValueError(f"{store} holds no finished runs")
+    experiment = json.loads((Path(store) / "experiment.json").read_text())
+    lines = [json.dumps(record) for record in [experiment, *(records[run] for run in sorted(records))]]
+    _replace(path, lzma.compress("\n".join(lines).encode()))
+    return path
 
 
 def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -59,12 +102,60 @@ def answers(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[["run", "item", "label", "before", "after"]]
 
 
+def drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
+    """What every run in ``table`` did to each adapted weight, as far as the sweep measured it.
+
+    Returns:
+        One row per run and layer: run, and the columns of :func:`lora_lens.drift` and
+        :func:`lora_lens.rotation.rotations`; cka and relative_change, the same for all layers of a run,
+        are those of the features that the classifier reads, see :func:`lora_lens.feature_change`. Runs
+        without an adapter or that diverged have no rows.
+
+    Raises:
+        FileNotFoundError: a run is not in the store.
+        ValueError: none of the runs has a drift.
+    """
+    parts = [
+        pd.DataFrame(record["drift"]).assign(run=record["run"], **record["features"])
+        for record in _records(store, table)
+        if "drift" in record
+    ]
+    if not parts:
+        raise ValueError(
+            f"no run in {store} was kept with its drift; sweep measures it when it is given "
+            "spectra=ll.spectra(model), with all vectors"
+        )
+    together = pd.concat(parts, ignore_index=True)
+    return together[["run", *together.columns.drop("run")]]
+
+
+def row_of(record: dict) -> dict[str, object]:
+    """A run's row in the table of a sweep."""
+    return {"run": record["run"], **record["settings"], **record["result"]}
+
+
 def _records(store: str | Path, table: pd.DataFrame) -> Iterator[dict]:
+    packed = None if Path(store).is_dir() else _all_records(store)
     for run in table["run"]:
-        record = read_run(Path(store) / "runs" / f"{run}.json")
+        record = read_run(Path(store) / "runs" / f"{run}.json") if packed is None else packed.get(run)
         if record is None:
             raise FileNotFoundError(f"{store} holds no run {run}")
         yield record
+
+
+def _all_records(store: str | Path) -> dict[str, dict]:
+    """The records of a folder or of a packed file by run."""
+    store = Path(store)
+    if not store.exists():
+        raise FileNotFoundError(f"there is no results folder or file {store}")
+    if store.is_dir():
+        found = [read_run(path) for path in sorted((store / "runs").glob("*.json"))]
+    else:
+        try:
+            found = [json.loads(line) for line in lzma.decompress(store.read_bytes()).splitlines()[1:]]
+        except (lzma.LZMAError, ValueError) as error:
+            raise ValueError(f"{store} is damaged or was not written by ll.pack: {error}") from None
+    return {record["run"]: record for record in found if record is not None}
 
 
 @contextmanager
@@ -107,10 +198,14 @@ def read_run(path: Path) -> dict | None:
 
 def write_atomically(path: Path, record: dict) -> None:
     """The file appears whole or not at all, also after a kill or on a full disk."""
+    _replace(path, json.dumps(record, indent=1).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
     try:
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump(record, stream, indent=1)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -11,20 +11,25 @@ from pathlib import Path
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
+from peft import PeftModel
 from torch import nn
 
 from lora_lens.adapter import attach, chosen_layers, planned
+from lora_lens.drift import drift, drift_between
+from lora_lens.feature_change import feature_change
 from lora_lens.layers import Targets
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
 from lora_lens.placement import ByLayer
 from lora_lens.progress import progress_bar
+from lora_lens.rotation import rotations
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
-from lora_lens.store import experiment_identity, open_store, read_run, run_name, write_atomically
+from lora_lens.store import experiment_identity, open_store, read_run, row_of, run_name, write_atomically
 from lora_lens.tasks import Task
 from lora_lens.training import Training, finetune
 from lora_lens.window import Placement, Window
 
+EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
 METHOD_NAMES = {
     Window: "window",
     LoRA: "LoRA",
@@ -127,7 +132,8 @@ def sweep(
         store: a folder that keeps one small file per finished run. A sweep
             that was interrupted, or a larger grid, runs only what is missing.
             Without it nothing is kept.
-        spectra: of this model, if they are at hand.
+        spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
+            kept, too: see :func:`lora_lens.drifts`.
         jobs: processes; default all cores (one where there is a GPU). Every
             run computes with one thread, so the numbers do not depend on it.
         settings: of :class:`lora_lens.Training`, the same for all runs.
@@ -178,7 +184,7 @@ def sweep(
         with progress_bar(shown=progress, total=len(plan), initial=done, desc="sweep", unit="run") as bar:
             for _ in runs:
                 bar.update()
-        return pd.DataFrame([_row(read_run(path)) for _, path in plan])
+        return pd.DataFrame([row_of(read_run(path)) for _, path in plan])
 
 
 def _placements_by_layer(plans: Iterable[Mapping[str, Placement | LoRA]]) -> dict[str, list[Placement]]:
@@ -205,6 +211,7 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         config = replace(experiment.training, lr=lr, seed=seed)
         run = finetune(adapted, experiment.task, experiment.retain, config, progress=False)
+        mechanism = {} if run.diverged else _mechanism(experiment, adapted)
     result = {
         "trainable": trainable,
         "loss": float(run.curve["loss"].iloc[-1]),
@@ -220,13 +227,34 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
         "result": result,
         "curve": run.curve.to_dict("list"),
         "items": run.items.to_dict("list"),
+        **mechanism,
         "seconds": run.seconds,
     }
     write_atomically(path, record)
 
 
-def _row(record: dict) -> dict[str, object]:
-    return {"run": record["run"], **record["settings"], **record["result"]}
+def _mechanism(experiment: Experiment, adapted: nn.Module) -> dict[str, object]:
+    """What the run did to weights and features, if the spectra tell; nothing for a linear probe."""
+    spectra = experiment.spectra
+    if spectra is None or not all(s.has_all_vectors for s in spectra.values()):
+        return {}
+    if isinstance(adapted, PeftModel):
+        moved = drift(adapted, spectra).merge(rotations(adapted, spectra), on="layer")
+    elif any(p.requires_grad for p in adapted.parameters()):
+        moved = drift_between(experiment.model, adapted, spectra)
+    else:
+        return {}
+    images = experiment.retain.test.inputs[:EXAMPLES_OF_FEATURES]
+    features = feature_change(experiment.model, adapted, images).iloc[0]
+    return {
+        "drift": {column: [_short(v) for v in values] for column, values in moved.to_dict("list").items()},
+        "features": {key: float(features[key]) for key in ("cka", "relative_change")},
+    }
+
+
+def _short(value: object) -> object:
+    """Six digits are more than one run's noise, and half the space."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from dataclasses import replace
 
@@ -11,35 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_weight import moved, one_layer, only_row, spectra_of, with_update
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lens as ll
-from lora_lens.drift import cka, drift, drift_between, feature_change, turned
+from lora_lens.drift import drift, drift_between
+from lora_lens.feature_change import feature_change
 from lora_lens.layers import set_weight_matrix, weight_matrix
 from lora_lens.placement import Components
+from lora_lens.rotation import turned
 from lora_lens.saving import save_model
 
 SHARES = ["inside", "above", "below", "mixed", "outside"]
 WINDOW = ll.Window(4, start=6)
-
-
-def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
-
-
-def one_layer(out: int = 24, inputs: int = 16) -> nn.Sequential:
-    """A model with one weight of well separated singular values, from 10 down to 1."""
-    k = min(out, inputs)
-    s = torch.logspace(1, 0, k, dtype=torch.float64)
-    model = nn.Sequential(nn.Linear(inputs, out))
-    set_weight_matrix(model[0], orthonormal(out, k, 0) * s @ orthonormal(inputs, k, 1).T)
-    return model
-
-
-def spectra_of(model: nn.Module) -> ll.SpectrumSet:
-    return ll.spectra(model, "0", progress=False)
 
 
 class Shapes(nn.Module):
@@ -51,38 +35,10 @@ class Shapes(nn.Module):
         self.convolution = nn.Conv2d(3, out, (2, inputs))
 
 
-def with_update(model: nn.Module, update: torch.Tensor, method: ll.Window | ll.LoRA) -> nn.Module:
-    """The one-layer model, adapted and trained to W + update, of the adapter's rank at most."""
-    adapted = ll.attach(model, method, targets="0", spectra=spectra_of(model))
-    layer = adapted.get_base_model()[0]
-    target = weight_matrix(model[0]).double() + update - weight_matrix(layer.get_base_layer()).double()
-    left, values, right = torch.linalg.svd(target)
-    rank = layer.r["default"]
-    assert values[rank:].max() < 1e-5
-    with torch.no_grad():
-        layer.lora_B["default"].weight.copy_(left[:, :rank] * values[:rank])
-        layer.lora_A["default"].weight.copy_(right[:rank])
-    return adapted
-
-
-def only_row(table: pd.DataFrame) -> pd.Series:
-    assert len(table) == 1
-    return table.iloc[0]
-
-
 def between(model: nn.Module, update: torch.Tensor, window: object = WINDOW) -> pd.Series:
     after = copy.deepcopy(model)
     set_weight_matrix(after[0], weight_matrix(model[0]).double() + update)
     return only_row(drift_between(model, after, spectra_of(model), window=window))
-
-
-def moved(adapted: nn.Module, size: float = 0.02, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.add_(size * torch.randn(p.shape, generator=generator))
-    return adapted
 
 
 def reference(update: torch.Tensor, weight: torch.Tensor, components: torch.Tensor) -> dict[str, float]:
@@ -163,33 +119,6 @@ def test_a_stretch_of_the_window_is_diagonal():
         np.testing.assert_allclose(
             turned(adapted, "0", spectra_of(model)["0"], side)[:5, :5], np.eye(5), atol=1e-5
         )
-
-
-@pytest.mark.parametrize("angle", [1e-3, 0.3, 1.2])
-def test_two_vectors_that_turn_by_a_known_angle(angle):
-    model = one_layer()
-    left, s, right = torch.linalg.svd(weight_matrix(model[0]).double(), full_matrices=False)
-    c, d = math.cos(angle), math.sin(angle)
-    turn = torch.tensor([[c - 1, -d], [d, c - 1]], dtype=torch.float64)
-    update = left[:, [3, 12]] @ turn * s[[3, 12]] @ right[[3, 12]]
-    adapted = with_update(model, update, ll.LoRA(2))
-    matrix = turned(adapted, "0", spectra_of(model)["0"], "left")
-    expected = torch.eye(16)
-    expected[3, 3] = expected[12, 12] = abs(c)
-    expected[3, 12] = expected[12, 3] = abs(d)
-    assert matrix.shape == (16, 16) and matrix.dtype == torch.float32
-    np.testing.assert_allclose(matrix, expected, atol=1e-5)
-    np.testing.assert_allclose(turned(adapted, "0", spectra_of(model)["0"], "right"), np.eye(16), atol=1e-5)
-
-    # C = [[c - 1, -d], [d, c - 1]] diag(s): (c - 1)^2 / ((c - 1)^2 + d^2) = (1 - c) / 2
-    row = only_row(drift(adapted, spectra_of(model), window=ll.Window(2, start=12)))
-    assert row["diagonal"] == pytest.approx(math.sin(angle / 2) ** 2, rel=1e-2, abs=1e-6)
-    # u_12 is the window's, u_3 is above it: the pairs (3, 12) and (12, 3) are mixed
-    parts = torch.tensor(
-        [(c - 1) ** 2 * s[12] ** 2, (c - 1) ** 2 * s[3] ** 2, d**2 * (s[3] ** 2 + s[12] ** 2)]
-    )
-    parts = (parts / parts.sum()).tolist()
-    assert row[["inside", "above", "mixed"]].tolist() == pytest.approx(parts, abs=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -346,17 +275,6 @@ def test_merged_and_diverged_adapters_are_refused(model, spectra):
         turned(adapted, "blocks.1.mlp.fc2", spectra["blocks.1.mlp.fc2"])
 
 
-def test_a_turned_dora_layer_is_that_of_its_merged_weight(model, spectra):
-    adapted = moved(
-        ll.attach(model, ll.Window.first(4), spectra=spectra, variant=ll.Variant(dora=True)), 0.05
-    )
-    name = "blocks.1.mlp.fc1"
-    found = turned(adapted, name, spectra[name], "right")
-    after = ll.spectra(adapted.merge_and_unload(), name, progress=False)[name]
-    np.testing.assert_allclose(found, (spectra[name].right @ after.right.T).abs(), atol=1e-3)
-    assert found.max() <= 1
-
-
 # What a rank of 8 would hold of a random update of these weights: at most (8 / 96)^2 = 0.7 %.
 @pytest.mark.parametrize("window", [ll.Window.first(8), ll.Window.last(8)], ids=str)
 def test_training_moves_the_window_first(window, model, spectra, digits, source):
@@ -385,94 +303,3 @@ def test_training_moves_the_window_first(window, model, spectra, digits, source)
     features = feature_change(model, adapted, source.test.inputs[:300])
     assert features["layer"].tolist() == ["head"]
     assert 0.3 < features["cka"][0] < 1 - 1e-4 and features["relative_change"][0] > 0.01
-
-
-def features(rows: int, columns: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("shape", [(50, 10), (10, 50), (20, 20)])
-def test_cka_is_one_for_features_that_are_turned_scaled_and_shifted(shape):
-    x = features(*shape, 0) * torch.logspace(1, -1, shape[1])
-    turn = orthonormal(shape[1], shape[1], 1)
-    assert cka(x, x) == pytest.approx(1, abs=1e-12)
-    assert cka(x, -3.7 * x @ turn + 100) == pytest.approx(1, abs=1e-10)
-    y = x + features(*shape, 2)
-    assert 0.05 < cka(x, y) < 0.999
-    assert cka(x @ turn, y) == pytest.approx(cka(x, y), abs=1e-10) == cka(y, x)
-    assert cka(x.float(), y.float()) == pytest.approx(cka(x, y), abs=1e-5)
-
-
-def test_cka_of_independent_features_is_what_chance_gives():
-    assert cka(features(20_000, 8, 0), features(20_000, 5, 1)) < 1e-3
-    for n, p, q in [(400, 30, 60), (100, 300, 200)]:
-        chance = math.sqrt(p * q / ((n + p) * (n + q)))
-        assert cka(features(n, p, 0), features(n, q, 1)) == pytest.approx(chance, rel=0.1)
-
-
-def test_cka_is_the_same_through_either_gram_matrix():
-    x, y = features(30, 6, 0), features(30, 9, 1)
-    wide = torch.cat([y, torch.zeros(30, 40, dtype=torch.float64)], dim=1)  # through the examples'
-    assert cka(x, wide) == pytest.approx(cka(x, y), abs=1e-12)
-    centred = [f - f.mean(0) for f in (x, y)]
-    k, l_ = (f @ f.T for f in centred)
-    assert cka(x, y) == pytest.approx(float((k * l_).sum() / (k.norm() * l_.norm())), abs=1e-12)
-    assert math.isnan(cka(torch.ones(30, 6), y))
-    with pytest.raises(ValueError, match=r"shapes \(30, 6\) and \(29, 9\): expected \(n, p\) and \(n, q\)"):
-        cka(x, y[:-1])
-
-
-def test_features_change_where_the_model_did(model, spectra, source):
-    inputs = source.test.inputs[:40]
-    adapted = moved(ll.attach(model, ll.Window.first(4), targets="blocks.2.*", spectra=spectra), 0.1)
-    layers = ["blocks.1", "blocks.2.mlp.fc1", "blocks.2", "head"]
-    modes = [m.training for m in adapted.modules()]
-    table = feature_change(model, adapted, inputs, layers).set_index("layer")
-    assert list(table.index) == layers
-    assert table.loc["blocks.1"].tolist() == pytest.approx([1, 0], abs=1e-6)
-    assert (table.loc[layers[1:], "cka"] < 1 - 1e-4).all()
-    assert (table.loc[layers[1:], "relative_change"] > 1e-2).all()
-    assert [m.training for m in adapted.modules()] == modes
-    assert not any(m._forward_hooks for x in (model, adapted) for m in x.modules())
-    with torch.no_grad():
-        old, new = (m(inputs).double() for m in (model.eval(), adapted.eval()))
-    assert table.loc["head", "relative_change"] == pytest.approx(
-        float((new - old).norm() / old.norm()), rel=1e-4
-    )
-    assert table.loc["head", "cka"] == pytest.approx(cka(old, new), abs=1e-5)
-
-
-def test_features_are_by_default_what_the_classifier_reads(model, source):
-    scaled = copy.deepcopy(model)
-    with torch.no_grad():
-        scaled.fc_norm.weight.mul_(1.5), scaled.fc_norm.bias.mul_(1.5)
-    inputs = source.test.inputs[:30]
-    row = only_row(feature_change(model, scaled, inputs))
-    assert row["layer"] == "head"
-    assert row["cka"] == pytest.approx(1, abs=1e-6)
-    assert row["relative_change"] == pytest.approx(0.5, abs=1e-5)
-
-
-def test_features_of_a_text_model_with_an_attention_mask():
-    bert = ll.embedded.minilm()
-    inputs = {"input_ids": torch.arange(60).reshape(6, 10) + 1000, "attention_mask": torch.ones(6, 10).long()}
-    table = feature_change(bert, copy.deepcopy(bert), inputs, ["encoder.layer.0", "encoder"])
-    assert table["cka"].tolist() == pytest.approx([1, 1]) and table["relative_change"].tolist() == [0, 0]
-
-
-def test_features_that_do_not_compare_are_refused(model, source):
-    inputs = source.test.inputs[:8]
-    with pytest.raises(ValueError, match=r"VisionTransformer has no module 'blocks.9'"):
-        feature_change(model, model, inputs, ["blocks.9"])
-    with pytest.raises(ValueError, match="BertModel has no linear classifier"):
-        feature_change(ll.embedded.minilm(), ll.embedded.minilm(), {"input_ids": torch.ones(2, 3).long()})
-    silent = copy.deepcopy(model)
-    silent.add_module("spare", nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="made its output without calling spare"):
-        feature_change(silent, silent, inputs, ["spare"])
-    other = copy.deepcopy(model)
-    other.head = nn.Linear(96, 3)
-    with pytest.raises(
-        ValueError, match=r"of head have shape \(8, 10\) before and \(8, 3\) after for a batch"
-    ):
-        feature_change(model, other, inputs, ["head"])

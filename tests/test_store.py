@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
+import lora_lens as ll
 from lora_lens.store import experiment_identity, open_store, read_run, run_name, write_atomically
 
 IDENTITY = {"lora_lens": "0", "model": "m", "task": "t", "retain": "r"}
@@ -78,3 +82,87 @@ def test_the_identity_sees_every_weight_and_buffer(digits):
     with torch.no_grad():
         model[1].num_batches_tracked += 1
     assert experiment_identity(model, task, task)["model"] != before["model"]
+
+
+@pytest.fixture(scope="module")
+def swept(model, source, digits, spectra, tmp_path_factory):
+    """(folder, table) of a sweep of two windows and the baselines, with drifts."""
+    folder = tmp_path_factory.mktemp("swept") / "store"
+    grid = ll.Grid(
+        ll.windows(rank=8, count=2),
+        lr=[5e-3],
+        seed=[1, 0],
+        baselines=[ll.LoRA(8), ll.LinearProbe(), ll.FullFineTuning()],
+    )
+    settings = {"steps": 2, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
+    tasks = {"task": digits.subset(32, 50), "retain": source.subset(10, 60)}
+    return folder, ll.sweep(grid, model=model, **tasks, spectra=spectra, store=folder, **settings)
+
+
+def test_a_folder_and_its_packed_file_tell_the_same(swept, tmp_path):
+    folder, table = swept
+    packed = ll.pack(folder, tmp_path / "packed.jsonl.xz")
+    assert packed.stat().st_size < sum(f.stat().st_size for f in folder.rglob("*.json")) / 5
+    runs = ll.runs(packed)
+    pd.testing.assert_frame_equal(runs, ll.runs(folder))
+    by_run = table.set_index("run").loc[runs["run"]].reset_index()
+    pd.testing.assert_frame_equal(runs, by_run[runs.columns], check_dtype=False)
+    assert runs["seed"].tolist()[:2] == [0, 1]
+    for read in (ll.curves, ll.answers, ll.drifts):
+        pd.testing.assert_frame_equal(read(packed, table), read(folder, table))
+
+
+def test_drifts_are_those_of_the_trained_models(swept, model, source, digits, spectra):
+    folder, table = swept
+    found = ll.drifts(folder, table)
+    adapters = table[table["method"].isin(["window", "LoRA"])]
+    full = table[table["method"] == "full fine-tuning"]
+    assert set(found["run"]) == {*adapters["run"], *full["run"]}
+    assert (found.groupby("run").size() == len(spectra)).all()
+
+    row = table[(table["position"] == 1) & (table["seed"] == 0)].iloc[0]
+    adapted = ll.attach(model, ll.Window.last(8), spectra=spectra)
+    settings = {"steps": 2, "batch_size": 8, "evaluations": 2, "lr": 5e-3, "progress": False}
+    ll.finetune(adapted, digits.subset(32, 50), source.subset(10, 60), **settings)
+    mine, here = found[found["run"] == row["run"]].set_index("layer"), ll.drift(adapted, spectra)
+    here = here.set_index("layer")
+    for column in ("update", "inside", "mixed"):
+        np.testing.assert_allclose(mine[column], here[column], rtol=2e-2, atol=1e-4)
+    assert mine["cka"].nunique() == 1 and 0.5 < mine["cka"].iloc[0] <= 1
+
+
+def test_drifts_are_measured_where_all_vectors_are_known(model, source, digits, spectra, tmp_path):
+    first = torch.arange(8)
+    few = ll.SpectrumSet(
+        [replace(s, left=s.left[:, :8], right=s.right[:8], components=first) for s in spectra.values()]
+    )
+    settings = {"steps": 1, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
+    tasks = {"task": digits.subset(16, 20), "retain": source.subset(10, 20)}
+    grid, store = ll.Grid([ll.Window.first(8)]), tmp_path / "s"
+    table = ll.sweep(grid, model=model, **tasks, spectra=few, store=store, **settings)
+    with pytest.raises(ValueError, match=r"was kept with its drift; .* spectra=ll.spectra\(model\)"):
+        ll.drifts(store, table)
+
+
+def test_what_is_no_store_is_refused(swept, tmp_path):
+    folder, table = swept
+    for read in (ll.runs, lambda path: ll.pack(path, tmp_path / "p.jsonl.xz")):
+        with pytest.raises(FileNotFoundError, match="there is no results folder or file"):
+            read(tmp_path / "nowhere")
+    (tmp_path / "text.jsonl.xz").write_text("no xz")
+    with pytest.raises(ValueError, match=r"is damaged or was not written by ll\.pack"):
+        ll.runs(tmp_path / "text.jsonl.xz")
+    packed = ll.pack(folder, tmp_path / "packed.jsonl.xz")
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"is damaged or was not written by ll\.pack"):
+        ll.curves(packed, table)
+    (tmp_path / "empty" / "runs").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no finished runs"):
+        ll.runs(tmp_path / "empty")
+    packed.write_bytes(whole)
+    with pytest.raises(FileNotFoundError, match="holds no run abc"):
+        ll.answers(packed, table.assign(run="abc"))
+    with pytest.raises(ValueError, match="holds no finished runs"):
+        ll.pack(tmp_path / "empty", packed)
+    assert packed.read_bytes() == whole

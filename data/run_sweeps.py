@@ -1,0 +1,124 @@
+"""Run the sweeps behind notebook 04 and pack each into one file under ``results``.
+
+    python data/run_sweeps.py                    # all of them: some hours on 2 cores
+    python data/run_sweeps.py digits ranks       # these
+    python data/run_sweeps.py --store FOLDER     # keep the runs there; finished runs are not run again
+
+Every file holds all its runs with their settings, curves, answers and drift, and the versions that made
+them: ``ll.runs("data/results/digits.jsonl.xz")`` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from timm.models.vision_transformer import VisionTransformer
+
+import lora_lens as ll
+
+HERE = Path(__file__).parent
+STEPS, BATCH = 120, 32  # every one of 4,000 training images about once
+EXAMPLES = {"train": 4000, "test": 1000}
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+Setting = tuple[VisionTransformer, ll.Task, ll.Task]  # model, what to learn, what to retain
+
+
+def after_fashion(task: Callable[[ll.Task], ll.Task]) -> Callable[[], Setting]:
+    """The setting where the model pretrained on all of Fashion-MNIST learns what ``task`` makes of it."""
+
+    def setting() -> Setting:
+        model, fashion = ll.embedded.vision()
+        return model, task(fashion), fashion.subset(test=EXAMPLES["test"])
+
+    return setting
+
+
+def known_classes() -> Setting:
+    model, known, new = ll.embedded.vision_of_known_classes()
+    return model, new.subset(**EXAMPLES), known.subset(test=EXAMPLES["test"])
+
+
+def digits(_fashion: ll.Task) -> ll.Task:
+    return ll.embedded.digits().subset(**EXAMPLES)
+
+
+def few_digits(_fashion: ll.Task) -> ll.Task:
+    return ll.task_variants.few_shot(ll.embedded.digits(), 20).subset(test=EXAMPLES["test"])
+
+
+def noisy(fashion: ll.Task) -> ll.Task:
+    return ll.task_variants.corrupted(fashion.subset(**EXAMPLES), "gaussian_noise", 5)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A setting, and grids with what differs from the usual training in each."""
+
+    setting: Callable[[], Setting]
+    grids: list[tuple[ll.Grid, dict[str, object]]] = field(default_factory=list)
+
+
+def windows_and_lora(seeds: int, rates: tuple[float, ...] = RATES, rank: int = 8) -> ll.Grid:
+    return ll.Grid(
+        window=ll.windows(rank=rank, count=5), lr=rates, seed=range(seeds), baselines=[ll.LoRA(rank)]
+    )
+
+
+def sweeps() -> Iterator[tuple[str, Sweep]]:
+    controls = [ll.LoRA(8), ll.placement.RandomComponents(8)]
+    grid = ll.Grid(ll.windows(rank=8, count=9), lr=RATES, seed=range(5), baselines=controls)
+    yield "digits", Sweep(after_fashion(digits), [(grid, {"evaluations": 5})])
+    for name, setting in {
+        "new_classes": known_classes,
+        "few_digits": after_fashion(few_digits),
+        "noise": after_fashion(noisy),
+    }.items():
+        yield name, Sweep(setting, [(windows_and_lora(seeds=3), {})])
+
+    def at_5e3(seeds: int, rank: int = 8) -> ll.Grid:
+        return windows_and_lora(seeds, rates=(5e-3,), rank=rank)
+
+    lengths = [(at_5e3(seeds=5), {"steps": steps}) for steps in (30, 480)]
+    ranks = [(at_5e3(seeds=3, rank=rank), {}) for rank in (4, 16, 64)]
+    layers = [(at_5e3(seeds=3), {"targets": targets}) for targets in ("all-attention", "all-mlp")]
+    for name, grids in {"lengths": lengths, "ranks": ranks, "layers": layers}.items():
+        yield name, Sweep(after_fashion(digits), grids)
+
+
+def main() -> None:
+    known = dict(sweeps())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(known)}; default all")
+    parser.add_argument("--store", type=Path, default=HERE.parent / "results" / "sweeps")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in known]:
+        parser.error(f"there is no sweep {unknown[0]!r}; there are {', '.join(known)}")
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names or known:
+        started = time.monotonic()
+        model, task, retain = known[name].setting()
+        spectra = ll.spectra(model, progress=False)
+        for grid, settings in known[name].grids:
+            usual = {"steps": STEPS, "batch_size": BATCH, "evaluations": 3}
+            ll.sweep(
+                grid,
+                model=model,
+                task=task,
+                retain=retain,
+                spectra=spectra,
+                store=arguments.store / name,
+                **usual | settings,
+            )
+        path = ll.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
+        minutes = (time.monotonic() - started) / 60
+        print(f"{name}: {len(ll.runs(path))} runs, {minutes:.1f} min, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
