@@ -113,3 +113,14 @@ def test_a_missing_gguf_package_is_named(monkeypatch):
 def test_the_model_packages_are_installed_in_the_version_that_was_tested(file):
     text = (DATA.parent / file).read_text()
     assert all(f"{name}=={version}" in text for name, version in ll.embedded.MODEL_PACKAGES.items())
+
+
+def test_the_other_model_has_seen_six_classes_and_knows_them():
+    model, known, new = ll.embedded.vision_of_known_classes()
+    assert known.classes == ("T-shirt", "trouser", "dress", "coat", "sandal", "bag")
+    assert new.classes == ("pullover", "shirt", "sneaker", "ankle boot")
+    assert (len(known.test), len(new.test)) == (6000, 4000)
+    assert model.head.out_features == 6 and not model.training
+    with torch.inference_mode():
+        right = model(known.test.inputs[:1000]).argmax(-1) == known.test.labels[:1000]
+    assert right.float().mean() > 0.95
