@@ -79,6 +79,14 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
     }.items():
         yield name, Sweep(setting, [(windows_and_lora(seeds=3), {})])
 
+    elsewhere = [
+        *(ll.PeftStart(start, 8) for start in ll.methods.PEFT_STARTS if start != "pissa"),
+        *(ll.Penalized(ll.LoRA(8), ll.penalties.L2ToInitial(strength)) for strength in (0.01, 0.1)),
+        *(ll.Penalized(method, ll.penalties.KLAnchor(1.0)) for method in (ll.LoRA(8), ll.Window.middle(8))),
+    ]
+    grid = ll.Grid(lr=RATES, seed=range(3), baselines=elsewhere)
+    yield "elsewhere", Sweep(after_fashion(digits), [(grid, {})])
+
     def at_5e3(seeds: int, rank: int = 8) -> ll.Grid:
         return windows_and_lora(seeds, rates=(5e-3,), rank=rank)
 

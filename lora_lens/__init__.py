@@ -16,6 +16,7 @@ from lora_lens import (
     embedded,
     items,
     metrics,
+    penalties,
     placement,
     rotation,
     spectral_metrics,
@@ -28,7 +29,8 @@ from lora_lens.drift import drift
 from lora_lens.feature_change import feature_change
 from lora_lens.features import feature_split
 from lora_lens.folders import folder_task
-from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Variant
+from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, PeftStart, Penalized, Variant
+from lora_lens.peft_starts import attach_start
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
 from lora_lens.store import answers, curves, drifts, pack, runs
@@ -45,6 +47,8 @@ __all__ = [
     "Grid",
     "LinearProbe",
     "LoRA",
+    "PeftStart",
+    "Penalized",
     "Run",
     "Spectrum",
     "SpectrumSet",
@@ -54,6 +58,7 @@ __all__ = [
     "Window",
     "answers",
     "attach",
+    "attach_start",
     "compare",
     "comparison",
     "curves",
@@ -72,6 +77,7 @@ __all__ = [
     "load",
     "metrics",
     "pack",
+    "penalties",
     "placement",
     "plots",
     "rotation",

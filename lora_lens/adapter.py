@@ -246,7 +246,8 @@ def summary(adapted: nn.Module) -> pd.DataFrame:
     """What is adapted, and how exactly: one row per layer.
 
     Columns: layer, kind, rank, first and last (the lowest and highest component; missing for
-    ordinary LoRA), energy (the share of ||W||_F^2 that these components hold, in [0, 1]), scaling,
+    ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that these components hold, in
+    [0, 1]; NaN where the adapter took its start from the weight, but not from components), scaling,
     base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
     ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
     weight was not kept (inplace=True).
@@ -258,14 +259,14 @@ def summary(adapted: nn.Module) -> pd.DataFrame:
     rows = []
     for name, layer in lora_layers(peft_model).items():
         start = record.starts.get(name)
-        components = start.components if start else [None]
+        components = start.components.tolist() if start else []
         rows.append(
             {
                 "layer": name,
                 "kind": block_and_kind(name)[1],
                 "rank": layer.r[ADAPTER],
-                "first": None if start is None else int(components[0]),
-                "last": None if start is None else int(components[-1]),
+                "first": components[0] if components else None,
+                "last": components[-1] if components else None,
                 "energy": 0.0 if start is None else _start_energy(layer, start),
                 "scaling": float(layer.scaling[ADAPTER]),
                 "base_dtype": str(layer.get_base_layer().weight.dtype).removeprefix("torch."),
@@ -342,6 +343,8 @@ def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) ->
 
 def _start_energy(layer: LoraLayer, start: Start) -> float:
     """Window and residual are orthogonal, so their squared norms add up to that of the weight."""
+    if not len(start.components):
+        return float("nan")
     window = layer.scaling[ADAPTER] ** 2 * float(product_norm(start.b, start.a)) ** 2
     whole = window + float(torch.linalg.norm(weight_matrix(layer.get_base_layer()).float())) ** 2
     return window / whole if whole > 0 else 0.0

@@ -68,8 +68,8 @@ def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None 
         adapted: from :func:`lora_lens.attach` or :func:`lora_lens.load`, trained or not.
         spectra: of the pretrained model, with all vectors.
         window: where inside, above and below are; default the components that each layer's adapter
-            started from. Ordinary LoRA started from none: without a window its shares but outside and
-            diagonal are NaN.
+            started from. Ordinary LoRA and PEFT's own starts started from none: without a window their
+            shares but outside and diagonal are NaN.
 
     Raises:
         ValueError: ``adapted`` is none of attach's, is merged, or holds NaN; the spectra are another
@@ -82,7 +82,7 @@ def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None 
     for name, layer in lora_layers(peft_model).items():
         spectrum, start = spectra[name], record.starts.get(name)
         require_start_of(spectrum, name, start_rows(layer, start, some_rows(spectrum)))
-        components = None if start is None else start.components
+        components = start.components if start is not None and len(start.components) else None
         if window is not None:
             components = spectrum.components_of(window)
         row = named(name) | {"rank": layer.r[ADAPTER]}

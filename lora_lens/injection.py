@@ -31,7 +31,8 @@ class Start:
     """Where the adapter of one weight started: what must be known to undo it.
 
     Attributes:
-        components: (rank,) indices of the components, ascending.
+        components: (rank,) indices of the components, ascending; empty where the factors are not made
+            of components, as those of most of PEFT's own starts.
         b, a: the factors as they were stored, (out_features, rank) and (rank, in_features).
         digest: of the pretrained weight as a matrix, see :func:`lora_lens.fingerprint.digest_of`.
         original: that weight, shared with the model that was given, and the version it had then;

@@ -1,13 +1,19 @@
-"""What can be trained of a model: placements of a window, the baselines, and how an adapter is built."""
+"""What can be trained of a model, against which penalty, and how an adapter is built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
+from lora_lens.placement import ByLayer
 from lora_lens.window import Placement, whole_rank
+
+PEFT_STARTS = ("pissa", "olora", "orthogonal", "mica", "eva", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,100 @@ class FullFineTuning:
         return "full fine-tuning"
 
 
-Method = Placement | Mapping[str, Placement] | LoRA | LinearProbe | FullFineTuning
+@dataclass(frozen=True)
+class PeftStart:
+    """LoRA from one of PEFT's own initializations, by PEFT's name; :mod:`lora_lens.peft_starts` attaches it.
+
+    - pissa: the largest singular components (Meng et al. 2024, arXiv 2404.02948);
+    - olora: the first columns of Q and rows of R of W = Q R (Buyukakyuz 2024, arXiv 2406.01775);
+    - orthogonal: random factors with B A = 0 and neither of them 0; the rank must be even;
+    - mica: B from the last left singular vectors and fixed, A = 0 (arXiv 2604.01694);
+    - eva: A from the principal components of each layer's inputs in the new task, ranks shared out among
+      the layers by explained variance (Paischer et al. 2024, arXiv 2410.07170);
+    - corda: the smallest components of W C, where C is the covariance of the layer's inputs in the
+      retained task: the knowledge-preserving mode (Yang et al. 2024, arXiv 2406.05223);
+    - lora_ga: singular vectors of the first gradient on the new task (Wang et al. 2024, arXiv 2407.05000).
+
+    Raises:
+        ValueError: another name, a rank below 1, or an odd one for orthogonal.
+    """
+
+    name: str
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.name not in PEFT_STARTS:
+            raise ValueError(f"PEFT's starts are {', '.join(PEFT_STARTS)}, not {self.name!r}")
+        object.__setattr__(self, "rank", whole_rank(self.rank))
+        if self.name == "orthogonal" and self.rank % 2:
+            raise ValueError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
+
+    def __str__(self) -> str:
+        return f"PEFT's {self.name} of rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What a run adds to the loss of the new task against forgetting: see :mod:`lora_lens.penalties`.
+
+    Raises:
+        ValueError: a strength that is negative or not finite.
+    """
+
+    strength: float
+    share: ClassVar[float] = 0.0  # of each batch's examples, which the penalty spends on its own
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.strength) and self.strength >= 0):
+            raise ValueError(f"a penalty's strength must be at least 0 and finite, not {self.strength!r}")
+        object.__setattr__(self, "strength", float(self.strength))
+
+    def begin(self, model: nn.Module, retain: Any, config: Any) -> Callable[[], Tensor | float]:
+        """Note what must be known before the first step; the result gives the loss to add at each step.
+
+        Args:
+            model: the one that is trained, as it starts.
+            retain: the retained :class:`lora_lens.Task`, or None.
+            config: the run's :class:`lora_lens.Training`.
+
+        Raises:
+            ValueError: the penalty does not fit the model, the settings or what is retained.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Penalized:
+    """A method that is trained under a penalty.
+
+    Raises:
+        TypeError: no method that trains weights of the model, or no penalty.
+    """
+
+    method: Placement | Mapping[str, Placement] | LoRA | FullFineTuning | PeftStart
+    penalty: Penalty
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, Mapping):
+            object.__setattr__(self, "method", ByLayer(self.method))
+        if not isinstance(self.method, (Placement, ByLayer, LoRA, FullFineTuning, PeftStart)):
+            raise TypeError(
+                "expected a placement, LoRA, FullFineTuning or PeftStart to train under a penalty, "
+                f"not {self.method!r}"
+            )
+        if not isinstance(self.penalty, Penalty):
+            raise TypeError(f"expected a penalty such as KLAnchor(1.0), not {self.penalty!r}")
+
+    @property
+    def rank(self) -> int | None:
+        """The inner method's; None where it has no single one."""
+        return getattr(self.method, "rank", None)
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.penalty}"
+
+
+Method = Placement | Mapping[str, Placement] | LoRA | LinearProbe | FullFineTuning | PeftStart | Penalized
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,17 @@ from lora_lens.adapter import attach, chosen_layers, planned
 from lora_lens.drift import drift, drift_between
 from lora_lens.feature_change import feature_change
 from lora_lens.layers import Targets
-from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
+from lora_lens.methods import (
+    FullFineTuning,
+    LinearProbe,
+    LoRA,
+    Method,
+    PeftStart,
+    Penalized,
+    Penalty,
+    Variant,
+)
+from lora_lens.peft_starts import attach_start, planned_start
 from lora_lens.placement import ByLayer
 from lora_lens.progress import progress_bar
 from lora_lens.rotation import rotations
@@ -47,7 +57,8 @@ class Grid:
             target patterns to placements may be among them or among the baselines.
         lr: learning rates.
         seed: seeds.
-        baselines: other methods to run beside the windows.
+        baselines: other methods to run beside the windows, also PEFT's own starts and methods under
+            a penalty (:class:`lora_lens.methods.PeftStart`, :class:`lora_lens.methods.Penalized`).
     """
 
     window: Sequence[Window] = ()
@@ -64,7 +75,7 @@ class Grid:
                 raise ValueError(f"{name} holds the same value twice: {values}")
             object.__setattr__(self, name, values)
         for method in self.methods:
-            if not isinstance(method, (Placement, ByLayer, *METHOD_NAMES)):
+            if not isinstance(method, (Placement, ByLayer, PeftStart, Penalized, *METHOD_NAMES)):
                 raise TypeError(f"a grid is made of windows and baselines, not {method!r}")
         if not (self.methods and self.lr and self.seed):
             raise ValueError("a grid needs at least one window or baseline, one lr and one seed")
@@ -140,10 +151,10 @@ def sweep(
 
     Returns:
         One row per run in the grid's order. Columns: run (identity), method
-        (window, LoRA, linear probe, full fine-tuning, or another placement in words), rank, position,
+        (window, LoRA, linear probe, full fine-tuning, or another method in words), rank, position,
         start, alpha, variant (if one was given), lr, seed and the other settings; trainable (adapter
         parameters trained, without the new head); loss (nats, mean since the last
-        evaluation); accuracy, retained_before, retained_accuracy (in [0, 1]);
+        evaluation, without a penalty); accuracy, retained_before, retained_accuracy (in [0, 1]);
         forgetting (retained_before - retained_accuracy; positive = forgot);
         diverged.
 
@@ -156,14 +167,15 @@ def sweep(
     training = Training(**settings)
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
-    plans = {
-        method: planned(model, method, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
-        for method in grid.methods
-    }
+    choices = {"targets": targets, "alpha": alpha, "spectra": spectra, "variant": variant}
+    plans = {method: _planned(model, method, choices) for method in grid.methods}
     for lr in grid.lr:
         replace(training, lr=lr)  # raises for an impossible rate
-    rehearsal = attach(model, LinearProbe())
-    finetune(rehearsal, task.subset(1, 1), retain.subset(1, 1), steps=1, evaluations=2, progress=False)
+    one, once = (task.subset(1, 1), retain.subset(1, 1)), {"steps": 1, "evaluations": 2, "progress": False}
+    finetune(attach(model, LinearProbe()), *one, **once)
+    for penalty in {_penalty(method) for method in grid.methods} - {None}:
+        rehearsal = attach(model, LoRA(1), targets=usual, variant=Variant(dora=variant.dora))
+        finetune(rehearsal, *one, penalty=penalty, batch_size=training.batch_size, **once)
 
     with open_store(store, experiment_identity(model, task, retain)) as folder:
         if spectra is None:
@@ -187,7 +199,30 @@ def sweep(
         return pd.DataFrame([row_of(read_run(path)) for _, path in plan])
 
 
-def _placements_by_layer(plans: Iterable[Mapping[str, Placement | LoRA]]) -> dict[str, list[Placement]]:
+def _inner(method: Method) -> Method:
+    return method.method if isinstance(method, Penalized) else method
+
+
+def _penalty(method: Method) -> Penalty | None:
+    return method.penalty if isinstance(method, Penalized) else None
+
+
+def _planned(
+    model: nn.Module, method: Method, choices: Mapping[str, object]
+) -> dict[str, Placement | LoRA | PeftStart]:
+    inner = _inner(method)
+    return (planned_start if isinstance(inner, PeftStart) else planned)(model, inner, **choices)
+
+
+def _attached(experiment: Experiment, method: Method, seed: int) -> nn.Module:
+    inner = _inner(method)
+    same = {"targets": experiment.layers[method], "alpha": experiment.alpha, "seed": seed}
+    if isinstance(inner, PeftStart):
+        return attach_start(experiment.model, inner, experiment.task, experiment.retain, **same)
+    return attach(experiment.model, inner, variant=experiment.variant, spectra=experiment.spectra, **same)
+
+
+def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, list[Placement]]:
     wanted: dict[str, list[Placement]] = {}
     for plan in plans:
         for name, placement in plan.items():
@@ -199,19 +234,13 @@ def _placements_by_layer(plans: Iterable[Mapping[str, Placement | LoRA]]) -> dic
 def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path: Path) -> None:
     method, lr, seed = point
     with _one_thread():
-        adapted = attach(
-            experiment.model,
-            method,
-            targets=experiment.layers[method],
-            alpha=experiment.alpha,
-            variant=experiment.variant,
-            spectra=experiment.spectra,
-            seed=seed,
-        )
+        adapted = _attached(experiment, method, seed)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         config = replace(experiment.training, lr=lr, seed=seed)
-        run = finetune(adapted, experiment.task, experiment.retain, config, progress=False)
-        mechanism = {} if run.diverged else _mechanism(experiment, adapted)
+        run = finetune(
+            adapted, experiment.task, experiment.retain, config, penalty=_penalty(method), progress=False
+        )
+        mechanism = {} if run.diverged else _mechanism(experiment, method, adapted)
     result = {
         "trainable": trainable,
         "loss": float(run.curve["loss"].iloc[-1]),
@@ -233,11 +262,13 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
     write_atomically(path, record)
 
 
-def _mechanism(experiment: Experiment, adapted: nn.Module) -> dict[str, object]:
+def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> dict[str, object]:
     """What the run did to weights and features, if the spectra tell; nothing for a linear probe."""
-    spectra = experiment.spectra
-    if spectra is None or not all(s.has_all_vectors for s in spectra.values()):
+    known = experiment.spectra or {}
+    names = experiment.layers[method]
+    if not all(name in known and known[name].has_all_vectors for name in names):
         return {}
+    spectra = SpectrumSet([known[name] for name in names])
     if isinstance(adapted, PeftModel):
         moved = drift(adapted, spectra).merge(rotations(adapted, spectra), on="layer")
     elif any(p.requires_grad for p in adapted.parameters()):

@@ -19,6 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens import metrics
 from lora_lens.layers import classifier
+from lora_lens.methods import Penalty
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
 
@@ -77,7 +78,7 @@ class Run:
     Attributes:
         config: its settings.
         curve: one row per evaluation: step, loss (mean training loss since the
-            row before, in nats; NaN at step 0), accuracy (of the new task's
+            row before, in nats, without a penalty; NaN at step 0), accuracy (of the new task's
             test set), retained_accuracy (of the retained task's; NaN without one).
         diverged: True when the loss became NaN or infinite; the run stopped there.
         seconds: wall-clock time, evaluations included.
@@ -120,6 +121,7 @@ def finetune(
     retain: Task | None = None,
     config: Training | None = None,
     *,
+    penalty: Penalty | None = None,
     progress: bool = True,
     **settings: float,
 ) -> Run:
@@ -132,15 +134,17 @@ def finetune(
     same machine with the same number of threads gives the same numbers.
 
     Args:
-        model: from :func:`lora_lens.attach`.
+        model: from :func:`lora_lens.attach` or :func:`lora_lens.peft_starts.attach_start`.
         task: what to learn.
         retain: what the model's own classifier could do before.
         config: the settings; ``settings`` given by name replace its values.
+        penalty: added to the loss of every step against forgetting, see :mod:`lora_lens.penalties`. One
+            that needs examples of its own takes them out of ``batch_size``, so a step costs the same.
         progress: show a bar with the loss and both scores.
 
     Raises:
-        ValueError: the model has no linear classifier, or the retained task
-            has other classes than it.
+        ValueError: the model has no linear classifier, the retained task
+            has other classes than it, or the penalty does not fit.
     """
     config = replace(config or Training(), **settings)
     old_head = classifier(model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -150,12 +154,9 @@ def finetune(
             f"{old_head.out_features}; retain the task that the model was pretrained on"
         )
     started = time.monotonic()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        new_head = nn.Linear(old_head.in_features, len(task.classes))
-
     accelerator = Accelerator()
-    model, new_head = accelerator.prepare(model, new_head)
+    model, new_head = accelerator.prepare(model, fresh_head(old_head, task, config.seed))
+    penalty_now = penalty.begin(model, retain, config) if penalty else lambda: 0.0
     parameters = [p for p in [*model.parameters(), *new_head.parameters()] if p.requires_grad]
     optimizer = accelerator.prepare(
         torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -186,13 +187,16 @@ def finetune(
     evaluate(0)
     diverged = False
     with features_of(old_head) as features, bar:
-        batches = _batches(task.train, config)
+        own = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
+        batches = shuffled_rows(len(task.train), own, config.seed)
         for step in range(1, config.steps + 1):
-            inputs, labels = next(batches)
+            chosen = next(batches)
+            inputs, labels = task.train.inputs[chosen], task.train.labels[chosen]
             model(inputs.to(accelerator.device))
             loss = nn.functional.cross_entropy(new_head(features[0]), labels.to(accelerator.device))
             losses.append(loss.item())
-            diverged = not np.isfinite(losses[-1])
+            loss = loss + penalty_now()
+            diverged = not np.isfinite(loss.item())
             if not diverged:
                 optimizer.zero_grad()
                 accelerator.backward(loss)
@@ -215,6 +219,13 @@ def finetune(
         columns = {"label": retain.test.labels.numpy(), "before": answers[0], "after": answers[-1]}
         items = pd.DataFrame(columns)
     return Run(config, pd.DataFrame(rows), diverged, time.monotonic() - started, new_head, items)
+
+
+def fresh_head(old_head: nn.Linear, task: Task, seed: int) -> nn.Linear:
+    """A new classifier of ``task`` on the features that ``old_head`` reads; the global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(old_head.in_features, len(task.classes))
 
 
 def _train(model: nn.Module) -> None:
@@ -258,12 +269,12 @@ def _predictions(
     return torch.cat(new).numpy(), torch.cat(old).numpy()
 
 
-def _batches(examples: Examples, config: Training) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless shuffled batches; each pass visits every example once before any comes again."""
-    generator = torch.Generator().manual_seed(config.seed)
+def shuffled_rows(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of row numbers below ``count``; every row comes once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
     rows = torch.empty(0, dtype=torch.long)
     while True:
-        while len(rows) < config.batch_size:
-            rows = torch.cat([rows, torch.randperm(len(examples), generator=generator)])
-        batch, rows = rows[: config.batch_size], rows[config.batch_size :]
-        yield examples.inputs[batch], examples.labels[batch]
+        while len(rows) < batch_size:
+            rows = torch.cat([rows, torch.randperm(count, generator=generator)])
+        batch, rows = rows[:batch_size], rows[batch_size:]
+        yield batch

@@ -13,6 +13,9 @@ import pytest
 import torch
 
 import lora_lens as ll
+from lora_lens.methods import PEFT_STARTS, PeftStart, Penalized
+from lora_lens.peft_starts import attach_start
+from lora_lens.penalties import KLAnchor, L2ToInitial
 
 SETTINGS = {"steps": 4, "batch_size": 16, "evaluations": 2, "progress": False}
 GRID = ll.Grid(
@@ -134,6 +137,73 @@ def test_impossible_grids_are_refused():
         ll.Grid(window=ll.windows(8, 2), lr=[1e-3, 0.001])
     with pytest.raises(TypeError, match="made of windows and baselines, not 8"):
         ll.Grid(window=[8])
+
+
+ELSEWHERE = [
+    *(PeftStart(name, 4) for name in PEFT_STARTS),
+    Penalized(ll.Window.middle(4), L2ToInitial(0.1)),
+    Penalized(ll.LoRA(4), KLAnchor(1)),
+    Penalized(ll.FullFineTuning(), L2ToInitial(0.1)),
+    Penalized(PeftStart("corda", 4), KLAnchor(1)),
+]
+FEW = {"targets": "blocks.0.*", "jobs": 1}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(experiment, tmp_path_factory) -> tuple[pd.DataFrame, Path]:
+    store = tmp_path_factory.mktemp("elsewhere") / "s"
+    grid = ll.Grid(window=[ll.Window.middle(4)], lr=[1e-2], baselines=ELSEWHERE)
+    return ll.sweep(grid, **experiment, **SETTINGS, **FEW, store=store), store
+
+
+def test_starts_and_penalties_stand_in_the_same_table(elsewhere):
+    table, store = elsewhere
+    assert table["method"].tolist() == ["window", *map(str, ELSEWHERE)]
+    assert table["run"].is_unique and not table["diverged"].any()
+    assert table.loc[1:, ["position", "start"]].isna().all(axis=None)
+    assert table["rank"].tolist()[:10] == [4] * 10 and table["rank"].isna().tolist()[10:] == [True, False]
+    assert table["retained_before"].nunique() == 1
+    measured = ll.drifts(store, table)
+    assert set(measured["run"]) == set(table["run"])
+    assert (measured["relative"] > 0).all() and measured["cka"].notna().all()
+
+
+def test_their_rows_are_what_attach_start_and_finetune_give(elsewhere, experiment):
+    row = elsewhere[0].iloc[-1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    task, retain = experiment["task"], experiment["retain"]
+    start = ELSEWHERE[-1].method
+    adapted = attach_start(experiment["model"], start, task, retain, targets="blocks.0.*", seed=0)
+    run = ll.finetune(adapted, task, retain, lr=1e-2, penalty=KLAnchor(1), **SETTINGS)
+    torch.set_num_threads(threads)
+    assert (run.accuracy, run.forgetting) == (row["accuracy"], row["forgetting"])
+    assert run.curve["loss"].iloc[-1] == row["loss"]
+
+
+def test_the_identity_of_earlier_methods_does_not_change(table, elsewhere):
+    known = table.set_index(["method", "position", "lr", "seed"])["run"]
+    assert known["window", 0.5, 1e-3, 0] == "8a0f21d18d541f97"
+    assert known["LoRA"].iloc[0] == "b1ac6f76c173d52e"
+
+
+@pytest.mark.parametrize(
+    ("method", "choices", "message"),
+    [
+        (PeftStart("lora_ga", 64), {}, "lora_ga of rank 64 does not fit blocks.0.attn.qkv"),
+        (PeftStart("pissa", 4), {"variant": ll.Variant(rslora=True)}, "takes no variant, not rslora"),
+        (Penalized(ll.Window(8, start=90), KLAnchor(1)), {}, r"\[90, 98\) does not fit"),
+        (Penalized(ll.LoRA(4), KLAnchor(1)), {"batch_size": 1}, "half of each batch, and batch_size is 1"),
+        (Penalized(ll.LoRA(4), L2ToInitial(1)), {"variant": ll.Variant(dora=True)}, "DoRA changes"),
+    ],
+)
+def test_bad_starts_and_penalties_are_met_before_the_first_run(
+    method, choices, message, tmp_path, experiment
+):
+    grid = ll.Grid(window=[ll.Window.first(8)], baselines=[method])
+    with pytest.raises(ValueError, match=message):
+        ll.sweep(grid, **experiment, **SETTINGS | choices, store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 SCRIPT = """

@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_lens as ll
 from lora_lens.layers import classifier
-from lora_lens.training import _batches, features_of
+from lora_lens.training import features_of, shuffled_rows
 
 SHORT = {"steps": 12, "batch_size": 32, "evaluations": 3, "progress": False}
 
@@ -90,9 +90,8 @@ def test_a_loss_that_explodes_ends_the_run_and_is_told(model, spectra, small):
 
 
 def test_batches_visit_every_example_before_any_comes_again():
-    examples = ll.Examples(torch.arange(10.0)[:, None], torch.zeros(10, dtype=torch.long))
-    batches = _batches(examples, ll.Training(batch_size=4))
-    seen = torch.cat([next(batches)[0] for _ in range(5)]).flatten().tolist()
+    batches = shuffled_rows(10, batch_size=4, seed=0)
+    seen = torch.cat([next(batches) for _ in range(5)]).tolist()
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
 
 

@@ -1,0 +1,137 @@
+"""Penalties against forgetting, added to the loss of the new task.
+
+They are the usual answers to forgetting that need no choice of a window: stay near the pretrained
+weights, or near the pretrained answers. Give one to :func:`lora_lens.finetune`, or to
+:class:`lora_lens.methods.Penalized` for a sweep. The strength 0 trains as without a penalty, except that
+:class:`KLAnchor` still spends half of each batch on the retained task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_lens.adapter import evaluating
+from lora_lens.injection import ADAPTER, factor_matrix, is_dora
+from lora_lens.methods import Penalty
+from lora_lens.tasks import Task
+from lora_lens.training import EVALUATION_BATCH, Training, shuffled_rows
+
+
+@dataclass(frozen=True)
+class L2ToInitial(Penalty):
+    """Weights stay near where they started: strength / 2 times the sum of ||dW||_F^2 over what is trained.
+
+    dW is the change of the effective weight since the first step, s (B A - B_0 A_0) with s the adapter's
+    scaling; it comes from the factors and is not formed. Without an adapter, dW is the change of each
+    trainable parameter, biases and norms included. The new head is left out. This is L2-SP of Li, Grandvalet
+    and Davoine (2018), arXiv 1802.01483, equation 3 without its term for the new layers.
+
+    Raises:
+        ValueError: :meth:`begin` meets a DoRA adapter, whose change is no product of factors.
+    """
+
+    def __str__(self) -> str:
+        return f"L2 to initial {self.strength:.15g}"
+
+    def begin(self, model: nn.Module, retain: Task | None, config: Training) -> Callable[[], Tensor | float]:
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        if any(is_dora(layer) for layer in layers):
+            raise ValueError(
+                "L2ToInitial measures the change of B A, and DoRA changes the lengths of the rows as well; "
+                "train without dora, or under another penalty"
+            )
+        adapted = [
+            (layer, factor_matrix(layer.lora_B).clone(), factor_matrix(layer.lora_A).clone())
+            for layer in layers
+        ]
+        factors = {id(p) for x in layers for part in (x.lora_A, x.lora_B) for p in part.parameters()}
+        others = [
+            (p, p.detach().clone()) for p in model.parameters() if p.requires_grad and id(p) not in factors
+        ]
+
+        def extra() -> Tensor | float:
+            moved = [squared_change(*start) for start in adapted]
+            moved += [(now - before).square().sum() for now, before in others]
+            return self.strength / 2 * sum(moved)
+
+        return extra
+
+
+@dataclass(frozen=True)
+class KLAnchor(Penalty):
+    """Answers on the retained task stay near the pretrained ones, seen on examples from it.
+
+    Of each batch the half (rounded down) are training examples of the retained task; on these the penalty
+    is strength times the mean KL(p_pretrained || p_now) of the old head, in nats. So a step costs as
+    much as without it, and sees half as many new examples. Li and Hoiem (2018), "Learning without
+    forgetting" (arXiv 1606.09282), do the same on the new task's images; here the source data are at hand.
+    The labels of the retained task are not used.
+
+    The pretrained answers are those of the model as it starts, in evaluation mode, computed once for each
+    example that the run will see.
+
+    Raises:
+        ValueError: :meth:`begin` has no retained task, or a batch of 1, which has no half.
+    """
+
+    share: ClassVar[float] = 0.5
+
+    def __str__(self) -> str:
+        return f"KL anchor {self.strength:.15g}"
+
+    def begin(self, model: nn.Module, retain: Task | None, config: Training) -> Callable[[], Tensor]:
+        if retain is None:
+            raise ValueError(
+                "KLAnchor compares answers on the retained task, and there is none: give finetune retain="
+            )
+        half = int(config.batch_size * self.share)
+        if half < 1:
+            raise ValueError(
+                f"KLAnchor needs half of each batch, and batch_size is {config.batch_size}: use 2 or more"
+            )
+        device = next(model.parameters()).device
+        images = retain.train.inputs
+        batches = torch.stack(
+            list(islice(shuffled_rows(len(images), half, config.seed), config.steps))
+        )  # (steps, half)
+        used, places = batches.unique(return_inverse=True)
+        pretrained = _log_probabilities(model, images, used, device)  # (examples used, classes)
+        steps = iter(places)
+
+        def extra() -> Tensor:
+            place = next(steps)
+            now = model(images[used[place]].to(device)).log_softmax(-1)
+            kl = nn.functional.kl_div(now, pretrained[place], log_target=True, reduction="batchmean")
+            return self.strength * kl
+
+        return extra
+
+
+def squared_change(layer: LoraLayer, b0: Tensor, a0: Tensor) -> Tensor:
+    """||s (B A - B_0 A_0)||_F^2 of an adapted layer: a scalar with a gradient for the layer's factors.
+
+    As B A - B_0 A_0 = [B - B_0, B_0] [A; A - A_0] = P Q, it is the sum of the entries of P^T P * Q Q^T,
+    both (2 rank, 2 rank). Small changes lose nothing to rounding, as they would in the difference of
+    ||B A||^2, ||B_0 A_0||^2 and their product.
+
+    Args:
+        layer: PEFT's, with one adapter, no DoRA.
+        b0, a0: the factors at the start, (out_features, rank) and (rank, in_features).
+    """
+    b, a = (part[ADAPTER].weight.flatten(1) for part in (layer.lora_B, layer.lora_A))
+    left, right = torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
+    return layer.scaling[ADAPTER] ** 2 * ((left.T @ left) * (right @ right.T)).sum()
+
+
+@torch.no_grad()
+def _log_probabilities(model: nn.Module, inputs: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    with evaluating(model):
+        parts = [model(inputs[part].to(device)).log_softmax(-1) for part in rows.split(EVALUATION_BATCH)]
+    return torch.cat(parts)
