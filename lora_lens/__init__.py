@@ -24,13 +24,16 @@ from lora_lens import (
     tradeoffs,
 )
 from lora_lens.adapter import attach, detach, function_error, summary
+from lora_lens.advisor import Advice, advise_from
 from lora_lens.comparison import compare
 from lora_lens.drift import drift
 from lora_lens.feature_change import feature_change
 from lora_lens.features import feature_split
 from lora_lens.folders import folder_task
+from lora_lens.foresight import foresee
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, PeftStart, Penalized, Variant
 from lora_lens.peft_starts import attach_start
+from lora_lens.pilot import advise
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
 from lora_lens.store import answers, curves, drifts, pack, runs
@@ -42,6 +45,7 @@ from lora_lens.window import Window, windows
 
 __version__ = "0.1.0"
 __all__ = [
+    "Advice",
     "Examples",
     "FullFineTuning",
     "Grid",
@@ -56,6 +60,8 @@ __all__ = [
     "Training",
     "Variant",
     "Window",
+    "advise",
+    "advise_from",
     "answers",
     "attach",
     "attach_start",
@@ -72,6 +78,7 @@ __all__ = [
     "feature_split",
     "finetune",
     "folder_task",
+    "foresee",
     "function_error",
     "items",
     "load",

@@ -1,0 +1,281 @@
+"""Which window and learning rate to take for a task: by a short pilot, or without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, log, sqrt
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lora_lens.adapter import planned
+from lora_lens.advisor import Advice, check_weight, in_words, value_of
+from lora_lens.foresight import foresee
+from lora_lens.layers import listed
+from lora_lens.spectrum import SpectrumSet
+from lora_lens.spectrum import spectra as compute_spectra
+from lora_lens.sweep import Grid, sweep
+from lora_lens.tasks import Examples, Task
+from lora_lens.tradeoffs import bootstrap_interval
+from lora_lens.window import Window
+from lora_lens.window import windows as evenly_spaced
+
+USUAL_RATE = 5e-3  # with the middle window the best guess before any run; see data/measure_advisor.py
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+FINAL_SEEDS = 3
+HELD_OUT = 500  # examples of each task
+
+
+def advise(
+    model: nn.Module,
+    task: Task,
+    retain: Task,
+    *,
+    rank: int = 8,
+    windows: Sequence[Window] | None = None,
+    rates: Sequence[float] = RATES,
+    steps: int = 120,
+    budget: int | None = None,
+    spectra: SpectrumSet | None = None,
+    weight: float = 1.0,
+    seed: int = 0,
+    store: str | Path | None = None,
+    **settings: object,
+) -> Advice:
+    """A window and a rate for this model and task: by a short pilot, or with ``budget=0`` without training.
+
+    What is sought is a high value = accuracy - weight * forgetting. Without training the advice is the
+    usual choice: the middle window at the usual rate. A pilot doubts both, in three rungs: every rate with
+    the middle window; the other windows at the rate that came out; and three fresh seeds of the choice at
+    full length, which choose nothing and give the value and its interval. One coordinate after the
+    other costs rates + windows - 1 short runs, where all pairs would cost rates * windows.
+
+    The first two rungs leave the usual choice only for one that is more than a standard error better
+    (Breiman et al. 1984, "Classification and regression trees", section 3.4.3). The error is that of the
+    difference of two values made of independent shares, the root of the sum over both of
+    a (1 - a) / n + weight^2 r (1 - r) / m, for accuracies a and r on n new and m retained examples.
+
+    Short runs have half the steps by default, and sqrt(steps / short) times the rate that they stand for: a
+    step of Adam is about as long as its rate, so where the steps' directions are independent, both runs end
+    as far from their start. At equal rates a short run rewards what learns fast. With the middle window and
+    half the steps, 1e-2 was better than 5e-3 by 1.8 points on digits and 2.7 on new classes; runs of full
+    length lost 0.5 and 5.6 points by it, short runs at scaled rates gained 0.2 and lost 5.0 (2 seeds each).
+    Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943; Li et al. 2018, "Hyperband") would
+    start with far shorter runs: with an eighth of the steps 1e-2 or 2e-2 came first on four of five tasks.
+
+    Runs are judged on training examples: at most 500, and at most a fifth, of the new task's, which are
+    held out; and at most 500 of the retained task's. Test examples are not touched. The final runs
+    are judged on the same ones, so a choice that suits them by chance still flatters the value a little.
+
+    Args:
+        model, task, retain: as for :func:`lora_lens.sweep`; of ``retain`` the training examples are used.
+        rank: of the windows, unless they are given.
+        windows: to choose from; default five of ``rank``. The one in the middle of the list is the usual one.
+        rates: to choose from; the one closest to 5e-3, by its logarithm, is the usual one.
+        steps: of the run that the advice is for.
+        budget: optimizer steps for all runs together, 0 for no training. Default: short runs of half the
+            ``steps`` and the final ones; 7 full runs with the default windows and rates. More of it makes
+            the short runs longer, up to full length; the rest is not spent.
+        spectra: of this model with all vectors, if they are at hand.
+        weight: of forgetting in the value, 0 or more.
+        seed: of the held-out examples and of the short runs; the final ones have the three numbers after it.
+        store: a folder that keeps the runs, as for ``sweep``; an interrupted pilot goes on from there.
+        settings: of :func:`lora_lens.sweep` and :class:`lora_lens.Training`, the same for all runs.
+
+    Returns:
+        Advice whose evidence is, after a pilot, the table of all its runs as from ``sweep``, with rung
+        (rates, windows or final), stands_for (the rate at full length; lr is that of the run) and value;
+        without training, the table of :func:`lora_lens.foresee`, which has no part in the choice.
+
+    Raises:
+        ValueError: no retained task, a negative ``weight``, nothing to choose from, a rank or window that
+            does not fit, too few examples to hold some out, or too small a budget; all before the first run.
+    """
+    check_weight(weight)
+    if retain is None:
+        raise ValueError(
+            "advice needs the task that the model knows: its forgetting is half of what is weighed"
+        )
+    windows = list(windows) if windows is not None else evenly_spaced(rank, count=5)
+    rates = [float(rate) for rate in rates]
+    usual = _usual(windows, rates)
+    short = _short_steps(budget, steps, len(rates) + len(windows) - 1)
+    targets = settings.get("targets")
+    checked = {key: settings[key] for key in ("targets", "alpha", "variant") if key in settings}
+    for window in windows:
+        planned(model, window, spectra=spectra, **checked)
+    judged = judged_on_training_examples(task, retain, seed) if short else {}
+    if spectra is None:
+        spectra = compute_spectra(model, targets, progress=False)
+    if not short:
+        known = retain.train.first(HELD_OUT).inputs
+        evidence = foresee(model, task, known, windows, spectra=spectra, targets=targets, seed=seed)
+        return _untrained(usual, evidence)
+    shared = {"model": model, "spectra": spectra, "store": store, "evaluations": 2, **settings, **judged}
+    return _piloted(Pilot(windows, rates, usual, short, steps, weight, seed), shared)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A window and the rate to train it with."""
+
+    window: Window
+    lr: float
+
+    def __str__(self) -> str:
+        return f"the {self.window} with learning rate {self.lr:g}"
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot chooses from, and how long its runs are."""
+
+    windows: Sequence[Window]
+    rates: Sequence[float]
+    usual: Choice
+    short: int  # steps of the runs that choose
+    steps: int  # of the final ones
+    weight: float
+    seed: int
+
+    @property
+    def chooses(self) -> bool:
+        return len(self.windows) + len(self.rates) > 2
+
+
+def unless_better(values: np.ndarray, errors: np.ndarray, usual: int) -> int:
+    """The place of the highest value if it exceeds the usual one's by more than its error, else ``usual``.
+
+    Args:
+        values: (n,).
+        errors: (n,), standard errors of each value's difference from the usual one's.
+    """
+    best = int(np.argmax(values))  # the first of equals
+    return best if values[best] - values[usual] > errors[best] else usual
+
+
+def judged_on_training_examples(task: Task, retain: Task, seed: int) -> dict[str, Task]:
+    """Both tasks with training examples as their test examples, the new one's taken out of its training set.
+
+    Nothing trains on the retained task here, so its examples stay where they are.
+    """
+    count = min(HELD_OUT, len(task.train) // 5)
+    if count == 0:
+        raise ValueError(
+            f"{task.name} has {len(task.train)} training examples: a pilot needs at least 5, to hold out "
+            "a fifth of them; budget=0 gives advice without one"
+        )
+    rows = _shuffled(len(task.train), seed)
+    known = _shuffled(len(retain.train), seed)[:HELD_OUT]
+    return {
+        "task": replace(task, train=_some(task.train, rows[count:]), test=_some(task.train, rows[:count])),
+        "retain": replace(retain, test=_some(retain.train, known)),
+    }
+
+
+def _piloted(pilot: Pilot, shared: dict[str, object]) -> Advice:
+    """The three rungs; ``shared`` goes to every sweep."""
+
+    def run(
+        rung: str, windows: Sequence[Window], rates: Sequence[float], seeds: Sequence[int], steps: int
+    ) -> pd.DataFrame:
+        faster = sqrt(pilot.steps / steps)
+        stands_for = {rate * faster: rate for rate in rates}
+        table = sweep(Grid(windows, lr=list(stands_for), seed=seeds), steps=steps, **shared)
+        value, stands_for = value_of(table, pilot.weight), table["lr"].map(stands_for)
+        return table.assign(rung=rung, stands_for=stands_for, value=value)
+
+    def chosen(runs: pd.DataFrame, usual: int) -> int:
+        examples = len(shared["task"].test), len(shared["retain"].test)
+        return unless_better(runs["value"].to_numpy(), _errors(runs, usual, pilot.weight, *examples), usual)
+
+    window, rate, rungs = pilot.usual.window, pilot.usual.lr, []
+    if pilot.chooses:
+        at_rates = run("rates", [window], pilot.rates, [pilot.seed], pilot.short)
+        place = chosen(at_rates, pilot.rates.index(rate))
+        rate, rungs = pilot.rates[place], [at_rates]
+        if others := [other for other in pilot.windows if other != window]:
+            at_windows = run("windows", others, [rate], [pilot.seed], pilot.short)
+            place = chosen(pd.concat([at_rates.iloc[[place]], at_windows]), 0)
+            window, rungs = [window, *others][place], [at_rates, at_windows]
+    fresh = range(pilot.seed + 1, pilot.seed + 1 + FINAL_SEEDS)
+    final = run("final", [window], [rate], fresh, pilot.steps)
+    evidence = pd.concat([*rungs, final], ignore_index=True)
+    value, interval = float(final["value"].mean()), bootstrap_interval(final["value"])
+    spent = int(evidence["steps"].sum())
+    choice = Choice(window, rate)
+    words = (
+        f"Take {choice}: {in_words(value, interval, FINAL_SEEDS, pilot.weight)}, on training "
+        f"examples that no run was trained on. {_how(pilot, choice, spent)}"
+    )
+    return Advice(window, rate, value, interval, words, evidence, "pilot", spent)
+
+
+def _how(pilot: Pilot, choice: Choice, spent: int) -> str:
+    cost = f"{spent} optimizer steps ({spent / pilot.steps:.3g} full runs)"
+    if not pilot.chooses:
+        return f"There was nothing else to choose from; that took {cost}."
+    verdict = f"kept {choice}" if choice == pilot.usual else f"left {pilot.usual} for {choice}"
+    factor = sqrt(pilot.steps / pilot.short)
+    scaled = f" at {factor:.3g} times the rates they stand for" if factor > 1 else ""
+    return (
+        f"A pilot of {cost} {verdict}: it tried {len(pilot.rates)} rates, then {len(pilot.windows)} windows, "
+        f"in runs of {pilot.short} steps with one seed{scaled}. It leaves the usual choice only for one "
+        "that is more than a standard error better, so it does not see smaller gains."
+    )
+
+
+def _untrained(usual: Choice, evidence: pd.DataFrame) -> Advice:
+    words = (
+        f"Take {usual}. Nothing was trained: this is the usual choice, not one for this task, and its value "
+        "is unknown. The table tells how fast each window would start to learn, and what that would disturb."
+    )
+    nothing = float("nan"), float("nan")
+    return Advice(usual.window, usual.lr, float("nan"), nothing, words, evidence, "fixed")
+
+
+def _errors(runs: pd.DataFrame, usual: int, weight: float, learnt: int, retained: int) -> np.ndarray:
+    """Standard errors of each value's difference from the usual one's, see :func:`advise`."""
+    a, r = runs["accuracy"].to_numpy(), runs["retained_accuracy"].to_numpy()
+    variances = a * (1 - a) / learnt + weight**2 * r * (1 - r) / retained
+    return np.sqrt(variances + variances[usual])
+
+
+def _short_steps(budget: int | None, steps: int, cells: int) -> int:
+    """Steps of each run that chooses; 0 where nothing is to be trained."""
+    if budget is None:
+        return ceil(steps / 2)
+    if budget == 0:
+        return 0
+    cells = cells if cells > 1 else 0
+    least = ceil(steps / 4)  # shorter runs tell who learns fast, not what is good in the end
+    minimum = cells * least + FINAL_SEEDS * steps
+    if not budget >= minimum:
+        raise ValueError(
+            f"a budget of {budget} steps is too small: {cells} short runs of {least} steps and {FINAL_SEEDS} "
+            f"of {steps} take {minimum}; give that, fewer windows or rates, or 0 for advice without a pilot"
+        )
+    return min(steps, (budget - FINAL_SEEDS * steps) // cells) if cells else steps
+
+
+def _usual(windows: Sequence[Window], rates: Sequence[float]) -> Choice:
+    if not windows or not rates:
+        raise ValueError("there is nothing to choose from: give at least one window and one rate")
+    for name, values in (("windows", windows), ("rates", rates)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} holds the same value twice: {listed(map(str, values))}")
+    if not all(rate > 0 for rate in rates):
+        raise ValueError(f"rates must be positive, not {listed(map(str, rates))}")
+    return Choice(windows[len(windows) // 2], min(rates, key=lambda rate: abs(log(rate / USUAL_RATE))))
+
+
+def _shuffled(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _some(examples: Examples, rows: torch.Tensor) -> Examples:
+    return Examples(examples.inputs[rows], examples.labels[rows])
