@@ -1,25 +1,18 @@
 from __future__ import annotations
 
 import re
-from base64 import b64decode
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from ipywidgets import HTML, VBox, Widget
+from explored import control, message, narrow_vit, parts, pictures, shows_results, text
+from ipywidgets import VBox, Widget
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lora_lens as ll
-
-
-def narrow_vit(seed: int) -> VisionTransformer:
-    """A small model whose spectra differ in length: 32 components in attention, 16 in the MLP."""
-    torch.manual_seed(seed)
-    shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 10}
-    return VisionTransformer(**shape, embed_dim=32, depth=2, num_heads=2, mlp_ratio=0.5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -47,39 +40,6 @@ def table(narrow, digits) -> pd.DataFrame:
         jobs=1,
         progress=False,
     )
-
-
-def parts(widget: Widget, kind: type) -> list[Widget]:
-    inside = [w for child in getattr(widget, "children", ()) for w in parts(child, kind)]
-    return [widget, *inside] if isinstance(widget, kind) else inside
-
-
-def control(explorer: VBox, description: str) -> Widget:
-    (found,) = (w for w in parts(explorer, Widget) if getattr(w, "description", None) == description)
-    return found
-
-
-def pictures(explorer: VBox) -> list[bytes]:
-    found = [
-        re.search(r'<img alt="[^"]+" src="data:image/png;base64,([^"]+)"', h.value)
-        for h in parts(explorer, HTML)
-    ]
-    return [b64decode(match[1]) for match in found if match]
-
-
-def text(explorer: VBox) -> str:
-    """All that is written, without the pictures."""
-    return "\n".join(html.value for html in parts(explorer, HTML) if not html.value.startswith("<img"))
-
-
-def message(explorer: VBox) -> str:
-    (found,) = (html.value for html in parts(explorer, HTML) if 'role="alert"' in html.value)
-    return found
-
-
-def shows_results(explorer: VBox) -> bool:
-    assert ("alert" in text(explorer)) == (explorer.children[-1].layout.display == "none")
-    return explorer.children[-1].layout.display != "none"
 
 
 @pytest.fixture

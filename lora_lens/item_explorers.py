@@ -1,0 +1,146 @@
+"""The explorer of what was forgotten, image by image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from ipywidgets import HTML, Layout, SelectMultiple, VBox
+from matplotlib.figure import Figure
+
+from lora_lens import items, plots
+from lora_lens.explorer import (
+    ALL,
+    drawn,
+    dropdown,
+    explorer,
+    html_table,
+    plain_texts,
+    rate_choice,
+    require_sweep,
+    table_box,
+)
+from lora_lens.store import answers
+from lora_lens.tasks import Task
+
+IMAGES, IN_A_ROW = 12, 6
+
+
+def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VBox:
+    """Which images of the retained task were forgotten, and what they were taken for.
+
+    Controls: windows and other methods (several may be chosen), learning rate, class. Shown: how many of
+    the class's images every window kept, forgot and gained (:func:`lora_lens.items.transitions`, means over
+    its runs); the images that most of the chosen runs forgot (:func:`lora_lens.items.forgotten_by`); and
+    for all classes, which was taken for which before and after (:func:`lora_lens.items.confusion`).
+
+    Args:
+        table: the runs, from :func:`lora_lens.sweep` or :func:`lora_lens.runs`.
+        store: the folder or file that keeps these runs with their answers.
+        task: the retained task, with its test images in the order of the sweep; a longer test set that
+            starts with them will do.
+
+    Raises:
+        ValueError: the table is empty or lacks columns of a sweep, the store has no answers, or the task's
+            test images are others.
+        FileNotFoundError: a run is not in the store.
+    """
+    require_sweep(table)
+    table = table.assign(window=_window_names(table))
+    table = table.sort_values(["method", "position"], ascending=[False, True], kind="stable")
+    given = answers(store, table)
+    _require_same_examples(given, task)
+    names = list(table["window"].unique())
+    windows = SelectMultiple(
+        options=names, value=names, rows=min(len(names), 6), description="windows",
+        layout=Layout(width="24em"),
+    )  # fmt: skip
+    rate = rate_choice(table)
+    label = dropdown("class", [("all", ALL), *((name, i) for i, name in enumerate(task.classes))])
+    numbers, sentence, images, taken = table_box(), HTML(), HTML(), HTML()
+
+    def draw() -> None:
+        if not windows.value:
+            raise ValueError("choose at least one window or method")
+        runs = table[table["window"].isin(windows.value) & (table["lr"] == rate.value)]
+        if runs.empty:
+            raise ValueError(f"no runs of these windows at learning rate {rate.value:g}; choose others")
+        answered = given[given["run"].isin(runs["run"])]
+        of_class = answered if label.value == ALL else answered[answered["label"] == label.value]
+        if of_class.empty:
+            raise ValueError(f"the test set has no images of {label.label}; choose another class")
+        forgotten = items.forgotten_by(of_class)
+        sentence.value = f"<p>{_forgotten_in_words(forgotten, len(runs))}</p>"
+        numbers.value = html_table(_moved(of_class, runs))
+        forgotten = forgotten[forgotten["forgotten"] > 0].head(IMAGES)
+        about = "" if label.value == ALL else f" of {label.label}"
+        images.value = "" if forgotten.empty else drawn(
+            lambda figure: plots.forgotten_images(
+                task, forgotten, count=len(forgotten), axes=_grid(figure, len(forgotten))
+            ),
+            f"the {len(forgotten)} images{about} that most of {len(runs)} runs forgot",
+            size=(10, 1.95 * -(-len(forgotten) // IN_A_ROW)),
+        )  # fmt: skip
+        taken.value = drawn(
+            lambda figure: _draw_confusion(figure, answered, task),
+            f"which of {len(task.classes)} classes was taken for which, before and after, {len(runs)} runs",
+            size=(10, 4.9),
+        )
+
+    return explorer([[windows], [rate, label]], [sentence, numbers, images, taken], draw)
+
+
+def _require_same_examples(given: pd.DataFrame, task: Task) -> None:
+    """The labels in the answers are the only trace of the images that the store keeps."""
+    labels = given.drop_duplicates("item").set_index("item")["label"].sort_index()
+    if len(labels) > len(task.test) or (labels != task.test.labels[labels.index].numpy()).any():
+        raise ValueError(
+            f"the answers are to {len(labels)} other test images than those of {task.name}; "
+            "give the retained task of the sweep"
+        )
+
+
+def _window_names(table: pd.DataFrame) -> pd.Series:
+    """A name for the window or method of each row, different where they differ."""
+    position, start = (table[column].astype(float).map("{:g}".format) for column in ("position", "start"))
+    names = table["method"].where(table["position"].isna(), "window at " + position)
+    names = names.where(table["start"].isna(), "window from " + start)
+    for column in ("rank", "variant"):
+        if column in table and (table[column].groupby(names).nunique() > 1).any():
+            named = f", {column} " + pd.Series(plain_texts(table[column]), table.index)
+            names = names + named.where(table[column].notna(), "")
+    return names
+
+
+def _moved(answered: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """What every window kept and lost of the images, means over its runs."""
+    counts = items.transitions(answered)
+    groups = counts.groupby(counts["run"].map(runs.set_index("run")["window"]).rename("window"), sort=False)
+    means = groups[["kept", "forgotten", "gained", "never"]].mean()
+    means = means.rename(columns=lambda name: f"{name} (images)").map("{:.1f}".format)
+    shown = means.assign(**{"forgetting (%)": (100 * groups["forgetting"].mean()).map("{:.1f}".format)})
+    shown.insert(0, "runs", groups.size())
+    return shown.reset_index()
+
+
+def _forgotten_in_words(forgotten: pd.DataFrame, runs: int) -> str:
+    some, every = int((forgotten["forgotten"] > 0).sum()), int((forgotten["share"] == 1).sum())
+    return (
+        f"Of {len(forgotten)} images that were classified right before, {some} were forgotten in at least "
+        f"one of {runs} runs, and {every} in all of them."
+    )
+
+
+def _grid(figure: Figure, count: int) -> np.ndarray:
+    """Axes for ``count`` images, in rows of ``IN_A_ROW``; shape (count,)."""
+    axes = figure.subplots(-(-count // IN_A_ROW), IN_A_ROW, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    return axes[:count]
+
+
+def _draw_confusion(figure: Figure, answered: pd.DataFrame, task: Task) -> None:
+    for ax, when in zip(figure.subplots(1, 2), ("before", "after"), strict=True):
+        plots.confusion(items.confusion(answered, len(task.classes), when), task.classes, ax=ax)
+        ax.set_title(f"{when} training")
