@@ -47,29 +47,109 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
     return counts.reset_index()
 
 
-def forgotten_by(items: pd.DataFrame) -> pd.DataFrame:
+def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     """For each example that was right before: which share of the runs forgot it.
+
+    Args:
+        by: a column of ``items``, such as a position merged from the table of runs, to tell who forgot it.
 
     Returns:
         One row per such example, the most forgotten first: item, label, runs (how many), forgotten
         (how many of them end wrong), share (of the runs, in [0, 1]), instead (the wrong class that is
-        predicted most often; missing if none).
+        predicted most often; missing if none). With ``by`` one more column for each of its values: the
+        share of that value's runs. So rows with 1 in all of these were forgotten by everyone, and
+        :func:`forgotten_by_one` lists those that one alone forgot.
 
     Raises:
         ValueError: a column is missing, or the runs do not start from the same answers.
     """
     _require(items)
+    if by is not None and by not in items:
+        raise ValueError(f"the answers have no column {by!r}; merge it from the table of runs first")
     if (items.groupby("item")["before"].nunique() > 1).any():
         raise ValueError("the runs start from different answers: they belong to different pretrained models")
     known = items[items["before"] == items["label"]]
-    wrong = known[known["after"] != known["label"]]
+    known = known.assign(wrong=known["after"] != known["label"])
+    wrong = known[known["wrong"]]
     groups = known.groupby("item")
     table = pd.DataFrame({"label": groups["label"].first(), "runs": groups.size()})
-    table["forgotten"] = wrong.groupby("item").size().reindex(table.index, fill_value=0)
+    table["forgotten"] = groups["wrong"].sum()
     table["share"] = table["forgotten"] / table["runs"]
     table["instead"] = wrong.groupby("item")["after"].agg(lambda a: a.mode()[0]).reindex(table.index)
     table["instead"] = table["instead"].astype("Int64")
+    if by is not None:
+        table = table.join(known.pivot_table(index="item", columns=by, values="wrong", aggfunc="mean"))
     return table.sort_values(["share", "item"], ascending=[False, True], kind="stable").reset_index()
+
+
+def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd.DataFrame:
+    """The examples that the runs of one value of ``by`` forgot, and those of no other.
+
+    Args:
+        by: a column of ``items``, such as a position merged from the table of runs.
+        threshold: forgotten means by more than this share of a value's runs, in [0, 1).
+
+    Returns:
+        Rows of :func:`forgotten_by` with its columns, and only (the one value that forgot it).
+
+    Raises:
+        ValueError: as :func:`forgotten_by`, or ``threshold`` out of range.
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must be a share in [0, 1), not {threshold!r}")
+    table = forgotten_by(items, by)
+    forgot = table[sorted(items[by].unique())] > threshold
+    alone = forgot.sum(axis=1) == 1
+    return table[alone].assign(only=forgot[alone].idxmax(axis=1)).reset_index(drop=True)
+
+
+def forgetting_interval(
+    items: pd.DataFrame, table: pd.DataFrame, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """How sure forgetting is when the test examples are a sample as well as the seeds.
+
+    The interval over seeds answers: would other seeds say the same of *these* examples? This one resamples
+    seeds and examples, independently of each other, and answers for other examples of the kind, too. Owen
+    2007, "The pigeonhole bootstrap", shows that it errs on the wide side.
+
+    Args:
+        items: the answers of all runs of ``table``.
+        table: from :func:`lora_lens.sweep` (run, method, rank, position, start, lr, seed).
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        One row per window and rate: method, rank, position, start, lr, seeds, examples; forgetting (its
+        mean, share in [0, 1]) with forgetting_low and forgetting_high, the 95% interval over seeds and
+        examples. For one seed it is over examples alone.
+
+    Raises:
+        ValueError: a column is missing, a run has no answers, or the runs do not share their examples.
+    """
+    _require(items)
+    keys = ["method", "rank", "position", "start", "lr"]
+    if missing := [column for column in ["run", "seed", *keys] if column not in table]:
+        raise ValueError(f"the table has no column {', '.join(missing)}; pass what sweep returned")
+    right = items.assign(
+        lost=(items["before"] == items["label"]).astype(float) - (items["after"] == items["label"])
+    )
+    by_run = right.pivot(index="run", columns="item", values="lost")
+    if without := [run for run in table["run"] if run not in by_run.index]:
+        raise ValueError(f"no answers of {len(without)} runs, such as {without[0]}; pass those of this table")
+    if by_run.isna().any(axis=None):
+        raise ValueError("the runs were tested on different examples; compare runs of one sweep")
+    random = np.random.default_rng(seed)
+    m = by_run.shape[1]
+    examples = random.multinomial(m, np.full(m, 1 / m), size=resamples) / m  # the same for all windows
+    rows = []
+    for values, group in table.groupby(keys, dropna=False, sort=False):
+        lost = by_run.loc[group["run"]].to_numpy()  # (seeds, examples)
+        n = len(lost)
+        seeds = random.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+        means = ((examples @ lost.T) * seeds).sum(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        row = dict(zip(keys, values, strict=True)) | {"seeds": n, "examples": m, "forgetting": lost.mean()}
+        rows.append(row | {"forgetting_low": low, "forgetting_high": high})
+    return pd.DataFrame(rows)
 
 
 def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndarray:

@@ -1,5 +1,7 @@
 """Pictures: each takes a table or spectra and an optional ``ax``, and returns matplotlib Axes."""
 
+from lora_lens.drift_plots import against_forgetting, predictors, rotation_matrix, shares
+from lora_lens.item_plots import confusion, forgotten_images
 from lora_lens.plot_style import house_style
 from lora_lens.spectrum_plots import (
     by_depth,
@@ -12,19 +14,31 @@ from lora_lens.spectrum_plots import (
     spectrum,
 )
 from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, learning_curve, tradeoff
+from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, robustness, surface
 
 __all__ = [
     "accuracy_curve",
+    "against_forgetting",
     "by_depth",
+    "by_setting",
+    "comparison",
+    "confusion",
     "cumulative_energy",
     "decomposition",
     "depth_map",
     "feature_maps",
     "forgetting_curve",
+    "forgotten_images",
+    "fronts_by_method",
     "house_style",
     "learning_curve",
     "overlap",
+    "predictors",
+    "robustness",
+    "rotation_matrix",
+    "shares",
     "small_multiples",
     "spectrum",
+    "surface",
     "tradeoff",
 ]

@@ -177,7 +177,7 @@ def _accuracy_slider(table: pd.DataFrame, along: pd.DataFrame) -> FloatSlider:
 
 def _update_slider(table: pd.DataFrame, moved: pd.DataFrame) -> FloatLogSlider:
     """From the smallest to the largest update of a run; at first the middle of what most windows span."""
-    spans = table.assign(update=table["run"].map(_relative_updates(moved))).query("update > 0")
+    spans = table.assign(update=table["run"].map(tradeoffs.relative_updates(moved))).query("update > 0")
     update = spans["update"]
     low, high = np.log10(update.min()), np.log10(update.max())
     spans = spans.groupby(tradeoffs.WINDOW, dropna=False)["update"].agg(["min", "max"])
@@ -186,15 +186,6 @@ def _update_slider(table: pd.DataFrame, moved: pd.DataFrame) -> FloatLogSlider:
         start, base=10, min=low, max=high, step=(high - low) / 100 or 0.01, readout_format=".3f",
         description="update to match", continuous_update=False, style=WORDS, layout=Layout(width="26em"),
     )  # fmt: skip
-
-
-def _relative_updates(moved: pd.DataFrame) -> pd.Series:
-    """For each run the length of its update of all layers, as a share of the length of their weights."""
-    squares = pd.DataFrame(
-        {"update": moved["update"] ** 2, "weight": (moved["update"] / moved["relative"]) ** 2}
-    )
-    sums = squares.groupby(moved["run"]).sum()
-    return np.sqrt(sums["update"] / sums["weight"])
 
 
 def _most_reached(result: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,6 @@ shares in [0, 1], rates are those of the grid.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -43,7 +42,7 @@ def bootstrap_interval(
         raise ValueError(f"level must be between 0 and 1, not {level!r}")
     if values.size == 1:
         return float("nan"), float("nan")
-    means = values[_resampled(len(values), resamples, seed)].mean(1)
+    means = values[resampled(len(values), resamples, seed)].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -61,7 +60,7 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = [
         {**names, **_summary(group)}
-        for names, group in _groups(table, [*_window(table), "lr"], [*SCORES, "diverged"])
+        for names, group in groups(table, [*window_columns(table), "lr"], [*SCORES, "diverged"])
     ]
     return pd.DataFrame(rows)
 
@@ -86,8 +85,8 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
     if score not in ("accuracy", "retained_accuracy"):
         raise ValueError(f"score must be accuracy or retained_accuracy (larger is better), not {score!r}")
     rows = []
-    for names, group in _groups(table, _window(table), [score, *SCORES, "diverged"]):
-        by_seed = _seeds_by_rate(group, score, names)
+    for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
+        by_seed = seeds_by_rate(group, score, names)
         half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
         choosing, told = by_seed.iloc[: half or None], by_seed.index[half:]
         rate = choosing.mean().idxmax()  # the first of equals, and the rates ascend
@@ -133,19 +132,80 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
     rows = []
-    for names, group in _groups(table, [*_window(table), "lr"], ["retained_before"]):
+    for names, group in groups(table, [*window_columns(table), "lr"], ["retained_before"]):
         found = [_first_crossing(by_run[run], accuracy) for run in group["run"]]
         step, retained = np.array(found, float).T
         there = ~np.isnan(step)
         forgotten = group["retained_before"].to_numpy(float) - retained
         row = {"seeds": len(group), "reached": int(there.sum())}
-        rows.append({**names, **row, **_mean("step", step[there]), **_mean("forgetting", forgotten[there])})
+        rows.append(
+            {
+                **names,
+                **row,
+                **mean_and_interval("step", step[there]),
+                **mean_and_interval("forgetting", forgotten[there]),
+            }
+        )
     result = pd.DataFrame(rows)
     order = result.assign(share=result["reached"] / result["seeds"]).sort_values(
         ["share", "lr"], ascending=[False, True], kind="stable"
     )
-    first = ~order.duplicated(_window(table))
+    first = ~order.duplicated(window_columns(table))
     return result.assign(most_reached=first.reindex(result.index))
+
+
+def relative_updates(drifts: pd.DataFrame) -> pd.Series:
+    """How far each run moved its adapted weights, by run: sqrt(sum ||dW||_F^2 / sum ||W||_F^2) over layers.
+
+    Args:
+        drifts: from :func:`lora_lens.drifts` (run, update, relative).
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    require_columns(drifts, ["run", "update", "relative"])
+    moved = drifts[drifts["update"] > 0]
+    squares = pd.DataFrame({"update": moved["update"], "weight": moved["update"] / moved["relative"]}) ** 2
+    sums = squares.groupby(moved["run"]).sum()
+    found = np.sqrt(sums["update"] / sums["weight"]).rename("update")
+    return found.reindex(drifts["run"].unique(), fill_value=0.0)
+
+
+def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) -> pd.DataFrame:
+    """What every window gained and lost where its runs had moved the weights equally far.
+
+    A method that moves the weights less forgets less, whatever it moves. So for each window and seed the
+    runs are put in the order of their relative update (see :func:`relative_updates`), which the learning
+    rate drives, and accuracy and forgetting are joined by straight lines over its logarithm and read off
+    at ``update``. All runs are taken at their end, so the number of steps is the same.
+
+    Args:
+        drifts: from :func:`lora_lens.drifts`; runs that diverged or trained no adapter have none and are
+            left out.
+        update: the relative update to compare at, such as 0.1.
+
+    Returns:
+        One row per window. Columns: method, rank, position, start; seeds, and reached (how many of them
+        have runs on both sides of ``update``); accuracy and forgetting (means over these, NaN without
+        any), and each of the two with ``_low`` and ``_high``, its 95% interval over seeds.
+
+    Raises:
+        ValueError: ``update`` is not positive, a column is missing, or two runs share window, rate and seed.
+    """
+    if not update > 0:
+        raise ValueError(f"update must be positive, a share of the weights' norm, not {update!r}")
+    require_columns(table, ["run"])
+    sizes = table["run"].map(relative_updates(drifts))
+    rows = []
+    for names, group in groups(table, window_columns(table), SCORES):
+        measured = group.assign(size=sizes).query("size > 0")
+        found = [_at_size(runs, update) for _, runs in measured.groupby("seed")]
+        found = np.array([f for f in found if f is not None], float).reshape(-1, len(SCORES))
+        row = {"seeds": group["seed"].nunique(), "reached": len(found)}
+        for score, values in zip(SCORES, found.T, strict=True):
+            row |= mean_and_interval(score, values)
+        rows.append({**names, **row})
+    return pd.DataFrame(rows)
 
 
 def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
@@ -172,8 +232,8 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or more, not {tolerance!r}")
     rows = []
-    for names, group in _groups(table, _window(table), ["accuracy"]):
-        by_seed = _seeds_by_rate(group, "accuracy", names)
+    for names, group in groups(table, window_columns(table), ["accuracy"]):
+        by_seed = seeds_by_rate(group, "accuracy", names)
         rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
         means = scores.mean(0)
         low, best, high = _plateau(means, tolerance)
@@ -184,7 +244,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
                 "seeds": len(scores),
                 "rates": len(rates),
                 "best_lr": rates[best],
-                **_mean("accuracy", scores[:, best]),
+                **mean_and_interval("accuracy", scores[:, best]),
                 "lowest": rates[low],
                 "highest": rates[high],
                 "octaves": np.log2(rates[high] / rates[low]),
@@ -194,64 +254,6 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
             }
         )
     return pd.DataFrame(rows)
-
-
-def dominance(table: pd.DataFrame) -> pd.DataFrame:
-    """How often one window beats another on both tasks at once, at equal seed and learning rate.
-
-    Returns:
-        One row per pair of windows. Columns: method, rank, position, start with the suffix ``_a`` for the
-        one and ``_b`` for the other; pairs (seeds and rates that both were run at) and seeds among them;
-        a_beats_b (share of pairs in which a is higher in both accuracy and retained_accuracy; the mean
-        over seeds of each seed's share) and b_beats_a, each with ``_low`` and ``_high``, its 95% interval
-        over seeds. The two need not sum to 1: the rest is a trade-off or a tie. Without pairs the shares
-        are NaN.
-
-    Raises:
-        ValueError: a column is missing, two runs share window, rate and seed, or there is one window only.
-    """
-    both = ["accuracy", "retained_accuracy"]
-    groups = [
-        (names, group.set_index(["seed", "lr"])[both])
-        for names, group in _groups(table, _window(table), both)
-    ]
-    if len(groups) < 2:
-        raise ValueError(f"a comparison needs at least two windows or methods, not {len(groups)}")
-    rows = []
-    for (names_a, a), (names_b, b) in combinations(groups, 2):
-        shared = a.index.intersection(b.index)
-        difference = a.loc[shared] - b.loc[shared]
-        row = {f"{k}_a": v for k, v in names_a.items()} | {f"{k}_b": v for k, v in names_b.items()}
-        row |= {"pairs": len(shared), "seeds": shared.get_level_values("seed").nunique()}
-        for name, sign in (("a_beats_b", 1), ("b_beats_a", -1)):
-            wins = (sign * difference > 0).all(axis=1).astype(float)
-            row |= _mean(name, wins.groupby(level="seed").mean())
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def hypervolume(points: ArrayLike, reference: tuple[float, float] = (0, 0)) -> float:
-    """The area between ``reference`` and the front of ``points`` (n, 2), larger being better in both.
-
-    Zitzler and Thiele 1998, "Multiobjective optimization using evolutionary algorithms - a comparative
-    case study", where it is called the size of the space covered; exact, by sorting. Points that are not
-    above ``reference`` in both, or have a missing value, cover nothing. It grows with the number of points,
-    so compare only sets of as many.
-
-    Raises:
-        ValueError: ``points`` are not pairs.
-    """
-    points = np.asarray(points, float)
-    if points.size == 0:
-        return 0.0
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points must be pairs, of shape (n, 2), not {points.shape}")
-    above = points - np.asarray(reference, float)
-    above = above[(above > 0).all(1)]  # also drops the missing
-    above = above[np.argsort(-above[:, 0], kind="stable")]
-    heights = np.maximum.accumulate(above[:, 1])
-    steps = np.diff(heights, prepend=0.0)  # what each point adds above those further right
-    return float((above[:, 0] * steps).sum())
 
 
 def _first_crossing(curve: pd.DataFrame, accuracy: float) -> tuple[float, float]:
@@ -266,6 +268,15 @@ def _first_crossing(curve: pd.DataFrame, accuracy: float) -> tuple[float, float]
         return steps[0], retained[0]
     share = (accuracy - so_far[i - 1]) / (so_far[i] - so_far[i - 1])
     return tuple(v[i - 1] + share * (v[i] - v[i - 1]) for v in (steps, retained))
+
+
+def _at_size(runs: pd.DataFrame, update: float) -> list[float] | None:
+    """The scores of one window and seed at this size of the update; None where its runs do not span it."""
+    runs = runs.sort_values("size")
+    sizes = np.log(runs["size"].to_numpy(float))
+    if not sizes[0] <= np.log(update) <= sizes[-1]:
+        return None
+    return [float(np.interp(np.log(update), sizes, runs[score].to_numpy(float))) for score in SCORES]
 
 
 def _plateau(means: np.ndarray, tolerance: float) -> tuple[int, int, int]:
@@ -283,13 +294,13 @@ def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> 
     """The 95% interval of the plateau's width in octaves, when the seeds are resampled."""
     if len(scores) == 1:
         return {"octaves_low": np.nan, "octaves_high": np.nan}
-    means = scores[_resampled(len(scores), 2000, 0)].mean(1)
+    means = scores[resampled(len(scores), 2000, 0)].mean(1)
     ends = np.array([_plateau(m, tolerance) for m in means])
     low, high = np.quantile(np.log2(rates[ends[:, 2]] / rates[ends[:, 0]]), [0.025, 0.975])
     return {"octaves_low": low, "octaves_high": high}
 
 
-def _resampled(n: int, resamples: int, seed: int) -> np.ndarray:
+def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n) places of n values, drawn with replacement."""
     if not resamples >= 1:
         raise ValueError(f"resamples must be at least 1, not {resamples!r}")
@@ -300,11 +311,11 @@ def _summary(group: pd.DataFrame) -> dict[str, float]:
     """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate."""
     row = {"seeds": len(group), "diverged": int(group["diverged"].sum())}
     for score in SCORES:
-        row |= _mean(score, group[score])
+        row |= mean_and_interval(score, group[score])
     return row
 
 
-def _mean(name: str, values: ArrayLike) -> dict[str, float]:
+def mean_and_interval(name: str, values: ArrayLike) -> dict[str, float]:
     """The mean over seeds and its interval, named; NaN where there are no values."""
     values = np.asarray(values, float)
     mean = float(values.mean()) if len(values) else np.nan
@@ -312,31 +323,31 @@ def _mean(name: str, values: ArrayLike) -> dict[str, float]:
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
-def _window(table: pd.DataFrame) -> list[str]:
+def window_columns(table: pd.DataFrame) -> list[str]:
     """The columns that tell windows and methods apart."""
     return [*WINDOW, *(["variant"] if "variant" in table else [])]
 
 
-def _groups(
+def groups(
     table: pd.DataFrame, keys: list[str], columns: list[str]
 ) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
     """(the keys' values by name, their rows), in the table's order, after checking the table."""
     require_columns(table, [*keys, "lr", "seed", *columns])
     if table.empty:
         raise ValueError("the table has no runs; pass what sweep returned")
-    twice = table.duplicated([*_window(table), "lr", "seed"])
+    twice = table.duplicated([*window_columns(table), "lr", "seed"])
     if twice.any():
         # Two runs of one seed are not two seeds: their interval would be too narrow.
         row = table[twice].iloc[0]
         raise ValueError(
-            f"two runs of {_named(row[_window(table)].to_dict())} share learning rate {row['lr']:g} and "
-            f"seed {row['seed']}; pass the runs of one sweep, with one value of every other setting"
+            f"two runs of {_named(row[window_columns(table)].to_dict())} share learning rate {row['lr']:g} "
+            f"and seed {row['seed']}; pass the runs of one sweep, with one value of every other setting"
         )
     groups = table.groupby(keys, dropna=False, sort=False)
     return ((dict(zip(keys, values, strict=True)), group) for values, group in groups)
 
 
-def _seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> pd.DataFrame:
+def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> pd.DataFrame:
     """``score`` (seeds, rates), both ascending, of the seeds that were run at every rate."""
     by_seed = group.pivot(index="seed", columns="lr", values=score).dropna()
     if by_seed.empty:

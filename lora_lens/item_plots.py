@@ -1,0 +1,100 @@
+"""Pictures of single examples: which classes are taken for which, and the images that were forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from lora_lens.plot_style import house_style, styled
+from lora_lens.spectrum_plots import show_image
+from lora_lens.tasks import Task
+
+IN_A_ROW = 8
+
+
+@styled
+def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
+    """How often each class (row) was taken for each class (column), in percent of the row.
+
+    Args:
+        counts: (classes, classes), from :func:`lora_lens.items.confusion`. Rows without examples stay empty.
+        classes: their names.
+
+    Raises:
+        ValueError: the shape of ``counts`` is not that of the classes.
+    """
+    counts = np.asarray(counts, float)
+    if counts.shape != (len(classes), len(classes)):
+        raise ValueError(f"expected counts of shape {(len(classes),) * 2}, not {counts.shape}")
+    with np.errstate(invalid="ignore"):
+        percent = 100 * counts / counts.sum(1, keepdims=True)
+    small = len(classes) > 6
+    sns.heatmap(
+        percent,
+        ax=ax,
+        cmap="Blues",
+        vmin=0,
+        vmax=100,
+        annot=np.where(percent >= 0.5, np.char.mod("%.0f", np.nan_to_num(percent)), ""),
+        fmt="",
+        annot_kws={"fontsize": 8.5 if small else 11},
+        cbar=False,
+        square=True,
+        xticklabels=list(classes),
+        yticklabels=list(classes),
+    )
+    ax.tick_params(axis="x", rotation=90)
+    ax.tick_params(axis="y", rotation=0)
+    ax.set(xlabel="predicted", ylabel="true class", title="Confusion (% of the true class)")
+    ax.grid(False)
+    return ax
+
+
+def forgotten_images(
+    task: Task, forgotten: pd.DataFrame, count: int = 16, *, axes: np.ndarray | None = None
+) -> np.ndarray:
+    """The first images of a table of forgotten examples, with their class, what replaced it, and how often.
+
+    Args:
+        task: the retained task; ``forgotten`` counts its test images from 0.
+        forgotten: from :func:`lora_lens.items.forgotten_by` (item, label, share, instead).
+        count: how many to show; fewer if there are fewer.
+        axes: to draw on, at least as many as images; the rest are emptied. Default: a new pyplot figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: there is nothing to show, an item is not among the test images, or too few ``axes``.
+    """
+    rows = forgotten.head(count)
+    if rows.empty:
+        raise ValueError("the table has no examples: none was forgotten")
+    if rows["item"].max() >= len(task.test):
+        raise ValueError(
+            f"item {rows['item'].max()} is not among the {len(task.test)} test images of {task.name}; "
+            "pass the retained task of the sweep"
+        )
+    with house_style():
+        if axes is None:
+            wide = min(IN_A_ROW, len(rows))
+            tall = -(-len(rows) // wide)
+            axes = plt.subplots(tall, wide, figsize=(1.35 * wide, 1.75 * tall), squeeze=False)[1]
+        flat = np.ravel(axes)
+        if len(flat) < len(rows):
+            raise ValueError(f"{len(rows)} images need as many axes, not {len(flat)}")
+        for ax in flat:
+            ax.axis("off")
+        for ax, row in zip(flat, rows.itertuples(), strict=False):
+            show_image(ax, task.test.inputs[int(row.item)])
+            instead = (
+                "" if pd.isna(row.instead) else f"\n\N{RIGHTWARDS ARROW} {task.classes[int(row.instead)]}"
+            )
+            title = f"{task.classes[int(row.label)]}{instead}\n{row.share:.0%}"
+            ax.set_title(title, fontsize=8.5, loc="center")
+    return axes
