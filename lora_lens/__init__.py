@@ -9,7 +9,6 @@ run = ll.finetune(adapted, ll.embedded.digits(), retain=source)
 """
 
 from importlib import import_module
-from types import ModuleType
 
 from lora_lens import (
     comparison,
@@ -91,6 +90,7 @@ __all__ = [
     "placement",
     "plots",
     "predictors",
+    "report",
     "rotation",
     "runs",
     "save",
@@ -106,12 +106,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import the pictures and widgets when they are first used, not before."""
+def __getattr__(name: str) -> object:
+    """Import what draws when it is first used, not before."""
     if name in ("plots", "widgets"):
         return import_module(f"lora_lens.{name}")
+    if name == "report":
+        return import_module("lora_lens.reporting").report
     raise AttributeError(f"module 'lora_lens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "plots", "widgets"])
+    return sorted([*globals(), "plots", "report", "widgets"])

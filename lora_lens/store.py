@@ -60,10 +60,29 @@ def pack(store: str | Path, path: str | Path) -> Path:
     path, records = Path(path), _all_records(store)
     if not records:
         raise ValueError(f"{store} holds no finished runs")
-    experiment = json.loads((Path(store) / "experiment.json").read_text())
-    lines = [json.dumps(record) for record in [experiment, *(records[run] for run in sorted(records))]]
-    _replace(path, lzma.compress("\n".join(lines).encode()))
+    lines = [json.dumps(record) for record in [experiment(store), *(records[run] for run in sorted(records))]]
+    replace_file(path, lzma.compress("\n".join(lines).encode()))
     return path
+
+
+def experiment(store: str | Path) -> dict[str, dict[str, str]]:
+    """What all runs of a results folder, or of a file from :func:`pack`, belong to.
+
+    Returns:
+        identity, with lora_lens (its version), model (a hash of its weights), task and retain (their names
+        and hashes of their examples); versions, of the packages that made the first runs.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or no experiment in the folder.
+        ValueError: it is no such file.
+    """
+    store = Path(store)
+    if not store.is_dir():
+        return _packed(store)[0]
+    described = store / "experiment.json"
+    if not described.exists():
+        raise FileNotFoundError(f"the folder {store} holds no experiment; pass the store of a sweep")
+    return json.loads(described.read_text())
 
 
 def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -146,16 +165,21 @@ def _records(store: str | Path, table: pd.DataFrame) -> Iterator[dict]:
 def _all_records(store: str | Path) -> dict[str, dict]:
     """The records of a folder or of a packed file by run."""
     store = Path(store)
-    if not store.exists():
-        raise FileNotFoundError(f"there is no results folder or file {store}")
     if store.is_dir():
         found = [read_run(path) for path in sorted((store / "runs").glob("*.json"))]
     else:
-        try:
-            found = [json.loads(line) for line in lzma.decompress(store.read_bytes()).splitlines()[1:]]
-        except (lzma.LZMAError, ValueError) as error:
-            raise ValueError(f"{store} is damaged or was not written by ll.pack: {error}") from None
+        found = _packed(store)[1:]
     return {record["run"]: record for record in found if record is not None}
+
+
+def _packed(file: Path) -> list[dict]:
+    """The experiment in a packed file, then its records."""
+    if not file.exists():
+        raise FileNotFoundError(f"there is no results folder or file {file}")
+    try:
+        return [json.loads(line) for line in lzma.decompress(file.read_bytes()).splitlines()]
+    except (lzma.LZMAError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or was not written by ll.pack: {error}") from None
 
 
 @contextmanager
@@ -197,11 +221,11 @@ def read_run(path: Path) -> dict | None:
 
 
 def write_atomically(path: Path, record: dict) -> None:
-    """The file appears whole or not at all, also after a kill or on a full disk."""
-    _replace(path, json.dumps(record, indent=1).encode())
+    replace_file(path, json.dumps(record, indent=1).encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """The new file appears whole or the old one stays, also after a kill or on a full disk."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -99,6 +99,7 @@ def test_imports_point_one_way():
         "item_plots",
         "drift_plots",
         "plots",
+        "reporting",
         "explorer",
         "spectrum_explorers",
         "tradeoff_explorers",
