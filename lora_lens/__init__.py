@@ -111,7 +111,7 @@ def __getattr__(name: str) -> object:
     if name in ("plots", "widgets"):
         return import_module(f"lora_lens.{name}")
     if name == "report":
-        return import_module("lora_lens.reporting").report
+        return import_module("lora_lens.sweep_report").report
     raise AttributeError(f"module 'lora_lens' has no attribute {name!r}")
 
 

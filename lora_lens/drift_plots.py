@@ -120,8 +120,10 @@ def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
             height,
             f"\N{GREEK SMALL LETTER RHO} = {row.spearman:+.2f}",
             va="center",
-            fontsize=9,
+            fontsize=8,
         )
+    room = ax.get_window_extent().height / ax.figure.dpi * 72 / len(rows)  # points for a name
+    ax.tick_params(axis="y", labelsize=min(10, 0.85 * room))
     ax.set(xlim=(0, 1.15), xlabel="cross-validated R\N{SUPERSCRIPT TWO}", title="What predicts forgetting")
     ax.grid(axis="y", visible=False)
     return ax

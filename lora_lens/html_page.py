@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Callable, Collection, Iterable
 from html import escape
 from pathlib import Path
@@ -139,16 +138,6 @@ def page_path(path: str | Path, generator: str) -> Path:
     if path.exists() and _generator(generator) not in path.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{path} was not written by {generator}, so it stays; choose another name")
     return path
-
-
-def write_page(page: str, path: Path) -> None:
-    """The file appears whole or not at all; what was there stays until then."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def points(share: float) -> str:

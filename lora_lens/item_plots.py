@@ -13,13 +13,17 @@ from matplotlib.axes import Axes
 from lora_lens.plot_style import house_style, styled
 from lora_lens.spectrum_plots import show_image
 from lora_lens.tasks import Task
+from lora_lens.tradeoffs import require_columns
 
 IN_A_ROW = 8
+MOST_ANNOTATED = 20  # classes; the numbers of more would overlap
 
 
 @styled
 def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
     """How often each class (row) was taken for each class (column), in percent of the row.
+
+    Cells from 0.5% on hold their number; with more than 20 classes a colour bar stands for all.
 
     Args:
         counts: (classes, classes), from :func:`lora_lens.items.confusion`. Rows without examples stay empty.
@@ -33,23 +37,27 @@ def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
         raise ValueError(f"expected counts of shape {(len(classes),) * 2}, not {counts.shape}")
     with np.errstate(invalid="ignore"):
         percent = 100 * counts / counts.sum(1, keepdims=True)
-    small = len(classes) > 6
+    shown = np.where(percent >= 0.5, np.char.mod("%.0f", np.nan_to_num(percent)), "")
+    annotated = len(classes) <= MOST_ANNOTATED
     sns.heatmap(
         percent,
         ax=ax,
         cmap="Blues",
         vmin=0,
         vmax=100,
-        annot=np.where(percent >= 0.5, np.char.mod("%.0f", np.nan_to_num(percent)), ""),
+        annot=shown if annotated else None,
         fmt="",
-        annot_kws={"fontsize": 8.5 if small else 11},
-        cbar=False,
+        annot_kws={"fontsize": 8.5 if len(classes) > 6 else 11},
+        cbar=not annotated,
+        cbar_kws=None if annotated else {"label": "% of the true class"},
         square=True,
         xticklabels=list(classes),
         yticklabels=list(classes),
     )
     ax.tick_params(axis="x", rotation=90)
     ax.tick_params(axis="y", rotation=0)
+    if not annotated:
+        ax.tick_params(labelsize=7)
     ax.set(xlabel="predicted", ylabel="true class", title="Confusion (% of the true class)")
     ax.grid(False)
     return ax
@@ -70,8 +78,12 @@ def forgotten_images(
         The Axes.
 
     Raises:
-        ValueError: there is nothing to show, an item is not among the test images, or too few ``axes``.
+        ValueError: there is nothing to show, an item is not among the test images, a column is missing, or
+            too few ``axes``.
     """
+    require_columns(forgotten, ["item", "label", "share", "instead"])
+    if not count >= 1:
+        raise ValueError(f"count must be at least 1, not {count!r}")
     rows = forgotten.head(count)
     if rows.empty:
         raise ValueError("the table has no examples: none was forgotten")
@@ -95,6 +107,6 @@ def forgotten_images(
             instead = (
                 "" if pd.isna(row.instead) else f"\n\N{RIGHTWARDS ARROW} {task.classes[int(row.instead)]}"
             )
-            title = f"{task.classes[int(row.label)]}{instead}\n{row.share:.0%}"
+            title = f"{task.classes[int(row.label)]}{instead}\n{row.share:.0%} of runs"
             ax.set_title(title, fontsize=8.5, loc="center")
     return axes

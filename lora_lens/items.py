@@ -52,6 +52,7 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
 
     Args:
         by: a column of ``items``, such as a position merged from the table of runs, to tell who forgot it.
+            Runs without a value there, such as those of other methods, have no column.
 
     Returns:
         One row per such example, the most forgotten first: item, label, runs (how many), forgotten
@@ -98,7 +99,7 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must be a share in [0, 1), not {threshold!r}")
     table = forgotten_by(items, by)
-    forgot = table[sorted(items[by].unique())] > threshold
+    forgot = table[sorted(items[by].dropna().unique())] > threshold
     alone = forgot.sum(axis=1) == 1
     return table[alone].assign(only=forgot[alone].idxmax(axis=1)).reset_index(drop=True)
 
@@ -118,17 +119,23 @@ def forgetting_interval(
         resamples, seed: of the bootstrap.
 
     Returns:
-        One row per window and rate: method, rank, position, start, lr, seeds, examples; forgetting (its
-        mean, share in [0, 1]) with forgetting_low and forgetting_high, the 95% interval over seeds and
-        examples. For one seed it is over examples alone.
+        One row per window and rate: method, rank, position, start (and variant, where the table has one),
+        lr, seeds, examples; forgetting (its mean, share in [0, 1]) with forgetting_low and
+        forgetting_high, the 95% interval over seeds and examples. For one seed it is over examples alone.
 
     Raises:
-        ValueError: a column is missing, a run has no answers, or the runs do not share their examples.
+        ValueError: a column is missing, two runs share window, rate and seed, a run has no answers, or the
+            runs do not share their examples.
     """
     _require(items)
-    keys = ["method", "rank", "position", "start", "lr"]
+    keys = ["method", "rank", "position", "start", *(["variant"] if "variant" in table else []), "lr"]
     if missing := [column for column in ["run", "seed", *keys] if column not in table]:
         raise ValueError(f"the table has no column {', '.join(missing)}; pass what sweep returned")
+    if table.duplicated([*keys, "seed"]).any():
+        raise ValueError(
+            "two runs share window, learning rate and seed, so they are no two seeds; pass the runs of one "
+            "sweep, with one value of every other setting"
+        )
     right = items.assign(
         lost=(items["before"] == items["label"]).astype(float) - (items["after"] == items["label"])
     )

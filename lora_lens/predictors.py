@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
-from lora_lens.tradeoffs import relative_updates, require_columns
+from lora_lens.tradeoffs import relative_updates, require_columns, window_columns
 
 WEIGHTED = (
     "inside", "above", "below", "mixed", "outside", "left_inside", "right_inside", "diagonal",
@@ -75,17 +75,21 @@ def predict_forgetting(
     Returns:
         One row per measure, the best first. Columns: measure; runs (that have a value for it); spearman (rank
         correlation over runs) with spearman_low and spearman_high, its 95% interval when pairs of window
-        and rate are resampled, all their seeds together; r2 (cross-validated, 1 - residual / variance of
+        and rate are resampled, all their seeds together; spearman_within (the mean over learning rates of
+        the rank correlation among the runs at one rate: what is left once the rate is known); r2 (cross-validated, 1 - residual / variance of
         the held-out runs' forgetting; 0 for the mean of the training part, negative for worse).
 
     Raises:
-        ValueError: a column is missing, or there are fewer than 3 windows and rates with a drift.
+        ValueError: a column is missing, there are fewer than 3 windows and rates with a drift, or all runs
+            forgot the same.
     """
     require_columns(table, ["run", "method", "rank", "position", "start", "lr", "forgetting", "accuracy"])
     runs = table.merge(by_run(drifts), on="run")
-    cell = runs.groupby(["method", "rank", "position", "start", "lr"], dropna=False).ngroup().to_numpy()
+    cell = runs.groupby([*window_columns(table), "lr"], dropna=False).ngroup().to_numpy()
     if len(np.unique(cell)) < 3:
         raise ValueError("a prediction needs runs of at least 3 windows and rates with their drift")
+    if runs["forgetting"].nunique() < 2:
+        raise ValueError("all runs forgot the same, so there is nothing to predict; add rates or windows")
     measures = [c for c in by_run(drifts).columns if c != "run"] + list(OUTSIDE)
     rows = []
     for measure in measures:
@@ -101,10 +105,18 @@ def predict_forgetting(
                 "spearman": float(spearmanr(x, y).statistic),
                 "spearman_low": low,
                 "spearman_high": high,
+                "spearman_within": _within(x, y, runs.loc[known, "lr"].to_numpy()),
                 "r2": _held_out_r2(x, y, cell[known], folds, seed),
             }
         )
     return pd.DataFrame(rows).sort_values("r2", ascending=False, kind="stable", ignore_index=True)
+
+
+def _within(x: np.ndarray, y: np.ndarray, rates: np.ndarray) -> float:
+    """The mean rank correlation at one rate; NaN where no rate has different values of both."""
+    parts = [(x[rates == rate], y[rates == rate]) for rate in np.unique(rates)]
+    found = [spearmanr(a, b).statistic for a, b in parts if np.ptp(a) > 0 and np.ptp(b) > 0]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def _held_out_r2(x: np.ndarray, y: np.ndarray, cell: np.ndarray, folds: int, seed: int) -> float:

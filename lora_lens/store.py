@@ -13,6 +13,7 @@ import hashlib
 import json
 import lzma
 import os
+import secrets
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -226,15 +227,15 @@ def write_atomically(path: Path, record: dict) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """The new file appears whole or the old one stays, also after a kill or on a full disk."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

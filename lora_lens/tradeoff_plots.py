@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textwrap import fill, shorten
+from textwrap import fill, wrap
 
 import numpy as np
 import pandas as pd
@@ -10,12 +10,15 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
-from lora_lens.metrics import seed_means
+from lora_lens.layers import block_and_kind
+from lora_lens.metrics import pareto_front, seed_means
 from lora_lens.plot_style import colour_bar, styled
-from lora_lens.tradeoffs import require_columns
+from lora_lens.tradeoffs import groups, require_columns, window_columns
 
 LABELS = {
     "accuracy": "accuracy on the new task",
@@ -23,7 +26,12 @@ LABELS = {
     "forgetting": "forgetting",
 }
 COLOURS = {"accuracy": "viridis", "retained_accuracy": "viridis", "forgetting": "rocket_r"}
-LONGEST = 34  # characters of a method's name
+# Colours in full, not "C0": a cycle's colours are looked up when the figure is drawn, after the style's end.
+WINDOWS, OTHERS, COLLAPSE = "#0072B2", "#404040", "#D55E00"
+POSITIONS = (0, 0.25, 0.5, 0.75, 1)
+LONGEST = 34  # characters of a name in one line
+IN_THE_PICTURE = 4  # more names than these stand in a legend below it
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.6g}")
 
 
 @styled
@@ -34,25 +42,36 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> Axes
     its highest accuracy on the new task.
 
     Args:
-        table: from :func:`lora_lens.sweep`, of one rank and length of training.
+        table: from :func:`lora_lens.sweep`, with one value of every setting but window, rate and seed.
         score: accuracy, retained_accuracy or forgetting.
+
+    Raises:
+        ValueError: another ``score``, a column is missing, the table is empty, or two runs share window, rate
+            and seed.
     """
-    grid = _by_row_and_rate(table, score)
-    best = _by_row_and_rate(table, "accuracy").to_numpy()
-    values = 100 * grid.to_numpy()
+    _require_score(score)
+    scores = list({score, "accuracy"})
+    keys = window_columns(table)
+    means = _ordered(
+        pd.DataFrame(
+            [{**names, **group[scores].mean()} for names, group in groups(table, [*keys, "lr"], scores)]
+        )
+    )
+    means = means.assign(row=means.groupby(keys, dropna=False, sort=False).ngroup())
+    grid, best = (means.pivot(index="row", columns="lr", values=values) for values in (score, "accuracy"))
     sns.heatmap(
-        values,
+        100 * grid.to_numpy(),
         ax=ax,
         cmap=COLOURS[score],
         annot=True,
         fmt=".1f",
-        cbar_kws={"label": f"{LABELS[score]} (%)" if score != "forgetting" else "points forgotten"},
+        cbar_kws={"label": _with_unit(score)},
         xticklabels=[f"{rate:g}" for rate in grid.columns],
-        yticklabels=[_row_name(method, position, start) for method, _, position, start in grid.index],
+        yticklabels=_names(means.drop_duplicates("row")),
     )
-    for row, scores in enumerate(best):
-        if np.isfinite(scores).any():
-            place = (int(np.nanargmax(scores)), row)
+    for row, accuracies in enumerate(best.to_numpy()):
+        if np.isfinite(accuracies).any():
+            place = (int(np.nanargmax(accuracies)), row)
             ax.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=2.2, clip_on=False))
     ax.set(xlabel="learning rate", ylabel="window or method", title=LABELS[score].capitalize())
     ax.tick_params(axis="y", rotation=0)
@@ -64,48 +83,73 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> Axes
 def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> Axes:
     """A score against the window's position with its 95% interval, from a function of ``ll.tradeoffs``.
 
-    Other methods stand to the right of the windows, each under its name. Where fewer seeds than there
-    are got to the place of the comparison (column reached), the marker is hollow; without any there is none.
+    One line per rank of the windows. Other methods stand to their right, each under its name. Where fewer
+    seeds than there are got to the place of the comparison (column reached), the marker is hollow; without
+    any there is none.
 
     Args:
         result: one row per window or method with ``score``, and with ``score`` + _low and _high.
         score: accuracy or forgetting.
 
     Raises:
-        ValueError: a column is missing, or a window or method has several rows.
+        ValueError: another ``score``, a column is missing, there are no rows, or a window or method has
+            several.
     """
-    require_columns(result, ["method", "position", score, f"{score}_low", f"{score}_high"])
-    if (twice := result.duplicated(["method", "rank", "position", "start"])).any():
+    _require_score(score)
+    keys = window_columns(result)
+    require_columns(result, [*keys, "seeds", score, f"{score}_low", f"{score}_high"])
+    if result.empty:
+        raise ValueError("the result has no rows; pass what a function of ll.tradeoffs returned")
+    if (twice := result.duplicated(keys)).any():
         row = result[twice].iloc[0]
         raise ValueError(
             f"{row['method']} at position {row['position']} has several rows; choose one rate for each, such "
             "as result[result['lr'] == 0.005] or result[result['most_reached']]"
         )
-    windows = result[(result["method"] == "window") & result["position"].notna()].sort_values("position")
-    others = result.drop(windows.index)
+    rows = _ordered(result)
+    placed = (rows["method"] == "window") & rows["position"].notna()
+    windows, others = rows[placed], rows[~placed]
+    lines = windows.groupby([key for key in keys if key in ("rank", "variant")], dropna=False, sort=False)
+    palette = [WINDOWS, *sns.color_palette("colorblind", lines.ngroups)[1:]]
+    for (values, line), colour in zip(lines, palette, strict=False):
+        name = ", ".join(
+            f"rank {v:g}" if key == "rank" else str(v) for key, v in zip(lines.keys, values, strict=True)
+        )
+        ax.plot(line["position"], line[score], color=colour, linewidth=1.2, alpha=0.5, zorder=1, label=name)
+        for place, (_, row) in zip(line["position"], line.iterrows(), strict=True):
+            _interval(ax, place, row, score, colour, "o")
     step = 0.12
-    places = [*windows["position"], *(1 + step * (i + 1.2) for i in range(len(others)))]
-    rows = pd.concat([windows, others])
-    ax.plot(windows["position"], windows[score], color="C0", linewidth=1.2, alpha=0.5, zorder=1)
-    for place, (_, row) in zip(places, rows.iterrows(), strict=True):
-        if pd.isna(row[score]):
-            continue
-        colour = "C0" if row["method"] == "window" else "0.25"
-        if pd.notna(row[f"{score}_low"]):
-            ax.plot([place] * 2, [row[f"{score}_low"], row[f"{score}_high"]], color=colour, linewidth=2.2)
-        whole = row.get("reached", row["seeds"]) == row["seeds"]
-        face = colour if whole else "white"
-        ax.plot(place, row[score], "o" if row["method"] == "window" else "D", color=colour, mfc=face, ms=7)
-    ax.set_xticks([0, 0.25, 0.5, 0.75, 1, *places[len(windows) :]])
-    names = [fill(shorten(str(m), LONGEST, placeholder=" ..."), LONGEST // 2) for m in others["method"]]
-    ax.set_xticklabels(["0", "0.25", "0.5", "0.75", "1", *names])
-    for label in ax.get_xticklabels()[5:]:
+    beside = [1 + step * (i + 1.2) for i in range(len(others))]
+    for place, (_, row) in zip(beside, others.iterrows(), strict=True):
+        _interval(ax, place, row, score, OTHERS, "D")
+    names = [_in_two_lines(name) for name in _full_names(others)]
+    ticks = POSITIONS if len(windows) else ()
+    ax.set_xticks([*ticks, *beside], [*(f"{p:g}" for p in ticks), *names])
+    for label in ax.get_xticklabels()[len(ticks) :]:
         label.set(rotation=90, fontsize=8.5)
-    if len(others):
+    if len(windows) and len(others):
         ax.axvline(1 + 0.6 * step, color="0.8", linewidth=0.8)
-    ax.set(xlabel="position of the window", ylabel=_with_unit(score), title=LABELS[score].capitalize())
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    if lines.ngroups > 1:
+        ax.legend()
+    ax.set(
+        xlabel="position of the window" if len(windows) else "method",
+        ylabel=_with_unit(score),
+        title=LABELS[score].capitalize(),
+    )
+    ax.yaxis.set_major_formatter(PERCENT)
     return ax
+
+
+def _interval(ax: Axes, place: float, row: pd.Series, score: str, colour: object, marker: str) -> None:
+    """One mean with its interval, hollow where not all seeds got there."""
+    if pd.isna(row[score]):
+        return
+    if pd.notna(row[f"{score}_low"]):
+        ends = [row[f"{score}_low"], row[f"{score}_high"]]
+        ax.plot([place] * 2, ends, color=colour, linewidth=2.2, label="_interval")
+    whole = row.get("reached", row["seeds"]) == row["seeds"]
+    face = colour if whole else "white"
+    ax.plot(place, row[score], marker, color=colour, markerfacecolor=face, markersize=7, label="_mean")
 
 
 @styled
@@ -113,60 +157,96 @@ def robustness(result: pd.DataFrame, *, ax: Axes) -> Axes:
     """The range of learning rates that cost little, per window, from ``ll.tradeoffs.rate_robustness``.
 
     The bar reaches from the lowest to the highest rate within the tolerance, the dot is the best rate, a
-    cross the rate at which the window collapses. An arrow says that the range ends at the grid's end.
+    cross the rate at which the window collapses. A pale bar is a lower bound: it ends where the grid does.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
     """
-    require_columns(result, ["method", "position", "best_lr", "lowest", "highest", "at_grid_end", "collapse"])
-    windows = result[result["method"] == "window"].sort_values("position")
-    rows = pd.concat([windows, result.drop(windows.index)])
+    keys = window_columns(result)
+    require_columns(result, [*keys, "best_lr", "lowest", "highest", "at_grid_end", "collapse"])
+    if result.empty:
+        raise ValueError("the result has no rows; pass what ll.tradeoffs.rate_robustness returned")
+    rows = _ordered(result)
+    bar = {"linewidth": 7, "solid_capstyle": "round"}
     for height, (_, row) in enumerate(rows.iterrows()):
-        colour = "C0" if row["method"] == "window" else "0.35"
-        ax.plot(
-            [row["lowest"], row["highest"]], [height] * 2, color=colour, linewidth=7, alpha=0.45,
-            solid_capstyle="round",
-        )  # fmt: skip
-        ax.plot(row["best_lr"], height, "o", color=colour, ms=8)
+        colour = WINDOWS if row["method"] == "window" else OTHERS
+        paleness = 0.2 if row["at_grid_end"] else 0.45
+        ax.plot([row["lowest"], row["highest"]], [height] * 2, color=colour, alpha=paleness, **bar)
+        ax.plot(row["best_lr"], height, "o", color=colour, markersize=8)
         if pd.notna(row["collapse"]):
-            ax.plot(row["collapse"], height, "x", color="C3", ms=9, mew=2.2)
+            ax.plot(row["collapse"], height, "x", color=COLLAPSE, markersize=9, markeredgewidth=2.2)
     rates = sorted({*rows["lowest"], *rows["highest"], *rows["best_lr"], *rows["collapse"].dropna()})
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(FixedLocator(rates))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xticklabels([f"{rate:g}" for rate in rates])
     ax.set_xlim(rates[0] / 1.5, rates[-1] * 1.5)
-    ax.set_yticks(range(len(rows)), [_row_name(r.method, r.position, r.start) for r in rows.itertuples()])
+    ax.set_yticks(range(len(rows)), _names(rows))
     ax.invert_yaxis()
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color="0.3", markersize=8, label="best rate"),
+        Line2D([], [], color="0.3", alpha=0.45, label="costs little", **bar),
+    ]
+    if rows["at_grid_end"].any():
+        handles.append(Line2D([], [], color="0.3", alpha=0.2, label="at least: the grid ends here", **bar))
+    if rows["collapse"].notna().any():
+        cross = {"marker": "x", "linestyle": "", "color": COLLAPSE, "markersize": 9, "markeredgewidth": 2.2}
+        handles.append(Line2D([], [], label="accuracy halves", **cross))
+    _legend_below(ax, handles)
     ax.set(xlabel="learning rate", ylabel="window or method", title="Rates that cost little accuracy")
     return ax
 
 
 @styled
 def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """The trade-off that each window offers: means over seeds, joined from the lowest rate to the highest.
+    """The trade-off that each window offers when its learning rate is chosen: means over seeds.
 
-    Windows are coloured by position; other methods are dashed. Up and to the right is better.
+    A strong line joins the rates of a window that no other of its rates beats on both tasks (its Pareto
+    front). A pale line joins all its rates from the lowest to the highest; it may leave the picture, which
+    shows the fronts. Windows are coloured by position; other methods are dashed.
+
+    Raises:
+        ValueError: a column is missing, the table is empty, or two runs share window, rate and seed.
     """
-    means = seed_means(table).sort_values("lr")
+    keys = window_columns(table)
+    groups(table, keys, ["accuracy", "retained_accuracy", "forgetting"])  # checks the table
+    means = _ordered(seed_means(table))
     scale = ScalarMappable(Normalize(0, 1), "cividis")
-    others = [m for m in means["method"].unique() if m != "window"]
-    dashed = dict(zip(others, sns.color_palette("bright", len(others)), strict=True))
-    windows = means.groupby(["method", "rank", "position", "start"], dropna=False, sort=False)
-    for (method, _, position, _), group in windows:
-        window = method == "window"
-        look = {"color": scale.to_rgba(position)} if window else {"color": dashed[method], "ls": "--"}
-        name = None if window else shorten(str(method), LONGEST, placeholder=" ...")
-        ax.plot(
-            group["accuracy"], group["retained_accuracy"], marker="o", ms=4, linewidth=1.6, label=name, **look
-        )
-    colour_bar(scale, ax, "position of the window")
-    if others:
-        ax.legend(loc="lower left")
+    rows = means.groupby(keys, dropna=False, sort=False)
+    firsts = rows.head(1)
+    others = firsts[firsts["method"] != "window"]
+    dashed = dict(zip(others.index, sns.color_palette("bright", len(others)), strict=True))
+    names = dict(zip(others.index, _names(others), strict=True))
+    fronts = []
+    for _, group in rows:
+        group = group.sort_values("lr")
+        front = group[pareto_front(group)].sort_values("accuracy")
+        first = group.index.intersection(firsts.index)[0]
+        if first in dashed:
+            look = {"color": dashed[first], "linestyle": "--"}
+        else:
+            position = group["position"].iloc[0]
+            look = {"color": scale.to_rgba(position) if pd.notna(position) else "0.5"}
+        pale = {"alpha": 0.3, "linewidth": 1, "marker": ".", "zorder": 1, "label": "_every rate"}
+        ax.plot(group["accuracy"], group["retained_accuracy"], **look | pale)
+        strong = {"linewidth": 1.8, "marker": "o", "markersize": 5, "label": names.get(first, "_front")}
+        ax.plot(front["accuracy"], front["retained_accuracy"], **look | strong)
+        fronts.append(front)
+    _show_only(ax, pd.concat(fronts)[["accuracy", "retained_accuracy"]].to_numpy())
+    if (firsts["method"] == "window").any():
+        colour_bar(scale, ax, "position of the window")
+    handles, _ = ax.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="0.5", alpha=0.5, linewidth=1, marker=".", label="all rates"))
+    if len(others) > IN_THE_PICTURE:
+        _legend_below(ax, handles)
+    else:
+        ax.legend(handles=handles, loc="lower left")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, symbol=""))
+        axis.set_major_formatter(PERCENT)
     ax.set(
         xlabel="accuracy on the new task (%)",
         ylabel="accuracy on the retained task (%)",
-        title="What each window offers, from rate to rate",
+        title="What each window offers when its rate is chosen",
     )
     return ax
 
@@ -175,36 +255,61 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
 def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, ax: Axes) -> Axes:
     """A score against the window's position, one line per value of another column, at one learning rate.
 
-    Lines are means over seeds in a band from the lowest to the highest seed; flat lines of the same colour
-    are ordinary LoRA.
+    Lines are means over seeds in a band from the lowest to the highest seed; flat dashed lines of the same
+    colour are ordinary LoRA. Other methods are not shown.
 
     Args:
         table: runs at one learning rate that differ in ``setting``, such as rank, steps or targets.
+        score: accuracy, retained_accuracy or forgetting.
 
     Raises:
-        ValueError: the table has several rates, or lacks the column.
+        ValueError: another ``score``, a column is missing, the table has several rates or no window placed by
+            position, or two runs of a seed differ in more than ``setting`` and position.
     """
-    require_columns(table, [setting, "method", "position", "lr", score])
+    _require_score(score)
+    require_columns(table, [setting, "method", "position", "lr", "seed", score])
     if table["lr"].nunique() != 1:
+        rates = ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))
         raise ValueError(
-            f"one picture shows one learning rate, and the table has {sorted(table['lr'].unique())}"
+            f"one picture shows one learning rate, and the table has {rates or 'none'}; choose one, such as "
+            "table[table['lr'] == 0.005]"
         )
-    values = sorted(table[setting].unique(), key=lambda v: (isinstance(v, str), v))
+    windows = table[(table["method"] == "window") & table["position"].notna() & table[setting].notna()]
+    if windows.empty:
+        raise ValueError(f"the table has no runs of windows placed by position and with a {setting}")
+    lora = table[table["method"] == "LoRA"]
+    for part in (windows, lora):
+        if (twice := part.duplicated([setting, "position", "seed"])).any():
+            row = part[twice].iloc[0]
+            raise ValueError(
+                f"two runs of {row['method']} with {setting} {row[setting]} and seed {row['seed']} differ in "
+                f"something else; pass runs that differ in {setting} only"
+            )
+    values = sorted(windows[setting].unique(), key=lambda v: (isinstance(v, str), v))
     for value, colour in zip(values, sns.color_palette("colorblind", len(values)), strict=True):
-        group = table[table[setting] == value]
-        by_position = group[group["method"] == "window"].groupby("position")[score]
+        by_position = windows[windows[setting] == value].groupby("position")[score]
         mean = by_position.mean()
         band = {"color": colour, "alpha": 0.18, "linewidth": 0}
         ax.fill_between(mean.index, by_position.min(), by_position.max(), **band)
         ax.plot(mean.index, mean, marker="o", color=colour, label=_setting_name(value))
-        lora = group.loc[group["method"] == "LoRA", score].mean()
-        if pd.notna(lora):
-            ax.axhline(lora, color=colour, linestyle="--", linewidth=1.2)
-    ax.legend(title="layers" if setting == "targets" else setting)
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    title = f"{LABELS[score].capitalize()} by {'layers' if setting == 'targets' else setting}"
+        flat = lora.loc[lora[setting] == value, score].mean()
+        if pd.notna(flat):
+            ax.axhline(flat, color=colour, linestyle="--", linewidth=1.2)
+    handles, _ = ax.get_legend_handles_labels()
+    if len(lora):
+        handles.append(Line2D([], [], color="0.3", linestyle="--", linewidth=1.2, label="LoRA"))
+    words = "layers" if setting == "targets" else setting.replace("_", " ")
+    ax.legend(handles=handles, title=words, loc="best")
+    ax.set_xticks(POSITIONS, [f"{position:g}" for position in POSITIONS])
+    ax.yaxis.set_major_formatter(PERCENT)
+    title = f"{LABELS[score].capitalize()} by {words}"
     ax.set(xlabel="position of the window", ylabel=_with_unit(score), title=title)
     return ax
+
+
+def _require_score(score: str) -> None:
+    if score not in LABELS:
+        raise ValueError(f"score must be one of {', '.join(LABELS)}, not {score!r}")
 
 
 def _with_unit(score: str) -> str:
@@ -212,25 +317,62 @@ def _with_unit(score: str) -> str:
 
 
 def _setting_name(value: object) -> str:
-    """A list of layers by their kinds: "attn.qkv, attn.proj"."""
+    """A number, or a list of layers by their kinds: "attn.qkv, attn.proj (12 weights)"."""
     if not isinstance(value, str):
         return f"{value:g}"
-    kinds = dict.fromkeys(".".join(layer.split(".")[2:]) or layer for layer in value.split())
-    return shorten(", ".join(kinds), LONGEST, placeholder=" ...")
+    layers = value.split()
+    kinds = dict.fromkeys(block_and_kind(layer)[1] for layer in layers)
+    return fill(f"{', '.join(kinds)} ({len(layers)} weights)", LONGEST, max_lines=4, placeholder=" ...")
 
 
-def _by_row_and_rate(table: pd.DataFrame, score: str) -> pd.DataFrame:
-    """Means over seeds, windows by position first, then the other methods; columns are rates."""
-    if score not in LABELS:
-        raise ValueError(f"score must be one of {', '.join(LABELS)}, not {score!r}")
-    require_columns(table, ["method", "rank", "position", "start", "lr", "seed", score])
-    means = table.groupby(["method", "rank", "position", "start", "lr"], dropna=False)[score].mean()
-    grid = means.unstack("lr")
-    order = sorted(grid.index, key=lambda names: (names[0] != "window", np.nan_to_num(names[2]), str(names)))
-    return grid.loc[pd.MultiIndex.from_tuples(order, names=grid.index.names)]
+def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """Windows first, by rank, position and start, then the other methods in the order of the table."""
+    other = (rows["method"] != "window").rename("other")
+    keys = [key for key in ("variant", "rank", "position", "start") if key in rows]
+    order = pd.concat([other, rows[keys].where(~other)], axis=1).reset_index(drop=True)
+    return rows.iloc[order.sort_values(["other", *keys], kind="stable").index].reset_index(drop=True)
 
 
-def _row_name(method: str, position: float, start: float) -> str:
-    if method != "window":
-        return shorten(str(method), LONGEST, placeholder=" ...")
-    return f"{position:g}" if pd.notna(position) else f"from {start:g}"
+def _names(rows: pd.DataFrame) -> list[str]:
+    """What tells windows and methods apart: a window's position alone, if that does."""
+    names = [
+        name.removeprefix("window at ").removeprefix("window ") if method == "window" else name
+        for name, method in zip(_full_names(rows), rows["method"], strict=True)
+    ]
+    return [fill(name, LONGEST, max_lines=2, placeholder=" ...") for name in names]
+
+
+def _full_names(rows: pd.DataFrame) -> list[str]:
+    several = [key for key in ("rank", "variant") if key in rows and rows[key].nunique() > 1]
+    names = []
+    for _, row in rows.iterrows():
+        name = str(row["method"])
+        if name == "window" and pd.notna(row["position"]):
+            name = f"window at {row['position']:.3g}"
+        elif name == "window":
+            name = f"window from {row['start']:g}"
+        details = [f", {key} {row[key]:g}" if key == "rank" else f", {row[key]}" for key in several]
+        names.append(name + "".join(d for d, key in zip(details, several, strict=True) if pd.notna(row[key])))
+    return names
+
+
+def _in_two_lines(name: str) -> str:
+    """The name in at most two lines, as narrow as they can be."""
+    for width in range(8, LONGEST):
+        if len(lines := wrap(name, width, break_long_words=False)) <= 2:
+            return "\n".join(lines)
+    return fill(name, LONGEST, max_lines=2, placeholder=" ...")
+
+
+def _show_only(ax: Axes, points: np.ndarray) -> None:
+    """Limits around ``points`` (n, 2), of which there may be one, or equal ones."""
+    low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
+    room = np.maximum(0.07 * (high - low), 0.005)
+    ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+
+
+def _legend_below(ax: Axes, handles: list[Line2D]) -> None:
+    """In two columns under the axis label, however tall the Axes are."""
+    under = ScaledTranslation(0, -0.6, ax.figure.dpi_scale_trans)  # inches
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": ax.transAxes + under}
+    ax.legend(handles=handles, ncols=2, **place)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lens import metrics, tradeoffs, u_shape
+from lora_lens import tradeoffs, u_shape
 
 unit = st.floats(0, 1, allow_nan=False)
 NINE = np.linspace(0, 1, 9)
@@ -198,6 +198,113 @@ def test_matching_refuses_percent_missing_curves_and_missing_columns():
         tradeoffs.at_matched_accuracy(table.drop(columns="retained_before"), good, 0.5)
 
 
+# at matched update
+
+
+def drifts(updates: dict[str, list[float]]) -> pd.DataFrame:
+    """Of two weights of norm 3 and 4, so 5 together, from each run's relative update of both."""
+    rows = [
+        {"run": run, "layer": f"layer {i}", "update": share * norm, "relative": share}
+        for run, shares in updates.items()
+        for i, (share, norm) in enumerate(zip(shares, (3.0, 4.0), strict=True))
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_relative_update_of_a_run_is_over_all_its_layers():
+    table = drifts({"a": [0.1, 0.1], "c": [0.0, 0.0]})
+    sizes = tradeoffs.relative_updates(table)
+    assert sizes["a"] == pytest.approx(0.1) and sizes["c"] == 0
+    other = drifts({"a": [0.3, 0.1]})
+    assert tradeoffs.relative_updates(other)["a"] == pytest.approx(np.hypot(0.9, 0.4) / 5)
+    with pytest.raises(ValueError, match="no column relative"):
+        tradeoffs.relative_updates(table.drop(columns="relative"))
+
+
+def updated(
+    sizes: dict[tuple[float, float], list[float]], **scores: dict
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table with these relative updates over seeds, by (position, learning rate), and its drifts."""
+    table = runs(**scores)
+    by_run = {f"{p} {lr} {s}": [v, v] for (p, lr), values in sizes.items() for s, v in enumerate(values)}
+    return table, drifts({run: shares for run, shares in by_run.items() if shares[0] >= 0})
+
+
+def test_scores_are_read_off_over_the_logarithm_of_the_update():
+    rates = (0.1, 0.2, 0.4)
+    sizes = {(0.5, lr): [s, s] for lr, s in zip(rates, (0.01, 0.1, 1.0), strict=True)}
+    accuracy = {(0.5, lr): [a, a + 0.1] for lr, a in zip(rates, (0.2, 0.4, 0.6), strict=True)}
+    lost = {(0.5, lr): [f, f] for lr, f in zip(rates, (0.0, 0.1, 0.2), strict=True)}
+    table, moved = updated(sizes, accuracy=accuracy, forgetting=lost)
+    for size, score, forgotten in ((0.01, 0.2, 0), (10**-1.5, 0.3, 0.05), (0.1, 0.4, 0.1), (1.0, 0.6, 0.2)):
+        row = tradeoffs.at_matched_update(table, moved, size).iloc[0]
+        assert (row["seeds"], row["reached"]) == (2, 2)
+        assert row["accuracy"] == pytest.approx(score + 0.05)
+        assert row["forgetting"] == pytest.approx(forgotten)
+        assert row["accuracy_high"] == pytest.approx(score + 0.1)
+    shuffled = table.sample(frac=1, random_state=0).set_index(np.zeros(len(table), int))
+    again = tradeoffs.at_matched_update(shuffled, moved, 0.1).iloc[0]
+    assert again["accuracy"] == pytest.approx(0.45)
+
+
+def test_where_forgetting_rises_ever_faster_the_curve_errs_less_than_straight_lines():
+    sizes = np.array([0.2, 0.3, 0.5, 1.0])
+    forgotten = 0.6 * sizes**2
+    keys = [(0.5, lr) for lr in (0.1, 0.2, 0.4, 0.8)]
+    table, moved = updated(
+        {key: [s] for key, s in zip(keys, sizes, strict=True)},
+        accuracy={key: [0.9] for key in keys},
+        forgetting={key: [f] for key, f in zip(keys, forgotten, strict=True)},
+    )
+    read = tradeoffs.at_matched_update(table, moved, 0.7)["forgetting"].item()
+    straight = np.interp(np.log(0.7), np.log(sizes), forgotten)
+    assert abs(read - 0.6 * 0.7**2) < 0.5 * abs(straight - 0.6 * 0.7**2)
+    assert forgotten[2] < read < forgotten[3]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), unit), min_size=1, max_size=6, unique_by=lambda p: p[0]),
+    st.integers(1, 40),
+)
+@settings(deadline=None)
+def test_what_is_read_off_lies_between_the_runs_around_it(points, size):
+    keys = [(0.5, 0.1 * 2**i) for i in range(len(points))]
+    table, moved = updated(
+        {key: [s / 40] for key, (s, _) in zip(keys, points, strict=True)},
+        accuracy={key: [a] for key, (_, a) in zip(keys, points, strict=True)},
+    )
+    row = tradeoffs.at_matched_update(table, moved, size / 40).iloc[0]
+    below, above = ([p for p in points if p[0] <= size], [p for p in points if p[0] >= size])
+    if size not in (min(points)[0], max(points)[0]):  # at an end rounding decides
+        assert row["reached"] == bool(below and above)
+    if row["reached"]:
+        around = max(below, default=min(points))[1], min(above, default=max(points))[1]
+        assert min(around) - 1e-9 <= row["accuracy"] <= max(around) + 1e-9
+
+
+def test_seeds_whose_runs_do_not_span_the_update_did_not_get_there():
+    sizes = {(0.0, 0.1): [0.1, 0.3, -1], (0.0, 0.2): [0.2, 0.4, 0.2], (1.0, 0.1): [0.5, 0.5, 0.0]}
+    accuracy = {key: [0.6, 0.7, 0.8] for key in sizes}
+    table, moved = updated(sizes, accuracy=accuracy)
+    first, second = tradeoffs.at_matched_update(table, moved, 0.15).to_dict("records")
+    assert (first["seeds"], first["reached"], second["reached"]) == (3, 1, 0)
+    assert first["accuracy"] == pytest.approx(0.6) and np.isnan(first["accuracy_low"])
+    assert np.isnan([second["accuracy"], second["forgetting_high"]]).all()
+
+
+def test_matching_updates_refuses_what_is_no_size_and_the_drifts_of_other_runs():
+    table, moved = updated({(0.5, 0.1): [0.1]}, accuracy={(0.5, 0.1): [0.8]})
+    for size in (0, -0.1, np.nan):
+        with pytest.raises(ValueError, match="update must be positive"):
+            tradeoffs.at_matched_update(table, moved, size)
+    with pytest.raises(ValueError, match="none of the table's runs has"):
+        tradeoffs.at_matched_update(table, moved.assign(run="x"), 0.1)
+    with pytest.raises(ValueError, match="no column run"):
+        tradeoffs.at_matched_update(table, moved.drop(columns="run"), 0.1)
+    with pytest.raises(ValueError, match=r"share learning rate 0.1 and seed 0"):
+        tradeoffs.at_matched_update(pd.concat([table, table]), moved, 0.1)
+
+
 # robustness to the rate
 
 
@@ -225,55 +332,6 @@ def test_the_range_widens_with_the_tolerance_and_holds_the_best_rate(scores, tol
     narrow, wide = (tradeoffs.rate_robustness(table, t).iloc[0] for t in (tolerance, tolerance + 0.1))
     assert wide["lowest"] <= narrow["lowest"] <= narrow["best_lr"] <= narrow["highest"] <= wide["highest"]
     assert 0 <= narrow["octaves_low"] <= narrow["octaves_high"] <= len(scores) - 1
-
-
-# dominance
-
-
-def test_wins_in_both_scores_are_counted_over_equal_seeds_and_rates():
-    accuracy = {
-        (0.0, 0.1): [0.5, 0.5],
-        (0.0, 0.2): [0.5, 0.5],
-        (1.0, 0.1): [0.6, 0.6],
-        (1.0, 0.2): [0.4, 0.5],
-    }
-    lost = {(0.0, 0.1): [0.2, 0.2], (0.0, 0.2): [0.2, 0.2], (1.0, 0.1): [0.1, 0.1], (1.0, 0.2): [0.3, 0.1]}
-    row = tradeoffs.dominance(runs(accuracy, lost)).iloc[0]
-    assert (row["position_a"], row["position_b"], row["pairs"], row["seeds"]) == (0.0, 1.0, 4, 2)
-    assert row["a_beats_b"] == 0.25 and row["b_beats_a"] == 0.5  # the fourth is a tie in accuracy
-    assert (row["a_beats_b_low"], row["a_beats_b_high"]) == (0, 0.5)
-    assert (row["b_beats_a_low"], row["b_beats_a_high"]) == (0.5, 0.5)
-
-
-def test_windows_without_a_common_rate_are_not_compared():
-    row = tradeoffs.dominance(runs({(0.0, 0.1): [0.5], (1.0, 0.2): [0.6]})).iloc[0]
-    assert row["pairs"] == 0 and np.isnan(row["a_beats_b"])
-    with pytest.raises(ValueError, match="at least two windows"):
-        tradeoffs.dominance(runs({(0.0, 0.1): [0.5]}))
-    with pytest.raises(ValueError, match="no column retained_accuracy"):
-        tradeoffs.dominance(runs({(0.0, 0.1): [0.5]}).drop(columns="retained_accuracy"))
-
-
-def test_three_windows_make_three_pairs():
-    table = runs({(p, 0.1): [0.5, 0.6] for p in (0.0, 0.5, 1.0)})
-    assert len(tradeoffs.dominance(table)) == 3
-
-
-def test_the_area_under_a_known_front():
-    points = [(1, 3), (2, 2), (3, 1), (1, 1), (2, 2), (np.nan, 9), (9, -1)]
-    assert tradeoffs.hypervolume(points) == 6
-    assert tradeoffs.hypervolume(points, reference=(1, 1)) == 1
-    assert tradeoffs.hypervolume([]) == 0
-    with pytest.raises(ValueError, match="must be pairs"):
-        tradeoffs.hypervolume([1, 2])
-
-
-@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=12))
-def test_the_area_is_the_number_of_unit_squares_below_some_point(points):
-    squares = {(i, j) for x, y in points for i in range(x) for j in range(y)}
-    assert tradeoffs.hypervolume(points) == len(squares)
-    table = pd.DataFrame(points, columns=["accuracy", "retained_accuracy"])
-    assert tradeoffs.hypervolume(table[metrics.pareto_front(table)].to_numpy()) == len(squares)
 
 
 # the U-shape

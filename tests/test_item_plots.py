@@ -1,0 +1,98 @@
+"""Confusion and forgotten images show what the answers say, on the task's own images."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+import lora_lens as ll
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def answers(source) -> pd.DataFrame:
+    """Two runs on the first ten images: both forget item 3, one forgets item 5."""
+    labels = source.test.labels[:10].numpy()
+    runs = []
+    for run, wrong in (("a", [3]), ("b", [3, 5])):
+        after = labels.copy()
+        after[wrong] = (after[wrong] + 1) % 10
+        runs.append(
+            pd.DataFrame({"run": run, "item": range(10), "label": labels, "before": labels, "after": after})
+        )
+    return pd.concat(runs, ignore_index=True)
+
+
+def test_confusion_is_in_percent_of_the_true_class():
+    ax = ll.plots.confusion(np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), ["cat", "dog", "owl"])
+    cells = ax.collections[0].get_array().reshape(3, 3)
+    np.testing.assert_allclose(cells[:2], [[75, 25, 0], [0, 100, 0]])
+    assert np.ma.getmaskarray(cells)[2].all()  # no owls: nothing to say of them
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["75", "25", "100"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "owl"]
+    assert ax.get_xlabel() == "predicted" and len(ax.figure.axes) == 1
+
+
+def test_confusion_of_many_classes_is_told_by_a_colour_bar_and_not_by_numbers():
+    ax = ll.plots.confusion(np.eye(30, dtype=int), [f"class {i}" for i in range(30)])
+    assert not ax.texts and [bar.get_ylabel() for bar in ax.figure.axes[1:]] == ["% of the true class"]
+    np.testing.assert_allclose(ax.collections[0].get_array().reshape(30, 30), 100 * np.eye(30))
+
+
+def test_confusion_of_answers_fits_the_task_s_classes(answers, source):
+    counts = ll.items.confusion(answers, len(source.classes))
+    cells = ll.plots.confusion(counts, source.classes).collections[0].get_array().reshape(10, 10)
+    seen = sorted(answers["label"].unique())
+    np.testing.assert_allclose(cells[seen].sum(1), 100)
+    with pytest.raises(ValueError, match=r"expected counts of shape \(3, 3\), not \(10, 10\)"):
+        ll.plots.confusion(counts, ["a", "b", "c"])
+
+
+def test_forgotten_images_show_the_image_what_it_became_and_for_how_many_runs(answers, source):
+    forgotten = ll.items.forgotten_by(answers)
+    axes = ll.plots.forgotten_images(source, forgotten, 2)
+    assert axes.shape == (1, 2)
+    for ax, item, share in zip(axes[0], (3, 5), ("100% of runs", "50% of runs"), strict=True):
+        label = int(source.test.labels[item])
+        assert ax.get_title().split("\n") == [
+            source.classes[label], f"\N{RIGHTWARDS ARROW} {source.classes[(label + 1) % 10]}", share,
+        ]  # fmt: skip
+        pixels, image = ax.images[0].get_array(), source.test.inputs[item, 0].numpy()
+        np.testing.assert_allclose(pixels, (image - image.min()) / np.ptp(image), atol=1e-6)
+
+
+def test_images_that_nobody_forgot_have_no_other_class(answers, source):
+    never = ll.items.forgotten_by(answers).query("forgotten == 0").head(1)
+    (ax,) = ll.plots.forgotten_images(source, never).ravel()
+    assert ax.get_title() == f"{source.classes[int(never['label'].iloc[0])]}\n0% of runs"
+
+
+def test_images_fill_rows_and_empty_the_axes_that_are_left(answers, source):
+    forgotten = ll.items.forgotten_by(answers)
+    own = ll.plots.forgotten_images(source, forgotten, 10)
+    assert own.shape == (2, 8) and sum(len(ax.images) for ax in own.flat) == 10
+    assert not any(ax.axison for ax in own.flat)
+    axes = plt.subplots(1, 3)[1]
+    assert ll.plots.forgotten_images(source, forgotten, 2, axes=axes) is axes
+    assert [len(ax.images) for ax in axes] == [1, 1, 0] and not axes[2].axison
+
+
+def test_images_refuse_what_they_cannot_show(answers, source):
+    forgotten = ll.items.forgotten_by(answers)
+    with pytest.raises(ValueError, match="none was forgotten"):
+        ll.plots.forgotten_images(source, forgotten.iloc[:0])
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
+        ll.plots.forgotten_images(source, forgotten, 0)
+    with pytest.raises(ValueError, match="item 3 is not among the 3 test images"):
+        ll.plots.forgotten_images(source.subset(test=3), forgotten, 1)
+    with pytest.raises(ValueError, match="10 images need as many axes, not 1"):
+        ll.plots.forgotten_images(source, forgotten, 10, axes=plt.subplots()[1])
+    with pytest.raises(ValueError, match="no column instead"):
+        ll.plots.forgotten_images(source, forgotten.drop(columns="instead"))

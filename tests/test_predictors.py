@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lora_lens import predictors
+
+RATES = (0.1, 0.2, 0.4, 0.8)
+POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def swept(seeds: int = 4, noise: float = 0.01) -> pd.DataFrame:
+    """Forgetting of every position, rate and seed: rising with the rate, falling with the position."""
+    random = np.random.default_rng(0)
+    rows = [
+        {"run": f"{p} {lr} {s}", "method": "window", "rank": 8, "position": p, "start": None, "lr": lr,
+         "seed": s, "accuracy": 0.9, "forgetting": lr * (0.5 - 0.3 * p) + random.normal(0, noise)}
+        for p in POSITIONS for lr in RATES for s in range(seeds)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def drifts(table: pd.DataFrame, **measures: np.ndarray) -> pd.DataFrame:
+    """One layer for each run; what is not given is the same for all."""
+    same = {"layer": "a", "update": 1.0, "relative": 0.1, "cka": 1.0, "relative_change": 0.5}
+    return pd.DataFrame({"run": table["run"]}).assign(**same | measures)
+
+
+def test_layers_become_runs_in_the_way_of_each_measure():
+    layers = pd.DataFrame(
+        {
+            "run": ["a", "a", "b", "b"], "layer": ["x", "y"] * 2,
+            "update": [3.0, 4.0, 1.0, 0.0], "relative": [0.3, 0.4, 0.1, 0.0],
+            "inside": [0.0, 1.0, 0.25, np.nan], "above": [np.nan] * 4,
+            "first_left": [0.2, 0.4, 0.1, 0.1], "intruders": [1, 2, 0, 0],
+            "cka": [0.9, 0.9, 0.7, 0.7], "relative_change": [0.5, 0.5, 0.6, 0.6],
+        }
+    )  # fmt: skip
+    found = predictors.by_run(layers).set_index("run")
+    assert found["update"].tolist() == [5, 1]
+    assert found.loc["a", "relative"] == pytest.approx(5 / np.hypot(10, 10))
+    assert found["inside"].tolist() == [16 / 25, 0.25] and found["above"].isna().all()
+    assert found["first_left"].tolist() == pytest.approx([0.3, 0.1])
+    assert found["intruders"].tolist() == [3, 0]
+    assert found["cka_loss"].tolist() == pytest.approx([0.1, 0.3])
+    assert found["relative_change"].tolist() == [0.5, 0.6]
+    with pytest.raises(ValueError, match="no column cka"):
+        predictors.by_run(layers.drop(columns="cka"))
+
+
+def test_a_measure_that_rises_with_forgetting_predicts_it_and_noise_does_not():
+    table = swept()
+    noise = np.random.default_rng(2).normal(size=len(table))
+    moved = drifts(table, relative_change=np.exp(5 * table["forgetting"]), first_left=noise)
+    result = predictors.predict_forgetting(table, moved, resamples=100).set_index("measure")
+    best, nothing = result.loc["relative_change"], result.loc["first_left"]
+    assert result.index[0] == "relative_change" and best["r2"] > 0.95 and best["spearman"] == pytest.approx(1)
+    assert (best["spearman_low"], best["spearman_high"]) == pytest.approx((1, 1))
+    assert nothing["r2"] < 0.1 and nothing["spearman_low"] < 0 < nothing["spearman_high"]
+    assert result["r2"].is_monotonic_decreasing and (result["runs"] == len(table)).all()
+    assert {"lr", "position"} <= set(result.index)
+    assert "cka_loss" not in result.index and "accuracy" not in result.index  # the same for all runs
+
+
+def test_a_measure_that_falls_with_forgetting_predicts_it_as_well():
+    table = swept()
+    result = predictors.predict_forgetting(
+        table, drifts(table, first_left=-(table["forgetting"] ** 3)), resamples=50
+    )
+    row = result.set_index("measure").loc["first_left"]
+    assert row["spearman"] == pytest.approx(-1) and row["r2"] > 0.95
+
+
+def test_a_measure_that_only_tells_cells_apart_gains_nothing_by_their_copies():
+    # both are random numbers of the cell: with some of its seeds in the training part, a monotone function
+    # explains 15% of the variance of the rest
+    table = swept(seeds=6)
+    cells = table.groupby(["position", "lr"], sort=False).ngroup().to_numpy()
+    random, gained = np.random.default_rng(3), []
+    for _ in range(5):
+        told, forgotten = random.normal(size=(2, len(POSITIONS) * len(RATES)))[:, cells]
+        result = predictors.predict_forgetting(
+            table.assign(forgetting=forgotten), drifts(table, first_left=told), resamples=10
+        )
+        gained.append(result.set_index("measure").loc["first_left", "r2"])
+    assert np.mean(gained) < 0
+
+
+def test_measures_that_some_methods_lack_are_judged_on_the_others():
+    table = swept()
+    lora = table[table["position"] == 0.5].assign(
+        method="LoRA", position=np.nan, run=lambda t: "L" + t["run"]
+    )
+    both = pd.concat([table, lora], ignore_index=True)
+    inside = np.where(both["method"] == "window", both["forgetting"], np.nan)
+    result = predictors.predict_forgetting(both, drifts(both, inside=inside), resamples=50)
+    runs = result.set_index("measure")["runs"]
+    assert runs["inside"] == runs["position"] == len(table) and runs["lr"] == len(both)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_runs_without_a_drift_are_left_out():
+    table = swept(seeds=2)
+    moved = drifts(table, first_left=table["forgetting"] ** 2)
+    one, two = (predictors.predict_forgetting(table, moved, resamples=50) for _ in range(2))
+    pd.testing.assert_frame_equal(one, two)
+    fewer = predictors.predict_forgetting(table, moved.iloc[:-3], resamples=50)
+    assert (fewer["runs"] == len(table) - 3).all()
+
+
+def test_without_enough_runs_or_anything_to_predict_it_says_so():
+    table = swept()
+    with pytest.raises(ValueError, match="at least 3 windows and rates"):
+        predictors.predict_forgetting(table, drifts(table.head(8)))
+    with pytest.raises(ValueError, match="all runs forgot the same"):
+        predictors.predict_forgetting(table.assign(forgetting=0.1), drifts(table))
+    with pytest.raises(ValueError, match="no column forgetting"):
+        predictors.predict_forgetting(table.drop(columns="forgetting"), drifts(table))
+
+
+def test_what_a_measure_tells_beyond_the_learning_rate():
+    """The first measure is the rate and noise, the second orders the runs at each rate."""
+    random = np.random.default_rng(0)
+    rates = np.repeat([1e-3, 1e-2], 30)
+    inside = np.tile(np.arange(30), 2)
+    forgetting = 100 * rates + inside / 1000
+    found = predictors._within(rates + 1e-6 * random.normal(size=60), forgetting, rates)
+    assert abs(found) < 0.4
+    assert predictors._within(-inside.astype(float), forgetting, rates) == pytest.approx(-1)
+    assert np.isnan(predictors._within(rates, forgetting, rates))
