@@ -96,9 +96,8 @@ def recommendations(
         held_out = cell_values(tried, [w.position for w in WINDOWS])
         for name, window in fixed.items():
             yield f"{name}, rate pilot", seed, window, held_out[window.position].idxmax(), steps * len(RATES)
-        advice = ll.advise(
-            model, task, retain, windows=WINDOWS, rates=RATES, steps=steps, seed=seed, **shared
-        )
+        choices = {"windows": WINDOWS, "rates": RATES, "steps": steps, "seed": seed, "budget": None}
+        advice = ll.advise(model, task, retain, **choices, **shared)
         yield "advisor", seed, advice.window, advice.lr, advice.spent
 
 

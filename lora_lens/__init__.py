@@ -37,7 +37,7 @@ from lora_lens.peft_starts import attach_start
 from lora_lens.pilot import advise
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
-from lora_lens.store import answers, curves, drifts, pack, runs
+from lora_lens.store import answers, curves, drifts, experiment, pack, runs
 from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
 from lora_lens.training import Run, Training, finetune
@@ -73,6 +73,7 @@ __all__ = [
     "drift",
     "drifts",
     "embedded",
+    "experiment",
     "export",
     "export_residual",
     "feature_change",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
+
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from lora_lens.plot_style import colour_bar, styled
+from lora_lens.predictors import OUTSIDE
 from lora_lens.tradeoffs import require_columns
 from lora_lens.window import Window
 
@@ -21,9 +27,18 @@ SHARES = {
     "mixed": "between window and others",
     "outside": "outside the old bases",
 }
+WINDOW = "#56B4E9"  # in full: a cycle's colours are looked up when the figure is drawn, after the style's end
 SHARE_COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#999999")
+NO_POSITION = "#CC79A7"  # cividis holds every grey
 FAINTEST = 1e-3  # |cos| below it looks like 0
 RATE_MARKERS = "osD^vP*X"
+LARGEST_LABEL = 10  # points
+NEEDS = {
+    "C0": "from the weights",
+    "C1": "from features of the retained task",
+    "0.6": "known without looking inside",
+}  # by colour
+COLOURS = dict.fromkeys(("relative_change", "cka_loss"), "C1") | dict.fromkeys(OUTSIDE, "0.6")
 MEASURES = {
     "relative_change": "change of the features",
     "cka_loss": "1 - CKA of the features",
@@ -62,8 +77,8 @@ def rotation_matrix(turned: Tensor, window: Window | None = None, *, ax: Axes) -
     if window is not None:
         part = window.slice(len(matrix))
         for place in (part.start - 0.5, part.stop - 0.5):
-            ax.axhline(place, color="C5", linewidth=0.9)
-            ax.axvline(place, color="C5", linewidth=0.9)
+            ax.axhline(place, color=WINDOW, linewidth=0.9)
+            ax.axvline(place, color=WINDOW, linewidth=0.9)
     colour_bar(image, ax, "|cos| (log)")
     ax.set(xlabel="component after", ylabel="component before", title="How far the basis turned")
     ax.grid(False)
@@ -79,10 +94,13 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
 
     Args:
         drifts: from :func:`lora_lens.drifts`, with position merged from the table of runs; rows without a
-            position (other methods) are left out.
+            position (other methods) or an update are left out.
+
+    Raises:
+        ValueError: a column is missing, or no rows are left.
     """
     require_columns(drifts, ["position", "update", *SHARES])
-    known = drifts.dropna(subset=["position", *SHARES])
+    known = drifts[drifts["update"] > 0].dropna(subset=["position", *SHARES])
     if known.empty:
         raise ValueError("no windows placed by position with a drift; merge position from the table of runs")
     squares = known[list(SHARES)].mul(known["update"] ** 2, axis=0).groupby(known["position"]).sum()
@@ -96,36 +114,54 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
     ax.set(
         xlabel="position of the window",
         ylabel="share of ||dW||\N{SUPERSCRIPT TWO} (%)",
+        ylim=(0, 1),
         title="Where the updates lie",
     )
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.grid(axis="x", visible=False)
+    longest = max(map(len, names)) + 1
+    ax.tick_params(axis="x", labelsize=_label_size(ax, len(parts), "width", 0.65 * longest))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, columnspacing=1.2)
     return ax
+
+
+def _label_size(ax: Axes, count: int, side: str, ems: float) -> float:
+    """In points: ``count`` names of ``ems`` times their size each have room along one side."""
+    room = getattr(ax.get_window_extent(), side) / ax.figure.dpi * 72 / count
+    return min(LARGEST_LABEL, room / ems)
 
 
 @styled
 def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
     """How well each measure predicts forgetting: cross-validated R^2, from ``ll.predictors``.
 
-    Beside each bar stands the rank correlation. Negative R^2 are cut off at 0: worse than the mean.
+    Beside each bar stands the rank correlation. Negative R^2 are cut off at 0: worse than the mean. Thin
+    lines are the 95% intervals, where the result has them.
+
+    Raises:
+        ValueError: a column is missing, or there are no rows.
     """
     require_columns(result, ["measure", "r2", "spearman"])
+    if result.empty:
+        raise ValueError("the result has no rows; pass what ll.predictors.predict_forgetting returned")
     rows = result.sort_values("r2")
     names = [MEASURES.get(m, m) for m in rows["measure"]]
-    known = {"lr", "position", "accuracy"}  # set or seen without looking inside
-    colours = ["0.6" if m in known else "C0" for m in rows["measure"]]
+    colours = [COLOURS.get(m, "C0") for m in rows["measure"]]
     ax.barh(names, rows["r2"].clip(lower=0), color=colours)
-    for height, row in enumerate(rows.itertuples()):
-        ax.text(
-            max(row.r2, 0) + 0.01,
-            height,
-            f"\N{GREEK SMALL LETTER RHO} = {row.spearman:+.2f}",
-            va="center",
-            fontsize=8,
-        )
-    room = ax.get_window_extent().height / ax.figure.dpi * 72 / len(rows)  # points for a name
-    ax.tick_params(axis="y", labelsize=min(10, 0.85 * room))
+    size = _label_size(ax, len(rows), "height", 1.2)
+    ends = rows["r2"].clip(lower=0)
+    if {"r2_low", "r2_high"} <= set(rows):
+        low, high = (rows[c].clip(lower=0) for c in ("r2_low", "r2_high"))
+        ax.hlines(range(len(rows)), low, high, color="0.25", linewidth=1)
+        ends = np.maximum(ends, high)
+    for height, (end, correlation) in enumerate(zip(ends, rows["spearman"], strict=True)):
+        words = f"\N{GREEK SMALL LETTER RHO} = {correlation:+.2f}"
+        ax.text(end + 0.01, height, words, va="center", fontsize=min(8, size))
+    ax.tick_params(axis="y", labelsize=size)
     ax.set(xlim=(0, 1.15), xlabel="cross-validated R\N{SUPERSCRIPT TWO}", title="What predicts forgetting")
+    ax.set_xticks(np.linspace(0, 1, 6))
     ax.grid(axis="y", visible=False)
+    patches = [Patch(color=colour, label=label) for colour, label in NEEDS.items() if colour in colours]
+    ax.legend(handles=patches, loc="lower right", fontsize=8.5)  # where the shortest bars are
     return ax
 
 
@@ -133,27 +169,43 @@ def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
 def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str, *, ax: Axes) -> Axes:
     """Forgetting against one measure, one point per run: colour is position, shape the learning rate.
 
+    Windows without a position are pink; other methods are hollow. Both are named where there are any.
+
     Args:
         table: from :func:`lora_lens.sweep`.
         measures: from :func:`lora_lens.predictors.by_run`.
         measure: one of its columns.
+
+    Raises:
+        ValueError: a column is missing, or no run of the table has a value of the measure.
     """
+    require_columns(table, ["run", "method", "position", "lr", "forgetting"])
     require_columns(measures, ["run", measure])
-    runs = table.merge(measures[["run", measure]], on="run")
-    scale = ScalarMappable(Normalize(0, 1), "cividis")
+    runs = table.merge(measures[["run", measure]].dropna(), on="run")
+    if runs.empty:
+        raise ValueError(
+            f"none of the table's runs has a value of {measure}; pass the measures of the same table"
+        )
+    scale = ScalarMappable(Normalize(0, 1), colormaps["cividis"].with_extremes(bad=NO_POSITION))
     rates = sorted(runs["lr"].unique())
+    handles = []
     for rate, marker in zip(rates, RATE_MARKERS * len(rates), strict=False):
         for window, group in runs[runs["lr"] == rate].groupby(runs["method"] == "window"):
-            colours = scale.to_rgba(group["position"].fillna(0.5)) if window else "none"
+            colours = scale.to_rgba(group["position"].to_numpy(float)) if window else "none"
             edge = "white" if window else "0.3"
-            label = f"{rate:g}" if window else None
             ax.scatter(
                 group[measure], group["forgetting"], c=colours, marker=marker, s=34,
-                edgecolor=edge, linewidth=0.6, label=label,
+                edgecolor=edge, linewidth=0.6,
             )  # fmt: skip
-    legend = ax.legend(title="learning rate", loc="upper left")
-    for handle in legend.legend_handles:
-        handle.set_facecolor("0.4")
+        handles.append(Line2D([], [], color="0.4", marker=marker, linestyle="", label=f"{rate:g}"))
+    others = sorted(set(runs["method"]) - {"window"})
+    if others:
+        name = others[0] if len(others) == 1 else "other methods"
+        hollow = {"markerfacecolor": "none", "markeredgecolor": "0.3"}
+        handles.append(Line2D([], [], marker="o", linestyle="", label=shorten(name, 24), **hollow))
+    if runs.loc[runs["method"] == "window", "position"].isna().any():
+        handles.append(Line2D([], [], color=NO_POSITION, marker="o", linestyle="", label="no position"))
+    ax.legend(handles=handles, title="learning rate", loc="best")
     colour_bar(scale, ax, "position of the window")
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     ax.set(xlabel=MEASURES.get(measure, measure), ylabel="forgetting (percentage points)", title="")

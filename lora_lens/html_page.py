@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from lora_lens.plot_style import house_style
 
 MISSING = "-"
+SHORT = 32  # characters of a row's name that stay on one line
 LOOK = """
 :root { color-scheme: light; }
 body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; color: #1c1c1c; background: #fff;
@@ -26,6 +27,7 @@ h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-bottom: .2rem; border-bo
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p, ul { max-width: 46rem; margin: .5rem 0; }
 .date { color: #5a5a5a; }
+.beside { display: flex; flex-wrap: wrap; column-gap: 2.5rem; align-items: flex-start; }
 .wide { overflow-x: auto; margin: 1rem 0 1.4rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: #3c3c3c; padding-bottom: .4rem; }
@@ -34,7 +36,7 @@ th { font-weight: 500; }
 thead th { border-top: 1px solid #1c1c1c; border-bottom: 1px solid #1c1c1c; vertical-align: bottom; }
 tbody tr:last-child > * { border-bottom: 1px solid #1c1c1c; }
 th:first-child, .words { text-align: left; }
-.number { white-space: nowrap; }
+td.number, .short { white-space: nowrap; }
 figure { margin: 1.2rem 0 1.8rem; }
 figure img { display: block; width: 100%; max-width: 46rem; height: auto; }
 figcaption { color: #3c3c3c; font-size: .875rem; max-width: 46rem; }
@@ -47,7 +49,7 @@ figcaption { color: #3c3c3c; font-size: .875rem; max-width: 46rem; }
   h1, h2, h3, caption { break-after: avoid; }
   thead { display: table-header-group; }
   figure, tr { break-inside: avoid; }
-  figure img { max-width: 150mm; }
+  figure img { max-width: 122mm; }
   p, li { orphans: 3; widows: 3; }
 }
 """
@@ -65,6 +67,11 @@ def bullets(texts: Iterable[str]) -> str:
     return "<ul>\n" + "\n".join(f"<li>{escape(text)}</li>" for text in texts) + "\n</ul>"
 
 
+def beside(tables: Iterable[str]) -> str:
+    """Tables next to each other, as far as they fit."""
+    return '<div class="beside">\n' + "\n".join(tables) + "\n</div>"
+
+
 def html_table(cells: pd.DataFrame, caption: str, words: Collection[str] = ()) -> str:
     """A table of texts; the first column names the rows, numbers stand to the right.
 
@@ -78,7 +85,7 @@ def html_table(cells: pd.DataFrame, caption: str, words: Collection[str] = ()) -
         for column, kind in zip(cells.columns, ["words", *kinds], strict=True)
     )
     rows = [
-        f'<tr><th scope="row">{escape(name)}</th>'
+        f'<tr><th scope="row"{_kept_whole(name)}>{escape(name)}</th>'
         + "".join(f'<td class="{k}">{escape(value)}</td>' for k, value in zip(kinds, values, strict=True))
         + "</tr>"
         for name, *values in cells.itertuples(index=False, name=None)
@@ -87,6 +94,10 @@ def html_table(cells: pd.DataFrame, caption: str, words: Collection[str] = ()) -
         f'<div class="wide"><table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n'
         "<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
     )
+
+
+def _kept_whole(name: str) -> str:
+    return ' class="short"' if len(name) <= SHORT else ""
 
 
 def figure(draw: Callable[..., Axes], alt: str, caption: str, height: float = 4.2) -> str:

@@ -39,17 +39,19 @@ def advise(
     windows: Sequence[Window] | None = None,
     rates: Sequence[float] = RATES,
     steps: int = 120,
-    budget: int | None = None,
+    budget: int | None = 0,
     spectra: SpectrumSet | None = None,
     weight: float = 1.0,
     seed: int = 0,
     store: str | Path | None = None,
     **settings: object,
 ) -> Advice:
-    """A window and a rate for this model and task: by a short pilot, or with ``budget=0`` without training.
+    """A window and a rate for this model and task: without training, or with a ``budget`` by a short pilot.
 
     What is sought is a high value = accuracy - weight * forgetting. Without training the advice is the
-    usual choice: the middle window at the usual rate. A pilot doubts both, in three rungs: every rate with
+    usual choice, the middle window at the usual rate. That is the default, because on the embedded tasks the
+    pilot was no better (data/measure_advisor.py; notebook 04 has the numbers). On a model or task unlike
+    these it may be. It doubts window and rate, in three rungs: every rate with
     the middle window; the other windows at the rate that came out; and three fresh seeds of the choice at
     full length, which choose nothing and give the value and its interval. One coordinate after the
     other costs rates + windows - 1 short runs, where all pairs would cost rates * windows.
@@ -77,9 +79,9 @@ def advise(
         windows: to choose from; default five of ``rank``. The one in the middle of the list is the usual one.
         rates: to choose from; the one closest to 5e-3, by its logarithm, is the usual one.
         steps: of the run that the advice is for.
-        budget: optimizer steps for all runs together, 0 for no training. Default: short runs of half the
-            ``steps`` and the final ones; 7 full runs with the default windows and rates. More of it makes
-            the short runs longer, up to full length; the rest is not spent.
+        budget: optimizer steps for all runs together; 0 for no training. None is the usual pilot: short runs
+            of half the ``steps`` and the final ones, 7 full runs with the default windows and rates. More
+            makes the short runs longer, up to full length; the rest is not spent.
         spectra: of this model with all vectors, if they are at hand.
         weight: of forgetting in the value, 0 or more.
         seed: of the held-out examples and of the short runs; the final ones have the three numbers after it.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from scipy.optimize import isotonic_regression
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
-from lora_lens.tradeoffs import relative_updates, require_columns, window_columns
+from lora_lens.tradeoffs import relative_updates, require_columns, resampled, window_columns
 
 WEIGHTED = (
     "inside", "above", "below", "mixed", "outside", "left_inside", "right_inside", "diagonal",
@@ -28,9 +28,11 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns: run; update, the root of the sum over layers of ||dW||_F^2; relative, that over the same
         of the weights (see :func:`lora_lens.tradeoffs.relative_updates`); inside, above, below, mixed,
-        outside, left_inside, right_inside and diagonal, means over layers weighted by ||dW||_F^2;
+        outside, left_inside, right_inside and diagonal, means over layers weighted by ||dW||_F^2, so
+        that they are the shares of the whole update (diagonal nearly so: it is a share of ||C||_F^2);
         effective_rank, stable_rank, stretch, rotation, turned, first and degrees (left and right), plain
-        means over layers; intruders, their sum; relative_change and cka_loss = 1 - cka, of the features.
+        means over layers; intruders, their sum; relative_change and cka_loss = 1 - cka, of the features
+        of the retained task's test examples.
         What a method has no value for is NaN.
 
     Raises:
@@ -64,70 +66,88 @@ def predict_forgetting(
     fitted to: a fold holds out all seeds of some windows at some rates at once. Seeds of one window and
     rate are nearly copies of each other, and with one of them in the training part a measure could look
     good by telling *which* window and rate it was. Learning rate, position and accuracy on the new task,
-    which are known without looking inside, stand in the same table: what to beat.
+    which are known without looking inside, stand in the same table: what to beat. A monotone function
+    misses a U-shape over position, so read that row as the rise or fall alone.
+
+    Three things to know. The squares are dominated by the rates that forget much; spearman_within gives
+    every rate the same weight. Features are taken of the retained task's test examples, some of those
+    that forgetting is counted on, just before the classifier, so their change is near to forgetting
+    itself; what is measured in the weights needs no examples. And shares and position are judged on fewer
+    runs than the rest where the table has other methods than windows: pass the windows alone to judge all
+    on the same runs.
 
     Args:
         table: from :func:`lora_lens.sweep`; runs without a drift are left out.
         drifts: from :func:`lora_lens.drifts`.
-        folds: of the cross-validation, at most as many as there are windows and rates.
-        resamples, seed: of the interval, and the seed also of the folds.
+        folds: of the cross-validation, at least 2; one for each window and rate where there are fewer.
+        resamples, seed: of the intervals, and the seed also of the folds.
 
     Returns:
         One row per measure, the best first. Columns: measure; runs (that have a value for it); spearman (rank
         correlation over runs) with spearman_low and spearman_high, its 95% interval when pairs of window
         and rate are resampled, all their seeds together; spearman_within (the mean over learning rates of
-        the rank correlation among the runs at one rate: what is left once the rate is known); r2 (cross-validated, 1 - residual / variance of
-        the held-out runs' forgetting; 0 for the mean of the training part, negative for worse).
+        the rank correlation among the runs at one rate: what is left once the rate is known); r2
+        (cross-validated, 1 - residual / variance of the held-out runs' forgetting; 0 for the mean of the
+        training part, negative for worse) with r2_low and r2_high, its 95% interval when the windows and
+        rates that are predicted are resampled, with the fits and folds as they are, so read it as a lower
+        bound of the uncertainty.
 
     Raises:
-        ValueError: a column is missing, there are fewer than 3 windows and rates with a drift, or all runs
-            forgot the same.
+        ValueError: a column is missing, there are fewer than 3 windows and rates with a drift, all runs
+            forgot the same, or ``folds`` or ``resamples`` is out of range.
     """
-    require_columns(table, ["run", "method", "rank", "position", "start", "lr", "forgetting", "accuracy"])
-    runs = table.merge(by_run(drifts), on="run")
+    if not folds >= 2:
+        raise ValueError(f"folds must be at least 2, not {folds!r}: one part is fitted, the other predicted")
+    columns = list(dict.fromkeys(["run", *window_columns(table), *OUTSIDE, "forgetting"]))
+    require_columns(table, columns)
+    measured = by_run(drifts)
+    runs = table[columns].merge(measured, on="run")
     cell = runs.groupby([*window_columns(table), "lr"], dropna=False).ngroup().to_numpy()
     if len(np.unique(cell)) < 3:
         raise ValueError("a prediction needs runs of at least 3 windows and rates with their drift")
     if runs["forgetting"].nunique() < 2:
         raise ValueError("all runs forgot the same, so there is nothing to predict; add rates or windows")
-    measures = [c for c in by_run(drifts).columns if c != "run"] + list(OUTSIDE)
     rows = []
-    for measure in measures:
-        known = runs[measure].notna().to_numpy() & runs["forgetting"].notna().to_numpy()
+    for measure in [*measured.columns.drop("run"), *OUTSIDE]:
+        known = np.isfinite(runs[[measure, "forgetting"]].to_numpy(float)).all(1)
         x, y = runs.loc[known, measure].to_numpy(float), runs.loc[known, "forgetting"].to_numpy(float)
         if len(np.unique(cell[known])) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
             continue
-        low, high = _spearman_interval(x, y, cell[known], resamples, seed)
-        rows.append(
-            {
-                "measure": measure,
-                "runs": len(x),
-                "spearman": float(spearmanr(x, y).statistic),
-                "spearman_low": low,
-                "spearman_high": high,
-                "spearman_within": _within(x, y, runs.loc[known, "lr"].to_numpy()),
-                "r2": _held_out_r2(x, y, cell[known], folds, seed),
-            }
-        )
+        row = {"measure": measure, "runs": len(x)}
+        row |= _rank_correlations(x, y, cell[known], resamples, seed)
+        row["spearman_within"] = _within(x, y, runs.loc[known, "lr"].to_numpy())
+        rows.append(row | _held_out_r2(x, y, cell[known], folds, resamples, seed))
     return pd.DataFrame(rows).sort_values("r2", ascending=False, kind="stable", ignore_index=True)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def _within(x: np.ndarray, y: np.ndarray, rates: np.ndarray) -> float:
     """The mean rank correlation at one rate; NaN where no rate has different values of both."""
     parts = [(x[rates == rate], y[rates == rate]) for rate in np.unique(rates)]
-    found = [spearmanr(a, b).statistic for a, b in parts if np.ptp(a) > 0 and np.ptp(b) > 0]
+    found = [_spearman(a, b) for a, b in parts if np.ptp(a) > 0 and np.ptp(b) > 0]
     return float(np.mean(found)) if found else float("nan")
 
 
-def _held_out_r2(x: np.ndarray, y: np.ndarray, cell: np.ndarray, folds: int, seed: int) -> float:
-    cells = np.unique(cell)
+def _held_out_r2(
+    x: np.ndarray, y: np.ndarray, cell: np.ndarray, folds: int, resamples: int, seed: int
+) -> dict[str, float]:
+    cells, of_cell = np.unique(cell, return_inverse=True)
     order = np.random.default_rng(seed).permutation(cells)
     predicted, plain = np.empty_like(y), np.empty_like(y)
     for part in np.array_split(order, min(folds, len(cells))):
         held = np.isin(cell, part)
         predicted[held] = _monotone(x[~held], y[~held], x[held])
         plain[held] = y[~held].mean()
-    return float(1 - np.square(y - predicted).sum() / np.square(y - plain).sum())
+    residual, whole = (np.bincount(of_cell, np.square(y - guess)) for guess in (predicted, plain))
+    drawn = resampled(len(cells), resamples, seed)
+    wholes = whole[drawn].sum(1)
+    some = wholes > 0  # not only windows and rates that forgot exactly what the others did
+    low, high = np.quantile(1 - residual[drawn].sum(1)[some] / wholes[some], [0.025, 0.975])
+    r2 = 1 - residual.sum() / whole.sum()
+    return {"r2": float(r2), "r2_low": float(low), "r2_high": float(high)}
 
 
 def _monotone(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -135,20 +155,16 @@ def _monotone(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     places, where = np.unique(x, return_inverse=True)
     counts = np.bincount(where)
     means = np.bincount(where, y) / counts
-    rising = len(places) < 2 or spearmanr(x, y).statistic >= 0
+    rising = len(places) < 2 or _spearman(x, y) >= 0
     fitted = isotonic_regression(means, weights=counts, increasing=bool(rising)).x
     return np.interp(new, places, fitted)
 
 
-def _spearman_interval(
+def _rank_correlations(
     x: np.ndarray, y: np.ndarray, cell: np.ndarray, resamples: int, seed: int
-) -> tuple[float, float]:
-    random = np.random.default_rng(seed)
+) -> dict[str, float]:
     cells = [np.flatnonzero(cell == c) for c in np.unique(cell)]
-    found = []
-    for _ in range(resamples):
-        rows = np.concatenate([cells[i] for i in random.integers(len(cells), size=len(cells))])
-        if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0:
-            found.append(spearmanr(x[rows], y[rows]).statistic)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    draws = [np.concatenate([cells[i] for i in draw]) for draw in resampled(len(cells), resamples, seed)]
+    found = [_spearman(x[rows], y[rows]) for rows in draws if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
+    low, high = np.quantile(found, [0.025, 0.975]) if found else (np.nan, np.nan)
+    return {"spearman": _spearman(x, y), "spearman_low": float(low), "spearman_high": float(high)}

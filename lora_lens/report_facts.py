@@ -9,7 +9,7 @@ from importlib.metadata import version
 import numpy as np
 import pandas as pd
 
-from lora_lens.html_page import MISSING, heading, html_table, paragraph, plain, points
+from lora_lens.html_page import MISSING, beside, heading, html_table, paragraph, plain, points
 from lora_lens.items import forgetting_interval
 from lora_lens.layers import block_and_kind, listed
 from lora_lens.report_words import Pieces, placed, span
@@ -50,9 +50,13 @@ def facts_section(table: pd.DataFrame, kept: Kept | None) -> Pieces:
         heading("What was run"),
         paragraph(_in_one_sentence(table, kept)),
         html_table(_varied(table), "What differs between runs.", words=["values"]),
-        html_table(_common(table), "What all runs share.", words=["value"]),
-        html_table(_versions(kept), "Versions of the software.", words=[]),
-        *([html_table(_identity(kept), "What the runs belong to.", words=["hash"])] if kept else []),
+        beside(
+            [
+                html_table(_common(table), "What all runs share.", words=["value"]),
+                html_table(_versions(kept), "Versions of the software."),
+                *([html_table(_identity(kept), "What the runs belong to.", words=["hash"])] if kept else []),
+            ]
+        ),
     ]
 
 
@@ -172,9 +176,10 @@ def _of_seeds(table: pd.DataFrame) -> list[str]:
     ]
     if (fewer := int((seeds < seeds.max()).sum())) > 0:
         said.append(f"{fewer} of {len(seeds)} cells of window and rate have fewer seeds than the others.")
-    if (smallest := 2.0 ** -int(seeds.max())) > LEVEL:
+    if len(placed(table)) and (smallest := 2.0 ** -int(seeds.max())) > LEVEL:
         said.append(
-            f"A test of a U-shape needs 5 seeds: {seeds.max()} cannot give a p value below {smallest:g}."
+            f"A single test of a U-shape needs 5 seeds: {seeds.max()} cannot give a p value below "
+            f"{smallest:g}."
         )
     return said
 
@@ -201,7 +206,7 @@ def _of_examples(table: pd.DataFrame, answers: pd.DataFrame) -> list[str]:
     over_seeds, over_both = at_equal_rate(table), forgetting_interval(answers, table)
     widths = [(r["forgetting_high"] - r["forgetting_low"]).median() for r in (over_seeds, over_both)]
     said = (
-        f"The retained task has {examples} test examples, which intervals take as fixed; resampling them "
-        f"with the seeds, the median 95% interval of forgetting at one rate is {points(widths[1])} points wide"
+        f"The retained task has {examples} test examples, which intervals take as fixed. Resampling them, "
+        f"too, the median 95% interval of forgetting at one rate is {points(widths[1])} points wide"
     )
     return [f"{said}." if np.isnan(widths[0]) else f"{said} instead of {points(widths[0])}."]

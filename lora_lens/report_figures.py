@@ -11,18 +11,37 @@ from matplotlib.axes import Axes
 from lora_lens.html_page import figure, heading, paragraph, plain, points
 from lora_lens.report_words import Pieces, names_of, parts_by_rank, placed, titled
 from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, tradeoff
-from lora_lens.tradeoff_plots import comparison, fronts_by_method, robustness, surface
+from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, robustness, surface
 from lora_lens.tradeoffs import at_matched_accuracy, at_own_best_rate, rate_robustness
 
 
 def figures_section(table: pd.DataFrame) -> Pieces:
     """The pictures of a sweep, for each rank of windows its own."""
-    pieces = []
+    pieces = _by_rank(table)
     for part, rows in parts_by_rank(table):
         pieces += [heading(part.capitalize(), 3)] if part else []
         pieces += _curves_of(rows) + _plane_of(rows)
-        pieces += _figures_over_rates(rows) if rows["lr"].nunique() > 1 else []
+        pieces += _over_rates_if_any(rows)
     return pieces
+
+
+def _by_rank(table: pd.DataFrame) -> Pieces:
+    windows = placed(table)
+    if windows["rank"].nunique() == 1 or table["lr"].nunique() > 1 or "variant" in table or windows.empty:
+        return []
+    told = ", ".join(
+        f"rank {rank:g} from {points(mean.iloc[0])} at position {mean.index[0]:.3g} to "
+        f"{points(mean.iloc[-1])} at {mean.index[-1]:.3g}"
+        for rank, rows in windows.groupby("rank")
+        for mean in [rows.groupby("position")["forgetting"].mean()]
+    )
+    return [
+        figure(
+            partial(by_setting, table, "rank"),
+            f"Line chart of forgetting against the position of the window, one line per rank: {told}.",
+            "One line per rank: mean over seeds, in a band from lowest to highest. Dashed lines are LoRA.",
+        )
+    ]
 
 
 def _curves_of(table: pd.DataFrame) -> Pieces:
@@ -65,6 +84,15 @@ def _plane_of(table: pd.DataFrame) -> Pieces:
     ]
 
 
+def _over_rates_if_any(table: pd.DataFrame) -> Pieces:
+    if table["lr"].nunique() == 1:
+        return []
+    try:
+        return _figures_over_rates(table)
+    except ValueError as error:  # a half-finished sweep has no best rate yet
+        return [paragraph(f"No pictures over learning rates: {error}.")]
+
+
 def _figures_over_rates(table: pd.DataFrame) -> Pieces:
     own, robust = at_own_best_rate(table), rate_robustness(table)
     tall = 1.6 + 0.3 * len(own)
@@ -75,6 +103,7 @@ def _figures_over_rates(table: pd.DataFrame) -> Pieces:
         f"{name} {plain(low)} to {plain(high)}"
         for name, low, high in zip(names_of(robust), robust["lowest"], robust["highest"], strict=True)
     )
+    collapse = " Cross: the accuracy halves." if robust["collapse"].notna().any() else ""
     maps = [
         figure(
             partial(surface, table, score=score),
@@ -103,7 +132,7 @@ def _figures_over_rates(table: pd.DataFrame) -> Pieces:
         figure(
             partial(robustness, robust),
             f"Bars of the learning rates within 2 points of the best accuracy: {ranges}.",
-            "Bars: rates within 2 points of the best accuracy. Dot: best rate. Cross: the accuracy halves.",
+            f"Bars: rates within 2 points of the best accuracy. Dot: best rate.{collapse}",
             height=tall,
         ),
     ]

@@ -15,6 +15,7 @@ import pandas as pd
 from lora_lens.fronts import dominance
 from lora_lens.html_page import (
     MISSING,
+    beside,
     decimal,
     html_table,
     paragraph,
@@ -24,7 +25,7 @@ from lora_lens.html_page import (
 )
 from lora_lens.items import forgotten_by
 from lora_lens.predictors import by_run
-from lora_lens.report_words import Pieces, names_of, span
+from lora_lens.report_words import Pieces, names_of, parts_by_rank, span, titled
 from lora_lens.tradeoffs import (
     at_equal_rate,
     at_matched_accuracy,
@@ -35,6 +36,7 @@ from lora_lens.tradeoffs import (
 
 REACH = 0.8  # of the runs at a rate: what "reached" means when the accuracy is chosen
 MOST_CLASSES = 25
+MOST_COLUMNS = 12  # of a matrix that a page can hold
 MECHANISM = {
     "relative": ("size of the update (% of the weights)", points),
     "effective_rank": ("effective rank of the update", decimal),
@@ -48,13 +50,14 @@ MECHANISM = {
 def equal_rate_section(table: pd.DataFrame) -> Pieces:
     result = at_equal_rate(table)
     seeds = span(result["seeds"])
-    return [
+    tables = [
         _by_rate(result, score, f"{words} at equal learning rates: mean over {seeds} and 95% interval.")
         for score, words in (
             ("accuracy", "Accuracy on the new task (%)"),
             ("forgetting", "Forgetting of the retained task (points)"),
         )
     ]
+    return [beside(tables)]
 
 
 def _by_rate(result: pd.DataFrame, score: str, caption: str) -> str:
@@ -116,7 +119,18 @@ def own_best_section(table: pd.DataFrame) -> Pieces:
 
 
 def dominance_section(table: pd.DataFrame) -> Pieces:
-    """A matrix: how often the window of a row beats that of a column on both tasks at once."""
+    """Matrices: how often the window of a row beats that of a column on both tasks at once."""
+    return [_who_beats_whom(part, rows) for part, rows in _compared_at_once(table)]
+
+
+def _compared_at_once(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """All windows, or one rank after the other if they are many and each rank has several."""
+    parts = list(parts_by_rank(table))
+    sizes = [len(rows[window_columns(rows)].drop_duplicates()) for _, rows in [("", table), *parts]]
+    return parts if sizes[0] > MOST_COLUMNS and min(sizes) > 1 else [("", table)]
+
+
+def _who_beats_whom(part: str, table: pd.DataFrame) -> str:
     pairs = dominance(table)
     keys = window_columns(table)
     names = names_of(table[keys].drop_duplicates())
@@ -127,11 +141,11 @@ def dominance_section(table: pd.DataFrame) -> Pieces:
     cells.insert(0, "window or method", [f"{i}. {name}" for i, name in enumerate(names, 1)])
     cells["beats, mean"] = [points(np.nanmean(row)) if np.isfinite(row).any() else MISSING for row in beats]
     caption = (
-        "How often the row is better on both tasks at once than the column with the same number, in % of the "
-        f"seeds and rates that both were run at ({span(pairs['pairs'], 'pair')}). The rest are trade-offs "
-        "and ties."
+        f"{titled(part)}How often the row is better on both tasks at once than the column with the same "
+        f"number, in % of the seeds and rates that both were run at ({span(pairs['pairs'], 'pair')}). The "
+        "rest are trade-offs and ties."
     )
-    return [html_table(cells, caption)]
+    return html_table(cells, caption)
 
 
 def matched_section(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float, asked: bool) -> Pieces:
@@ -212,8 +226,9 @@ def items_section(table: pd.DataFrame, answers: pd.DataFrame) -> Pieces:
     examples = answers["item"].nunique()
     told = (
         f"Of {examples} test examples of the retained task {len(known)} were right before. "
-        f"{int((known['share'] == 0).sum())} of these were forgotten by none of the {len(table)} runs, "
-        f"{int((known['share'] > 0.5).sum())} by most and {int((known['share'] == 1).sum())} by every run."
+        f"{int((known['share'] == 0).sum())} of these were kept by all of the {len(table)} runs, "
+        f"{int((known['share'] > 0.5).sum())} forgotten by most and {int((known['share'] == 1).sum())} by "
+        "every run."
     )
     cut = f" The first {MOST_CLASSES} of {len(classes)} classes." if len(classes) > MOST_CLASSES else ""
     caption = f"Test examples by class, over all runs, the most forgotten class first.{cut}"
@@ -234,9 +249,9 @@ def drift_section(table: pd.DataFrame, drifts: pd.DataFrame) -> Pieces:
     for name in measures:
         words, show = MECHANISM[name]
         cells[words] = means[name].map(show)
-    return [
-        html_table(cells, "What training did to the weights at each window's own best rate: means over runs.")
-    ]
+    rates = table["lr"].unique()
+    at = "each window's own best rate" if len(rates) > 1 else f"learning rate {plain(rates[0])}"
+    return [html_table(cells, f"What training did to the weights at {at}: means over runs.")]
 
 
 def _intervals(result: pd.DataFrame, name: str, show: Callable[[float], str] = points) -> list[str]:

@@ -118,8 +118,21 @@ def _verdict(found: list[tuple[str, UShape]]) -> str:
     ]
     adjusted = f"after Holm's adjustment for {tests} tests" if tests > 1 else "in the one test"
     if not stands:
-        return f"No U-shape is established at any learning rate {adjusted} (level {LEVEL:g})."
+        verdict = f"No U-shape is established at any learning rate {adjusted} (level {LEVEL:g})."
+        return " ".join([verdict, *_what_seeds_can_show(max(test.seeds for _, test in found), tests)])
     return f"A U-shape is established {adjusted} (level {LEVEL:g}) at learning rate {', '.join(stands)}."
+
+
+def _what_seeds_can_show(seeds: int, tests: int) -> list[str]:
+    """That no data would have established a U-shape, if so: one p is at least 2^-seeds, then adjusted."""
+    smallest = min(tests * 2.0**-seeds, 1.0)
+    if smallest <= LEVEL:
+        return []
+    needed = int(np.ceil(np.log2(tests / LEVEL)))
+    after = " after the adjustment" if tests > 1 else ""
+    return [
+        f"None could be: {seeds} seeds cannot give a p value below {smallest:.3g}{after}. It takes {needed}."
+    ]
 
 
 def _u_shape_table(found: list[tuple[str, UShape]]) -> str:
@@ -144,7 +157,9 @@ def _u_shape_table(found: list[tuple[str, UShape]]) -> str:
 
 
 def _p(p: float) -> str:
-    return MISSING if np.isnan(p) else f"{p:.3f}"
+    if np.isnan(p):
+        return MISSING
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def span(counts: pd.Series, unit: str = "seed") -> str:

@@ -113,7 +113,9 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
     palette = [WINDOWS, *sns.color_palette("colorblind", lines.ngroups)[1:]]
     for (values, line), colour in zip(lines, palette, strict=False):
         name = ", ".join(
-            f"rank {v:g}" if key == "rank" else str(v) for key, v in zip(lines.keys, values, strict=True)
+            f"rank {v:g}" if key == "rank" else str(v)
+            for key, v in zip(lines.keys, values, strict=True)
+            if pd.notna(v)
         )
         ax.plot(line["position"], line[score], color=colour, linewidth=1.2, alpha=0.5, zorder=1, label=name)
         for place, (_, row) in zip(line["position"], line.iterrows(), strict=True):
@@ -286,17 +288,18 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
                 f"something else; pass runs that differ in {setting} only"
             )
     values = sorted(windows[setting].unique(), key=lambda v: (isinstance(v, str), v))
+    references = lora[lora[setting].isin(values)].dropna(subset=score)
     for value, colour in zip(values, sns.color_palette("colorblind", len(values)), strict=True):
         by_position = windows[windows[setting] == value].groupby("position")[score]
         mean = by_position.mean()
         band = {"color": colour, "alpha": 0.18, "linewidth": 0}
         ax.fill_between(mean.index, by_position.min(), by_position.max(), **band)
         ax.plot(mean.index, mean, marker="o", color=colour, label=_setting_name(value))
-        flat = lora.loc[lora[setting] == value, score].mean()
+        flat = references.loc[references[setting] == value, score].mean()
         if pd.notna(flat):
             ax.axhline(flat, color=colour, linestyle="--", linewidth=1.2)
     handles, _ = ax.get_legend_handles_labels()
-    if len(lora):
+    if len(references):
         handles.append(Line2D([], [], color="0.3", linestyle="--", linewidth=1.2, label="LoRA"))
     words = "layers" if setting == "targets" else setting.replace("_", " ")
     ax.legend(handles=handles, title=words, loc="best")

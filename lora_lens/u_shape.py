@@ -93,7 +93,7 @@ def _in_words(result: dict) -> str:
         return f"No test {at}: {seeds} too few, at least {FEWEST_SEEDS} are needed (5 to find a U-shape)."
     excesses = " and ".join(
         "{:+.1f} points at the {} end (95% interval {:+.1f} to {:+.1f})".format(
-            100 * result[f"{end}_excess"], name, *(100 * v for v in result[f"{end}_interval"])
+            _points(result[f"{end}_excess"]), name, *(_points(v) for v in result[f"{end}_interval"])
         )
         for end, name in (("first", "PiSSA"), ("last", "MiLoRA"))
     )
@@ -106,6 +106,11 @@ def _in_words(result: dict) -> str:
     if smallest > LEVEL:
         evidence += f", which cannot give less than {smallest:g}"
     return f"No evidence of a U-shape {at}: against the best window between, {excesses}; {evidence}."
+
+
+def _points(share: float) -> float:
+    """In percentage points with one decimal, without the sign of a zero."""
+    return round(100 * share, 1) + 0.0
 
 
 def _seeds_by_position(table: pd.DataFrame, lr: float) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lens import fronts, metrics
+from lora_lens import fronts, metrics, tradeoffs
 
 
 def runs(
@@ -85,6 +85,14 @@ def test_a_front_of_known_rates_and_the_area_it_covers():
     assert row["hypervolume_high"] == pytest.approx(0.6 * 0.8)
     guessing = fronts.front_by_method(runs(accuracy, lost), reference=(0.1, 0.1)).iloc[0]
     assert guessing["hypervolume"] == pytest.approx(0.4 * 0.7 + 0.1 * 0.5)
+    assert guessing["hypervolume_high"] == pytest.approx(0.5 * 0.7)
+
+
+def test_the_interval_of_one_rate_is_that_of_its_mean():
+    accuracy = np.random.default_rng(0).uniform(0.5, 0.7, 8)
+    row = fronts.front_by_method(forgetting_nothing({(0.5, 0.1): accuracy.tolist()})).iloc[0]
+    expected = 0.8 * np.array(tradeoffs.bootstrap_interval(accuracy))  # all retain 0.8
+    assert row[["hypervolume_low", "hypervolume_high"]].tolist() == pytest.approx(expected.tolist())
 
 
 def test_a_front_takes_the_seeds_that_were_run_at_every_rate():

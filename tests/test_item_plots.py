@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import lora_lens as ll
 
@@ -55,6 +56,22 @@ def test_confusion_of_answers_fits_the_task_s_classes(answers, source):
         ll.plots.confusion(counts, ["a", "b", "c"])
 
 
+def test_confusion_of_nothing_is_empty_and_on_the_axes_given(source):
+    figure, ax = plt.subplots()
+    before = dict(plt.rcParams)
+    assert ll.plots.confusion(np.zeros((10, 10), int), source.classes, ax=ax) is ax
+    figure.canvas.draw()
+    assert np.ma.getmaskarray(ax.collections[0].get_array()).all()
+    assert not any(text.get_text() for text in ax.texts)
+    assert plt.get_fignums() == [figure.number] and dict(plt.rcParams) == before
+
+
+def test_cells_of_less_than_half_a_percent_hold_no_number():
+    counts = np.array([[997, 3], [6, 994]])
+    ax = ll.plots.confusion(counts, ["cat", "dog"])
+    assert [text.get_text() for text in ax.texts] == ["100", "", "1", "99"]
+
+
 def test_forgotten_images_show_the_image_what_it_became_and_for_how_many_runs(answers, source):
     forgotten = ll.items.forgotten_by(answers)
     axes = ll.plots.forgotten_images(source, forgotten, 2)
@@ -82,6 +99,22 @@ def test_images_fill_rows_and_empty_the_axes_that_are_left(answers, source):
     axes = plt.subplots(1, 3)[1]
     assert ll.plots.forgotten_images(source, forgotten, 2, axes=axes) is axes
     assert [len(ax.images) for ax in axes] == [1, 1, 0] and not axes[2].axison
+
+
+def test_one_forgotten_image_of_one_run_is_one_picture(answers, source):
+    alone = ll.items.forgotten_by(answers[answers["run"] == "a"])
+    axes = ll.plots.forgotten_images(source, alone[alone["forgotten"] > 0])
+    assert axes.shape == (1, 1) and axes[0, 0].get_title().endswith("100% of runs")
+
+
+def test_images_of_one_brightness_and_in_colour_can_be_shown(answers):
+    inputs = torch.rand(10, 3, 4, 5, generator=torch.manual_seed(0))
+    inputs[3] = 0.5
+    examples = ll.Examples(inputs, torch.arange(10))
+    task = ll.Task("colour", tuple("abcdefghij"), examples, examples)
+    plain, coloured = ll.plots.forgotten_images(task, ll.items.forgotten_by(answers), 2).ravel()
+    assert np.ptp(plain.images[0].get_array()) == 0
+    assert coloured.images[0].get_array().shape == (4, 5, 3)
 
 
 def test_images_refuse_what_they_cannot_show(answers, source):

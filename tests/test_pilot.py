@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def advice(experiment, folder):
-    return advise(**experiment, **SMALL, **CHOICE, store=folder)
+    return advise(**experiment, **SMALL, **CHOICE, budget=None, store=folder)
 
 
 def test_a_pilot_tries_rates_then_windows_then_fresh_seeds_of_its_choice(advice):
@@ -80,7 +80,7 @@ def test_a_pilot_goes_on_from_its_store_and_never_reads_test_examples(advice, ex
         "task": replace(task, test=spoilt),
         "retain": replace(experiment["retain"], test=experiment["retain"].test.first(1)),
     }
-    again = advise(**unseen, **SMALL, **CHOICE, store=folder)
+    again = advise(**unseen, **SMALL, **CHOICE, budget=None, store=folder)
     assert again.evidence.equals(advice.evidence)
     assert (again.window, again.lr, again.words) == (advice.window, advice.lr, advice.words)
     assert {f: f.stat().st_mtime_ns for f in folder.rglob("*.json")} == times
@@ -89,7 +89,7 @@ def test_a_pilot_goes_on_from_its_store_and_never_reads_test_examples(advice, ex
 def test_a_usual_rate_that_ruins_the_model_is_left(experiment):
     # 1 is closer to 5e-3 than 1e-5, by the ratio, and far too high.
     one = {"windows": [ll.Window.middle(8)], "rates": [1e-5, 1.0]}
-    advice = advise(**experiment, **SMALL, **one)
+    advice = advise(**experiment, **SMALL, **one, budget=None)
     assert advice.lr == 1e-5
     assert "left the window of rank 8 at position 0.5 with learning rate 1 for" in advice.words
     assert advice.evidence["rung"].tolist() == ["rates"] * 2 + ["final"] * 3
@@ -103,14 +103,14 @@ def test_a_budget_makes_the_short_runs_longer_up_to_full_length(quick):
 
 
 def test_with_nothing_to_choose_from_only_the_final_runs_are_made(quick):
-    advice = advise(**quick, **SMALL | {"steps": 1}, windows=[ll.Window.last(4)], rates=[1e-3])
+    advice = advise(**quick, **SMALL | {"steps": 1}, windows=[ll.Window.last(4)], rates=[1e-3], budget=None)
     assert advice.evidence["rung"].tolist() == ["final"] * 3
     assert (advice.window, advice.lr, advice.spent) == (ll.Window.last(4), 1e-3, 3)
     assert "nothing else to choose from" in advice.words
 
 
 def test_without_a_budget_the_usual_choice_comes_with_what_is_foreseen(experiment):
-    advice = advise(**experiment, budget=0, rank=4)
+    advice = advise(**experiment, rank=4)
     assert (advice.window, advice.lr) == (ll.Window.middle(4), 5e-3)
     assert (advice.rule, advice.spent) == ("fixed", 0)
     assert np.isnan([advice.value, *advice.interval]).all()
@@ -143,7 +143,7 @@ def test_examples_are_held_out_of_the_training_set(digits, source):
 
 def test_what_cannot_be_advised_is_met_before_the_first_run(experiment, tmp_path, digits):
     def asked(**changes: object) -> None:
-        advise(**experiment | {"store": tmp_path / "s"} | changes)
+        advise(**experiment | {"store": tmp_path / "s", "budget": None} | changes)
 
     with pytest.raises(ValueError, match="advice needs the task that the model knows"):
         asked(retain=None)

@@ -87,6 +87,21 @@ def test_a_measure_that_only_tells_cells_apart_gains_nothing_by_their_copies():
     assert np.mean(gained) < 0
 
 
+def test_the_interval_of_the_rank_correlation_holds_the_true_one_though_seeds_are_copies():
+    # of normal values with correlation r, Spearman's is 6 / pi * arcsin(r / 2); an interval that took the
+    # six seeds of each cell for independent runs would be 2.4 times too narrow
+    truth, random, held = 6 / np.pi * np.arcsin(0.6 / 2), np.random.default_rng(0), []
+    table = pd.DataFrame({"run": range(180), "rank": np.repeat(range(30), 6)}).assign(
+        method="window", position=0.5, start=None, lr=0.1, accuracy=0.9
+    )
+    for _ in range(60):
+        x, y = random.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], size=30).T[:, table["rank"]]
+        moved = drifts(table, first_left=x + random.normal(0, 0.01, 180))
+        row = predictors.predict_forgetting(table.assign(forgetting=y), moved, resamples=150).iloc[0]
+        held.append(row["spearman_low"] <= truth <= row["spearman_high"])
+    assert 0.85 <= np.mean(held) <= 1
+
+
 def test_measures_that_some_methods_lack_are_judged_on_the_others():
     table = swept()
     lora = table[table["position"] == 0.5].assign(
@@ -97,6 +112,42 @@ def test_measures_that_some_methods_lack_are_judged_on_the_others():
     result = predictors.predict_forgetting(both, drifts(both, inside=inside), resamples=50)
     runs = result.set_index("measure")["runs"]
     assert runs["inside"] == runs["position"] == len(table) and runs["lr"] == len(both)
+
+
+def test_runs_without_a_finite_value_are_not_judged_and_other_columns_do_no_harm():
+    table = swept(seeds=2)
+    measure = table["forgetting"].to_numpy().copy()
+    measure[:2] = np.inf, np.nan
+    moved = drifts(table, first_left=measure)
+    result = predictors.predict_forgetting(table, moved, resamples=50).set_index("measure")
+    assert result.loc["first_left", "runs"] == len(table) - 2 and result.loc["first_left", "r2"] > 0.95
+    merged = table.merge(predictors.by_run(moved), on="run")  # holds the measures already
+    again = predictors.predict_forgetting(merged, moved, resamples=50).set_index("measure")
+    pd.testing.assert_frame_equal(again, result)
+
+
+def test_one_fold_for_each_window_and_rate_is_the_closed_form():
+    # three cells with one run each, and the held-out one always at an end or between the two others
+    table = swept(seeds=1).iloc[:3].assign(forgetting=[0.0, 1.0, 2.0])
+    moved = drifts(table, first_left=np.array([0.0, 1.0, 4.0]))
+    row = predictors.predict_forgetting(table, moved, folds=10).set_index("measure").loc["first_left"]
+    # fitted: lines through the other two, constant beyond: 1, 2 * 1 / 4, 1; means of the others: 1.5, 1, 0.5
+    assert row["r2"] == pytest.approx(1 - (1 + 0.25 + 1) / (2.25 + 0 + 2.25))
+    # a draws of an end and b of the middle, which adds nothing to be explained; three of the middle are none
+    ratios = sorted({1 - (a + 0.25 * b) / (2.25 * a) for a, b in [(1, 2), (2, 1), (3, 0)]})
+    assert ratios[0] - 1e-9 <= row["r2_low"] <= row["r2"] <= row["r2_high"] <= ratios[-1] + 1e-9
+
+
+def test_the_interval_of_r2_tells_a_noisy_measure_from_an_exact_one():
+    table = swept(seeds=3)
+    moved = drifts(
+        table, first_left=table["forgetting"] + np.random.default_rng(1).normal(0, 0.05, len(table))
+    )
+    row = predictors.predict_forgetting(table, moved).set_index("measure").loc["first_left"]
+    assert 0 < row["r2_low"] < row["r2"] < row["r2_high"] < 1
+    exact = drifts(table, first_left=table["forgetting"])
+    best = predictors.predict_forgetting(table, exact).set_index("measure").loc["first_left"]
+    assert best["r2_low"] > row["r2_high"]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_runs_without_a_drift_are_left_out():
@@ -114,6 +165,11 @@ def test_without_enough_runs_or_anything_to_predict_it_says_so():
         predictors.predict_forgetting(table, drifts(table.head(8)))
     with pytest.raises(ValueError, match="all runs forgot the same"):
         predictors.predict_forgetting(table.assign(forgetting=0.1), drifts(table))
+    with pytest.raises(ValueError, match="folds must be at least 2, not 1"):
+        predictors.predict_forgetting(table, drifts(table), folds=1)
+    moved = drifts(table, first_left=table["forgetting"])
+    with pytest.raises(ValueError, match="resamples must be at least 1, not 0"):
+        predictors.predict_forgetting(table, moved, resamples=0)
     with pytest.raises(ValueError, match="no column forgetting"):
         predictors.predict_forgetting(table.drop(columns="forgetting"), drifts(table))
 

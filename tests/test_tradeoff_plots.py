@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -239,3 +241,112 @@ def test_pictures_draw_on_the_axes_they_are_given(table):
         ll.plots.by_setting(at_rate, "rank", ax=axes[4]),
     ]
     assert drawn == list(axes) and plt.get_fignums() == [figure.number]
+
+
+# what a sweep may hold
+
+
+def sweep_of(*methods: tuple[str, float]) -> pd.DataFrame:
+    return pd.concat([runs_of(method, position) for method, position in methods], ignore_index=True)
+
+
+PICTURES = {
+    "surface": ll.plots.surface,
+    "comparison": lambda table, **axes: ll.plots.comparison(ll.tradeoffs.at_own_best_rate(table), **axes),
+    "robustness": lambda table, **axes: ll.plots.robustness(ll.tradeoffs.rate_robustness(table), **axes),
+    "fronts": ll.plots.fronts_by_method,
+    "by setting": lambda table, **axes: ll.plots.by_setting(table[table["lr"] == RATES[0]], "steps", **axes),
+}
+ONE, LORA, BY_START = ("window", 0.5), ("LoRA", np.nan), ("window", np.nan)
+SWEEPS = {
+    "one window": sweep_of(ONE, LORA),
+    "one window alone": sweep_of(ONE),
+    "no baselines": sweep_of(*(("window", p) for p in POSITIONS)),
+    "one seed": sweep_of(ONE, LORA).query("seed == 0"),
+    "one rate": sweep_of(ONE, LORA).query("lr == 0.001"),
+    "one run": sweep_of(ONE).head(1),
+    "a window by start": pd.concat([sweep_of(ONE, LORA), sweep_of(BY_START).assign(start=40)]),
+    "a method without a rank": pd.concat([sweep_of(ONE), sweep_of(LORA).assign(rank=np.nan)]),
+    "methods with long names": sweep_of(ONE, *((f"a method of the long name {i}", np.nan) for i in range(9))),
+    "methods alone": sweep_of(LORA, ("full fine-tuning", np.nan)),
+    "variants": pd.concat([sweep_of(ONE, LORA), sweep_of(("window", 1.0)).assign(variant="DoRA")]),
+}
+
+
+@pytest.mark.parametrize(
+    ("picture", "name"),
+    [pair for pair in product(PICTURES, SWEEPS) if pair != ("by setting", "methods alone")],  # refused
+)
+def test_every_sweep_has_its_picture_without_a_name_that_is_missing(picture, name):
+    before = dict(plt.rcParams)
+    figure, ax = plt.subplots()
+    assert PICTURES[picture](SWEEPS[name].reset_index(drop=True), ax=ax) is ax
+    assert dict(plt.rcParams) == before
+    figure.canvas.draw()
+    assert ax.lines or ax.collections
+    legend = texts(ax.get_legend().get_texts()) if ax.get_legend() else []
+    written = [*texts(ax.get_xticklabels()), *texts(ax.get_yticklabels()), *legend]
+    assert written and not any(word in text for text in written for word in ("nan", "None"))
+
+
+def test_a_row_without_any_accuracy_has_no_frame_and_the_score_it_has(table):
+    table.loc[table["position"] == 0.5, "accuracy"] = np.nan
+    ax = ll.plots.surface(table)
+    assert [frame.get_xy()[1] for frame in ax.patches] == [0, 1, 3, 4, 5]
+    assert not np.ma.getmaskarray(ax.collections[0].get_array()).any()
+
+
+def test_windows_that_no_seed_brought_there_leave_the_picture_empty(table):
+    result = ll.tradeoffs.at_own_best_rate(table).assign(reached=0)
+    ax = ll.plots.comparison(result.assign(forgetting=np.nan, forgetting_low=np.nan, forgetting_high=np.nan))
+    ax.figure.canvas.draw()
+    assert not named(ax, "_mean") and not named(ax, "_interval")
+
+
+def test_windows_placed_by_start_stand_beside_those_on_the_line(table):
+    absolute = runs_of("window", np.nan).assign(start=40.0)
+    ax = ll.plots.comparison(ll.tradeoffs.at_own_best_rate(pd.concat([table, absolute])))
+    assert named(ax, "rank 8")[0].get_xdata().tolist() == list(POSITIONS)
+    assert "window\nfrom 40" in texts(ax.get_xticklabels())[5:]
+
+
+def test_variants_are_lines_of_their_own_and_the_plain_one_has_no_name(table):
+    windows = table[table["method"] == "window"]
+    both = pd.concat([windows, windows.assign(variant="DoRA", forgetting=0.5)])
+    ax = ll.plots.comparison(ll.tradeoffs.at_own_best_rate(both))
+    assert set(texts(ax.get_legend().get_texts())) == {"rank 8", "rank 8, DoRA"}
+    assert lines_of(ax, "rank 8, DoRA") == [[0.5] * 5]
+
+
+def test_fronts_have_the_colour_of_their_position(table):
+    colours = [to_hex(line.get_color()) for line in named(ll.plots.fronts_by_method(table), "_front")]
+    assert colours == [to_hex(plt.get_cmap("cividis")(float(p))) for p in POSITIONS]
+
+
+def test_lora_is_named_only_where_it_is_drawn(table):
+    usual = table[table["lr"] == 3e-3]
+    alpha = usual["rank"].where(usual["method"] == "window")  # LoRA has none in this table
+    ax = ll.plots.by_setting(usual.assign(alpha=alpha), "alpha")
+    assert texts(ax.get_legend().get_texts()) == ["8"]
+    assert not [line for line in ax.lines if line.get_linestyle() == "--"]
+
+
+def test_a_setting_without_runs_or_placed_windows_is_refused(table):
+    usual = table[table["lr"] == 3e-3]
+    with pytest.raises(ValueError, match="the table has none"):
+        ll.plots.by_setting(table.iloc[:0], "rank")
+    with pytest.raises(ValueError, match="no runs of windows placed by position"):
+        ll.plots.by_setting(usual.assign(position=np.nan, start=40), "rank")
+    with pytest.raises(ValueError, match=r"score must be one of .*, not 'loss'"):
+        ll.plots.by_setting(usual, "rank", "loss")
+
+
+def test_columns_that_a_picture_needs_are_named_where_they_lack(table):
+    wide = ll.tradeoffs.rate_robustness(table)
+    for draw, source, column in (
+        (ll.plots.surface, table, "accuracy"),
+        (ll.plots.fronts_by_method, table, "retained_accuracy"),
+        (ll.plots.robustness, wide, "collapse"),
+    ):
+        with pytest.raises(ValueError, match=f"no column {column}"):
+            draw(source.drop(columns=column))

@@ -292,6 +292,17 @@ def test_seeds_whose_runs_do_not_span_the_update_did_not_get_there():
     assert np.isnan([second["accuracy"], second["forgetting_high"]]).all()
 
 
+def test_runs_that_moved_nothing_or_have_no_drift_span_nothing_and_equally_far_ones_count_as_one():
+    rates = [(0.5, lr) for lr in (0.1, 0.2, 0.4)]
+    sizes = dict(zip(rates, ([0.0, -1, 0.1], [0.2, -1, 0.2], [0.4, -1, 0.2]), strict=True))
+    accuracy = dict(zip(rates, ([0.1, 0.1, 0.3], [0.5, 0.1, 0.6], [0.7, 0.1, 0.8]), strict=True))
+    table, moved = updated(sizes, accuracy=accuracy)
+    below, at = (tradeoffs.at_matched_update(table, moved, size).iloc[0] for size in (0.14142135, 0.2))
+    assert (below["seeds"], below["reached"]) == (3, 1)  # nothing moved leads to no size in between
+    assert below["accuracy"] == pytest.approx(0.5, abs=1e-6)  # half way from 0.3 to the mean of 0.6 and 0.8
+    assert at["reached"] == 2 and at["accuracy"] == pytest.approx((0.5 + 0.7) / 2)
+
+
 def test_matching_updates_refuses_what_is_no_size_and_the_drifts_of_other_runs():
     table, moved = updated({(0.5, 0.1): [0.1]}, accuracy={(0.5, 0.1): [0.8]})
     for size in (0, -0.1, np.nan):
