@@ -77,7 +77,7 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
         "few_digits": after_fashion(few_digits),
         "noise": after_fashion(noisy),
     }.items():
-        # 6 seeds where 3 showed something like a U: the test of it needs 5 at least.
+        # 6 seeds where 3 showed something like a U: the test of it at one rate needs 5 at least.
         seeds = 6 if name == "new_classes" else 3
         yield name, Sweep(setting, [(windows_and_lora(seeds), {})])
 
