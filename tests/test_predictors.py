@@ -150,6 +150,16 @@ def test_the_interval_of_r2_tells_a_noisy_measure_from_an_exact_one():
     assert best["r2_low"] > row["r2_high"]
 
 
+def test_exact_copies_of_the_runs_change_nothing():
+    told = np.random.default_rng(4).normal(size=len(POSITIONS) * len(RATES))
+    results = []
+    for seeds in (1, 6):
+        table = swept(seeds=seeds, noise=0)
+        moved = drifts(table, first_left=table["forgetting"] + 0.05 * np.repeat(told, seeds))
+        results.append(predictors.predict_forgetting(table, moved).set_index("measure").drop(columns="runs"))
+    pd.testing.assert_frame_equal(*results)
+
+
 def test_the_same_seed_gives_the_same_numbers_and_runs_without_a_drift_are_left_out():
     table = swept(seeds=2)
     moved = drifts(table, first_left=table["forgetting"] ** 2)
@@ -184,3 +194,11 @@ def test_what_a_measure_tells_beyond_the_learning_rate():
     assert abs(found) < 0.4
     assert predictors._within(-inside.astype(float), forgetting, rates) == pytest.approx(-1)
     assert np.isnan(predictors._within(rates, forgetting, rates))
+    against = np.where(rates < 5e-3, inside, -inside)  # rising at one rate, falling at the other
+    assert predictors._within(against, forgetting, rates) == pytest.approx(0)
+
+
+def test_places_with_more_runs_weigh_more_where_neighbours_are_pooled():
+    x, y = np.array([0.0, 1, 1, 1, 2]), np.array([0.0, 3, 3, 3, 1])
+    fitted = predictors._monotone(x, y, np.array([0.0, 0.5, 1, 2, 9]))
+    assert fitted == pytest.approx([0, 1.25, 2.5, 2.5, 2.5])  # (3 * 3 + 1) / 4
