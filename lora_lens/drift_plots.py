@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_lens.plot_style import colour_bar, styled
 from lora_lens.predictors import OUTSIDE
+from lora_lens.sweep_plots import RATE_MARKERS
 from lora_lens.tradeoffs import require_columns
 from lora_lens.window import Window
 
@@ -31,7 +32,6 @@ WINDOW = "#56B4E9"  # in full: a cycle's colours are looked up when the figure i
 SHARE_COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#999999")
 NO_POSITION = "#CC79A7"  # cividis holds every grey
 FAINTEST = 1e-3  # |cos| below it looks like 0
-RATE_MARKERS = "osD^vP*X"
 LARGEST_LABEL = 10  # points
 NEEDS = {
     "C0": "from the weights",

@@ -81,7 +81,7 @@ def feature_split(
             fit, or ``spectrum`` is another weight's.
     """
     module = _linear(model, layer)
-    given = _given(model, [layer], inputs)
+    given = layer_inputs(model, [layer], inputs)
     if layer not in given:
         raise ValueError(f"{type(model).__name__} made its output without calling {layer}")
     x = given[layer]
@@ -104,7 +104,7 @@ def feature_split(
 def splittable(model: nn.Module, names: Iterable[str], inputs: Tensor) -> dict[str, int]:
     """Those of the named layers that :func:`feature_split` takes, with their number of positions."""
     linear = [name for name in names if type(_module(model, name)) in LINEAR]
-    given = _given(model, linear, inputs)
+    given = layer_inputs(model, linear, inputs)
     found = {name: given[name] for name in linear if name in given}
     return {name: x[0].numel() // x.shape[-1] for name, x in found.items() if _is_batch(x, len(inputs))}
 
@@ -152,7 +152,7 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _given(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Tensor]:
+def layer_inputs(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Tensor]:
     """The last input of each layer that one pass in evaluation mode reaches."""
     given: dict[str, Tensor] = {}
 

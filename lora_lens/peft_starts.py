@@ -18,6 +18,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from lora_lens.adapter import evaluating, planned
+from lora_lens.features import layer_inputs
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     ADAPTER,
@@ -163,7 +164,7 @@ def _some_rows(examples: int, seed: int) -> Sequence[Tensor]:
 def _require_use(model: nn.Module, start: PeftStart, names: list[str], data: Task | None) -> None:
     if data is None:
         raise ValueError(f"{start} is made from data: give attach_start {DATA[start.name]}=")
-    called = _inputs_of(model, names, data.train.inputs[:1].to(next(model.parameters()).device))
+    called = layer_inputs(model, names, data.train.inputs[:1].to(next(model.parameters()).device))
     for name in (n for n in names if n not in called):
         raise ValueError(
             f"{start} needs the inputs of {name}, and the model makes its output without calling it; "
@@ -184,29 +185,12 @@ def _measure_covariances(
 
     def run() -> None:
         for rows in _some_rows(len(retain.train), seed):
-            for name, x in _inputs_of(model, names, retain.train.inputs[rows].to(device)).items():
+            for name, x in layer_inputs(model, names, retain.train.inputs[rows].to(device)).items():
                 x = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, in_features)
                 for sample in x if x.shape[1] > 1 else x.transpose(0, 1):
                     layers[name](sample[None])
 
     preprocess_corda(own, config, run_model=run)
-
-
-def _inputs_of(model: nn.Module, names: list[str], inputs: Tensor) -> dict[str, Tensor]:
-    """What each layer that is called is given in one pass in evaluation mode."""
-    given: dict[str, Tensor] = {}
-
-    def keep(name: str):
-        return lambda _module, arguments: given.__setitem__(name, arguments[0])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return given
 
 
 def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], task: Task, seed: int) -> None:

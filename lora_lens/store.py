@@ -46,7 +46,7 @@ def runs(store: str | Path) -> pd.DataFrame:
 
 
 def pack(store: str | Path, path: str | Path) -> Path:
-    """Write all finished runs of a results folder into one file of about 1 kB per run.
+    """Write all finished runs of a results folder into one file of about 2 kB per run.
 
     Args:
         store: the folder that ``sweep`` was given.

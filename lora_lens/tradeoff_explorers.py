@@ -1,4 +1,4 @@
-"""Explorers of a sweep: what windows gained and lost, compared in several ways, and what was forgotten."""
+"""Explorers of a sweep: what windows gained and lost, compared in several ways."""
 
 from __future__ import annotations
 
