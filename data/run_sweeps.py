@@ -1,6 +1,6 @@
 """Run the sweeps behind notebook 04 and pack each into one file under ``results``.
 
-    python data/run_sweeps.py                    # all of them: some hours on 2 cores
+    python data/run_sweeps.py                    # all of them: about an hour and a half on 2 cores
     python data/run_sweeps.py digits ranks       # these
     python data/run_sweeps.py --store FOLDER     # keep the runs there; finished runs are not run again
 
