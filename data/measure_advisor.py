@@ -79,7 +79,7 @@ def recommendations(
         fixed = FIXED | {"random": random.Random(seed).choice(WINDOWS)}
         for name, window in fixed.items():
             yield f"{name}, fixed rate", seed, window, USUAL_RATE, 0
-        known = retain.train.inputs[:500]
+        known = retain.train.first(500)
         window, rate = foreseen(ll.foresee(model, task, known, WINDOWS, spectra=spectra, seed=seed))
         yield "foreseen, fixed rate", seed, window, USUAL_RATE, 0
         yield "foreseen, scaled rate", seed, window, rate, 0

@@ -13,9 +13,11 @@ from importlib import import_module
 from lora_lens import (
     comparison,
     embedded,
+    embedded_texts,
     fronts,
     items,
     metrics,
+    neighbours,
     penalties,
     placement,
     predictors,
@@ -27,7 +29,9 @@ from lora_lens import (
 from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.advisor import Advice, advise_from
 from lora_lens.comparison import compare
+from lora_lens.corpus import Corpus, Texts
 from lora_lens.drift import drift
+from lora_lens.evaluation import evaluate
 from lora_lens.feature_change import feature_change
 from lora_lens.features import feature_split
 from lora_lens.folders import folder_task
@@ -35,11 +39,15 @@ from lora_lens.foresight import foresee
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, PeftStart, Penalized, Variant
 from lora_lens.peft_starts import attach_start
 from lora_lens.pilot import advise
+from lora_lens.probe import probed
+from lora_lens.replies import replies, replies_before_after
 from lora_lens.saving import export, export_residual, load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
-from lora_lens.store import answers, curves, drifts, experiment, pack, runs
+from lora_lens.store import answers, curves, drifts, experiment, pack, runs, watched
 from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
+from lora_lens.text_files import hub_corpus, text_corpus
+from lora_lens.text_tasks import label_word_task, language_task, text_task
 from lora_lens.training import Run, Training, finetune
 from lora_lens.u_shape import u_shape_test
 from lora_lens.window import Window, windows
@@ -47,6 +55,7 @@ from lora_lens.window import Window, windows
 __version__ = "0.1.0"
 __all__ = [
     "Advice",
+    "Corpus",
     "Examples",
     "FullFineTuning",
     "Grid",
@@ -58,6 +67,7 @@ __all__ = [
     "Spectrum",
     "SpectrumSet",
     "Task",
+    "Texts",
     "Training",
     "Variant",
     "Window",
@@ -73,6 +83,8 @@ __all__ = [
     "drift",
     "drifts",
     "embedded",
+    "embedded_texts",
+    "evaluate",
     "experiment",
     "export",
     "export_residual",
@@ -83,14 +95,21 @@ __all__ = [
     "foresee",
     "fronts",
     "function_error",
+    "hub_corpus",
     "items",
+    "label_word_task",
+    "language_task",
     "load",
     "metrics",
+    "neighbours",
     "pack",
     "penalties",
     "placement",
     "plots",
     "predictors",
+    "probed",
+    "replies",
+    "replies_before_after",
     "report",
     "rotation",
     "runs",
@@ -100,8 +119,11 @@ __all__ = [
     "summary",
     "sweep",
     "task_variants",
+    "text_corpus",
+    "text_task",
     "tradeoffs",
     "u_shape_test",
+    "watched",
     "widgets",
     "windows",
 ]

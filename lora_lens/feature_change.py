@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter import call, evaluating
-from lora_lens.features import Inputs
 from lora_lens.layers import classifier
+from lora_lens.readouts import Inputs
 
 
 @torch.no_grad()
@@ -46,10 +46,17 @@ def feature_change(
                 f"the features of {name} have shape {tuple(x.shape)} before and {tuple(y.shape)} after for a "
                 f"batch of {batch}: expected the same (batch, ...) from both"
             )
-        x, y = (f.to("cpu", torch.float64).flatten(1) for f in (x, y))
-        change = torch.linalg.norm(y - x) / torch.linalg.norm(x)
-        rows.append({"layer": name, "cka": cka(x, y), "relative_change": float(change)})
+        rows.append({"layer": name, **difference(x.cpu().flatten(1), y.cpu().flatten(1))})
     return pd.DataFrame(rows)
+
+
+def difference(x: Tensor, y: Tensor) -> dict[str, float]:
+    """cka and relative_change of two sets of features of the same examples, both (n, features)."""
+    x, y = x.double(), y.double()
+    return {
+        "cka": cka(x, y),
+        "relative_change": float(torch.linalg.norm(y - x) / torch.linalg.norm(x)),
+    }
 
 
 def cka(x: Tensor, y: Tensor) -> float:

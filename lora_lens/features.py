@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from lora_lens.adapter import call, check_belongs, evaluating
 from lora_lens.layers import LINEAR, weight_matrix
+from lora_lens.readouts import Inputs
 from lora_lens.spectrum import Spectrum
 from lora_lens.window import Placement
-
-Inputs = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,22 +32,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_lens.adapter import check_belongs, chosen_layers, evaluating
-from lora_lens.layers import LINEAR, Targets, classifier, weight_matrix
+from lora_lens.adapter import call, check_belongs, chosen_layers, evaluating
+from lora_lens.evaluation import example_features
+from lora_lens.layers import LINEAR, Targets, weight_matrix
+from lora_lens.probe import drawn, fitted_head
+from lora_lens.readouts import HeadReadout, real_positions, to_device
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.tasks import Examples, Task
-from lora_lens.training import features_of
 from lora_lens.window import Placement
-
-PROBE_DECAY = 1e-3  # of the head's weights, so that separable classes have a head of finite size
-PROBE_ITERATIONS = 100
 
 
 def foresee(
     model: nn.Module,
     task: Task,
-    retain_inputs: Tensor,
+    retain_examples: Examples,
     windows: Sequence[Placement],
     *,
     spectra: SpectrumSet | None = None,
@@ -57,13 +56,14 @@ def foresee(
 ) -> pd.DataFrame:
     """How fast each window would start to learn, and how much that would disturb: no step is taken.
 
-    The new task's head is a logistic regression on the model's frozen features of ``examples`` training
-    examples; then one gradient pass over them gives G. See the module's text for both formulas.
+    The new task's head, where it has one, is a logistic regression on the model's frozen features of
+    ``examples`` training examples; then a gradient pass over them gives G. See the module's text for both
+    formulas.
 
     Args:
         model: the pretrained model, not adapted; it is left as it was.
         task: what to learn; only its training examples are used.
-        retain_inputs: unlabelled inputs of the source, (n, ...) as the model takes them, a few hundred.
+        retain_examples: of the source, a few hundred; their labels play no part.
         windows: windows or other placements to compare.
         spectra: of this model with the windows' vectors, if they are at hand.
         targets: which linear layers would be adapted, see :func:`lora_lens.layers.target_layers`.
@@ -91,8 +91,8 @@ def foresee(
     for name, layer in layers.items():
         for window in windows:
             check_belongs(spectra[name], window, layer)
-    gradients = _gradients(model, layers, _drawn(task.train, examples, seed))
-    moments = _second_moments(model, layers, retain_inputs)
+    gradients = _gradients(model, layers, task, drawn(task.train, examples, seed))
+    moments = _second_moments(model, layers, retain_examples)
     rows = []
     for window in windows:
         learning = disturbed = 0.0
@@ -153,62 +153,58 @@ def _linear_layers(
     return layers
 
 
-def _drawn(examples: Examples, count: int, seed: int) -> Examples:
-    rows = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
-    return Examples(examples.inputs[rows], examples.labels[rows])
-
-
-def _gradients(model: nn.Module, layers: Mapping[str, nn.Module], examples: Examples) -> dict[str, Tensor]:
+def _gradients(
+    model: nn.Module, layers: Mapping[str, nn.Module], task: Task, examples: Examples
+) -> dict[str, Tensor]:
     """dLoss/dW of every layer, (out, in), under a head that is fitted to the frozen features."""
     device = next(model.parameters()).device
-    inputs, labels = examples.inputs.to(device), examples.labels.to(device)
+    readout = task.new_readout(model, seed=0)
+    if isinstance(readout, HeadReadout):
+        readout.head = fitted_head(
+            example_features(model, task, examples), examples.labels, len(task.classes)
+        )
+    readout.to(device)
     weights = [layer.weight for layer in layers.values()]
     required = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
+    sums = [torch.zeros_like(weight) for weight in weights]
     try:
-        with evaluating(model), features_of(classifier(model)) as features, torch.enable_grad():
-            model(inputs)
-            head_weight, head_bias = _probe(features[0].detach(), labels)
-            logits = nn.functional.linear(features[0], head_weight, head_bias)
-            found = torch.autograd.grad(nn.functional.cross_entropy(logits, labels), weights)
+        with evaluating(model), torch.enable_grad():
+            for rows in examples.in_batches():
+                inputs, labels = to_device(examples.batch(rows), device), examples.labels[rows].to(device)
+                loss = nn.functional.cross_entropy(*readout(model, inputs, labels))
+                share = len(rows) / len(examples)
+                for total, found in zip(sums, torch.autograd.grad(share * loss, weights), strict=True):
+                    total += found
     finally:
         for weight, before in zip(weights, required, strict=True):
             weight.requires_grad_(before)
-    pairs = zip(layers.items(), found, strict=True)
+    pairs = zip(layers.items(), sums, strict=True)
     return {name: (g.T if isinstance(layer, Conv1D) else g).cpu() for (name, layer), g in pairs}
 
 
-def _probe(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a logistic regression, from zero: convex, so it needs no seed."""
-    classes = int(labels.max()) + 1
-    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(classes, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=PROBE_ITERATIONS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        fit = nn.functional.cross_entropy(nn.functional.linear(features, weight, bias), labels)
-        value = fit + PROBE_DECAY / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weight.detach(), bias.detach()
-
-
-def _second_moments(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Tensor) -> dict[str, Tensor]:
+def _second_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], examples: Examples
+) -> dict[str, Tensor]:
     """C = E[x x^T] over examples and positions of every layer's inputs, (in, in)."""
     sums: dict[str, list[Tensor | int]] = {}
-    with _watching(layers, sums), evaluating(model), torch.no_grad():
-        model(inputs.to(next(model.parameters()).device))
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for rows in examples.in_batches():
+            inputs = to_device(examples.batch(rows), device)
+            with _watching(layers, sums, real_positions(inputs)):
+                call(model, inputs)
     return {name: (total / count).cpu() for name, (total, count) in sums.items()}
 
 
 @contextmanager
-def _watching(layers: Mapping[str, nn.Module], sums: dict[str, list[Tensor | int]]) -> Iterator[None]:
+def _watching(
+    layers: Mapping[str, nn.Module], sums: dict[str, list[Tensor | int]], real: Tensor | None
+) -> Iterator[None]:
     def watch(name: str, x: Tensor) -> None:
-        x = x.flatten(0, -2).double()
+        padded = real is not None and x.shape[:2] == real.shape
+        x = (x[real] if padded else x.flatten(0, -2)).double()
         total, count = sums.get(name, (0, 0))
         sums[name] = [total + x.T @ x, count + len(x)]
 

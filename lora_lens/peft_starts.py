@@ -17,7 +17,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
-from lora_lens.adapter import evaluating, planned
+from lora_lens.adapter import call, evaluating, planned
 from lora_lens.features import layer_inputs
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
@@ -30,11 +30,11 @@ from lora_lens.injection import (
     note_start,
     peft_config,
 )
-from lora_lens.layers import Targets, classifier, matrix_shape, weight_matrix
+from lora_lens.layers import Targets, matrix_shape, weight_matrix
 from lora_lens.methods import LoRA, PeftStart, Variant
+from lora_lens.readouts import Inputs, real_positions, to_device
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.tasks import Task
-from lora_lens.training import features_of, fresh_head
 
 EXAMPLES, BATCH = 256, 64
 MOST_PASSES = 1000  # batches that eva may look at before its components stand still
@@ -164,7 +164,8 @@ def _some_rows(examples: int, seed: int) -> Sequence[Tensor]:
 def _require_use(model: nn.Module, start: PeftStart, names: list[str], data: Task | None) -> None:
     if data is None:
         raise ValueError(f"{start} is made from data: give attach_start {DATA[start.name]}=")
-    called = layer_inputs(model, names, data.train.inputs[:1].to(next(model.parameters()).device))
+    one = data.train.batch(torch.arange(1))
+    called = layer_inputs(model, names, to_device(one, next(model.parameters()).device))
     for name in (n for n in names if n not in called):
         raise ValueError(
             f"{start} needs the inputs of {name}, and the model makes its output without calling it; "
@@ -185,9 +186,13 @@ def _measure_covariances(
 
     def run() -> None:
         for rows in _some_rows(len(retain.train), seed):
-            for name, x in layer_inputs(model, names, retain.train.inputs[rows].to(device)).items():
+            inputs = to_device(retain.train.batch(rows), device)
+            real = real_positions(inputs)
+            for name, x in layer_inputs(model, names, inputs).items():
                 x = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, in_features)
-                for sample in x if x.shape[1] > 1 else x.transpose(0, 1):
+                if real is not None and x.shape[:2] == real.shape:
+                    x = [sample[own] for sample, own in zip(x, real, strict=True)]
+                for sample in x if len(x[0]) > 1 else torch.stack(list(x)).transpose(0, 1):
                     layers[name](sample[None])
 
     preprocess_corda(own, config, run_model=run)
@@ -196,17 +201,24 @@ def _measure_covariances(
 def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], task: Task, seed: int) -> None:
     """Leave what lora_ga needs on the layers of ``own``."""
     device = next(own.parameters()).device
-    old_head = classifier(own)
-    head = fresh_head(old_head, task, seed).to(device)
+    readout = task.new_readout(own, seed).to(device)
 
     def train_step() -> None:
-        with evaluating(own), features_of(old_head) as features:
+        with evaluating(own):
             for rows in _some_rows(len(task.train), seed):
-                own(task.train.inputs[rows].to(device).requires_grad_())
-                labels = task.train.labels[rows].to(device)
-                nn.functional.cross_entropy(head(features[0]), labels).backward()
+                inputs, labels = to_device(task.train.batch(rows), device), task.train.labels[rows].to(device)
+                nn.functional.cross_entropy(*readout(own, inputs, labels)).backward()
 
+    def with_gradient(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if not given[
+            0
+        ].requires_grad:  # PEFT's hooks fire where a gradient passes, and all weights are frozen
+            given[0].requires_grad_()
+
+    handles = [own.get_submodule(name).register_forward_pre_hook(with_gradient) for name in names]
     preprocess_loraga(own, config, train_step)
+    for handle in handles:
+        handle.remove()
     for name in names:
         if not hasattr(own.get_submodule(name), "_peft_loraga_grad"):
             raise ValueError(
@@ -219,16 +231,17 @@ def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> Non
     """Give eva's A to the layers, and each its rank."""
     passes = count(1)
 
-    def forward(model: nn.Module, inputs: Tensor) -> None:
+    def forward(model: nn.Module, inputs: Inputs) -> None:
         if next(passes) > MOST_PASSES:
             raise ValueError(
                 f"the components of {start} did not settle in {MOST_PASSES} batches of {task.name}; "
                 "use a smaller rank or more training examples"
             )
-        model(inputs)
+        call(model, inputs)
 
-    def rows_of(layer_input: tuple[Tensor, ...], _inputs: Tensor, name: str) -> Tensor:
-        rows = layer_input[0].flatten(0, -2)
+    def rows_of(layer_input: tuple[Tensor, ...], inputs: Inputs, name: str) -> Tensor:
+        x, real = layer_input[0], real_positions(inputs)
+        rows = x.flatten(0, -2) if real is None or x.shape[:2] != real.shape else x[real]
         if len(rows) < 4 * start.rank:  # PEFT would wait for a larger batch forever
             name = name.removeprefix("base_model.model.")
             raise ValueError(
@@ -237,7 +250,8 @@ def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> Non
             )
         return rows
 
-    batches = [task.train.inputs[rows] for rows in _some_rows(len(task.train), seed)]
+    device = next(adapted.parameters()).device
+    batches = [to_device(task.train.batch(rows), device) for rows in _some_rows(len(task.train), seed)]
     with torch.random.fork_rng(devices=[]), evaluating(adapted):
         torch.manual_seed(seed)
         initialize_lora_eva_weights(

@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from lora_lens.adapter import evaluating
 from lora_lens.injection import ADAPTER, factor_matrix, is_dora
 from lora_lens.methods import Penalty
-from lora_lens.tasks import Task
-from lora_lens.training import EVALUATION_BATCH, Training, shuffled_rows
+from lora_lens.precision import autocast
+from lora_lens.readouts import Readout, to_device
+from lora_lens.tasks import Examples, Task, shuffled_rows
+from lora_lens.training import Training
+
+MOST_ANSWERS = 5e8  # numbers that KLAnchor keeps: 2 GB
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ class KLAnchor(Penalty):
     The labels of the retained task are not used.
 
     The pretrained answers are those of the model as it starts, in evaluation mode, computed once for each
-    example that the run will see.
+    example that the run will see, and kept.
 
     Raises:
-        ValueError: :meth:`begin` has no retained task, or a batch of 1, which has no half.
+        ValueError: :meth:`begin` has no retained task, a batch of 1, which has no half, or more answers to
+            keep than fit a memory, as for a language model's whole vocabulary.
     """
 
     share: ClassVar[float] = 0.5
@@ -96,19 +101,35 @@ class KLAnchor(Penalty):
             raise ValueError(
                 f"KLAnchor needs half of each batch, and batch_size is {config.batch_size}: use 2 or more"
             )
-        device = next(model.parameters()).device
-        images = retain.train.inputs
+        examples, readout = retain.train, retain.own_readout(model)
+        readout.to(next(model.parameters()).device)
         batches = torch.stack(
-            list(islice(shuffled_rows(len(images), half, config.seed), config.steps))
+            list(islice(shuffled_rows(len(examples), half, config.seed), config.steps))
         )  # (steps, half)
         used, places = batches.unique(return_inverse=True)
-        pretrained = _log_probabilities(model, images, used, device)  # (examples used, classes)
+        with evaluating(model), torch.no_grad():
+            one = _log_probabilities(model, readout, examples, used[:1], config.precision)
+            if (size := one.numel() * len(used)) > MOST_ANSWERS:
+                raise ValueError(
+                    f"KLAnchor keeps the pretrained answers to the {len(used)} examples of {retain.name} "
+                    f"that the run will see, and these are {size:.1e} numbers, more than "
+                    f"{MOST_ANSWERS:.0e}; retain a task with fewer choices, or take L2ToInitial"
+                )
+            parts = [
+                _log_probabilities(model, readout, examples, used[rows], config.precision)
+                for rows in examples.take(used).in_batches()
+            ]
+        order = torch.cat(list(examples.take(used).in_batches())).argsort()
+        pretrained = torch.cat(parts)[order]  # (examples used, items, choices)
         steps = iter(places)
 
         def extra() -> Tensor:
             place = next(steps)
-            now = model(images[used[place]].to(device)).log_softmax(-1)
-            kl = nn.functional.kl_div(now, pretrained[place], log_target=True, reduction="batchmean")
+            now = _log_probabilities(model, readout, examples, used[place], config.precision)
+            target = pretrained[place]
+            kl = nn.functional.kl_div(
+                now.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean"
+            )
             return self.strength * kl
 
         return extra
@@ -130,8 +151,11 @@ def squared_change(layer: LoraLayer, b0: Tensor, a0: Tensor) -> Tensor:
     return layer.scaling[ADAPTER] ** 2 * ((left.T @ left) * (right @ right.T)).sum()
 
 
-@torch.no_grad()
-def _log_probabilities(model: nn.Module, inputs: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    with evaluating(model):
-        parts = [model(inputs[part].to(device)).log_softmax(-1) for part in rows.split(EVALUATION_BATCH)]
-    return torch.cat(parts)
+def _log_probabilities(
+    model: nn.Module, readout: Readout, examples: Examples, rows: Tensor, precision: str
+) -> Tensor:
+    """(examples, items of each, choices); one item each but for language tasks."""
+    device = next(model.parameters()).device
+    with autocast(device, precision):
+        logits, _ = readout(model, to_device(examples.batch(rows), device), examples.labels[rows].to(device))
+    return logits.float().log_softmax(-1).reshape(len(rows), -1, logits.shape[-1])

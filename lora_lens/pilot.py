@@ -19,7 +19,7 @@ from lora_lens.layers import listed
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.sweep import Grid, sweep
-from lora_lens.tasks import Examples, Task
+from lora_lens.tasks import Task
 from lora_lens.tradeoffs import bootstrap_interval
 from lora_lens.window import Window
 from lora_lens.window import windows as evenly_spaced
@@ -114,7 +114,7 @@ def advise(
     if spectra is None:
         spectra = compute_spectra(model, targets, progress=False)
     if not short:
-        known = retain.train.first(HELD_OUT).inputs
+        known = retain.train.first(HELD_OUT)
         evidence = foresee(model, task, known, windows, spectra=spectra, targets=targets, seed=seed)
         return _untrained(usual, evidence)
     shared = {"model": model, "spectra": spectra, "store": store, "evaluations": 2, **settings, **judged}
@@ -174,8 +174,8 @@ def judged_on_training_examples(task: Task, retain: Task, seed: int) -> dict[str
     rows = _shuffled(len(task.train), seed)
     known = _shuffled(len(retain.train), seed)[:HELD_OUT]
     return {
-        "task": replace(task, train=_some(task.train, rows[count:]), test=_some(task.train, rows[:count])),
-        "retain": replace(retain, test=_some(retain.train, known)),
+        "task": replace(task, train=task.train.take(rows[count:]), test=task.train.take(rows[:count])),
+        "retain": replace(retain, test=retain.train.take(known)),
     }
 
 
@@ -277,7 +277,3 @@ def _usual(windows: Sequence[Window], rates: Sequence[float]) -> Choice:
 
 def _shuffled(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def _some(examples: Examples, rows: torch.Tensor) -> Examples:
-    return Examples(examples.inputs[rows], examples.labels[rows])

@@ -16,7 +16,7 @@ import os
 import secrets
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -90,13 +90,16 @@ def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     """The evaluations along the way of every run in ``table``.
 
     Returns:
-        One row per run and evaluation: run, step, loss, accuracy, retained_accuracy.
+        One row per run and evaluation: run, step, loss, accuracy, test_loss, retained_accuracy,
+        retained_loss, as in :class:`lora_lens.Run`; without the two test losses where an earlier version
+        kept the runs.
 
     Raises:
         FileNotFoundError: a run is not in the store.
     """
     parts = [pd.DataFrame(record["curve"]).assign(run=record["run"]) for record in _records(store, table)]
-    return pd.concat(parts, ignore_index=True)[["run", "step", "loss", "accuracy", "retained_accuracy"]]
+    together = pd.concat(parts, ignore_index=True)
+    return together[["run", *together.columns.drop("run")]]
 
 
 def answers(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -149,6 +152,33 @@ def drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     return together[["run", *together.columns.drop("run")]]
 
 
+def watched(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
+    """What every run in ``table`` did to the tasks that the sweep watched beside the retained one.
+
+    Returns:
+        One row per run and task: run, task, before and after (accuracies, in [0, 1]), loss_before and
+        loss_after (nats per example, of a language task per token), forgetting (before - after) and
+        loss_rise (loss_after - loss_before); in the last two positive = forgot.
+
+    Raises:
+        FileNotFoundError: a run is not in the store.
+        ValueError: the sweep watched nothing.
+    """
+    parts = [
+        pd.DataFrame(record["watched"]).assign(run=record["run"])
+        for record in _records(store, table)
+        if "watched" in record
+    ]
+    if not parts:
+        raise ValueError(f"no run in {store} watched other tasks; give the sweep watch=[...]")
+    together = pd.concat(parts, ignore_index=True)
+    together = together.assign(
+        forgetting=together["before"] - together["after"],
+        loss_rise=together["loss_after"] - together["loss_before"],
+    )
+    return together[["run", *together.columns.drop("run")]]
+
+
 def row_of(record: dict) -> dict[str, object]:
     """A run's row in the table of a sweep."""
     return {"run": record["run"], **record["settings"], **record["result"]}
@@ -194,9 +224,9 @@ def open_store(store: str | Path | None, identity: dict[str, str]) -> Iterator[P
     described = store / "experiment.json"
     if described.exists():
         found = json.loads(described.read_text())["identity"]
-        different = [key for key in identity if found.get(key) != identity[key]]
+        different = [key for key in identity | found if found.get(key) != identity.get(key)]
         if different:
-            details = "; ".join(f"{k}: there {found.get(k)}, here {identity[k]}" for k in different)
+            details = "; ".join(f"{k}: there {found.get(k)}, here {identity.get(k)}" for k in different)
             raise ValueError(
                 f"the results folder {store} holds a different experiment ({details}); "
                 "choose another folder, or remove this one if you no longer need it"
@@ -244,13 +274,17 @@ def run_name(settings: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def experiment_identity(model: nn.Module, task: Task, retain: Task) -> dict[str, str]:
+def experiment_identity(
+    model: nn.Module, task: Task, retain: Task, watch: Sequence[Task] = ()
+) -> dict[str, str]:
     """What must be equal for runs to belong into one folder."""
+    watched = "; ".join(f"{t.name} {t.fingerprint()}" for t in watch)
     return {
         "lora_lens": version("lora_lens"),
         "model": _model_fingerprint(model),
         "task": f"{task.name} {task.fingerprint()}",
         "retain": f"{retain.name} {retain.fingerprint()}",
+        **({"watch": watched} if watched else {}),
     }
 
 

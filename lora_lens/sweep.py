@@ -16,7 +16,8 @@ from torch import nn
 
 from lora_lens.adapter import attach, chosen_layers, planned
 from lora_lens.drift import drift, drift_between
-from lora_lens.feature_change import feature_change
+from lora_lens.evaluation import example_features
+from lora_lens.feature_change import difference
 from lora_lens.layers import Targets
 from lora_lens.methods import (
     FullFineTuning,
@@ -28,6 +29,7 @@ from lora_lens.methods import (
     Penalty,
     Variant,
 )
+from lora_lens.neighbours import neighbour_agreement
 from lora_lens.peft_starts import attach_start, planned_start
 from lora_lens.placement import ByLayer
 from lora_lens.progress import progress_bar
@@ -99,6 +101,7 @@ class Experiment:
     model: nn.Module
     task: Task
     retain: Task
+    watch: tuple[Task, ...]
     layers: dict[Method, list[str]]
     alpha: float | None
     variant: Variant
@@ -108,6 +111,9 @@ class Experiment:
     def describe(self, method: Method, lr: float, seed: int) -> dict[str, object]:
         """The plain values that describe one run; their hash is its identity."""
         variant = {} if self.variant == Variant() else {"variant": str(self.variant)}
+        settings = asdict(replace(self.training, lr=float(lr), seed=int(seed)))
+        if self.training.precision == Training.precision:  # so that earlier versions' runs are found
+            del settings["precision"]
         return {
             "method": METHOD_NAMES.get(type(method)) or str(method),
             "rank": getattr(method, "rank", None),
@@ -116,7 +122,7 @@ class Experiment:
             "alpha": None if self.alpha is None else float(self.alpha),
             "targets": " ".join(self.layers[method]),
             **variant,
-            **asdict(replace(self.training, lr=float(lr), seed=int(seed))),
+            **settings,
         }
 
 
@@ -126,6 +132,7 @@ def sweep(
     model: nn.Module,
     task: Task,
     retain: Task,
+    watch: Sequence[Task] = (),
     store: str | Path | None = None,
     targets: Targets = None,
     alpha: float | None = None,
@@ -133,13 +140,14 @@ def sweep(
     spectra: SpectrumSet | None = None,
     jobs: int | None = None,
     progress: bool = True,
-    **settings: float,
+    **settings: object,
 ) -> pd.DataFrame:
     """Run every point of ``grid`` on a fresh copy of ``model``; one factorization serves all windows.
 
     Args:
         grid: what to vary.
-        model, task, retain, targets, alpha, variant: as for ``attach`` and ``finetune``.
+        model, task, retain, watch, targets, alpha, variant: as for ``attach`` and ``finetune``; what was
+            watched is in :func:`lora_lens.watched`.
         store: a folder that keeps one small file per finished run. A sweep
             that was interrupted, or a larger grid, runs only what is missing.
             Without it nothing is kept.
@@ -155,7 +163,8 @@ def sweep(
         start, alpha, variant (if one was given), lr, seed and the other settings; trainable (adapter
         parameters trained, without the new head); loss (nats, mean since the last
         evaluation, without a penalty); accuracy, retained_before, retained_accuracy (in [0, 1]);
-        forgetting (retained_before - retained_accuracy; positive = forgot);
+        forgetting (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise
+        (its rise over the run, nats per example, of a language task per token; positive = forgot);
         diverged.
 
     Raises:
@@ -164,27 +173,29 @@ def sweep(
     """
     if {"lr", "seed"} & set(settings):
         raise ValueError("lr and seed are the grid's: give them to Grid, not to sweep")
-    training = Training(**settings)
+    training, watch = Training(**settings), tuple(watch)
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
     choices = {"targets": targets, "alpha": alpha, "spectra": spectra, "variant": variant}
     plans = {method: _planned(model, method, choices) for method in grid.methods}
     for lr in grid.lr:
         replace(training, lr=lr)  # raises for an impossible rate
-    one, once = (task.subset(1, 1), retain.subset(1, 1)), {"steps": 1, "evaluations": 2, "progress": False}
-    finetune(attach(model, LinearProbe()), *one, **once)
-    for penalty in {_penalty(method) for method in grid.methods} - {None}:
+    one, watched = (task.subset(1, 1), retain.subset(1, 1)), [t.subset(1, 1) for t in watch]
+    once = {"steps": 1, "evaluations": 2, "watch": watched, "progress": False}
+    for penalty in {_penalty(method) for method in grid.methods} | {None}:
         rehearsal = attach(model, LoRA(1), targets=usual, variant=Variant(dora=variant.dora))
         finetune(rehearsal, *one, penalty=penalty, batch_size=training.batch_size, **once)
+    if any(isinstance(method, LinearProbe) for method in grid.methods):
+        finetune(attach(model, LinearProbe()), *one, **once)
 
-    with open_store(store, experiment_identity(model, task, retain)) as folder:
+    with open_store(store, experiment_identity(model, task, retain, watch)) as folder:
         if spectra is None:
             wanted = _placements_by_layer(plans.values())
             spectra = (
                 compute_spectra(model, list(wanted), vectors=wanted, progress=progress) if wanted else None
             )
         layers = {method: list(plan) or usual for method, plan in plans.items()}
-        experiment = Experiment(model, task, retain, layers, alpha, variant, spectra, training)
+        experiment = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
         plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in grid]
         missing = [(point, path) for point, path in plan if read_run(path) is None]
         cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -238,7 +249,13 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         config = replace(experiment.training, lr=lr, seed=seed)
         run = finetune(
-            adapted, experiment.task, experiment.retain, config, penalty=_penalty(method), progress=False
+            adapted,
+            experiment.task,
+            experiment.retain,
+            config,
+            penalty=_penalty(method),
+            watch=experiment.watch,
+            progress=False,
         )
         mechanism = {} if run.diverged else _mechanism(experiment, method, adapted)
     result = {
@@ -248,6 +265,8 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
         "retained_before": run.retained_before,
         "retained_accuracy": run.retained_accuracy,
         "forgetting": run.forgetting,
+        "retained_loss": float(run.curve["retained_loss"].iloc[-1]),
+        "loss_rise": run.loss_rise,
         "diverged": run.diverged,
     }
     record = {
@@ -256,6 +275,7 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
         "result": result,
         "curve": run.curve.to_dict("list"),
         "items": run.items.to_dict("list"),
+        **({} if run.watched is None else {"watched": run.watched.to_dict("list")}),
         **mechanism,
         "seconds": run.seconds,
     }
@@ -275,11 +295,11 @@ def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> di
         moved = drift_between(experiment.model, adapted, spectra)
     else:
         return {}
-    images = experiment.retain.test.inputs[:EXAMPLES_OF_FEATURES]
-    features = feature_change(experiment.model, adapted, images).iloc[0]
+    some = experiment.retain.test.first(EXAMPLES_OF_FEATURES)
+    before, after = (example_features(m, experiment.retain, some) for m in (experiment.model, adapted))
     return {
         "drift": {column: [_short(v) for v in values] for column, values in moved.to_dict("list").items()},
-        "features": {key: float(features[key]) for key in ("cka", "relative_change")},
+        "features": difference(before, after) | {"neighbours": neighbour_agreement(before, after)},
     }
 
 

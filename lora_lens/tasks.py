@@ -1,14 +1,23 @@
-"""A task: labelled examples to train on and to test on."""
+"""A task: examples to train on and to test on, and how a model's answers to them are read.
+
+Whatever trains or measures asks the task: for batches, for a new readout to train, for the readout of what
+the model can do already. So the same loop serves images, texts and language modelling.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_lens.fingerprint import add_tensor
+from lora_lens.fingerprint import Digest, add_tensor
+from lora_lens.layers import classifier
+from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model
+
+EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,23 +49,57 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows: Tensor) -> Examples:
+        """Some of the examples, by their numbers."""
+        return Examples(self.inputs[rows], self.labels[rows])
+
     def first(self, count: int) -> Examples:
         """The first ``count`` examples; all of them if there are fewer."""
-        return Examples(self.inputs[:count], self.labels[:count])
+        return self.take(torch.arange(min(count, len(self))))
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """Some examples' inputs, as the model takes them."""
+        return self.inputs[rows]
+
+    def in_batches(self, most: int = EVALUATION_BATCH) -> Iterator[Tensor]:
+        """The numbers of all examples, in batches to run without gradients."""
+        return iter(torch.arange(len(self)).split(most))
+
+    def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """Endless batches of numbers to train on; each comes once before any comes again."""
+        return shuffled_rows(len(self), batch_size, seed)
+
+    def check_fit(self, model: nn.Module) -> None:
+        """What can be said before the model has seen a batch; nothing of images."""
+
+    def add_to(self, digest: Digest) -> None:
+        """Hash all that they hold."""
+        for tensor in (self.inputs, self.labels):
+            add_tensor(digest, tensor)
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
     """Classification with a fixed training and test set.
 
+    Attributes:
+        name, classes: what it is called and what its classes are.
+        train, test: :class:`Examples`, or another kind of examples with the same methods.
+        pooling: how the features of an example become one vector, see
+            :func:`lora_lens.readouts.pooled_features`.
+        head: what reads the task from the pretrained model's features, as :func:`lora_lens.probed` fits it;
+            None where that is the model's own classifier.
+
     Raises:
-        ValueError: a label outside ``classes``.
+        ValueError: a label outside ``classes``, another pooling, or a head of another size.
     """
 
     name: str
     classes: tuple[str, ...]
     train: Examples
     test: Examples
+    pooling: str = "model"
+    head: nn.Linear | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
@@ -67,6 +110,50 @@ class Task:
                     f"{self.name}: {part} labels run from {low} to {high}, outside the head's "
                     f"{len(self.classes)} classes (0 to {len(self.classes) - 1})"
                 )
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+        if self.head is not None and self.head.out_features != len(self.classes):
+            raise ValueError(
+                f"{self.name} has {len(self.classes)} classes, but its head has {self.head.out_features}"
+            )
+
+    def new_readout(self, model: nn.Module, seed: int) -> Readout:
+        """What is to be trained beside the model: a new head, which ``seed`` determines.
+
+        Raises:
+            ValueError: the examples do not fit the model, or it has no features to read.
+        """
+        self.check_fit(model)
+        return HeadReadout(
+            fresh_head(_feature_size(model, self.pooling), len(self.classes), seed), self.pooling
+        )
+
+    def own_readout(self, model: nn.Module) -> Readout:
+        """How the pretrained model does this task: by its own classifier, or through ``head``.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        self.check_fit(model)
+        if self.head is not None:
+            if self.head.in_features != (size := _feature_size(model, self.pooling)):
+                raise ValueError(
+                    f"the head of {self.name} reads {self.head.in_features} features, and the model has "
+                    f"{size}; fit it to this model with ll.probed"
+                )
+            return HeadReadout(self.head, self.pooling)
+        own = classifier(inner_model(model))
+        if own.out_features != len(self.classes):
+            raise ValueError(
+                f"{self.name} has {len(self.classes)} classes, but the model's own head has "
+                f"{own.out_features}; retain the task that the model was pretrained on"
+            )
+        return OwnHead()
+
+    def check_fit(self, model: nn.Module) -> None:
+        """Raises ValueError where the examples cannot be this model's inputs."""
+        for examples in (self.train, self.test):
+            examples.check_fit(inner_model(model))
 
     def subset(self, train: int | None = None, test: int | None = None) -> Task:
         """The same task with the first ``train`` training and ``test`` test examples."""
@@ -80,9 +167,45 @@ class Task:
         )
 
     def fingerprint(self) -> str:
-        """A hash of the classes and all examples, equal exactly when the tasks are."""
+        """A hash of the classes, all examples and the readout, equal exactly when the tasks are."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for examples in (self.train, self.test):
-            for tensor in (examples.inputs, examples.labels):
-                add_tensor(digest, tensor)
+            examples.add_to(digest)
+        digest.update(self._reading().encode())
+        for tensor in () if self.head is None else self.head.state_dict().values():
+            add_tensor(digest, tensor)
         return digest.hexdigest()[:16]
+
+    def _reading(self) -> str:
+        return "" if self.pooling == "model" else self.pooling
+
+
+def fresh_head(features: int, classes: int, seed: int) -> nn.Linear:
+    """A new linear classifier; the global random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(features, classes)
+
+
+def shuffled_rows(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of row numbers below ``count``; every row comes once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(rows) < batch_size:
+            rows = torch.cat([rows, torch.randperm(count, generator=generator)])
+        batch, rows = rows[:batch_size], rows[batch_size:]
+        yield batch
+
+
+def _feature_size(model: nn.Module, pooling: str) -> int:
+    inner = inner_model(model)
+    if pooling == "model":
+        return classifier(inner).in_features
+    size = getattr(getattr(inner, "config", None), "hidden_size", None)
+    if size is None:
+        raise ValueError(
+            f"{type(inner).__name__} has no config.hidden_size, as transformers' models have; "
+            "texts are read from such a model's hidden states"
+        )
+    return size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -12,18 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens import metrics
-from lora_lens.layers import classifier
+from lora_lens.evaluation import Answers, evaluate
 from lora_lens.methods import Penalty
+from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.progress import progress_bar
-from lora_lens.tasks import Examples, Task
-
-EVALUATION_BATCH = 500
+from lora_lens.readouts import HeadReadout, to_device
+from lora_lens.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class Training:
             would shrink pretrained components, which is forgetting by design.
         evaluations: how many times both tasks are tested, evenly spaced from
             before the first step to after the last; at least 2.
-        seed: of the new head and of the order of the examples.
+        seed: of the new head, of the order of the examples and of the model's dropout.
+        precision: "float32", or "bfloat16" for matrix products in bfloat16, in training and in evaluation
+            (autocast; weights, gradients and the optimizer stay as they are). Processors with such units
+            are several times faster at it.
     """
 
     lr: float = 1e-3
@@ -50,6 +53,7 @@ class Training:
     weight_decay: float = 0.0
     evaluations: int = 5
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         checks = {
@@ -59,6 +63,7 @@ class Training:
             "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "evaluations": (self.evaluations >= 2, "at least 2"),
+            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         }
         for name, (good, expected) in checks.items():
             if not good:
@@ -78,21 +83,26 @@ class Run:
     Attributes:
         config: its settings.
         curve: one row per evaluation: step, loss (mean training loss since the
-            row before, in nats, without a penalty; NaN at step 0), accuracy (of the new task's
-            test set), retained_accuracy (of the retained task's; NaN without one).
+            row before, in nats, without a penalty; NaN at step 0), accuracy and test_loss (of the new task's
+            test set), retained_accuracy and retained_loss (of the retained task's; NaN without one). Losses
+            of a language task are in nats per token, others in nats per example.
         diverged: True when the loss became NaN or infinite; the run stopped there.
         seconds: wall-clock time, evaluations included.
-        head: the new task's trained classifier.
+        head: the new task's trained classifier; None where the task is read from the model's own words.
         items: one row per test example of the retained task, in its order: label, before and after
-            (the predicted class before the first and after the last step); None without such a task.
+            (the predicted class before the first and after the last step); None without such a task. The
+            examples of a language task are its tokens.
+        watched: one row per watched task: task (its name), before and after (accuracies), loss_before and
+            loss_after; None where none was watched.
     """
 
     config: Training
     curve: pd.DataFrame
     diverged: bool
     seconds: float
-    head: nn.Linear = field(repr=False)
+    head: nn.Linear | None = field(repr=False)
     items: pd.DataFrame | None = field(default=None, repr=False)
+    watched: pd.DataFrame | None = field(default=None, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -114,6 +124,15 @@ class Run:
         """``retained_before - retained_accuracy``: positive = forgot."""
         return metrics.forgetting(self.retained_before, self.retained_accuracy)
 
+    @property
+    def loss_rise(self) -> float:
+        """The retained task's loss after the last step minus before the first, in nats: positive = forgot.
+
+        Per token for a language task; there it is what PEFT's method comparison calls forgetting.
+        """
+        losses = self.curve["retained_loss"]
+        return float(losses.iloc[-1] - losses.iloc[0])
+
 
 def finetune(
     model: nn.Module,
@@ -122,110 +141,154 @@ def finetune(
     config: Training | None = None,
     *,
     penalty: Penalty | None = None,
+    watch: Sequence[Task] = (),
     progress: bool = True,
-    **settings: float,
+    **settings: object,
 ) -> Run:
-    """Train what is trainable in ``model``, and a new head, on ``task``.
+    """Train what is trainable in ``model``, and what the task needs beside it, on ``task``.
 
-    The model's own classifier is kept as it is: the new head reads the same
-    features, and the retained task is tested with the old head on the adapted
-    features. Batch norms that are frozen keep their statistics. The model is
-    trained in place, on the device that accelerate picks. The same seed on the
-    same machine with the same number of threads gives the same numbers.
+    A classification by a head gets a new one, which reads the same features as the model's own; that stays
+    as it is, and tests the retained task on the adapted features. Batch norms that are frozen keep their
+    statistics. The model is trained in place, on the device that accelerate picks; started by torchrun or
+    accelerate launch, each process takes its part of every batch, and all end with the same weights.
+    The same seed on the same machine with the same number of threads gives the same numbers.
 
     Args:
         model: from :func:`lora_lens.attach` or :func:`lora_lens.peft_starts.attach_start`.
         task: what to learn.
-        retain: what the model's own classifier could do before.
+        retain: what the model could do before, by itself or with the head of :func:`lora_lens.probed`.
         config: the settings; ``settings`` given by name replace its values.
         penalty: added to the loss of every step against forgetting, see :mod:`lora_lens.penalties`. One
             that needs examples of its own takes them out of ``batch_size``, so a step costs the same.
+        watch: more that the model could do before, tested before the first and after the last step only.
         progress: show a bar with the loss and both scores.
 
     Raises:
-        ValueError: the model has no linear classifier, the retained task
-            has other classes than it, or the penalty does not fit.
+        ValueError: there is nothing to train, a task does not fit the model (another tokenizer, texts that
+            are too long, no linear classifier, other classes than the model's head), the penalty does not
+            fit, or a batch has fewer examples than there are processes.
     """
     config = replace(config or Training(), **settings)
-    old_head = classifier(model.get_base_model() if isinstance(model, PeftModel) else model)
-    if retain is not None and len(retain.classes) != old_head.out_features:
-        raise ValueError(
-            f"{retain.name} has {len(retain.classes)} classes, but the model's own head has "
-            f"{old_head.out_features}; retain the task that the model was pretrained on"
-        )
+    names = [t.name for t in watch]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two watched tasks have one name, and their rows could not be told apart: {names}")
+    readout = task.new_readout(model, config.seed)
+    own = [(t, t.own_readout(model)) for t in ([retain] if retain else []) + list(watch)]
     started = time.monotonic()
-    accelerator = Accelerator()
-    model, new_head = accelerator.prepare(model, fresh_head(old_head, task, config.seed))
+    accelerator = _accelerator()
+    if config.batch_size < accelerator.num_processes:
+        raise ValueError(
+            f"a batch of {config.batch_size} cannot be shared by {accelerator.num_processes} processes; "
+            f"use batch_size={accelerator.num_processes} or more"
+        )
+    device = accelerator.device
+    for part in (model, readout, *(r for _, r in own)):
+        part.to(device)
+    parameters = [p for p in [*model.parameters(), *readout.parameters()] if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"there is nothing to train: {task.name} has no head of its own, and all of the model is frozen; "
+            "attach an adapter first"
+        )
     penalty_now = penalty.begin(model, retain, config) if penalty else lambda: 0.0
-    parameters = [p for p in [*model.parameters(), *new_head.parameters()] if p.requires_grad]
-    optimizer = accelerator.prepare(
-        torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     rows: list[dict[str, float]] = []
-    answers: list[np.ndarray] = []  # to the retained task's test examples, one array per evaluation
+    answers: list[Answers] = []  # to the retained task's test examples, one per evaluation
     losses: list[float] = []
     bar = progress_bar(shown=progress, total=config.steps, desc=task.name, unit="step")
 
-    def evaluate(step: int) -> None:
-        model.eval()
-        new, retained = _predictions(model, old_head, new_head, task.test)[0], float("nan")
+    def tested() -> list[Answers]:
+        return [evaluate(model, t, r, precision=config.precision) for t, r in own[len(own) - len(watch) :]]
+
+    def test(step: int) -> None:
+        new = evaluate(model, task, readout, precision=config.precision)
+        row = {
+            "step": step,
+            "loss": float(np.mean(losses)) if losses else float("nan"),
+            "accuracy": new.accuracy,
+            "test_loss": new.loss,
+            "retained_accuracy": float("nan"),
+            "retained_loss": float("nan"),
+        }
         if retain is not None:
-            answers.append(_predictions(model, old_head, new_head, retain.test)[1])
-            retained = metrics.accuracy(answers[-1], retain.test.labels)
-        _train(model)
-        rows.append(
-            {
-                "step": step,
-                "loss": float(np.mean(losses)) if losses else float("nan"),
-                "accuracy": metrics.accuracy(new, task.test.labels),
-                "retained_accuracy": retained,
-            }
-        )
+            answers.append(evaluate(model, *own[0], precision=config.precision))
+            row |= {"retained_accuracy": answers[-1].accuracy, "retained_loss": answers[-1].loss}
+        rows.append(row)
         losses.clear()
 
-    evaluate(0)
+    _train(model)
+    test(0)
+    before = tested()
     diverged = False
-    with features_of(old_head) as features, bar:
-        own = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
-        batches = shuffled_rows(len(task.train), own, config.seed)
+    with bar, _seeded(config.seed, device):
+        size = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
+        batches = task.train.shuffled(size, config.seed)
         for step in range(1, config.steps + 1):
-            chosen = next(batches)
-            inputs, labels = task.train.inputs[chosen], task.train.labels[chosen]
-            model(inputs.to(accelerator.device))
-            loss = nn.functional.cross_entropy(new_head(features[0]), labels.to(accelerator.device))
-            losses.append(loss.item())
+            batch = next(batches)
+            mine = batch[accelerator.process_index :: accelerator.num_processes]
+            inputs, labels = to_device(task.train.batch(mine), device), task.train.labels[mine].to(device)
+            with autocast(device, config.precision):
+                logits, labels = readout(model, inputs, labels)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = loss * (len(mine) * accelerator.num_processes / len(batch))  # their mean is the batch's
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
             loss = loss + penalty_now()
-            diverged = not np.isfinite(loss.item())
+            value = accelerator.reduce(loss.detach(), "mean").item()
+            diverged = not np.isfinite(value)
             if not diverged:
                 optimizer.zero_grad()
-                accelerator.backward(loss)
+                loss.backward()
+                _average_gradients(accelerator, parameters)
                 optimizer.step()
                 schedule.step()
             if diverged or step in config.evaluation_steps:
-                evaluate(step)
+                test(step)
             bar.update()
             bar.set_postfix(
-                loss=f"{loss.item():.3f}",
+                loss=f"{value:.3f}",
                 accuracy=f"{rows[-1]['accuracy']:.3f}",
                 retained=f"{rows[-1]['retained_accuracy']:.3f}",
                 refresh=False,
             )
             if diverged:
                 break
+    after = tested()
     model.eval()
-    items = None
-    if retain is not None:
-        columns = {"label": retain.test.labels.numpy(), "before": answers[0], "after": answers[-1]}
-        items = pd.DataFrame(columns)
-    return Run(config, pd.DataFrame(rows), diverged, time.monotonic() - started, new_head, items)
+    head = readout.head if isinstance(readout, HeadReadout) else None
+    return Run(
+        config,
+        pd.DataFrame(rows),
+        diverged,
+        time.monotonic() - started,
+        head,
+        _items(answers),
+        _watched(names, before, after),
+    )
 
 
-def fresh_head(old_head: nn.Linear, task: Task, seed: int) -> nn.Linear:
-    """A new classifier of ``task`` on the features that ``old_head`` reads; the global random state stays."""
-    with torch.random.fork_rng(devices=[]):
+def _accelerator() -> Accelerator:
+    """Several processes without a GPU share their work only if they are told that this is meant."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(cpu=several and not torch.accelerator.is_available())
+
+
+def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Every process steps with the mean of all gradients, sent as one vector."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for parameter, part in zip(parameters, mean.split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout follows the run's seed, and the global random state stays."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        return nn.Linear(old_head.in_features, len(task.classes))
+        yield
 
 
 def _train(model: nn.Module) -> None:
@@ -236,45 +299,28 @@ def _train(model: nn.Module) -> None:
             module.eval()
 
 
-@contextmanager
-def features_of(head: nn.Module) -> Iterator[list[Tensor]]:
-    """A list whose only item is always the last input that ``head`` was given, (batch, features).
-
-    It turns any classifier into a feature extractor without knowing how the
-    model pools its tokens.
-    """
-    features: list[Tensor] = []
-
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features[:] = inputs[:1]
-
-    handle = head.register_forward_pre_hook(keep)
-    try:
-        yield features
-    finally:
-        handle.remove()
+def _items(answers: Sequence[Answers]) -> pd.DataFrame | None:
+    if not answers:
+        return None
+    first, last = answers[0], answers[-1]
+    return pd.DataFrame({"label": first.labels, "before": first.predicted, "after": last.predicted})
 
 
-@torch.inference_mode()
-def _predictions(
-    model: nn.Module, old_head: nn.Module, new_head: nn.Module, examples: Examples
-) -> tuple[np.ndarray, np.ndarray]:
-    """The classes that the new and the old head predict, each (n,)."""
-    device = next(model.parameters()).device
-    new, old = [], []
-    with features_of(old_head) as features:
-        for inputs in examples.inputs.split(EVALUATION_BATCH):
-            old.append(model(inputs.to(device)).argmax(-1).cpu())
-            new.append(new_head(features[0]).argmax(-1).cpu())
-    return torch.cat(new).numpy(), torch.cat(old).numpy()
-
-
-def shuffled_rows(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of row numbers below ``count``; every row comes once before any comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(rows) < batch_size:
-            rows = torch.cat([rows, torch.randperm(count, generator=generator)])
-        batch, rows = rows[:batch_size], rows[batch_size:]
-        yield batch
+def _watched(
+    names: Sequence[str], before: Sequence[Answers], after: Sequence[Answers]
+) -> pd.DataFrame | None:
+    if not names:
+        return None
+    rows = zip(names, before, after, strict=True)
+    return pd.DataFrame(
+        [
+            {
+                "task": name,
+                "before": old.accuracy,
+                "after": new.accuracy,
+                "loss_before": old.loss,
+                "loss_after": new.loss,
+            }
+            for name, old, new in rows
+        ]
+    )

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lens as ll
 from lora_lens.features import FeatureSplit, patch_grid, splittable
-from lora_lens.training import features_of
+from lora_lens.readouts import features_of
 from lora_lens.window import Placement
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.foresight import _drawn, _probe, expected_change, first_gain, foresee
+from lora_lens.foresight import expected_change, first_gain, foresee
 from lora_lens.injection import lora_layers
+from lora_lens.probe import drawn, fitted_head
+from lora_lens.readouts import features_of
 from lora_lens.spectrum import factorize
-from lora_lens.training import features_of
 
 WINDOWS = ll.windows(rank=8, count=3)
 
@@ -22,7 +23,7 @@ def task(digits) -> ll.Task:
 
 @pytest.fixture(scope="module")
 def table(model, task, source, spectra):
-    return foresee(model, task, source.train.inputs[:64], WINDOWS, spectra=spectra)
+    return foresee(model, task, source.train.first(64), WINDOWS, spectra=spectra)
 
 
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -48,13 +49,13 @@ def test_the_expected_change_is_the_mean_over_all_signs():
 
 
 def test_the_learning_is_the_size_of_the_adapter_s_own_gradient(model, task, spectra, table):
-    examples = _drawn(task.train, 500, seed=0)
+    examples = drawn(task.train, 500, seed=0)
     for row, window in zip(table.itertuples(), WINDOWS, strict=True):
         adapted = ll.attach(model, window, spectra=spectra).eval()
         head = adapted.get_base_model().head
         with features_of(head) as features:
             adapted(examples.inputs)
-            logits = nn.functional.linear(features[0], *_probe(features[0].detach(), examples.labels))
+            logits = fitted_head(features[0].detach(), examples.labels, 10)(features[0])
         nn.functional.cross_entropy(logits, examples.labels).backward()
         factors = [
             p for layer in lora_layers(adapted).values() for p in layer.parameters() if p.requires_grad
@@ -84,8 +85,8 @@ def test_it_leaves_the_model_as_it_was_and_depends_on_the_seed_alone(model, task
     before = {name: p.clone() for name, p in model.named_parameters()}
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     model.blocks[0].train()
-    again = foresee(model, task, source.train.inputs[:64], WINDOWS, spectra=spectra)
-    other = foresee(model, task, source.train.inputs[:64], WINDOWS, spectra=spectra, examples=32, seed=1)
+    again = foresee(model, task, source.train.first(64), WINDOWS, spectra=spectra)
+    other = foresee(model, task, source.train.first(64), WINDOWS, spectra=spectra, examples=32, seed=1)
     assert again.equals(table)
     assert (other["learning"] != table["learning"]).all()
     assert (other["disturbance"] == table["disturbance"]).all()
@@ -97,7 +98,7 @@ def test_it_leaves_the_model_as_it_was_and_depends_on_the_seed_alone(model, task
 
 
 def test_what_cannot_be_foreseen_is_refused(model, task, source, spectra, patch_vit):
-    inputs = source.train.inputs[:8]
+    inputs = source.train.first(8)
     with pytest.raises(ValueError, match="give at least one window"):
         foresee(model, task, inputs, [], spectra=spectra)
     with pytest.raises(ValueError, match="examples must be at least 1, not 0"):

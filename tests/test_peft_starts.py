@@ -11,11 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lens as ll
 from lora_lens.injection import lora_layers, trained_update
-from lora_lens.layers import classifier, target_layers, weight_matrix
+from lora_lens.layers import target_layers, weight_matrix
 from lora_lens.methods import PEFT_STARTS, PeftStart
 from lora_lens.peft_starts import attach_start, planned_start
+from lora_lens.readouts import features_of
 from lora_lens.rotation import rotations
-from lora_lens.training import features_of, fresh_head
+from lora_lens.tasks import fresh_head
 
 SOME = "blocks.[05].*"
 SHORT = {"steps": 4, "batch_size": 16, "evaluations": 2, "lr": 1e-2, "progress": False}
@@ -170,7 +171,7 @@ def test_corda_keeps_what_the_retained_inputs_use_most(started, model, tasks):
 def test_lora_ga_s_a_lies_in_the_first_directions_of_the_real_gradient(started, model, tasks):
     name, task = "blocks.5.mlp.fc1", tasks[0]
     own = copy.deepcopy(model).eval()
-    head = fresh_head(classifier(own), task, seed=3)
+    head = fresh_head(own.head.in_features, len(task.classes), seed=3)
     with features_of(own.head) as features:
         own(task.train.inputs)
         nn.functional.cross_entropy(head(features[0]), task.train.labels).backward()

@@ -10,7 +10,8 @@ from torch import nn
 
 import lora_lens as ll
 from lora_lens.layers import classifier
-from lora_lens.training import features_of, shuffled_rows
+from lora_lens.readouts import features_of
+from lora_lens.tasks import shuffled_rows
 
 SHORT = {"steps": 12, "batch_size": 32, "evaluations": 3, "progress": False}
 

@@ -1,0 +1,140 @@
+"""Run the sweeps behind notebook 05 and pack each into one file under ``results``.
+
+    python data/run_language_sweeps.py                # all of them: about two hours on 2 cores
+    python data/run_language_sweeps.py minilm         # one
+    python data/run_language_sweeps.py --store FOLDER # keep the runs there; finished runs are not run again
+
+- minilm: all-MiniLM-L6-v2 learns the sentiment of film reviews; retained is a linear probe's accuracy at
+  telling where a text comes from, watched are probes of the sentiment in the three other corpora.
+- smollm2: SmolLM2-135M-Instruct learns the same by label words; retained is running newspaper text (next
+  tokens), watched is what it says of the sentiment in the three other corpora.
+- smollm2_tweets: it learns to continue tweets; retained as before, watched the sentiment of film reviews.
+
+``ll.runs("data/results/minilm.jsonl.xz")`` reads a file, ``ll.watched`` what was watched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import lora_lens as ll
+
+HERE = Path(__file__).parent
+OTHERS = ("products", "tweets", "newspaper")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A model, what it learns, what it knew, and what else is looked at."""
+
+    model: nn.Module
+    task: ll.Task
+    retain: ll.Task
+    watch: list[ll.Task]
+    spectra: ll.SpectrumSet | None = None
+
+
+def minilm() -> Setting:
+    model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
+
+    def task(corpus: ll.Corpus, test: int) -> ll.Task:
+        return ll.text_task(corpus, tokenizer).subset(test=test)
+
+    known = [task(ll.embedded_texts.sentiment(name), 400) for name in OTHERS]
+    return Setting(
+        model,
+        task(ll.embedded_texts.sentiment("movies"), 500),
+        ll.probed(model, task(ll.embedded_texts.genres(), 1000), examples=2000),
+        [ll.probed(model, corpus) for corpus in known],
+        ll.spectra(model, progress=False),
+    )
+
+
+def smollm2() -> Setting:
+    model, tokenizer = _smollm2()
+
+    def task(name: str, test: int) -> ll.Task:
+        return ll.label_word_task(ll.embedded_texts.sentiment(name), tokenizer).subset(test=test)
+
+    return Setting(model, task("movies", 300), _running_text(tokenizer), [task(name, 150) for name in OTHERS])
+
+
+def smollm2_tweets() -> Setting:
+    model, tokenizer = _smollm2()
+    tweets = ll.language_task(ll.embedded_texts.sentiment("tweets"), tokenizer).subset(test=24)
+    movies = ll.label_word_task(ll.embedded_texts.sentiment("movies"), tokenizer).subset(test=150)
+    return Setting(model, tweets, _running_text(tokenizer), [movies])
+
+
+def _smollm2() -> tuple[nn.Module, ll.text_tasks.Tokenizer]:
+    model = ll.embedded.smollm2()
+    model.set_attn_implementation("eager")  # on short texts a quarter faster than the fused one, on a CPU
+    return model, ll.embedded.smollm2_tokenizer()
+
+
+def _running_text(tokenizer: ll.text_tasks.Tokenizer) -> ll.Task:
+    return ll.language_task(ll.embedded_texts.articles(), tokenizer).subset(test=24)
+
+
+def windows_and_baselines(count: int, rates: tuple[float, ...], seeds: int) -> ll.Grid:
+    baselines = [ll.LoRA(8), ll.Penalized(ll.LoRA(8), ll.penalties.L2ToInitial(0.01))]
+    return ll.Grid(ll.windows(rank=8, count=count), lr=rates, seed=range(seeds), baselines=baselines)
+
+
+SWEEPS: dict[str, tuple[Callable[[], Setting], ll.Grid, dict[str, int]]] = {
+    "minilm": (
+        minilm,
+        windows_and_baselines(9, rates=(1e-3, 3e-3, 1e-2), seeds=3),
+        {"steps": 100, "batch_size": 32, "evaluations": 3},
+    ),
+    "smollm2": (
+        smollm2,
+        windows_and_baselines(5, rates=(5e-4, 2e-3, 8e-3), seeds=2),
+        {"steps": 60, "batch_size": 16, "evaluations": 2},
+    ),
+    "smollm2_tweets": (
+        smollm2_tweets,
+        windows_and_baselines(5, rates=(5e-4, 2e-3), seeds=2),
+        {"steps": 60, "batch_size": 4, "evaluations": 2},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(SWEEPS)}; default all")
+    parser.add_argument("--store", type=Path, default=HERE.parent / "results" / "sweeps")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in SWEEPS]:
+        parser.error(f"there is no sweep {unknown[0]!r}; there are {', '.join(SWEEPS)}")
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names or SWEEPS:
+        started = time.monotonic()
+        make, grid, settings = SWEEPS[name]
+        setting = make()
+        ll.sweep(
+            grid,
+            model=setting.model,
+            task=setting.task,
+            retain=setting.retain,
+            watch=setting.watch,
+            spectra=setting.spectra,
+            store=arguments.store / name,
+            precision="bfloat16",
+            **settings,
+        )
+        path = ll.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
+        minutes = (time.monotonic() - started) / 60
+        print(f"{name}: {len(ll.runs(path))} runs, {minutes:.1f} min, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

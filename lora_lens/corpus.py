@@ -1,0 +1,84 @@
+"""Texts with classes, as people wrote them: what a text task is made of before a tokenizer has seen it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from lora_lens.layers import listed
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Texts with one class each, by its index; all 0 where there are no classes.
+
+    Raises:
+        ValueError: no texts, different lengths, an empty text.
+        TypeError: a text is no string, a label no whole number.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "texts", tuple(self.texts))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if not self.texts or len(self.texts) != len(self.labels):
+            raise ValueError(
+                f"expected as many labels as texts, not {len(self.texts)} texts and {len(self.labels)} labels"
+            )
+        for row, (text, label) in enumerate(zip(self.texts, self.labels, strict=True)):
+            if not isinstance(text, str):
+                raise TypeError(f"text {row} must be a string, not {text!r}")
+            if isinstance(label, bool) or not isinstance(label, int):
+                raise TypeError(f"the label of text {row} must be a whole number, not {label!r}")
+        empty = [row for row, text in enumerate(self.texts) if not text.strip()]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(self.texts)} texts are empty "
+                f"(rows {listed(map(str, empty), most=5)}); leave them out, with their labels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Training and test texts; ``classes`` is empty for plain text.
+
+    Raises:
+        ValueError: a label outside ``classes``, or a test text that is also a training text.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Texts
+    test: Texts
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        for part in ("train", "test"):
+            labels = getattr(self, part).labels
+            if min(labels) < 0 or max(labels) >= max(len(self.classes), 1):
+                raise ValueError(
+                    f"{self.name}: {part} labels run from {min(labels)} to {max(labels)}, but there are "
+                    f"{len(self.classes)} classes"
+                )
+        known = {same_text(text) for text in self.train.texts}
+        shared = [text for text in self.test.texts if same_text(text) in known]
+        if shared:
+            raise ValueError(
+                f"{self.name}: {len(shared)} test texts are training texts as well, such as "
+                f"{shared[0][:60]!r}; a test on them would tell what was memorized"
+            )
+
+    def fingerprint(self) -> str:
+        """A hash of all that it holds."""
+        parts = [(p.texts, p.labels) for p in (self.train, self.test)]
+        return hashlib.sha256(repr((self.classes, parts)).encode()).hexdigest()[:16]
+
+
+def same_text(text: str) -> str:
+    """What makes two texts the same: their words, whatever the case and the white space."""
+    return " ".join(text.lower().split())

@@ -1,0 +1,197 @@
+"""How a task's answers are read from a model: through a head on its features, or from its next tokens.
+
+A readout is asked with a batch, and says which of the choices it takes for every item: for a
+classification the items are the examples and the choices its classes; for a language model the items are
+the tokens to predict and the choices its vocabulary. The loss of all of them is the cross-entropy between
+the choices, in nats per item.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_lens.adapter import call
+from lora_lens.layers import classifier
+
+Inputs = Tensor | Mapping[str, Tensor]
+POOLINGS = ("model", "mean", "last")
+
+
+class HeadReadout(nn.Module):
+    """A linear head on a model's features, see :func:`pooled_features`.
+
+    ``forward(model, inputs, labels)`` gives (logits (batch, classes), labels (batch,)).
+    """
+
+    def __init__(self, head: nn.Linear, pooling: str) -> None:
+        super().__init__()
+        self.head, self.pooling = head, pooling
+
+    def forward(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(pooled_features(model, inputs, self.pooling)), labels
+
+
+class OwnHead(nn.Module):
+    """The model's own classifier, as it is: what the model gives for a batch, (batch, classes)."""
+
+    def forward(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits_of(call(model, inputs)), labels
+
+
+class LabelWords(nn.Module):
+    """The likelihoods of some words as the continuation of a prompt.
+
+    The logits are log P(word | prompt), (batch, words), summed over the word's tokens. Their softmax
+    compares the words among themselves, as in pattern-exploiting training (Schick and Schuetze 2021,
+    arXiv 2001.07676, section 3.1), so the loss does not care what else might follow the prompt.
+
+    Args:
+        words: the token ids of each word.
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.words = [torch.tensor(word) for word in words]
+
+    def forward(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        ids, lengths = inputs["input_ids"], lengths_of(inputs)
+        rows = torch.arange(len(ids), device=ids.device)
+        if all(len(word) == 1 for word in self.words):  # one pass serves them all
+            logits = next_token_logits(model, inputs, lengths[:, None] - 1)[:, 0].float().log_softmax(-1)
+            return logits[:, torch.cat(self.words).to(ids.device)], labels
+        found = []
+        for word in self.words:
+            word = word.to(ids.device)
+            places = lengths[:, None] + torch.arange(len(word), device=ids.device)  # (batch, tokens)
+            longer = nn.functional.pad(ids, (0, len(word)))
+            longer[rows[:, None], places] = word
+            mask = torch.arange(longer.shape[1], device=ids.device) < lengths[:, None] + len(word)
+            whole = {"input_ids": longer, "attention_mask": mask.long()}
+            logits = next_token_logits(model, whole, places - 1).float().log_softmax(-1)
+            found.append(logits.gather(-1, word.expand(len(ids), -1)[..., None])[..., 0].sum(-1))
+        return torch.stack(found, dim=-1), labels
+
+
+class NextTokens(nn.Module):
+    """Every token of a block but the first, predicted from those before it.
+
+    ``forward`` gives (logits (batch * (tokens - 1), vocabulary), ids (batch * (tokens - 1),)).
+    """
+
+    def forward(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_of(call(model, inputs))[:, :-1]
+        return logits.flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
+
+
+Readout = HeadReadout | OwnHead | LabelWords | NextTokens
+
+
+def pooled_features(model: nn.Module, inputs: Inputs, pooling: str) -> Tensor:
+    """One vector for each example, (batch, features).
+
+    Args:
+        pooling: "model" takes what the model's own classifier reads; "mean" the mean of the last hidden
+            states over the tokens of each text, as sentence encoders do; "last" that of each text's last
+            token.
+
+    Raises:
+        ValueError: the model has no classifier (model), or no body that gives hidden states (mean, last).
+    """
+    if pooling == "model":
+        with features_of(classifier(inner_model(model))) as features:
+            call(model, inputs)
+        return features[0]
+    hidden = hidden_states(model, inputs)  # (batch, tokens, features)
+    lengths = lengths_of(inputs)
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+    return (hidden * real[..., None]).sum(1) / lengths[:, None]
+
+
+def hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states of a transformers model, (batch, tokens, features), without its head."""
+    body = getattr(inner_model(model), "base_model", None)
+    found = getattr(body(**inputs), "last_hidden_state", None) if isinstance(body, nn.Module) else None
+    if found is None:
+        raise ValueError(
+            f"{type(inner_model(model)).__name__} has no base_model that gives last_hidden_state, as "
+            "transformers' models have; texts are read from such a model's hidden states"
+        )
+    return found
+
+
+def next_token_logits(model: nn.Module, inputs: Mapping[str, Tensor], places: Tensor) -> Tensor:
+    """What the model says of the token after each place: (batch, places, vocabulary).
+
+    Where the model allows it, the vocabulary's logits are computed for these places only.
+
+    Args:
+        places: (batch, places), token numbers from 0.
+    """
+    rows = torch.arange(len(places), device=places.device)[:, None]
+    if "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters:
+        needed, place = places.unique(return_inverse=True)
+        return logits_of(model(**inputs, logits_to_keep=needed))[rows, place]
+    return logits_of(model(**inputs))[rows, places]
+
+
+def logits_of(output: object) -> Tensor:
+    """A model's logits, whatever it wraps them in."""
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None:
+        raise ValueError(
+            f"the model gives a {type(output).__name__} without logits; a task that is read from the model's "
+            "own answers needs a model with a head, such as AutoModelForCausalLM's"
+        )
+    return found
+
+
+def lengths_of(inputs: Mapping[str, Tensor]) -> Tensor:
+    """How many tokens each text of a batch has, (batch,); padding is on the right."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
+
+
+def real_positions(inputs: Inputs) -> Tensor | None:
+    """Which positions of a batch hold tokens and no padding, (batch, tokens); None where all do."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return None if mask is None else mask.bool()
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model without what PEFT wraps around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return inputs.to(device)
+
+
+@contextmanager
+def features_of(head: nn.Module) -> Iterator[list[Tensor]]:
+    """A list whose only item is always the last input that ``head`` was given, (batch, features).
+
+    It turns any classifier into a feature extractor without knowing how the
+    model pools its tokens.
+    """
+    features: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features[:] = inputs[:1]
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield features
+    finally:
+        handle.remove()
