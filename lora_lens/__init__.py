@@ -36,6 +36,7 @@ from lora_lens.feature_change import feature_change
 from lora_lens.features import feature_split
 from lora_lens.folders import folder_task
 from lora_lens.foresight import foresee
+from lora_lens.hub_texts import dataset_corpus, hub_corpus
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, PeftStart, Penalized, Variant
 from lora_lens.peft_starts import attach_start
 from lora_lens.pilot import advise
@@ -46,7 +47,7 @@ from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
 from lora_lens.store import answers, curves, drifts, experiment, pack, runs, watched
 from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
-from lora_lens.text_files import hub_corpus, text_corpus
+from lora_lens.text_files import text_corpus
 from lora_lens.text_tasks import label_word_task, language_task, text_task
 from lora_lens.training import Run, Training, finetune
 from lora_lens.u_shape import u_shape_test
@@ -79,6 +80,7 @@ __all__ = [
     "compare",
     "comparison",
     "curves",
+    "dataset_corpus",
     "detach",
     "drift",
     "drifts",

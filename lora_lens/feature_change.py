@@ -96,7 +96,12 @@ def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) ->
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = dict(inner.named_modules())
     if layers is None:
-        head = classifier(inner)
+        head = classifier(inner, required=False)
+        if head is None:
+            raise ValueError(
+                f"{type(inner).__name__} has no linear classifier whose input could be compared; name the "
+                "modules to compare with layers="
+            )
         layers = [next(name for name, module in modules.items() if module is head)]
     else:
         head = None

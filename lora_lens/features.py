@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lens.adapter import call, check_belongs, evaluating
 from lora_lens.layers import LINEAR, weight_matrix
-from lora_lens.readouts import Inputs
+from lora_lens.readouts import Inputs, real_positions
 from lora_lens.spectrum import Spectrum
 from lora_lens.window import Placement
 
@@ -22,7 +22,8 @@ class FeatureSplit:
 
     W_w = U_w S_w V_w^T and W - W_w have orthogonal column spaces, so at every position
     ||W x||^2 = ||W_w x||^2 + ||(W - W_w) x||^2: the two parts share the energy and nothing is
-    counted twice. That holds for any components, next to each other or not.
+    counted twice. That holds for any components, next to each other or not. At positions that hold padding
+    both parts are zero, so it has no share in anything.
 
     Attributes:
         layer: the module's name.
@@ -84,7 +85,7 @@ def feature_split(
     if layer not in given:
         raise ValueError(f"{type(model).__name__} made its output without calling {layer}")
     x = given[layer]
-    batch = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
+    batch = _batch_size(inputs)
     if not _is_batch(x, batch):
         raise ValueError(
             f"{layer} was given an input of shape {tuple(x.shape)} for a batch of {batch}: expected "
@@ -96,16 +97,20 @@ def feature_split(
     part = window.select(spectrum.singular_values, spectrum.name)
     values = spectrum.singular_values[part].float().to(weight.device)
     x = x.float().reshape(batch, -1, x.shape[-1])
+    real = real_positions(inputs)
+    if real is not None and real.shape == x.shape[:2]:
+        x = x * real[..., None]
     carried = x @ right.T * values @ left.T
     return FeatureSplit(layer, carried.cpu(), (x @ weight.T - carried).cpu())
 
 
-def splittable(model: nn.Module, names: Iterable[str], inputs: Tensor) -> dict[str, int]:
+def splittable(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, int]:
     """Those of the named layers that :func:`feature_split` takes, with their number of positions."""
+    batch = _batch_size(inputs)
     linear = [name for name in names if type(_module(model, name)) in LINEAR]
     given = layer_inputs(model, linear, inputs)
     found = {name: given[name] for name in linear if name in given}
-    return {name: x[0].numel() // x.shape[-1] for name, x in found.items() if _is_batch(x, len(inputs))}
+    return {name: x[0].numel() // x.shape[-1] for name, x in found.items() if _is_batch(x, batch)}
 
 
 def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
@@ -171,6 +176,10 @@ def layer_inputs(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict
         for handle in handles:
             handle.remove()
     return given
+
+
+def _batch_size(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 
 def _is_batch(x: Tensor, batch: int) -> bool:

@@ -175,8 +175,11 @@ def _gradients(
                 inputs, labels = to_device(examples.batch(rows), device), examples.labels[rows].to(device)
                 loss = nn.functional.cross_entropy(*readout(model, inputs, labels))
                 share = len(rows) / len(examples)
-                for total, found in zip(sums, torch.autograd.grad(share * loss, weights), strict=True):
-                    total += found
+                # A layer that the loss does not depend on, such as a pooler beside a mean, has none.
+                found = torch.autograd.grad(share * loss, weights, allow_unused=True)
+                for total, gradient in zip(sums, found, strict=True):
+                    if gradient is not None:
+                        total += gradient
     finally:
         for weight, before in zip(weights, required, strict=True):
             weight.requires_grad_(before)

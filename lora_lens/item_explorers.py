@@ -1,8 +1,10 @@
-"""The explorer of what was forgotten, image by image."""
+"""The explorer of what was forgotten, example by example."""
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import pandas as pd
@@ -21,36 +23,39 @@ from lora_lens.explorer import (
     require_sweep,
     table_box,
 )
+from lora_lens.item_plots import shown_as
 from lora_lens.store import answers
 from lora_lens.tasks import Task
 
-IMAGES, IN_A_ROW = 12, 6
+EXAMPLES, IN_A_ROW = 12, 6
+LETTERS = 400  # of a text
 
 
 def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VBox:
-    """Which images of the retained task were forgotten, and what they were taken for.
+    """Which images or texts of the retained task were forgotten, and what they were taken for.
 
     Controls: windows and other methods (several may be chosen), learning rate, class. Shown: how many of
-    the class's images every window kept, forgot and gained (:func:`lora_lens.items.transitions`, means over
-    its runs); the images that most of the chosen runs forgot (:func:`lora_lens.items.forgotten_by`); and
-    for all classes, which was taken for which before and after (:func:`lora_lens.items.confusion`).
+    the class's examples every window kept, forgot and gained (:func:`lora_lens.items.transitions`, means over
+    its runs); those that most of the chosen runs forgot (:func:`lora_lens.items.forgotten_by`); and for all
+    classes, which was taken for which before and after (:func:`lora_lens.items.confusion`).
 
     Args:
         table: the runs, from :func:`lora_lens.sweep` or :func:`lora_lens.runs`.
         store: the folder or file that keeps these runs with their answers.
-        task: the retained task, with its test images in the order of the sweep; a longer test set that
+        task: the retained task, with its test examples in the order of the sweep; a longer test set that
             starts with them will do.
 
     Raises:
-        ValueError: the table is empty or lacks columns of a sweep, the store has no answers, or the task's
-            test images are others.
+        ValueError: the table is empty or lacks columns of a sweep, the store has no answers, the task's
+            test examples are others, or are neither images nor texts with classes.
         FileNotFoundError: a run is not in the store.
     """
     require_sweep(table)
+    kind = shown_as(task)
     table = table.assign(window=_window_names(table))
     table = table.sort_values(["method", "position"], ascending=[False, True], kind="stable")
     given = answers(store, table)
-    _require_same_examples(given, task)
+    _require_same_examples(given, task, kind)
     names = list(table["window"].unique())
     windows = SelectMultiple(
         options=names, value=names, rows=min(len(names), 6), description="windows",
@@ -58,7 +63,7 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VB
     )  # fmt: skip
     rate = rate_choice(table)
     label = dropdown("class", [("all", ALL), *((name, i) for i, name in enumerate(task.classes))])
-    numbers, sentence, images, taken = table_box(), HTML(), HTML(), HTML()
+    numbers, sentence, examples, taken = table_box(), HTML(), HTML(), HTML()
 
     def draw() -> None:
         if not windows.value:
@@ -69,34 +74,30 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VB
         answered = given[given["run"].isin(runs["run"])]
         of_class = answered if label.value == ALL else answered[answered["label"] == label.value]
         if of_class.empty:
-            raise ValueError(f"the test set has no images of {label.label}; choose another class")
+            raise ValueError(f"the test set has no {kind} of {label.label}; choose another class")
         forgotten = items.forgotten_by(of_class)
-        sentence.value = f"<p>{_forgotten_in_words(forgotten, len(runs))}</p>"
-        numbers.value = html_table(_moved(of_class, runs))
-        forgotten = forgotten[forgotten["forgotten"] > 0].head(IMAGES)
+        sentence.value = f"<p>{_forgotten_in_words(forgotten, len(runs), kind)}</p>"
+        numbers.value = html_table(_moved(of_class, runs, kind))
+        forgotten = forgotten[forgotten["forgotten"] > 0].head(EXAMPLES)
         about = "" if label.value == ALL else f" of {label.label}"
-        images.value = "" if forgotten.empty else drawn(
-            lambda figure: plots.forgotten_images(
-                task, forgotten, count=len(forgotten), axes=_grid(figure, len(forgotten))
-            ),
-            f"the {len(forgotten)} images{about} that most of {len(runs)} runs forgot",
-            size=(10, 1.95 * -(-len(forgotten) // IN_A_ROW)),
-        )  # fmt: skip
+        title = f"the {len(forgotten)} {kind}{about} that most of {len(runs)} runs forgot"
+        show = _pictures if kind == "images" else _texts
+        examples.value = "" if forgotten.empty else show(task, forgotten, title)
         taken.value = drawn(
             lambda figure: _draw_confusion(figure, answered, task),
             f"which of {len(task.classes)} classes was taken for which, before and after, {len(runs)} runs",
             size=(10, 4.9),
         )
 
-    return explorer([[windows], [rate, label]], [sentence, numbers, images, taken], draw)
+    return explorer([[windows], [rate, label]], [sentence, numbers, examples, taken], draw)
 
 
-def _require_same_examples(given: pd.DataFrame, task: Task) -> None:
-    """The labels in the answers are the only trace of the images that the store keeps."""
+def _require_same_examples(given: pd.DataFrame, task: Task, kind: str) -> None:
+    """The labels in the answers are the only trace of the examples that the store keeps."""
     labels = given.drop_duplicates("item").set_index("item")["label"].sort_index()
     if len(labels) > len(task.test) or (labels != task.test.labels[labels.index].numpy()).any():
         raise ValueError(
-            f"the answers are to {len(labels)} other test images than those of {task.name}; "
+            f"the answers are to {len(labels)} other test {kind} than those of {task.name}; "
             "give the retained task of the sweep"
         )
 
@@ -113,23 +114,47 @@ def _window_names(table: pd.DataFrame) -> pd.Series:
     return names
 
 
-def _moved(answered: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """What every window kept and lost of the images, means over its runs."""
+def _moved(answered: pd.DataFrame, runs: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """What every window kept and lost of the examples, means over its runs."""
     counts = items.transitions(answered)
     groups = counts.groupby(counts["run"].map(runs.set_index("run")["window"]).rename("window"), sort=False)
     means = groups[["kept", "forgotten", "gained", "never"]].mean()
-    means = means.rename(columns=lambda name: f"{name} (images)").map("{:.1f}".format)
+    means = means.rename(columns=lambda name: f"{name} ({kind})").map("{:.1f}".format)
     shown = means.assign(**{"forgetting (%)": (100 * groups["forgetting"].mean()).map("{:.1f}".format)})
     shown.insert(0, "runs", groups.size())
     return shown.reset_index()
 
 
-def _forgotten_in_words(forgotten: pd.DataFrame, runs: int) -> str:
+def _forgotten_in_words(forgotten: pd.DataFrame, runs: int, kind: str) -> str:
     some, every = int((forgotten["forgotten"] > 0).sum()), int((forgotten["share"] == 1).sum())
     return (
-        f"Of {len(forgotten)} images that were classified right before, {some} were forgotten in at least "
+        f"Of {len(forgotten)} {kind} that were classified right before, {some} were forgotten in at least "
         f"one of {runs} runs, and {every} in all of them."
     )
+
+
+def _pictures(task: Task, forgotten: pd.DataFrame, title: str) -> str:
+    count = len(forgotten)
+    return drawn(
+        lambda figure: plots.forgotten_images(task, forgotten, count=count, axes=_grid(figure, count)),
+        title,
+        size=(10, 1.95 * -(-count // IN_A_ROW)),
+    )
+
+
+def _texts(task: Task, forgotten: pd.DataFrame, title: str) -> str:
+    """As a table: texts can be selected and read aloud there, and in a picture they cannot."""
+    rows = [
+        {
+            "class": task.classes[row.label],
+            "taken for": task.classes[row.instead],
+            "runs": f"{row.share:.0%}",
+            "text": shorten(task.test.texts[row.item], LETTERS, placeholder=" ..."),
+        }
+        for row in forgotten.itertuples()
+    ]
+    with pd.option_context("display.max_colwidth", None):
+        return f"<b>{escape(title[0].upper() + title[1:])}</b>{html_table(pd.DataFrame(rows))}"
 
 
 def _grid(figure: Figure, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures of single examples: which classes are taken for which, and the images that were forgotten."""
+"""Pictures of single examples: which classes are taken for which, and what was forgotten."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from lora_lens.plot_style import house_style, styled
 from lora_lens.spectrum_plots import show_image
 from lora_lens.tasks import Task
+from lora_lens.text_plots import show_text, text_axes
 from lora_lens.tradeoffs import require_columns
 
 IN_A_ROW = 8
@@ -66,21 +67,24 @@ def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
 def forgotten_images(
     task: Task, forgotten: pd.DataFrame, count: int = 16, *, axes: np.ndarray | None = None
 ) -> np.ndarray:
-    """The first images of a table of forgotten examples, with their class, what replaced it, and how often.
+    """The first of a table of forgotten examples, with their class, what replaced it, and how often.
+
+    Images of a task of images, and of a classification of texts the texts, as far as there is room.
 
     Args:
-        task: the retained task; ``forgotten`` counts its test images from 0.
+        task: the retained task; ``forgotten`` counts its test examples from 0.
         forgotten: from :func:`lora_lens.items.forgotten_by` (item, label, share, instead).
         count: how many to show; fewer if there are fewer.
-        axes: to draw on, at least as many as images; the rest are emptied. Default: a new pyplot figure.
+        axes: to draw on, at least as many as examples; the rest are emptied. Default: a new pyplot figure.
 
     Returns:
         The Axes.
 
     Raises:
-        ValueError: there is nothing to show, an item is not among the test images, a column is missing, or
-            too few ``axes``.
+        ValueError: there is nothing to show, an item is not among the test examples, a column is missing, too
+            few ``axes``, or the task is one of neither images nor classified texts.
     """
+    kind = shown_as(task)
     require_columns(forgotten, ["item", "label", "share", "instead"])
     if not count >= 1:
         raise ValueError(f"count must be at least 1, not {count!r}")
@@ -89,24 +93,49 @@ def forgotten_images(
         raise ValueError("the table has no examples: none was forgotten")
     if rows["item"].max() >= len(task.test):
         raise ValueError(
-            f"item {rows['item'].max()} is not among the {len(task.test)} test images of {task.name}; "
+            f"item {rows['item'].max()} is not among the {len(task.test)} test {kind} of {task.name}; "
             "pass the retained task of the sweep"
         )
     with house_style():
-        if axes is None:
+        if axes is None and kind == "images":
             wide = min(IN_A_ROW, len(rows))
             tall = -(-len(rows) // wide)
             axes = plt.subplots(tall, wide, figsize=(1.35 * wide, 1.75 * tall), squeeze=False)[1]
+        elif axes is None:
+            axes = text_axes([task.test.texts[item] for item in rows["item"]])
         flat = np.ravel(axes)
         if len(flat) < len(rows):
-            raise ValueError(f"{len(rows)} images need as many axes, not {len(flat)}")
+            raise ValueError(f"{len(rows)} {kind} need as many axes, not {len(flat)}")
         for ax in flat:
             ax.axis("off")
         for ax, row in zip(flat, rows.itertuples(), strict=False):
-            show_image(ax, task.test.inputs[int(row.item)])
-            instead = (
-                "" if pd.isna(row.instead) else f"\n\N{RIGHTWARDS ARROW} {task.classes[int(row.instead)]}"
-            )
-            title = f"{task.classes[int(row.label)]}{instead}\n{row.share:.0%} of runs"
-            ax.set_title(title, fontsize=8.5, loc="center")
+            right = task.classes[int(row.label)]
+            instead = "" if pd.isna(row.instead) else f"\N{RIGHTWARDS ARROW} {task.classes[int(row.instead)]}"
+            told = [part for part in (right, instead, f"{row.share:.0%} of runs") if part]
+            if kind == "texts":
+                show_text(ax, task.test.texts[int(row.item)], "  ".join(told))
+            else:
+                show_image(ax, task.test.inputs[int(row.item)])
+                ax.set_title("\n".join(told), fontsize=8.5, loc="center")
     return axes
+
+
+def shown_as(task: Task) -> str:
+    """What a task's examples are to a person: "images" or "texts".
+
+    Raises:
+        ValueError: they are neither, or have no classes.
+    """
+    if not task.classes:
+        raise ValueError(
+            f"{task.name} has no classes: its items are the tokens that it predicts, which are no examples "
+            "to show one by one; look at its loss_rise, or at a classification"
+        )
+    if getattr(task.test, "texts", None) is not None:
+        return "texts"
+    if getattr(getattr(task.test, "inputs", None), "ndim", None) == 4:
+        return "images"
+    raise ValueError(
+        f"the examples of {task.name} are neither images, (channels, height, width), nor texts that were "
+        "kept, so there is nothing to show"
+    )

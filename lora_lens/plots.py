@@ -13,7 +13,8 @@ from lora_lens.spectrum_plots import (
     small_multiples,
     spectrum,
 )
-from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, learning_curve, tradeoff
+from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, learning_curve, tradeoff, watched
+from lora_lens.text_plots import token_shares
 from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, robustness, surface
 
 __all__ = [
@@ -40,5 +41,7 @@ __all__ = [
     "small_multiples",
     "spectrum",
     "surface",
+    "token_shares",
     "tradeoff",
+    "watched",
 ]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from textwrap import shorten
 
 import pandas as pd
 import torch
-from ipywidgets import HTML, FloatSlider, IntSlider, VBox
+from ipywidgets import HTML, Dropdown, FloatSlider, IntSlider, VBox
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lora_lens import plots
-from lora_lens.adapter import attach, chosen_layers, function_error
+from lora_lens.adapter import attach, chosen_layers, evaluating
 from lora_lens.explorer import (
     ALL,
     drawn,
@@ -25,12 +26,15 @@ from lora_lens.explorer import (
     table_box,
 )
 from lora_lens.features import FeatureSplit, feature_split, patch_grid, splittable
+from lora_lens.readouts import to_device
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum_plots import show_image
-from lora_lens.tasks import Task
+from lora_lens.tasks import Examples, Task
+from lora_lens.token_examples import TokenExamples
 from lora_lens.window import Window
 
 IMAGES_WITH_FEATURES = 3
+LETTERS = 300  # of a text
 
 
 def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: int = 8) -> VBox:
@@ -96,39 +100,36 @@ def window_explorer(
 ) -> VBox:
     """Cut a window out of every weight, look at one of them, and see that the model still says the same.
 
-    Controls: the layer to look at, rank and position of the window. Shown:
-    the layer's spectrum with the window shaded; what the window and the residual
-    carry of the features of three images (:func:`lora_lens.feature_split`); the
+    Controls: the layer to look at, rank and position of the window, and of texts
+    which one. Shown: the layer's spectrum with the window shaded; what the window and the residual
+    carry of the features of three images, or of each token of the text
+    (:func:`lora_lens.feature_split`); the
     weight, the window's slice of it and the residual; the window's energy in this
-    layer and in these features; the predictions for a few test images before and
-    after :func:`lora_lens.attach`, and the largest difference of the logits
-    (:func:`lora_lens.function_error`).
+    layer and in these features; the task's predictions for a few test examples before and
+    after :func:`lora_lens.attach`, and the largest difference of the logits, relative to the largest.
+    Of a language task, whose predictions are tokens, it is counted how many are the same.
 
     Args:
         model: the pretrained model; it is only read.
         spectra: its spectra. The layers to look at are those whose inputs are an image's tokens on a
-            square grid: linear layers, no convolutions.
-        task: what the model can do; its first test inputs are shown, (n, channels, height, width).
+            square grid, or a text's tokens: linear layers, no convolutions.
+        task: what the model can do, by itself or with the head of :func:`lora_lens.probed`; its first test
+            examples are shown, images (n, channels, height, width) or texts.
         rank: of the window at first.
-        images: how many test images to show with their predictions.
+        images: how many test images or texts to show with their predictions.
 
     Raises:
         ValueError: there are no spectra or they are another model's, the rank
-            does not fit a weight, the inputs are no images, no layer has tokens on
-            a grid, or the task has other classes than the model.
+            does not fit a weight, the inputs are neither images nor texts, no layer has their tokens, or the
+            model cannot do the task.
     """
     _require_spectra(spectra)
-    inputs = task.test.first(images).inputs
-    if inputs.ndim != 4:
-        raise ValueError(
-            f"{task.name} has inputs of shape {tuple(inputs.shape[1:])}; this explorer shows images, "
-            "(channels, height, width)"
-        )
-    inputs = inputs.to(next(model.parameters()).device)
-    before = _classes(model, inputs, task)
-    seen = inputs[:IMAGES_WITH_FEATURES]
+    examples = task.test.first(images)
+    look = _look_of(task, examples)
+    device = next(model.parameters()).device
+    before = _logits(model, task, examples)
     prefix = getattr(model, "num_prefix_tokens", None)  # timm's count of class token and registers
-    layer = dropdown("layer", _on_a_grid(model, spectra, seen, prefix))
+    layer = dropdown("layer", look.layers(model, spectra, prefix))
     cuts = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
     size, position = _rank_slider(rank, cuts), _position_slider()
     place, cut, answers, numbers = HTML(), HTML(), HTML(), table_box()
@@ -136,15 +137,15 @@ def window_explorer(
     def draw() -> None:
         window = Window(size.value, position=position.value)
         adapted = attach(model, window, spectra=spectra)
-        after = _classes(adapted, inputs, task)
-        same = sum(a == b for a, b in zip(after, before, strict=True))
+        after = _logits(adapted, task, examples)
+        same = before.argmax(-1) == after.argmax(-1)
         spectrum = spectra[layer.value]
         part = window.slice(spectrum.k, spectrum.name)
+        seen = to_device(examples.batch(look.rows()), device)
         split = feature_split(model, layer.value, spectrum, window, seen)
         place.value = drawn(
-            lambda figure: _draw_place(figure, spectrum, window, seen, split, prefix),
-            f"{layer.value}: singular values with the {window} shaded, and maps of what window and residual "
-            f"carry of the features of {len(seen)} images",
+            lambda figure: _draw_place(figure, spectrum, window, split, look, prefix),
+            f"{layer.value}: singular values with the {window} shaded, and {look.features_in_words()}",
             size=(10, 4.3),
         )
         cut.value = drawn(
@@ -152,22 +153,18 @@ def window_explorer(
             f"{layer.value}: the weight, the slice in the {window}, and the residual",
             size=(10, 3.4),
         )
-        answers.value = drawn(
-            lambda figure: _draw_answers(figure, inputs, before, after),
-            f"{len(after)} test images with the predicted class before and after attaching",
-            size=(10, 1.85),
-        )
+        answers.value = look.answers(before, after)
         facts = {
             "window": f"[{part.start}, {part.stop}) of {spectrum.k}",
             "energy in the window": f"{spectrum.energy(window):.2%}",
             "energy in the residual": f"{1 - spectrum.energy(window):.2%}",
-            f"of the features of {len(seen)} images": f"{float(split.shares.mean()):.2%} in the window",
-            "same predictions": f"{same} of {len(after)}",
-            "largest logit difference (relative)": f"{function_error(adapted, model, inputs):.1e}",
+            f"of the features of {look.what()}": f"{float(split.shares.mean()):.2%} in the window",
+            "same predictions": f"{int(same.sum())} of {len(same)}",
+            "largest logit difference (relative)": f"{_relative_difference(after, before):.1e}",
         }
         numbers.value = html_table(pd.DataFrame([facts]))
 
-    return explorer([[layer], [size, position]], [place, numbers, cut, answers], draw)
+    return explorer([[layer, *look.controls], [size, position]], [place, numbers, cut, answers], draw)
 
 
 def _rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:
@@ -209,54 +206,140 @@ def _weights(count: int) -> str:
 
 
 @torch.inference_mode()
-def _classes(model: nn.Module, inputs: Tensor, task: Task) -> list[str]:
-    """The names of the classes that ``model`` predicts."""
-    was_training = model.training
-    logits = model.eval()(inputs)  # (n, classes)
-    model.train(was_training)
-    if logits.shape[-1] != len(task.classes):
-        raise ValueError(
-            f"{task.name} has {len(task.classes)} classes, but the model's own head has {logits.shape[-1]}; "
-            "give the task that the model was pretrained on"
-        )
-    return [task.classes[i] for i in logits.argmax(-1).tolist()]
+def _logits(model: nn.Module, task: Task, examples: Examples) -> Tensor:
+    """What the model answers as it does the task by itself, (items, choices)."""
+    device = next(model.parameters()).device
+    inputs = to_device(examples.batch(torch.arange(len(examples))), device)
+    with evaluating(model):
+        return task.own_readout(model).to(device)(model, inputs, examples.labels.to(device))[0].float()
 
 
-def _draw_answers(figure: Figure, inputs: Tensor, before: list[str], after: list[str]) -> None:
-    axes = fixed_row(figure, len(inputs), bottom=0.02, top=0.76, wspace=0.1)
-    for ax, image, old, new in zip(axes, inputs, before, after, strict=True):
-        show_image(ax, image)
-        ax.set_title(f"before: {old}\nafter: {new}", fontsize=8, loc="center")
+def _relative_difference(now: Tensor, reference: Tensor) -> float:
+    return float((now.double() - reference).abs().max() / reference.abs().max())
 
 
 def _draw_place(
-    figure: Figure,
-    spectrum: Spectrum,
-    window: Window,
-    images: Tensor,
-    split: FeatureSplit,
-    prefix: int | None,
+    figure: Figure, spectrum: Spectrum, window: Window, split: FeatureSplit, look: _Look, prefix: int | None
 ) -> None:
-    """The spectrum with the window on the left, the images' features on the right."""
+    """The spectrum with the window on the left, the features on the right."""
     figure.set_layout_engine("none")
     plots.spectrum(spectrum, window, ax=figure.add_axes((0.105, 0.13, 0.37, 0.75)))
-    axes = figure.subplots(
-        len(images), 3, squeeze=False,
-        gridspec_kw={"left": 0.53, "right": 0.99, "bottom": 0.06, "top": 0.88, "wspace": 0.05, "hspace": 0.3},
-    )  # fmt: skip
-    plots.feature_maps(images, split, prefix=prefix, axes=axes)
+    look.draw_features(figure, split, prefix)
 
 
-def _on_a_grid(model: nn.Module, spectra: SpectrumSet, images: Tensor, prefix: int | None) -> list[str]:
-    """The layers with a spectrum whose inputs are tokens that lie on the images."""
-    found = []
-    for name, positions in splittable(model, spectra, images).items():
-        with suppress(ValueError):
-            patch_grid(positions, prefix)
-            found.append(name)
-    if not found:
-        raise ValueError(
-            f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are an image's "
-            "tokens on a square grid, so there are no features to lay over the images"
+def _look_of(task: Task, examples: Examples) -> _Look:
+    if hasattr(examples, "pieces"):
+        return _Texts(task, examples)
+    if examples.inputs.ndim == 4:
+        return _Images(task, examples)
+    raise ValueError(
+        f"{task.name} has inputs of shape {tuple(examples.inputs.shape[1:])}; this explorer shows images, "
+        "(channels, height, width), and texts"
+    )
+
+
+class _Images:
+    """How images are looked at: the first three with maps of their features, all with their answers."""
+
+    def __init__(self, task: Task, examples: Examples) -> None:
+        self.task, self.examples = task, examples
+        self.controls: list[Dropdown] = []
+
+    def rows(self) -> Tensor:
+        """The examples whose features are shown."""
+        return torch.arange(min(IMAGES_WITH_FEATURES, len(self.examples)))
+
+    def what(self) -> str:
+        return f"{len(self.rows())} images"
+
+    def features_in_words(self) -> str:
+        return f"maps of what window and residual carry of the features of {self.what()}"
+
+    def layers(self, model: nn.Module, spectra: SpectrumSet, prefix: int | None) -> list[str]:
+        """Those with a spectrum whose inputs are tokens that lie on the images."""
+        inputs = to_device(self.examples.batch(self.rows()), next(model.parameters()).device)
+        found = []
+        for name, positions in splittable(model, spectra, inputs).items():
+            with suppress(ValueError):
+                patch_grid(positions, prefix)
+                found.append(name)
+        if not found:
+            raise ValueError(
+                f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are an "
+                "image's tokens on a square grid, so there are no features to lay over the images"
+            )
+        return found
+
+    def draw_features(self, figure: Figure, split: FeatureSplit, prefix: int | None) -> None:
+        places = {"left": 0.53, "right": 0.99, "bottom": 0.06, "top": 0.88, "wspace": 0.05, "hspace": 0.3}
+        axes = figure.subplots(len(self.rows()), 3, squeeze=False, gridspec_kw=places)
+        plots.feature_maps(self.examples.batch(self.rows()), split, prefix=prefix, axes=axes)
+
+    def answers(self, before: Tensor, after: Tensor) -> str:
+        names = [[self.task.classes[i] for i in logits.argmax(-1).tolist()] for logits in (before, after)]
+
+        def draw(figure: Figure) -> None:
+            axes = fixed_row(figure, len(self.examples), bottom=0.02, top=0.76, wspace=0.1)
+            for ax, image, old, new in zip(axes, self.examples.inputs, *names, strict=True):
+                show_image(ax, image)
+                ax.set_title(f"before: {old}\nafter: {new}", fontsize=8, loc="center")
+
+        alt = f"{len(after)} test images with the predicted class before and after attaching"
+        return drawn(draw, alt, size=(10, 1.85))
+
+
+class _Texts:
+    """How texts are looked at: one, chosen among them, token by token, and all with their answers."""
+
+    def __init__(self, task: Task, examples: TokenExamples) -> None:
+        self.task, self.examples = task, examples
+        self.beginnings = [self._written(row, 40) for row in range(len(examples))]
+        options = [(f"{row + 1}: {start}", row) for row, start in enumerate(self.beginnings)]
+        self.controls = [Dropdown(options=options, description="text")]
+
+    def rows(self) -> Tensor:
+        """The examples whose features are shown."""
+        return torch.tensor([self.controls[0].value])
+
+    def what(self) -> str:
+        return f"text {self.controls[0].value + 1}"
+
+    def features_in_words(self) -> str:
+        return f"the window's share of the features of each token of {self.what()}"
+
+    def layers(self, model: nn.Module, spectra: SpectrumSet, _prefix: int | None) -> list[str]:
+        """Those with a spectrum whose inputs are the texts' tokens."""
+        inputs = to_device(self.examples.batch(self.rows()), next(model.parameters()).device)
+        tokens = inputs["input_ids"].shape[1]
+        found = [name for name, number in splittable(model, spectra, inputs).items() if number == tokens]
+        if not found:
+            raise ValueError(
+                f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are a text's "
+                "tokens, so there are no features to show of them"
+            )
+        return found
+
+    def draw_features(self, figure: Figure, split: FeatureSplit, _prefix: int | None) -> None:
+        ax = figure.add_axes((0.53, 0.04, 0.46, 0.84))
+        plots.token_shares(self.examples.pieces(int(self.rows())), split.position_shares[0], ax=ax)
+
+    def answers(self, before: Tensor, after: Tensor) -> str:
+        """A table; nothing for a language task, whose answers are tokens."""
+        if not self.task.classes:
+            return ""
+        right, old, new = (
+            [self.task.classes[i] for i in numbers.tolist()]
+            for numbers in (self.examples.labels, before.argmax(-1), after.argmax(-1))
         )
-    return found
+        texts = [self._written(row, LETTERS) for row in range(len(self.examples))]
+        columns = {"class": right, "before": old, "after": new, "text": texts}
+        with pd.option_context("display.max_colwidth", None):
+            return html_table(pd.DataFrame(columns))
+
+    def _written(self, row: int, letters: int) -> str:
+        texts = self.examples.texts
+        whole = "".join(self.examples.pieces(row)) if texts is None else texts[row]
+        return shorten(whole, letters, placeholder=" ...")
+
+
+_Look = _Images | _Texts

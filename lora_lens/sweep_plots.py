@@ -7,17 +7,28 @@ from itertools import cycle
 from textwrap import shorten
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from lora_lens.metrics import pareto_front, seed_means
-from lora_lens.plot_style import colour_bar, styled
+from lora_lens.plot_style import colour_bar, house_style, styled
+from lora_lens.tradeoffs import require_columns
 from lora_lens.training import Run
 
+LABELS = {
+    "accuracy": "accuracy on the new task",
+    "retained_accuracy": "accuracy on the retained task",
+    "forgetting": "forgetting",
+    "loss_rise": "rise of the retained task's loss",
+}
+UNITS = {"accuracy": "%", "retained_accuracy": "%", "forgetting": "percentage points", "loss_rise": "nats"}
+LOST = ("forgetting", "loss_rise")
+PERCENT = FuncFormatter(lambda share, _: f"{round(100 * share, 6) + 0:.6g}")  # + 0: no minus before a zero
 REFERENCE_LINES = {"LoRA": "--", "full fine-tuning": ":"}
 MORE_LINES = ("-.", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 4)), (0, (9, 4)))  # other placements than one window
 LONGEST_LABEL = 44  # characters
@@ -45,11 +56,25 @@ def learning_curve(run: Run, *, ax: Axes) -> Axes:
 
 
 @styled
-def forgetting_curve(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax: Axes) -> Axes:
-    """Forgetting against the window's position; see :func:`accuracy_curve` for how to read it."""
-    _against_position(table, "forgetting", rates, ax)
-    ax.set(ylabel="forgetting (percentage points)", title="What is lost: forgetting of the retained task")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+def forgetting_curve(
+    table: pd.DataFrame, rates: Collection[float] | None = None, score: str = "forgetting", *, ax: Axes
+) -> Axes:
+    """Forgetting against the window's position; see :func:`accuracy_curve` for how to read it.
+
+    Args:
+        table, rates: as there.
+        score: forgetting, of the accuracy; or loss_rise, of the loss, in nats per example, of a language
+            task per token.
+
+    Raises:
+        ValueError: another ``score``, or no run of a window placed by position.
+    """
+    require_score(score, LOST)
+    _against_position(table, score, rates, ax)
+    _legend_beside(table, ax)
+    what = "forgetting of the retained task" if score == "forgetting" else LABELS[score]
+    ax.set(ylabel=with_unit(score), title=f"What is lost: {what}")
+    show_unit(ax, score)
     return ax
 
 
@@ -65,9 +90,95 @@ def accuracy_curve(table: pd.DataFrame, rates: Collection[float] | None = None, 
     same in every choice.
     """
     _against_position(table, "accuracy", rates, ax)
+    _legend_beside(table, ax)
     ax.set(ylabel="test accuracy (%)", title="What is gained: accuracy on the new task")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    show_unit(ax, "accuracy")
     return ax
+
+
+def watched(
+    results: pd.DataFrame,
+    table: pd.DataFrame,
+    rates: Collection[float] | None = None,
+    score: str = "forgetting",
+    *,
+    columns: int = 3,
+    axes: np.ndarray | None = None,
+) -> np.ndarray:
+    """What was forgotten of every watched task against the window's position, one panel per task.
+
+    Each panel is read like :func:`accuracy_curve`.
+
+    Args:
+        results: from :func:`lora_lens.watched`.
+        table: the same runs, from :func:`lora_lens.sweep`.
+        rates: the learning rates to draw; default all.
+        score: forgetting, on one scale for all tasks; or loss_rise, in nats per example, of a language task
+            per token, each panel on its own scale.
+        columns: panels in a row.
+        axes: to draw on, at least one per task; default a new pyplot figure.
+
+    Returns:
+        The Axes, one per task in the order of ``results``, shape (tasks,).
+
+    Raises:
+        ValueError: another ``score``, a column is missing, a run of ``table`` has no results, there is no run
+            of a window placed by position, or there are fewer ``axes`` than tasks.
+    """
+    require_score(score, LOST)
+    require_columns(results, ["run", "task", score])
+    require_columns(table, ["run", "method", "position", "lr"])
+    if without := [run for run in table["run"] if run not in set(results["run"])]:
+        raise ValueError(
+            f"nothing was watched in {len(without)} runs, such as {without[0]}; pass ll.watched(store, table)"
+        )
+    runs = table.drop(columns=score, errors="ignore")
+    tasks = list(results["task"].unique())
+    with house_style():
+        if axes is None:
+            axes = _panels(len(tasks), columns, sharey=score == "forgetting")
+        axes = np.ravel(axes)
+        if len(axes) < len(tasks):
+            raise ValueError(f"there are {len(tasks)} watched tasks but only {len(axes)} axes to draw on")
+        axes = axes[: len(tasks)]
+        for ax, task in zip(axes, tasks, strict=True):
+            of_task = runs.merge(results.loc[results["task"] == task, ["run", score]], on="run")
+            _against_position(of_task, score, rates, ax)
+            ax.set(title=task, xlabel="position of the window")
+            ax.set_xticks(np.linspace(0, 1, 5), ["0", "0.25", "0.5", "0.75", "1"])
+            show_unit(ax, score)
+        axes[0].set_ylabel(
+            "forgetting (percentage points)" if score == "forgetting" else "rise of the loss (nats)"
+        )
+        _legend_beside(table, axes[min(columns, len(tasks)) - 1])
+    return axes
+
+
+def with_unit(score: str) -> str:
+    """A score in words, with its unit."""
+    return f"{LABELS[score]} ({UNITS[score]})"
+
+
+def show_unit(ax: Axes, score: str) -> None:
+    """Let the ticks of the vertical axis count in the score's unit."""
+    if UNITS[score] != "nats":
+        ax.yaxis.set_major_formatter(PERCENT)
+
+
+def require_score(score: str, choices: Collection[str] = tuple(LABELS)) -> None:
+    if score not in choices:
+        raise ValueError(f"score must be one of {', '.join(choices)}, not {score!r}")
+
+
+def _panels(count: int, columns: int, *, sharey: bool) -> np.ndarray:
+    """The Axes of a new figure in rows of ``columns``; shape (count,)."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    size = (2.7 * columns + 1.6, 2.7 * rows + 0.3)
+    axes = plt.subplots(rows, columns, figsize=size, sharey=sharey, squeeze=False)[1].ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    return axes[:count]
 
 
 def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float] | None, ax: Axes) -> None:
@@ -96,10 +207,14 @@ def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float]
         ax.text(position, 1.0, f" {name} ", color="0.35", fontsize=9.5, **place)
     ax.set(xlabel="position of the window (0 = largest components, 1 = smallest)", xlim=(-0.04, 1.04))
     ax.margins(y=0.12)
+
+
+def _legend_beside(table: pd.DataFrame, ax: Axes) -> None:
+    """The learning rates of the curves, then the methods of the flat lines, to the right of the Axes."""
     handles, _ = ax.get_legend_handles_labels()
     handles += [
         Line2D([], [], color="0.3", linestyle=line, linewidth=1.3, label=_short(name))
-        for name, line in lines.items()
+        for name, line in _reference_lines(table).items()
     ]
     ax.legend(handles=handles, title="learning rate", loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -116,16 +231,23 @@ def _short(name: str) -> str:
 
 
 @styled
-def tradeoff(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax: Axes) -> Axes:
+def tradeoff(
+    table: pd.DataFrame, rates: Collection[float] | None = None, y: str = "retained_accuracy", *, ax: Axes
+) -> Axes:
     """The trade-off plane: accuracy on the retained task against accuracy on the new one.
 
     One point per method and learning rate (mean over seeds): filled by
     position for windows, hollow for baselines, shaped by learning rate. The
     line joins the points that no other beats in both (the Pareto front).
     ``rates`` picks the learning rates to draw, all by default; each looks the
-    same in every choice, and the front is that of the chosen.
+    same in every choice, and the front is that of the chosen. With ``y="loss_rise"`` the vertical axis is
+    the rise of the retained task's loss, in nats, and runs downwards.
+
+    Raises:
+        ValueError: another ``y`` than retained_accuracy or loss_rise.
     """
-    means = seed_means(table)
+    require_score(y, ("retained_accuracy", "loss_rise"))
+    means = seed_means(table.assign(retained_accuracy=table[y])).rename(columns={"retained_accuracy": y})
     every_rate = sorted(means["lr"].unique())
     markers = dict(zip(every_rate, RATE_MARKERS * len(every_rate), strict=False))
     baselines = [m for m in means["method"].unique() if m != "window"]
@@ -133,16 +255,17 @@ def tradeoff(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax:
 
     rates = every_rate if rates is None else sorted(rates)
     means = means[means["lr"].isin(rates)]
-    front = means[pareto_front(means)].sort_values("accuracy")
-    ax.step(front["accuracy"], front["retained_accuracy"], where="pre", color="0.55", linewidth=1.3, zorder=1)
+    better = means.assign(**{y: means[y] if y == "retained_accuracy" else -means[y]})
+    front = means[pareto_front(better, y=y)].sort_values("accuracy")
+    ax.step(front["accuracy"], front[y], where="pre", color="0.55", linewidth=1.3, zorder=1)
     colour_scale = ScalarMappable(plt.Normalize(0, 1), "cividis")
-    for row in means.itertuples():
+    for row, height in zip(means.itertuples(), means[y], strict=True):
         if row.method == "window":
             colour = colour_scale.to_rgba(row.position) if pd.notna(row.position) else "0.5"
             look = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.6, "zorder": 3}
         else:
             look = {"facecolor": "white", "edgecolor": edges[row.method], "linewidth": 1.6, "zorder": 2}
-        ax.scatter(row.accuracy, row.retained_accuracy, marker=markers[row.lr], s=52, **look)
+        ax.scatter(row.accuracy, height, marker=markers[row.lr], s=52, **look)
     colour_bar(colour_scale, ax, "position of the window")
 
     plain = {"linestyle": "", "color": "0.3"}
@@ -151,11 +274,13 @@ def tradeoff(table: pd.DataFrame, rates: Collection[float] | None = None, *, ax:
     handles += [Line2D([], [], markeredgecolor=edges[b], label=_short(b), **hollow) for b in baselines]
     handles.append(Line2D([], [], color="0.55", linewidth=1.3, label="Pareto front"))
     ax.legend(handles=handles, loc="best")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, symbol=""))
+    ax.xaxis.set_major_formatter(PERCENT)
+    show_unit(ax, y)
+    if y == "loss_rise":
+        ax.invert_yaxis()
     ax.set(
-        xlabel="accuracy on the new task (%)",
-        ylabel="accuracy on the retained task (%)",
+        xlabel=with_unit("accuracy"),
+        ylabel=with_unit(y),
         title="The trade-off: up and to the right is better",
     )
     return ax

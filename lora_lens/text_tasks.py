@@ -170,8 +170,15 @@ def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> 
                 f"the {part} texts of {corpus.name} have {len(ids)} tokens, less than one block of {block}; "
                 "use a smaller block or more text"
             )
-        tokens = torch.tensor(ids[: count * block], dtype=torch.int32)
-        parts.append(TokenExamples(tokens, torch.full((count,), block), torch.zeros(count, dtype=torch.long)))
+        ids = ids[: count * block]
+        parts.append(
+            TokenExamples(
+                torch.tensor(ids, dtype=torch.int32),
+                torch.full((count,), block),
+                torch.zeros(count, dtype=torch.long),
+                words=_words(tokenizer, ids),
+            )
+        )
     return LanguageTask(corpus.name, (), *parts, pooling="mean")
 
 
@@ -228,10 +235,18 @@ def _tokenized(
     if empty := [number for number, ids in enumerate(whole) if not ids]:
         raise ValueError(f"{name}: text {empty[0]} ({texts.texts[empty[0]]!r}) has no tokens; leave it out")
     pad = getattr(tokenizer, "pad_token_id", None)
+    tokens = [token for ids in whole for token in ids]
     return TokenExamples(
-        torch.tensor([token for ids in whole for token in ids], dtype=torch.int32),
+        torch.tensor(tokens, dtype=torch.int32),
         torch.tensor([len(ids) for ids in whole]),
         torch.tensor(texts.labels),
         pad=0 if pad is None else pad,  # any token will do, because the mask hides it
         truncated=len(longer),
+        texts=texts.texts,
+        words=_words(tokenizer, tokens),
     )
+
+
+def _words(tokenizer: Tokenizer, tokens: Sequence[int]) -> dict[int, str]:
+    ids = sorted(set(tokens))
+    return dict(zip(ids, tokenizer.batch_decode([[token] for token in ids]), strict=True))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -26,6 +26,8 @@ class TokenExamples:
         labels: (n,) int64; all 0 where there are no classes.
         pad: a token id to fill batches with; the mask hides it.
         truncated: how many texts were longer than allowed and lost their end.
+        texts: what people wrote, one per example; None for blocks of running text.
+        words: what the tokens stand for, by their ids, at least of those that occur.
     """
 
     tokens: Tensor
@@ -33,6 +35,8 @@ class TokenExamples:
     labels: Tensor
     pad: int = 0
     truncated: int = 0
+    texts: tuple[str, ...] | None = None
+    words: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.labels) == 0 or len(self.lengths) != len(self.labels):
@@ -45,8 +49,17 @@ class TokenExamples:
 
     def take(self, rows: Tensor) -> TokenExamples:
         """Some of the texts, by their numbers."""
-        tokens = torch.cat([self._text(row) for row in rows.tolist()])
-        return TokenExamples(tokens, self.lengths[rows], self.labels[rows], self.pad, self.truncated)
+        return replace(
+            self,
+            tokens=torch.cat([self._text(row) for row in rows.tolist()]),
+            lengths=self.lengths[rows],
+            labels=self.labels[rows],
+            texts=None if self.texts is None else tuple(self.texts[row] for row in rows.tolist()),
+        )
+
+    def pieces(self, row: int) -> list[str]:
+        """The tokens of one text in writing; those without a word as their number."""
+        return [self.words.get(token, f"#{token}") for token in self._text(row).tolist()]
 
     def first(self, count: int) -> TokenExamples:
         """The first ``count`` texts; all of them if there are fewer."""

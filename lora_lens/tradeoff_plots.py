@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from textwrap import fill, wrap
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -12,30 +13,31 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from lora_lens.layers import block_and_kind
 from lora_lens.metrics import pareto_front, seed_means
-from lora_lens.plot_style import colour_bar, styled
+from lora_lens.plot_style import colour_bar, house_style, styled
+from lora_lens.sweep_plots import LABELS, PERCENT, UNITS, require_score, show_unit, with_unit
 from lora_lens.tradeoffs import groups, require_columns, window_columns
 
-LABELS = {
-    "accuracy": "accuracy on the new task",
-    "retained_accuracy": "accuracy on the retained task",
-    "forgetting": "forgetting",
+COLOURS = {
+    "accuracy": "viridis",
+    "retained_accuracy": "viridis",
+    "forgetting": "rocket_r",
+    "loss_rise": "rocket_r",
 }
-COLOURS = {"accuracy": "viridis", "retained_accuracy": "viridis", "forgetting": "rocket_r"}
 # Colours in full, not "C0": a cycle's colours are looked up when the figure is drawn, after the style's end.
 WINDOWS, OTHERS, COLLAPSE = "#0072B2", "#404040", "#D55E00"
 POSITIONS = (0, 0.25, 0.5, 0.75, 1)
 LONGEST = 34  # characters of a name in one line
 IN_THE_PICTURE = 4  # more names than these stand in a legend below it
-PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.6g}")
+ROW = 0.26  # inches that a row of the surface takes if it may
+READABLE = 7  # points: the least height of a row that holds numbers
 
 
-@styled
-def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> Axes:
+def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes | None = None) -> Axes:
     """A score over windows (rows) and learning rates (columns): means over seeds, in percentage points.
 
     The other methods of the table stand below the windows. A frame marks the rate at which a row has
@@ -43,13 +45,15 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> Axes
 
     Args:
         table: from :func:`lora_lens.sweep`, with one value of every setting but window, rate and seed.
-        score: accuracy, retained_accuracy or forgetting.
+        score: accuracy, retained_accuracy, forgetting or loss_rise (in nats).
+        ax: to draw on; what is written fits its height, and numbers are left out where rows are too low.
+            Default a new pyplot figure, high enough for all rows.
 
     Raises:
         ValueError: another ``score``, a column is missing, the table is empty, or two runs share window, rate
             and seed.
     """
-    _require_score(score)
+    require_score(score)
     scores = list({score, "accuracy"})
     keys = window_columns(table)
     means = _ordered(
@@ -59,24 +63,38 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> Axes
     )
     means = means.assign(row=means.groupby(keys, dropna=False, sort=False).ngroup())
     grid, best = (means.pivot(index="row", columns="lr", values=values) for values in (score, "accuracy"))
+    with house_style():
+        if ax is None:
+            wide, tall = plt.rcParams["figure.figsize"]
+            ax = plt.subplots(figsize=(wide, max(tall, 1.2 + ROW * len(grid))))[1]
+        _draw_surface(ax, grid, best, score, _names(means.drop_duplicates("row")))
+    return ax
+
+
+def _draw_surface(ax: Axes, grid: pd.DataFrame, best: pd.DataFrame, score: str, names: list[str]) -> None:
+    in_nats = UNITS[score] == "nats"
+    room = 72 * ax.get_window_extent().height / ax.figure.dpi / len(grid)  # points
     sns.heatmap(
-        100 * grid.to_numpy(),
+        grid.to_numpy() * (1 if in_nats else 100),
         ax=ax,
         cmap=COLOURS[score],
-        annot=True,
-        fmt=".1f",
-        cbar_kws={"label": _with_unit(score)},
+        annot=bool(room >= READABLE),
+        fmt=".2f" if in_nats else ".1f",
+        annot_kws={"fontsize": min(plt.rcParams["font.size"], 0.8 * room)},
+        cbar_kws={"label": with_unit(score)},
         xticklabels=[f"{rate:g}" for rate in grid.columns],
-        yticklabels=_names(means.drop_duplicates("row")),
+        yticklabels=names,
     )
+    frame = {"fill": False, "edgecolor": "black", "linewidth": min(2.2, room / 8), "clip_on": False}
     for row, accuracies in enumerate(best.to_numpy()):
         if np.isfinite(accuracies).any():
             place = (int(np.nanargmax(accuracies)), row)
-            ax.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=2.2, clip_on=False))
+            ax.add_patch(Rectangle(place, 1, 1, **frame))
     ax.set(xlabel="learning rate", ylabel="window or method", title=LABELS[score].capitalize())
-    ax.tick_params(axis="y", rotation=0)
+    lines = max(name.count("\n") for name in names) + 1
+    size = min(plt.rcParams["font.size"], 0.8 * room / lines)
+    ax.tick_params(axis="y", rotation=0, labelsize=size)
     ax.grid(False)
-    return ax
 
 
 @styled
@@ -89,13 +107,13 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
 
     Args:
         result: one row per window or method with ``score``, and with ``score`` + _low and _high.
-        score: accuracy or forgetting.
+        score: any for which the result has these columns: accuracy, forgetting, loss_rise.
 
     Raises:
         ValueError: another ``score``, a column is missing, there are no rows, or a window or method has
             several.
     """
-    _require_score(score)
+    require_score(score)
     keys = window_columns(result)
     require_columns(result, [*keys, "seeds", score, f"{score}_low", f"{score}_high"])
     if result.empty:
@@ -135,10 +153,10 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
         ax.legend()
     ax.set(
         xlabel="position of the window" if len(windows) else "method",
-        ylabel=_with_unit(score),
+        ylabel=with_unit(score),
         title=LABELS[score].capitalize(),
     )
-    ax.yaxis.set_major_formatter(PERCENT)
+    show_unit(ax, score)
     return ax
 
 
@@ -262,13 +280,13 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
 
     Args:
         table: runs at one learning rate that differ in ``setting``, such as rank, steps or targets.
-        score: accuracy, retained_accuracy or forgetting.
+        score: accuracy, retained_accuracy, forgetting or loss_rise (in nats).
 
     Raises:
         ValueError: another ``score``, a column is missing, the table has several rates or no window placed by
             position, or two runs of a seed differ in more than ``setting`` and position.
     """
-    _require_score(score)
+    require_score(score)
     require_columns(table, [setting, "method", "position", "lr", "seed", score])
     if table["lr"].nunique() != 1:
         rates = ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))
@@ -304,19 +322,10 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
     words = "layers" if setting == "targets" else setting.replace("_", " ")
     ax.legend(handles=handles, title=words, loc="best")
     ax.set_xticks(POSITIONS, [f"{position:g}" for position in POSITIONS])
-    ax.yaxis.set_major_formatter(PERCENT)
+    show_unit(ax, score)
     title = f"{LABELS[score].capitalize()} by {words}"
-    ax.set(xlabel="position of the window", ylabel=_with_unit(score), title=title)
+    ax.set(xlabel="position of the window", ylabel=with_unit(score), title=title)
     return ax
-
-
-def _require_score(score: str) -> None:
-    if score not in LABELS:
-        raise ValueError(f"score must be one of {', '.join(LABELS)}, not {score!r}")
-
-
-def _with_unit(score: str) -> str:
-    return f"{LABELS[score]} ({'percentage points' if score == 'forgetting' else '%'})"
 
 
 def _setting_name(value: object) -> str:

@@ -93,7 +93,25 @@ def test_smollm2_knows_a_capital_and_can_be_saved(tmp_path, capsys):
     assert torch.equal(kept, model.model.layers[29].self_attn.q_proj.weight)
 
 
-@pytest.mark.parametrize("load", ["minilm", "smollm2"])
+def test_minilm_s_tokenizer_is_the_one_it_was_trained_with():
+    tokenizer = ll.embedded.minilm_tokenizer()
+    ids = [101, 1037, 4937, 7719, 2006, 1996, 13523, 1012, 102]
+    assert tokenizer("A cat sits on the mat.")["input_ids"] == ids
+    assert tokenizer.decode(ids) == "[CLS] a cat sits on the mat. [SEP]"
+    assert (len(tokenizer), tokenizer.model_max_length, tokenizer.pad_token_id) == (30_522, 512, 0)
+    assert len(tokenizer) == ll.embedded.minilm().config.vocab_size
+
+
+def test_smollm2_s_tokenizer_is_the_one_it_was_trained_with():
+    tokenizer = ll.embedded.smollm2_tokenizer()
+    assert tokenizer("The capital of France is")["input_ids"] == [504, 3575, 282, 4649, 314]
+    assert tokenizer.decode([7042]) == " Paris"
+    assert len(tokenizer) == 49_152 and tokenizer.eos_token == "<|im_end|>"
+    text = "Caf\u00e9, \u6771\u4eac and \U0001f600\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("load", ["minilm", "smollm2", "minilm_tokenizer", "smollm2_tokenizer"])
 def test_a_missing_model_package_is_named_with_the_command_that_installs_it(load, monkeypatch):
     def nothing(name: str) -> None:
         raise PackageNotFoundError(name)
@@ -105,8 +123,9 @@ def test_a_missing_model_package_is_named_with_the_command_that_installs_it(load
 
 def test_a_missing_gguf_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match="pip install gguf"):
-        ll.embedded.smollm2()
+    for load in (ll.embedded.smollm2, ll.embedded.smollm2_tokenizer):
+        with pytest.raises(ImportError, match="pip install gguf"):
+            load()
 
 
 @pytest.mark.parametrize("file", ["Makefile", "environment.yml"])

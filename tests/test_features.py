@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_language import small
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -108,6 +109,29 @@ def test_a_language_model_s_layers_are_split_from_keyword_arguments():
     assert isinstance(gpt.get_submodule(name), Conv1D) and split.window.shape == (2, 5, 48)
     whole = ll.feature_split(gpt, name, spectrum, ll.Window.first(16), words)
     torch.testing.assert_close(whole.window, split.window + split.residual)
+
+
+def test_padding_has_no_share_and_changes_none():
+    model, name = small("bert"), "encoder.layer.1.intermediate.dense"
+    spectrum = ll.spectra(model, name, progress=False)[name]
+    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    split = ll.feature_split(
+        model, name, spectrum, ll.Window.middle(4), {"input_ids": ids, "attention_mask": mask}
+    )
+    alone = ll.feature_split(model, name, spectrum, ll.Window.middle(4), {"input_ids": ids[1:, :2]})
+    assert not split.position_shares[1, 2:].any() and split.position_shares[0].all()
+    torch.testing.assert_close(split.position_shares[1, :2], alone.position_shares[0])
+    torch.testing.assert_close(split.shares[1:], alone.shares)
+
+
+def test_the_layers_of_a_text_model_are_split_by_tokens_and_its_pooler_by_texts():
+    model = small("bert")
+    names = ["encoder.layer.0.attention.self.query", "pooler.dense", "embeddings.word_embeddings"]
+    assert splittable(model, names, {"input_ids": torch.ones(3, 7, dtype=torch.long)}) == {
+        names[0]: 7,
+        names[1]: 1,
+    }
 
 
 def test_weights_in_half_precision_are_split_in_float32():

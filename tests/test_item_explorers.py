@@ -3,13 +3,15 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from explored import alts, control, message, narrow_vit, numbers, pictures, sentence, shows_results
+from explored import alts, control, message, narrow_vit, numbers, pictures, sentence, shows_results, text
 from ipywidgets import VBox
+from small_language import byte_tokenizer, part_of, small
 
 import lora_lens as ll
 
@@ -159,3 +161,34 @@ def test_what_is_no_sweep_is_refused(table, store, known):
         ll.widgets.forgotten_explorer(table.iloc[:0], store, known)
     with pytest.raises(ValueError, match="lacks forgetting"):
         ll.widgets.forgotten_explorer(table.drop(columns="forgetting"), store, known)
+
+
+def test_texts_are_shown_as_they_were_written(tmp_path):
+    movies = ll.text_task(part_of("movies", 32, 40), byte_tokenizer())
+    model = small("bert")
+    known = replace(ll.probed(model, movies), name="known")
+    known = replace(known, test=replace(known.test, labels=torch.tensor(ll.evaluate(model, known).predicted)))
+    grid = ll.Grid(window=ll.windows(4, 2), lr=(3e-2,), seed=(0,))
+    fast = {"steps": 4, "evaluations": 2, "batch_size": 16, "jobs": 1, "progress": False}
+    table = ll.sweep(grid, model=model, task=movies, retain=known, store=tmp_path / "runs", **fast)
+    explorer = ll.widgets.forgotten_explorer(table, tmp_path / "runs", known)
+    forgotten = ll.items.forgotten_by(ll.answers(tmp_path / "runs", table))
+    first = forgotten.iloc[0]
+    assert first["share"] > 0  # or there would be nothing to show
+    assert sentence(explorer).startswith("Of 40 texts that were classified right before")
+    assert len(pictures(explorer)) == 1 and "kept (texts)" in text(explorer)
+    shown = [unescape(cell) for cell in re.findall("<td>(.*?)</td>", text(explorer).split("<b>The ")[1])]
+    classes = (known.classes[int(first[column])] for column in ("label", "instead"))
+    assert shown[:4] == [
+        *classes,
+        f"{first['share']:.0%}",
+        " ".join(known.test.texts[int(first["item"])].split()),
+    ]
+    with pytest.raises(ValueError, match="answers are to 40 other test texts"):
+        ll.widgets.forgotten_explorer(table, tmp_path / "runs", known.subset(test=20))
+
+
+def test_a_task_of_tokens_has_no_examples_to_explore(table, store):
+    running = ll.language_task(part_of("movies", 20, 20), byte_tokenizer(), block=16)
+    with pytest.raises(ValueError, match="its items are the tokens that it predicts"):
+        ll.widgets.forgotten_explorer(table, store, running)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_language import byte_tokenizer, part_of
 
 import lora_lens as ll
 
@@ -129,3 +130,37 @@ def test_images_refuse_what_they_cannot_show(answers, source):
         ll.plots.forgotten_images(source, forgotten, 10, axes=plt.subplots()[1])
     with pytest.raises(ValueError, match="no column instead"):
         ll.plots.forgotten_images(source, forgotten.drop(columns="instead"))
+
+
+def test_forgotten_texts_show_the_text_what_it_became_and_for_how_many_runs():
+    movies = ll.text_task(part_of("movies", 4, 10), byte_tokenizer())
+    right = movies.test.labels.numpy()
+    after = right.copy()
+    after[3] = 1 - after[3]
+    answers = pd.DataFrame({"run": "a", "item": range(10), "label": right, "before": right, "after": after})
+    axes = ll.plots.forgotten_images(movies, ll.items.forgotten_by(answers), 2)
+    assert axes.shape == (2, 1)
+    first, second = axes.ravel()
+    old, new = (movies.classes[i] for i in (right[3], after[3]))
+    assert first.get_title(loc="left") == f"{old}  \N{RIGHTWARDS ARROW} {new}  100% of runs"
+    assert first.texts[0].get_text().replace("\n", " ") == " ".join(movies.test.texts[3].split())
+    assert (
+        second.get_title(loc="left").endswith("0% of runs")
+        and "\N{RIGHTWARDS ARROW}" not in second.get_title()
+    )
+    own = plt.subplots(1, 3)[1]
+    assert ll.plots.forgotten_images(movies, ll.items.forgotten_by(answers), 2, axes=own) is own
+    assert [len(ax.texts) for ax in own] == [1, 1, 0] and not own[2].axison
+    with pytest.raises(ValueError, match="not among the 3 test texts"):
+        ll.plots.forgotten_images(movies.subset(test=3), ll.items.forgotten_by(answers), 1)
+
+
+def test_tokens_and_vectors_are_no_examples_to_show(answers, source):
+    forgotten = ll.items.forgotten_by(answers)
+    running = ll.language_task(part_of("movies", 20, 20), byte_tokenizer(), block=16)
+    with pytest.raises(ValueError, match="movies has no classes: its items are the tokens"):
+        ll.plots.forgotten_images(running, forgotten)
+    vectors = ll.Examples(source.test.inputs[:10].flatten(1), source.test.labels[:10])
+    task = ll.Task("vectors", source.classes, vectors, vectors)
+    with pytest.raises(ValueError, match="vectors are neither images"):
+        ll.plots.forgotten_images(task, forgotten)

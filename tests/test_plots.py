@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 import lora_lens as ll
 from lora_lens.features import FeatureSplit
+from lora_lens.sweep_plots import PERCENT
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +173,86 @@ def test_a_rate_looks_the_same_whichever_others_are_shown(table):
         curves["0.003"].get_marker(),
     )
     assert len(ll.plots.tradeoff(table, rates=[3e-3]).collections) == 7
+
+
+def test_ticks_hold_no_needless_zeros(table):
+    for draw in (ll.plots.forgetting_curve, ll.plots.accuracy_curve, ll.plots.tradeoff):
+        ticks = draw(table).yaxis.get_major_formatter()
+        assert [ticks(share, 0) for share in (0.25, 0.125, -0.0, 0.1 + 0.2)] == ["25", "12.5", "0", "30"]
+
+
+def test_the_rise_of_the_loss_is_drawn_in_nats(table):
+    table = table.assign(loss_rise=3 * table["forgetting"])
+    ax = ll.plots.forgetting_curve(table, score="loss_rise")
+    curves = [line for line in ax.lines if len(line.get_xdata()) == 5]
+    windows = table[(table["method"] == "window") & (table["lr"] == 1e-3)]
+    np.testing.assert_allclose(curves[0].get_ydata(), windows.groupby("position")["loss_rise"].mean())
+    assert ax.get_ylabel().endswith("(nats)") and ax.yaxis.get_major_formatter() is not PERCENT
+    with pytest.raises(ValueError, match="score must be one of forgetting, loss_rise, not 'accuracy'"):
+        ll.plots.forgetting_curve(table, score="accuracy")
+
+
+def test_the_plane_of_the_loss_has_less_of_it_above(table):
+    table = table.assign(loss_rise=3 * (0.9 - table["retained_accuracy"]))
+    ax, accuracy = ll.plots.tradeoff(table, y="loss_rise"), ll.plots.tradeoff(table)
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), accuracy.lines[0].get_xdata())  # the same front
+    means = table.groupby(["method", "position", "lr"], dropna=False)[["accuracy", "loss_rise"]].mean()
+    points = np.array([c.get_offsets()[0] for c in ax.collections])
+    np.testing.assert_allclose(points[points[:, 1].argsort(), 1], np.sort(means["loss_rise"]))
+    assert ax.yaxis_inverted() and ax.get_ylabel().endswith("(nats)")
+    with pytest.raises(ValueError, match="must be one of retained_accuracy, loss_rise"):
+        ll.plots.tradeoff(table, y="accuracy")
+
+
+@pytest.fixture
+def looked_at(table) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs with a name each, and what they did to two tasks: half and twice what they forgot."""
+    runs = table.assign(run=[f"run {i}" for i in range(len(table))])
+    parts = [
+        pd.DataFrame({"run": runs["run"], "task": task, "forgetting": factor * runs["forgetting"]})
+        for task, factor in (("tweets", 0.5), ("products", 2))
+    ]
+    together = pd.concat(parts, ignore_index=True)
+    return runs, together.assign(loss_rise=10 * together["forgetting"])
+
+
+@pytest.mark.parametrize(("score", "factor"), [("forgetting", 1), ("loss_rise", 10)])
+def test_each_watched_task_has_a_panel_of_its_own_curves(looked_at, score, factor):
+    runs, results = looked_at
+    axes = ll.plots.watched(results, runs.sample(frac=1, random_state=0), score=score)
+    assert [ax.get_title() for ax in axes] == ["tweets", "products"]
+    windows = (
+        runs[(runs["method"] == "window") & (runs["lr"] == 1e-3)].groupby("position")["forgetting"].mean()
+    )
+    lora = runs[(runs["method"] == "LoRA") & (runs["lr"] == 1e-3)]["forgetting"].mean()
+    for ax, times in zip(axes, (0.5, 2), strict=True):
+        curve = next(line for line in ax.lines if line.get_label() == "0.001")
+        np.testing.assert_allclose(curve.get_ydata(), factor * times * windows)
+        dashed = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+        assert any(np.isclose(dashed, factor * times * lora))
+    shared = axes[0].get_ylim() == axes[1].get_ylim()
+    assert shared == (score == "forgetting")
+    assert axes[0].get_ylabel().endswith("(nats)" if score == "loss_rise" else "points)")
+    labels = [t.get_text() for t in axes[1].get_legend().get_texts()]
+    assert labels == ["0.001", "0.003", "LoRA", "full fine-tuning"] and axes[0].get_legend() is None
+
+
+def test_watched_tasks_go_on_the_axes_given_and_need_results_of_every_run(looked_at):
+    runs, results = looked_at
+    own = plt.subplots(1, 3)[1]
+    assert list(ll.plots.watched(results, runs, [3e-3], axes=own)) == list(own[:2])
+    assert len(plt.get_fignums()) == 1 and not own[2].lines
+    assert {t.get_text() for t in own[1].get_legend().get_texts()} == {"0.003", "LoRA", "full fine-tuning"}
+    with pytest.raises(ValueError, match="2 watched tasks but only 1 axes"):
+        ll.plots.watched(results, runs, axes=own[:1])
+    with pytest.raises(ValueError, match="nothing was watched in 1 runs, such as run 0"):
+        ll.plots.watched(results[results["run"] != "run 0"], runs)
+    with pytest.raises(ValueError, match="no column task"):
+        ll.plots.watched(results.drop(columns="task"), runs)
+    with pytest.raises(ValueError, match="one of forgetting, loss_rise, not 'before'"):
+        ll.plots.watched(results, runs, score="before")
+    with pytest.raises(ValueError, match="no runs of windows"):
+        ll.plots.watched(results, runs[runs["method"] == "LoRA"])
 
 
 def test_a_backend_that_turns_interactive_within_the_style_stays_so():

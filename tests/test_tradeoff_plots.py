@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 
 import lora_lens as ll
+from lora_lens.sweep_plots import PERCENT
 
 POSITIONS = (0, 0.25, 0.5, 0.75, 1)
 RATES = (1e-3, 3e-3, 9e-3)
@@ -68,6 +69,28 @@ def test_the_surface_holds_the_means_and_frames_the_best_rates(table):
     assert texts(ax.texts)[:3] == [f"{value:.1f}" for value in cells[0]]
     accuracy = ll.plots.surface(table, "accuracy").collections[0].get_array()
     assert accuracy.max() == pytest.approx(91)
+
+
+def test_the_rise_of_the_loss_is_in_nats(table):
+    table = table.assign(loss_rise=4 * table["forgetting"])
+    ax = ll.plots.surface(table, "loss_rise")
+    cells = ax.collections[0].get_array().reshape(6, 3)
+    np.testing.assert_allclose(cells[5], table[table["method"] == "LoRA"].groupby("lr")["loss_rise"].mean())
+    assert texts(ax.texts)[:3] == [f"{value:.2f}" for value in cells[0]]
+    assert ax.figure.axes[1].get_ylabel() == "rise of the retained task's loss (nats)"
+    lines = ll.plots.by_setting(table[table["lr"] == 3e-3], "rank", "loss_rise")
+    assert lines.get_ylabel().endswith("(nats)") and lines.yaxis.get_major_formatter() is not PERCENT
+
+
+def test_a_surface_of_many_rows_grows_or_its_numbers_shrink_and_vanish():
+    many = sweep_of(*(("window", p) for p in np.linspace(0, 1, 40)))
+    ax = ll.plots.surface(many)
+    ax.figure.canvas.draw()
+    heights = [label.get_window_extent().height for label in ax.get_yticklabels()]
+    assert max(heights) < ax.get_window_extent().height / 40 and len(ax.texts) == 120
+    low = plt.subplots(figsize=(6, 3))[1]
+    assert ll.plots.surface(many, ax=low) is low and not low.texts
+    assert low.get_yticklabels()[0].get_fontsize() < ax.get_yticklabels()[0].get_fontsize()
 
 
 def test_the_surface_tells_ranks_and_starts_apart_and_leaves_missing_cells_empty(table):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from explored import control, message, narrow_vit, parts, pictures, shows_results, text
 from ipywidgets import VBox, Widget
+from small_language import byte_tokenizer, part_of, small
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -158,6 +159,41 @@ def test_a_model_without_tokens_on_a_grid_is_refused(digits):
     model = Strips()
     with pytest.raises(ValueError, match="no features to lay over the images"):
         ll.widgets.window_explorer(model, ll.spectra(model, progress=False), digits)
+
+
+def test_a_classifier_of_texts_is_explored_token_by_token():
+    model = small("bert")
+    movies = ll.probed(model, ll.text_task(part_of("movies", 32, 8), byte_tokenizer()))
+    spectra = ll.spectra(model, progress=False)
+    explorer = ll.widgets.window_explorer(model, spectra, movies, rank=4, images=5)
+    assert list(control(explorer, "layer").options) == [name for name in spectra if name != "pooler.dense"]
+    before = pictures(explorer)
+    assert len(before) == 2
+    control(explorer, "text").value = 3
+    name, four = control(explorer, "layer").value, movies.test.batch(torch.tensor([3]))
+    split = ll.feature_split(model, name, spectra[name], ll.Window.middle(4), four)
+    assert f"<td>{float(split.shares):.2%} in the window</td>" in text(explorer)
+    assert pictures(explorer)[0] != before[0] and pictures(explorer)[1] == before[1]
+    cells = re.findall("<td>(.*)</td>", text(explorer))
+    assert cells[4] == "5 of 5" and float(cells[5]) < 1e-4
+    predicted = [movies.classes[i] for i in ll.evaluate(model, movies).predicted[:5]]
+    assert cells[7::4] == cells[8::4] == predicted
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_language_model_is_explored_with_label_words_and_with_running_text(kind):
+    model, corpus = small(kind), part_of("movies", 20, 20)
+    spectra = ll.spectra(model, progress=False)
+    words = ll.label_word_task(corpus, byte_tokenizer())
+    explorer = ll.widgets.window_explorer(model, spectra, words, rank=4, images=4)
+    cells = re.findall("<td>(.*)</td>", text(explorer))
+    assert cells[4] == "4 of 4" and float(cells[5]) < 1e-4
+    predicted = [words.classes[i] for i in ll.evaluate(model, words).predicted[:4]]
+    assert cells[7::4] == cells[8::4] == predicted
+    running = ll.language_task(corpus, byte_tokenizer(), block=16)
+    explorer = ll.widgets.window_explorer(model, spectra, running, rank=4, images=4)
+    cells = re.findall("<td>(.*)</td>", text(explorer))
+    assert len(cells) == 6 and cells[4] == "60 of 60"  # 4 blocks with 15 tokens to predict each
 
 
 @pytest.mark.parametrize("name", ["spectrum_explorer", "window_explorer"])

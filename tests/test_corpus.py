@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+
+import lora_lens as ll
+from lora_lens.corpus import same_text
+
+GOOD, BAD = ll.Texts(["fine", "poor"], [1, 0]), ll.Texts(["great"], [1])
+
+
+def test_texts_and_classes_are_kept_as_tuples():
+    corpus = ll.Corpus("c", ["bad", "good"], GOOD, BAD)
+    assert corpus.classes == ("bad", "good")
+    assert (corpus.train.texts, corpus.train.labels, len(corpus.train)) == (("fine", "poor"), (1, 0), 2)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "error", "message"),
+    [
+        ([], [], ValueError, "not 0 texts and 0 labels"),
+        (["a", "b"], [0], ValueError, "as many labels as texts, not 2 texts and 1 labels"),
+        (["a", None], [0, 0], TypeError, "text 1 must be a string, not None"),
+        (["a", "b"], [0, "1"], TypeError, "label of text 1 must be a whole number, not '1'"),
+        (["a", "b"], [0, 1.0], TypeError, "label of text 1 must be a whole number, not 1.0"),
+        (["a", "b"], [True, 0], TypeError, "label of text 0 must be a whole number, not True"),
+        (["a", " \n", ""], [0, 0, 0], ValueError, r"2 of 3 texts are empty \(rows 1, 2\); leave them out"),
+        ([""] * 9, [0] * 9, ValueError, r"9 of 9 texts are empty \(rows 0, 1, 2, 3, 4 and 4 more\)"),
+    ],
+)
+def test_bad_texts_are_refused_by_their_row(texts, labels, error, message):
+    with pytest.raises(error, match=message):
+        ll.Texts(texts, labels)
+
+
+@pytest.mark.parametrize(
+    ("classes", "train", "test", "message"),
+    [
+        (("bad",), GOOD, BAD, "c: train labels run from 0 to 1, but there are 1 classes"),
+        (("a", "b"), GOOD, ll.Texts(["x"], [2]), "c: test labels run from 2 to 2, but there are 2 classes"),
+        (("a", "b"), ll.Texts(["x"], [-1]), BAD, "train labels run from -1 to -1"),
+        ((), ll.Texts(["x"], [0]), BAD, "c: test labels run from 1 to 1, but there are 0 classes"),
+        (("a", "b"), GOOD, ll.Texts(["  FINE\n"], [1]), "1 test texts are training texts.*such as '  FINE"),
+    ],
+)
+def test_labels_without_a_class_and_shared_texts_are_refused(classes, train, test, message):
+    with pytest.raises(ValueError, match=message):
+        ll.Corpus("c", classes, train, test)
+
+
+def test_plain_text_needs_no_classes():
+    assert ll.Corpus("plain", (), ll.Texts(["one"], [0]), ll.Texts(["two"], [0])).classes == ()
+
+
+def test_case_and_white_space_make_no_other_text():
+    assert same_text(" Not\tBad\n") == same_text("not bad") != same_text("notbad")
+
+
+def test_the_fingerprint_tells_any_two_corpora_apart():
+    first = ll.Corpus("c", ("bad", "good"), GOOD, BAD)
+    others = [
+        ll.Corpus("c", ("bad", "great"), GOOD, BAD),
+        ll.Corpus("c", ("bad", "good"), ll.Texts(["fine", "poor"], [1, 1]), BAD),
+        ll.Corpus("c", ("bad", "good"), ll.Texts(["poor", "fine"], [1, 0]), BAD),
+        ll.Corpus("c", ("bad", "good"), GOOD, ll.Texts(["great!"], [1])),
+        ll.Corpus("c", ("bad", "good"), BAD, GOOD),
+    ]
+    assert len({corpus.fingerprint() for corpus in [first, *others]}) == 6
+    assert first.fingerprint() == ll.Corpus("renamed", ["bad", "good"], GOOD, BAD).fingerprint()
