@@ -12,12 +12,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from lora_lens.plot_style import colour_bar, styled
 from lora_lens.predictors import OUTSIDE
-from lora_lens.sweep_plots import RATE_MARKERS
+from lora_lens.sweep_plots import PERCENT, RATE_MARKERS
 from lora_lens.tradeoffs import require_columns
 from lora_lens.window import Window
 
@@ -38,10 +37,13 @@ NEEDS = {
     "C1": "from features of the retained task",
     "0.6": "known without looking inside",
 }  # by colour
-COLOURS = dict.fromkeys(("relative_change", "cka_loss"), "C1") | dict.fromkeys(OUTSIDE, "0.6")
+COLOURS = dict.fromkeys(("relative_change", "cka_loss", "neighbours_lost"), "C1") | dict.fromkeys(
+    OUTSIDE, "0.6"
+)
 MEASURES = {
     "relative_change": "change of the features",
     "cka_loss": "1 - CKA of the features",
+    "neighbours_lost": "nearest neighbours lost",
     "update": "update, ||dW||",
     "relative": "relative update, ||dW|| / ||W||",
     "first_left": "turn of the first 10 left vectors",
@@ -110,7 +112,7 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
     for (column, label), colour in zip(SHARES.items(), SHARE_COLOURS, strict=True):
         ax.bar(names, parts[column], bottom=bottom, label=label, color=colour, width=0.8)
         bottom += parts[column].to_numpy()
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    ax.yaxis.set_major_formatter(PERCENT)
     ax.set(
         xlabel="position of the window",
         ylabel="share of ||dW||\N{SUPERSCRIPT TWO} (%)",
@@ -207,6 +209,6 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
         handles.append(Line2D([], [], color=NO_POSITION, marker="o", linestyle="", label="no position"))
     ax.legend(handles=handles, title="learning rate", loc="best")
     colour_bar(scale, ax, "position of the window")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    ax.yaxis.set_major_formatter(PERCENT)
     ax.set(xlabel=MEASURES.get(measure, measure), ylabel="forgetting (percentage points)", title="")
     return ax

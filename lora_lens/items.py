@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 COLUMNS = ("run", "item", "label", "before", "after")
+NEAR_TIES = 0.02  # of the examples, whose first answer may hang on rounding
 
 
 def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.DataFrame:
@@ -59,7 +60,8 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
         (how many of them end wrong), share (of the runs, in [0, 1]), instead (the wrong class that is
         predicted most often; missing if none). With ``by`` one more column for each of its values: the
         share of that value's runs. So rows with 1 in all of these were forgotten by everyone, and
-        :func:`forgotten_by_one` lists those that one alone forgot.
+        :func:`forgotten_by_one` lists those that one alone forgot. An example between two classes, whose
+        answer before training hangs on the rounding of each run's start, is left out.
 
     Raises:
         ValueError: a column is missing, or the runs do not start from the same answers.
@@ -67,9 +69,10 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     _require(items)
     if by is not None and by not in items:
         raise ValueError(f"the answers have no column {by!r}; merge it from the table of runs first")
-    if (items.groupby("item")["before"].nunique() > 1).any():
+    differ = items.groupby("item")["before"].nunique() > 1
+    if differ.mean() > NEAR_TIES:
         raise ValueError("the runs start from different answers: they belong to different pretrained models")
-    known = items[items["before"] == items["label"]]
+    known = items[(items["before"] == items["label"]) & ~items["item"].map(differ)]
     known = known.assign(wrong=known["after"] != known["label"])
     wrong = known[known["wrong"]]
     groups = known.groupby("item")

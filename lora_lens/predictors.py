@@ -31,8 +31,8 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
         outside, left_inside, right_inside and diagonal, means over layers weighted by ||dW||_F^2, so
         that they are the shares of the whole update (diagonal nearly so: it is a share of ||C||_F^2);
         effective_rank, stable_rank, stretch, rotation, turned, first and degrees (left and right), plain
-        means over layers; intruders, their sum; relative_change and cka_loss = 1 - cka, of the features
-        of the retained task's test examples.
+        means over layers; intruders, their sum; relative_change, cka_loss = 1 - cka and neighbours_lost
+        = 1 - neighbours, of the features of the retained task's test examples.
         What a method has no value for is NaN.
 
     Raises:
@@ -53,6 +53,8 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
         table["intruders"] = groups["intruders"].sum(min_count=1)
     table["relative_change"] = groups["relative_change"].first()
     table["cka_loss"] = 1 - groups["cka"].first()
+    if "neighbours" in drifts:
+        table["neighbours_lost"] = 1 - groups["neighbours"].first()
     return table.rename_axis("run").reset_index()
 
 

@@ -130,9 +130,10 @@ def drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per run and layer: run, and the columns of :func:`lora_lens.drift` and
-        :func:`lora_lens.rotation.rotations`; cka and relative_change, the same for all layers of a run,
-        are those of the features that the classifier reads, see :func:`lora_lens.feature_change`. Runs
-        without an adapter or that diverged have no rows.
+        :func:`lora_lens.rotation.rotations`; cka, relative_change and neighbours, the same for all layers
+        of a run, are those of the retained task's features, see :func:`lora_lens.feature_change` and
+        :func:`lora_lens.neighbours.neighbour_agreement`. Runs without an adapter or that diverged have
+        no rows.
 
     Raises:
         FileNotFoundError: a run is not in the store.

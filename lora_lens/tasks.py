@@ -146,7 +146,8 @@ class Task:
         if own.out_features != len(self.classes):
             raise ValueError(
                 f"{self.name} has {len(self.classes)} classes, but the model's own head has "
-                f"{own.out_features}; retain the task that the model was pretrained on"
+                f"{own.out_features}; retain the task that the model was pretrained on, or fit a head to "
+                "its features with ll.probed"
             )
         return OwnHead()
 

@@ -19,6 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens import metrics
 from lora_lens.evaluation import Answers, evaluate
+from lora_lens.frozen_prefix import frozen_prefix
 from lora_lens.methods import Penalty
 from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.progress import progress_bar
@@ -149,7 +150,8 @@ def finetune(
 
     A classification by a head gets a new one, which reads the same features as the model's own; that stays
     as it is, and tests the retained task on the adapted features. Batch norms that are frozen keep their
-    statistics. The model is trained in place, on the device that accelerate picks; started by torchrun or
+    statistics. Blocks below the first that is trained run once per example where that changes nothing
+    (:mod:`lora_lens.frozen_prefix`). The model is trained in place, on the device that accelerate picks; started by torchrun or
     accelerate launch, each process takes its part of every batch, and all end with the same weights.
     The same seed on the same machine with the same number of threads gives the same numbers.
 
@@ -224,11 +226,13 @@ def finetune(
     with bar, _seeded(config.seed, device):
         size = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
         batches = task.train.shuffled(size, config.seed)
+        visits = config.steps * size
+        prefix = frozen_prefix(model, readout, task.train, visits=visits, precision=config.precision)
         for step in range(1, config.steps + 1):
             batch = next(batches)
             mine = batch[accelerator.process_index :: accelerator.num_processes]
             inputs, labels = to_device(task.train.batch(mine), device), task.train.labels[mine].to(device)
-            with autocast(device, config.precision):
+            with autocast(device, config.precision), prefix.of(mine):
                 logits, labels = readout(model, inputs, labels)
             loss = nn.functional.cross_entropy(logits.float(), labels)
             loss = loss * (len(mine) * accelerator.num_processes / len(batch))  # their mean is the batch's

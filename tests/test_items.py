@@ -193,6 +193,14 @@ def test_other_tables_are_refused(items):
         forgotten_by(items.assign(before=np.arange(10) % 3))
 
 
+def test_an_example_whose_first_answer_hangs_on_rounding_is_left_out():
+    many = pd.DataFrame({"item": range(100), "label": 0, "before": 0, "after": 1})
+    runs = pd.concat([many.assign(run="a"), many.assign(run="b", before=[1, *[0] * 99])])
+    assert forgotten_by(runs)["item"].tolist() == list(range(1, 100))
+    with pytest.raises(ValueError, match="start from different answers"):
+        forgotten_by(pd.concat([many.assign(run="a"), many.assign(run="b", before=[1] * 3 + [0] * 97)]))
+
+
 def test_a_sweep_keeps_the_answers_of_every_run(patch_vit, digits, source, tmp_path):
     retain = source.subset(1, 30)
     grid = ll.Grid(window=ll.windows(2, 2), lr=[1e-2])
