@@ -34,7 +34,8 @@ class HeadReadout(nn.Module):
         self.head, self.pooling = head, pooling
 
     def forward(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(pooled_features(model, inputs, self.pooling)), labels
+        features = pooled_features(model, inputs, self.pooling)
+        return self.head(features.to(self.head.weight.dtype)), labels
 
 
 class OwnHead(nn.Module):

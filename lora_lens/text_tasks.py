@@ -89,7 +89,7 @@ def text_task(
     """
     _require_classes(corpus)
     limit = _limit(tokenizer, most_tokens)
-    parts = (_tokenized(corpus.name, part, tokenizer, limit) for part in (corpus.train, corpus.test))
+    parts = (_tokenized(name, part, tokenizer, limit) for name, part in _parts(corpus))
     return Task(corpus.name, corpus.classes, *parts, pooling=pooling)
 
 
@@ -135,8 +135,7 @@ def label_word_task(
             )
     limit = _limit(tokenizer, most_tokens) - max(len(word) for word in ids)
     parts = (
-        _tokenized(corpus.name, part, tokenizer, limit, *prompt.split("{text}"))
-        for part in (corpus.train, corpus.test)
+        _tokenized(name, part, tokenizer, limit, *prompt.split("{text}")) for name, part in _parts(corpus)
     )
     return WordTask(corpus.name, corpus.classes, *parts, pooling="mean", words=tuple(ids))
 
@@ -180,6 +179,10 @@ def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> 
             )
         )
     return LanguageTask(corpus.name, (), *parts, pooling="mean")
+
+
+def _parts(corpus: Corpus) -> list[tuple[str, Texts]]:
+    return [(f"{corpus.name}, training", corpus.train), (f"{corpus.name}, test", corpus.test)]
 
 
 def _require_classes(corpus: Corpus) -> None:

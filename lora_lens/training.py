@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import get_cosine_schedule_with_warmup
@@ -25,6 +26,8 @@ from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.progress import progress_bar
 from lora_lens.readouts import HeadReadout, to_device
 from lora_lens.tasks import Task
+
+OWN_DROPOUT = 2**20  # between the seeds of two processes, whose dropout would be the same otherwise
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,9 @@ def finetune(
     A classification by a head gets a new one, which reads the same features as the model's own; that stays
     as it is, and tests the retained task on the adapted features. Batch norms that are frozen keep their
     statistics. Blocks below the first that is trained run once per example where that changes nothing
-    (:mod:`lora_lens.frozen_prefix`). The model is trained in place, on the device that accelerate picks; started by torchrun or
-    accelerate launch, each process takes its part of every batch, and all end with the same weights.
+    (:mod:`lora_lens.frozen_prefix`). The model is trained in place, on the device that accelerate picks;
+    started by torchrun or accelerate launch, each process takes its part of every batch, and all end with
+    the same weights.
     The same seed on the same machine with the same number of threads gives the same numbers.
 
     Args:
@@ -178,10 +182,11 @@ def finetune(
     own = [(t, t.own_readout(model)) for t in ([retain] if retain else []) + list(watch)]
     started = time.monotonic()
     accelerator = _accelerator()
-    if config.batch_size < accelerator.num_processes:
+    size = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
+    if size < accelerator.num_processes:
         raise ValueError(
-            f"a batch of {config.batch_size} cannot be shared by {accelerator.num_processes} processes; "
-            f"use batch_size={accelerator.num_processes} or more"
+            f"{size} new examples per step cannot be shared by {accelerator.num_processes} processes; use a "
+            f"larger batch_size than {config.batch_size}"
         )
     device = accelerator.device
     for part in (model, readout, *(r for _, r in own)):
@@ -192,13 +197,18 @@ def finetune(
             f"there is nothing to train: {task.name} has no head of its own, and all of the model is frozen; "
             "attach an adapter first"
         )
+    if accelerator.num_processes > 1:
+        for p in parameters:  # all start as the main process does, whatever each has drawn or factorized
+            p.data = broadcast(p.data)
     penalty_now = penalty.begin(model, retain, config) if penalty else lambda: 0.0
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * config.steps), config.steps)
     rows: list[dict[str, float]] = []
     answers: list[Answers] = []  # to the retained task's test examples, one per evaluation
     losses: list[float] = []
-    bar = progress_bar(shown=progress, total=config.steps, desc=task.name, unit="step")
+    bar = progress_bar(
+        shown=progress and accelerator.is_main_process, total=config.steps, desc=task.name, unit="step"
+    )
 
     def tested() -> list[Answers]:
         return [evaluate(model, t, r, precision=config.precision) for t, r in own[len(own) - len(watch) :]]
@@ -223,8 +233,7 @@ def finetune(
     test(0)
     before = tested()
     diverged = False
-    with bar, _seeded(config.seed, device):
-        size = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
+    with bar, _seeded(config.seed + OWN_DROPOUT * accelerator.process_index, device):
         batches = task.train.shuffled(size, config.seed)
         visits = config.steps * size
         prefix = frozen_prefix(model, readout, task.train, visits=visits, precision=config.precision)
@@ -284,7 +293,7 @@ def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramet
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
     for parameter, part in zip(parameters, mean.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+        parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
 
 
 @contextmanager

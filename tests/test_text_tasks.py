@@ -46,8 +46,8 @@ def test_longer_texts_lose_their_end_with_a_count(minilm_tokenizer):
     with pytest.warns(UserWarning) as caught:
         task = ll.text_task(FILMS, minilm_tokenizer, most_tokens=6)
     assert [str(w.message) for w in caught] == [
-        "films: 2 of 3 texts have more than 6 tokens and lost their end",
-        "films: 1 of 2 texts have more than 6 tokens and lost their end",
+        "films, training: 2 of 3 texts have more than 6 tokens and lost their end",
+        "films, test: 1 of 2 texts have more than 6 tokens and lost their end",
     ]
     assert {w.filename for w in caught} == {__file__}
     assert (task.train.truncated, task.test.truncated) == (2, 1)
@@ -129,7 +129,7 @@ def test_a_long_text_in_a_prompt_loses_its_own_end():
     whole = tokenizer(list(FILMS.train.texts))["input_ids"]
     room = max(map(len, whole)) - 1
     most = room + len(after) + longest
-    with pytest.warns(UserWarning, match="films: 2 of 3 texts") as caught:
+    with pytest.warns(UserWarning, match="films, training: 2 of 3 texts") as caught:
         task = ll.label_word_task(FILMS, tokenizer, prompt="{text} It was", words=words, most_tokens=most)
     assert caught[0].filename == __file__
     assert rows(task.train) == [[*ids[:room], *after] for ids in whole]
