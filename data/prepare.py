@@ -79,7 +79,7 @@ def write_npz(path: Path, splits: dict[str, Split]) -> None:
 
 
 def write_checksums(folder: Path = HERE) -> None:
-    files = sorted([*folder.glob("*.npz"), *folder.glob("*.safetensors")])
+    files = sorted([*folder.glob("*.npz"), *folder.glob("*.safetensors"), *folder.glob("*.json.xz")])
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files]
     (folder / "SHA256SUMS").write_text("".join(lines))
 
