@@ -89,11 +89,12 @@ class TokenExamples:
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Endless batches to train on, of texts of like length, in random order.
 
-        Sixteen batches are drawn at once, sorted by length, cut and shuffled; each text comes once before any
-        comes again, up to the edge of such a draw.
+        Sixteen batches are drawn at once, fewer of a small set, sorted by length, cut and shuffled; each text
+        comes once before any comes again, up to the edge of such a draw.
         """
         generator = torch.Generator().manual_seed(seed)
-        for pool in shuffled_rows(len(self), batch_size * POOL, seed):
+        batches_at_once = max(1, min(POOL, len(self) // batch_size))  # else copies of a text would meet
+        for pool in shuffled_rows(len(self), batch_size * batches_at_once, seed):
             batches = pool[self.lengths[pool].argsort(stable=True)].split(batch_size)
             for number in torch.randperm(len(batches), generator=generator).tolist():
                 yield batches[number]
