@@ -33,6 +33,8 @@ def probed(model: nn.Module, task: Task, examples: int | None = None) -> Task:
         raise ValueError(
             f"{task.name} is read from the model's own words, so no head is fitted to it; retain it as it is"
         )
+    if examples is not None and examples < 1:
+        raise ValueError(f"examples must be at least 1, not {examples}")
     task.check_fit(model)
     some = task.train if examples is None else task.train.first(examples)
     return replace(

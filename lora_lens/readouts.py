@@ -107,6 +107,11 @@ def pooled_features(model: nn.Module, inputs: Inputs, pooling: str) -> Tensor:
     if pooling == "model":
         with features_of(classifier(inner_model(model))) as features:
             call(model, inputs)
+        if isinstance(inputs, Mapping) and features[0].ndim > 2:
+            raise ValueError(
+                f"the classifier of {type(inner_model(model)).__name__} reads every token by itself, so it "
+                'gives no features of a whole text; make the task with pooling="last", or "mean"'
+            )
         return features[0]
     hidden = hidden_states(model, inputs)  # (batch, tokens, features)
     lengths = lengths_of(inputs)

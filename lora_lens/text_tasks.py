@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_lens.corpus import Corpus, Texts
-from lora_lens.readouts import LabelWords, NextTokens, Readout
+from lora_lens.readouts import LabelWords, NextTokens, Readout, inner_model
 from lora_lens.tasks import Task
 from lora_lens.token_examples import TokenExamples
 
@@ -43,6 +43,12 @@ class WordTask(Task):
         """The likelihoods of the words, see :class:`lora_lens.readouts.LabelWords`."""
         self.check_fit(model)
         return LabelWords(self.words)
+
+    def check_fit(self, model: nn.Module) -> None:
+        """As of a task; words of several tokens are read in their place after the text."""
+        longest = max(len(word) for word in self.words)
+        for examples in (self.train, self.test):
+            examples.check_fit(inner_model(model), more=longest if longest > 1 else 0)
 
     def _reading(self) -> str:
         return f"{self.pooling} {self.words}"
@@ -123,12 +129,10 @@ def label_word_task(
     if len(words) != len(corpus.classes):
         raise ValueError(f"{corpus.name} has {len(corpus.classes)} classes, and there are {len(words)} words")
     ids = [tuple(found) for found in tokenizer(words, add_special_tokens=False)["input_ids"]]
-    for word, own in zip(words, ids, strict=True):
+    for place, (word, own) in enumerate(zip(words, ids, strict=True)):
         if not own:
             raise ValueError(f"the word {word!r} has no tokens; choose another one")
-        if twin := [
-            w for w, other in zip(words, ids, strict=True) if w is not word and other[: len(own)] == own
-        ]:
+        if twin := [words[i] for i, other in enumerate(ids) if i != place and other[: len(own)] == own]:
             raise ValueError(
                 f"the tokens of {word!r} begin those of {twin[0]!r}, so their likelihoods cannot be told "
                 "apart; choose other words"
@@ -213,6 +217,12 @@ def _tokenized(
         for part in (before, after)
     )
     special = not (before or after)
+    around = tokenizer.num_special_tokens_to_add() if special else 0
+    if limit <= around:
+        raise ValueError(
+            f"the tokenizer puts {around} special tokens around each text, so most_tokens={around + 1} or "
+            f"more is needed, not {limit}"
+        )
     room = limit - len(head) - len(tail)
     if room < 1:
         raise ValueError(

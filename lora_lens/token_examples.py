@@ -99,8 +99,8 @@ class TokenExamples:
             for number in torch.randperm(len(batches), generator=generator).tolist():
                 yield batches[number]
 
-    def check_fit(self, model: nn.Module) -> None:
-        """Whether these can be the model's tokens.
+    def check_fit(self, model: nn.Module, more: int = 0) -> None:
+        """Whether these can be the model's tokens, and ``more`` after the longest text.
 
         Raises:
             ValueError: a token that the model does not have, or a text longer than its positions.
@@ -114,7 +114,7 @@ class TokenExamples:
                 "tokenized for another model; use the tokenizer that belongs to this one"
             )
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        longest = int(self.lengths.max())
+        longest = int(self.lengths.max()) + more
         if positions is not None and longest > positions:
             raise ValueError(
                 f"the longest text has {longest} tokens, and {type(model).__name__} takes at most "

@@ -79,7 +79,7 @@ def test_a_limit_that_leaves_no_room_for_the_text_is_refused(most, minilm_tokeni
 def test_a_text_without_tokens_is_refused_by_its_number():
     only_ab = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "b": 1}, [])))
     corpus = ll.Corpus("odd", ("a", "b"), ll.Texts(["ab", "\u200b", "ba"], [0, 1, 1]), ll.Texts(["a"], [0]))
-    with pytest.raises(ValueError, match=r"odd: text 1 \('\\u200b'\) has no tokens; leave it out"):
+    with pytest.raises(ValueError, match=r"odd, training: text 1 \('\\u200b'\) has no tokens; leave it out"):
         ll.text_task(corpus, only_ab)
     assert rows(ll.label_word_task(corpus, only_ab, prompt="{text}a", words=["a", "b"]).train)[1] == [0]
 
