@@ -84,7 +84,7 @@ SWEEPS: dict[str, tuple[Callable[[], Setting], list[ll.Grid], dict[str, int]]] =
     ),
     "smollm2": (
         smollm2,
-        [windows_and_baselines(5, rates=(2e-3,), seeds=3)],
+        [windows_and_baselines(5, rates=(2e-3,), seeds=2)],
         {"steps": 60, "batch_size": 16, "evaluations": 2},
     ),
 }
