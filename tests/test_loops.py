@@ -412,7 +412,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def test_the_readme_has_blocks_to_run():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
