@@ -63,9 +63,9 @@ def evaluate(
     Raises:
         ValueError: the task does not fit the model.
     """
-    readout = task.own_readout(model) if readout is None else readout
-    examples = task.test if examples is None else examples
     device = next(model.parameters()).device
+    readout = (task.own_readout(model) if readout is None else readout).to(device)
+    examples = task.test if examples is None else examples
     order, parts = [], []
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
         for rows in examples.in_batches():
