@@ -97,8 +97,8 @@ def feature_split(
     part = window.select(spectrum.singular_values, spectrum.name)
     values = spectrum.singular_values[part].float().to(weight.device)
     x = x.float().reshape(batch, -1, x.shape[-1])
-    real = real_positions(inputs)
-    if real is not None and real.shape == x.shape[:2]:
+    real = real_positions(inputs, x)
+    if real is not None:
         x = x * real[..., None]
     carried = x @ right.T * values @ left.T
     return FeatureSplit(layer, carried.cpu(), (x @ weight.T - carried).cpu())

@@ -36,7 +36,7 @@ from lora_lens.adapter import call, check_belongs, chosen_layers, evaluating
 from lora_lens.evaluation import example_features
 from lora_lens.layers import LINEAR, Targets, weight_matrix
 from lora_lens.probe import drawn, fitted_head
-from lora_lens.readouts import HeadReadout, real_positions, to_device
+from lora_lens.readouts import HeadReadout, Inputs, real_positions, to_device
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.tasks import Examples, Task
@@ -196,18 +196,18 @@ def _second_moments(
     with evaluating(model), torch.no_grad():
         for rows in examples.in_batches():
             inputs = to_device(examples.batch(rows), device)
-            with _watching(layers, sums, real_positions(inputs)):
+            with _watching(layers, sums, inputs):
                 call(model, inputs)
     return {name: (total / count).cpu() for name, (total, count) in sums.items()}
 
 
 @contextmanager
 def _watching(
-    layers: Mapping[str, nn.Module], sums: dict[str, list[Tensor | int]], real: Tensor | None
+    layers: Mapping[str, nn.Module], sums: dict[str, list[Tensor | int]], inputs: Inputs
 ) -> Iterator[None]:
     def watch(name: str, x: Tensor) -> None:
-        padded = real is not None and x.shape[:2] == real.shape
-        x = (x[real] if padded else x.flatten(0, -2)).double()
+        real = real_positions(inputs, x)
+        x = (x.flatten(0, -2) if real is None else x[real]).double()
         total, count = sums.get(name, (0, 0))
         sums[name] = [total + x.T @ x, count + len(x)]
 

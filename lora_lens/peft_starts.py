@@ -187,10 +187,9 @@ def _measure_covariances(
     def run() -> None:
         for rows in _some_rows(len(retain.train), seed):
             inputs = to_device(retain.train.batch(rows), device)
-            real = real_positions(inputs)
             for name, x in layer_inputs(model, names, inputs).items():
                 x = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, in_features)
-                if real is not None and x.shape[:2] == real.shape:
+                if (real := real_positions(inputs, x)) is not None:
                     x = [sample[own] for sample, own in zip(x, real, strict=True)]
                 for sample in x if len(x[0]) > 1 else torch.stack(list(x)).transpose(0, 1):
                     layers[name](sample[None])
@@ -210,15 +209,16 @@ def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], tas
                 nn.functional.cross_entropy(*readout(own, inputs, labels)).backward()
 
     def with_gradient(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        if not given[
-            0
-        ].requires_grad:  # PEFT's hooks fire where a gradient passes, and all weights are frozen
+        # PEFT's hooks fire where a gradient passes, and all weights are frozen.
+        if not given[0].requires_grad:
             given[0].requires_grad_()
 
     handles = [own.get_submodule(name).register_forward_pre_hook(with_gradient) for name in names]
-    preprocess_loraga(own, config, train_step)
-    for handle in handles:
-        handle.remove()
+    try:
+        preprocess_loraga(own, config, train_step)
+    finally:
+        for handle in handles:
+            handle.remove()
     for name in names:
         if not hasattr(own.get_submodule(name), "_peft_loraga_grad"):
             raise ValueError(
@@ -240,8 +240,9 @@ def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> Non
         call(model, inputs)
 
     def rows_of(layer_input: tuple[Tensor, ...], inputs: Inputs, name: str) -> Tensor:
-        x, real = layer_input[0], real_positions(inputs)
-        rows = x.flatten(0, -2) if real is None or x.shape[:2] != real.shape else x[real]
+        x = layer_input[0]
+        real = real_positions(inputs, x)
+        rows = x.flatten(0, -2) if real is None else x[real]
         if len(rows) < 4 * start.rank:  # PEFT would wait for a larger batch forever
             name = name.removeprefix("base_model.model.")
             raise ValueError(

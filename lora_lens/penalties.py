@@ -115,11 +115,12 @@ class KLAnchor(Penalty):
                     f"that the run will see, and these are {size:.1e} numbers, more than "
                     f"{MOST_ANSWERS:.0e}; retain a task with fewer choices, or take L2ToInitial"
                 )
+            batches_of_used = list(examples.take(used).in_batches())
             parts = [
                 _log_probabilities(model, readout, examples, used[rows], config.precision)
-                for rows in examples.take(used).in_batches()
+                for rows in batches_of_used
             ]
-        order = torch.cat(list(examples.take(used).in_batches())).argsort()
+        order = torch.cat(batches_of_used).argsort()
         pretrained = torch.cat(parts)[order]  # (examples used, items, choices)
         steps = iter(places)
 

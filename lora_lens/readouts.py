@@ -167,10 +167,16 @@ def lengths_of(inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
 
 
-def real_positions(inputs: Inputs) -> Tensor | None:
-    """Which positions of a batch hold tokens and no padding, (batch, tokens); None where all do."""
+def real_positions(inputs: Inputs, x: Tensor | None = None) -> Tensor | None:
+    """Which positions of a batch hold tokens and no padding, (batch, tokens); None where all do.
+
+    Args:
+        x: what a layer was given for the batch; None as well where its positions are no tokens.
+    """
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return None if mask is None else mask.bool()
+    if mask is None or (x is not None and x.shape[:2] != mask.shape):
+        return None
+    return mask.bool()
 
 
 def inner_model(model: nn.Module) -> nn.Module:

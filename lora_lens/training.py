@@ -179,7 +179,8 @@ def finetune(
     if len(set(names)) < len(names):
         raise ValueError(f"two watched tasks have one name, and their rows could not be told apart: {names}")
     readout = task.new_readout(model, config.seed)
-    own = [(t, t.own_readout(model)) for t in ([retain] if retain else []) + list(watch)]
+    known = None if retain is None else retain.own_readout(model)
+    watching = [(t, t.own_readout(model)) for t in watch]
     started = time.monotonic()
     accelerator = _accelerator()
     size = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
@@ -189,7 +190,7 @@ def finetune(
             f"larger batch_size than {config.batch_size}"
         )
     device = accelerator.device
-    for part in (model, readout, *(r for _, r in own)):
+    for part in (model, readout):
         part.to(device)
     parameters = [p for p in [*model.parameters(), *readout.parameters()] if p.requires_grad]
     if not parameters:
@@ -211,7 +212,7 @@ def finetune(
     )
 
     def tested() -> list[Answers]:
-        return [evaluate(model, t, r, precision=config.precision) for t, r in own[len(own) - len(watch) :]]
+        return [evaluate(model, t, r, precision=config.precision) for t, r in watching]
 
     def test(step: int) -> None:
         new = evaluate(model, task, readout, precision=config.precision)
@@ -224,7 +225,7 @@ def finetune(
             "retained_loss": float("nan"),
         }
         if retain is not None:
-            answers.append(evaluate(model, *own[0], precision=config.precision))
+            answers.append(evaluate(model, retain, known, precision=config.precision))
             row |= {"retained_accuracy": answers[-1].accuracy, "retained_loss": answers[-1].loss}
         rows.append(row)
         losses.clear()
