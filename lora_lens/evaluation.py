@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_lens import metrics
 from lora_lens.adapter import evaluating
 from lora_lens.precision import autocast
-from lora_lens.readouts import Readout, pooled_features, to_device
+from lora_lens.readouts import Readout, ask, pooled_features, to_device
 from lora_lens.tasks import Examples, Task
 
 
@@ -69,8 +69,7 @@ def evaluate(
     order, parts = [], []
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
         for rows in examples.in_batches():
-            labels = examples.labels[rows].to(device)
-            logits, right = readout(model, to_device(examples.batch(rows), device), labels)
+            logits, right = ask(readout, model, examples, rows)
             losses = nn.functional.cross_entropy(logits.float(), right, reduction="none")
             order.append(rows)
             parts.append([x.cpu().reshape(len(rows), -1) for x in (right, logits.argmax(-1), losses)])

@@ -36,7 +36,7 @@ from lora_lens.adapter import call, check_belongs, chosen_layers, evaluating
 from lora_lens.evaluation import example_features
 from lora_lens.layers import LINEAR, Targets, weight_matrix
 from lora_lens.probe import drawn, fitted_head
-from lora_lens.readouts import HeadReadout, Inputs, real_positions, to_device
+from lora_lens.readouts import HeadReadout, Inputs, ask, real_positions, to_device
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.tasks import Examples, Task
@@ -172,8 +172,7 @@ def _gradients(
     try:
         with evaluating(model), torch.enable_grad():
             for rows in examples.in_batches():
-                inputs, labels = to_device(examples.batch(rows), device), examples.labels[rows].to(device)
-                loss = nn.functional.cross_entropy(*readout(model, inputs, labels))
+                loss = nn.functional.cross_entropy(*ask(readout, model, examples, rows))
                 share = len(rows) / len(examples)
                 # A layer that the loss does not depend on, such as a pooler beside a mean, has none.
                 found = torch.autograd.grad(share * loss, weights, allow_unused=True)

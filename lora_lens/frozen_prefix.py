@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_lens.precision import autocast
-from lora_lens.readouts import Readout, real_positions, to_device
+from lora_lens.readouts import Readout, ask, real_positions
 from lora_lens.tasks import Examples
 
 MOST_BYTES = 2 * 10**9  # of hidden states; those of further examples are computed each time
@@ -87,8 +87,7 @@ class FrozenPrefix:
         return torch.rand(1, device=self._device)
 
     def _answer(self, rows: Tensor) -> Tensor:
-        inputs = to_device(self._examples.batch(rows), self._device)
-        return self._readout(self._model, inputs, self._examples.labels[rows].to(self._device))[0].float()
+        return ask(self._readout, self._model, self._examples, rows)[0].float()
 
     def _states(self, rows: Tensor) -> Tensor:
         """What the last block gives for a batch, (batch, tokens, features), 0 where it is padded."""

@@ -32,7 +32,7 @@ from lora_lens.injection import (
 )
 from lora_lens.layers import Targets, matrix_shape, weight_matrix
 from lora_lens.methods import LoRA, PeftStart, Variant
-from lora_lens.readouts import Inputs, real_positions, to_device
+from lora_lens.readouts import Inputs, ask, real_positions, to_device
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.tasks import Task
 
@@ -205,8 +205,7 @@ def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], tas
     def train_step() -> None:
         with evaluating(own):
             for rows in _some_rows(len(task.train), seed):
-                inputs, labels = to_device(task.train.batch(rows), device), task.train.labels[rows].to(device)
-                nn.functional.cross_entropy(*readout(own, inputs, labels)).backward()
+                nn.functional.cross_entropy(*ask(readout, own, task.train, rows)).backward()
 
     def with_gradient(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
         # PEFT's hooks fire where a gradient passes, and all weights are frozen.

@@ -21,7 +21,7 @@ from lora_lens.adapter import evaluating
 from lora_lens.injection import ADAPTER, factor_matrix, is_dora
 from lora_lens.methods import Penalty
 from lora_lens.precision import autocast
-from lora_lens.readouts import Readout, to_device
+from lora_lens.readouts import Readout, ask
 from lora_lens.tasks import Examples, Task, shuffled_rows
 from lora_lens.training import Training
 
@@ -158,5 +158,5 @@ def _log_probabilities(
     """(examples, items of each, choices); one item each but for language tasks."""
     device = next(model.parameters()).device
     with autocast(device, precision):
-        logits, _ = readout(model, to_device(examples.batch(rows), device), examples.labels[rows].to(device))
+        logits, _ = ask(readout, model, examples, rows)
     return logits.float().log_softmax(-1).reshape(len(rows), -1, logits.shape[-1])

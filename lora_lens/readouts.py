@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -91,6 +92,20 @@ class NextTokens(nn.Module):
 
 
 Readout = HeadReadout | OwnHead | LabelWords | NextTokens
+
+
+class Batches(Protocol):
+    """Examples: inputs by their numbers, and labels."""
+
+    labels: Tensor
+
+    def batch(self, rows: Tensor) -> Inputs: ...
+
+
+def ask(readout: Readout, model: nn.Module, examples: Batches, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What the readout says of some examples, by their numbers, on the model's device."""
+    device = next(model.parameters()).device
+    return readout(model, to_device(examples.batch(rows), device), examples.labels[rows].to(device))
 
 
 def pooled_features(model: nn.Module, inputs: Inputs, pooling: str) -> Tensor:

@@ -24,7 +24,7 @@ from lora_lens.frozen_prefix import frozen_prefix
 from lora_lens.methods import Penalty
 from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.progress import progress_bar
-from lora_lens.readouts import HeadReadout, to_device
+from lora_lens.readouts import HeadReadout, ask
 from lora_lens.tasks import Task
 
 OWN_DROPOUT = 2**20  # between the seeds of two processes, whose dropout would be the same otherwise
@@ -241,9 +241,8 @@ def finetune(
         for step in range(1, config.steps + 1):
             batch = next(batches)
             mine = batch[accelerator.process_index :: accelerator.num_processes]
-            inputs, labels = to_device(task.train.batch(mine), device), task.train.labels[mine].to(device)
             with autocast(device, config.precision), prefix.of(mine):
-                logits, labels = readout(model, inputs, labels)
+                logits, labels = ask(readout, model, task.train, mine)
             loss = nn.functional.cross_entropy(logits.float(), labels)
             loss = loss * (len(mine) * accelerator.num_processes / len(batch))  # their mean is the batch's
             losses.append(accelerator.reduce(loss.detach(), "mean").item())
