@@ -16,6 +16,7 @@ from lora_lens import (
     embedded_texts,
     fronts,
     items,
+    memories,
     metrics,
     neighbours,
     penalties,
@@ -23,12 +24,14 @@ from lora_lens import (
     predictors,
     rotation,
     spectral_metrics,
+    strategies,
     task_variants,
     tradeoffs,
 )
 from lora_lens.adapter import attach, detach, function_error, summary
 from lora_lens.advisor import Advice, advise_from
 from lora_lens.comparison import compare
+from lora_lens.continual import continual, continual_drifts, continual_runs
 from lora_lens.corpus import Corpus, Texts
 from lora_lens.drift import drift
 from lora_lens.evaluation import evaluate
@@ -79,6 +82,9 @@ __all__ = [
     "attach_start",
     "compare",
     "comparison",
+    "continual",
+    "continual_drifts",
+    "continual_runs",
     "curves",
     "dataset_corpus",
     "detach",
@@ -102,6 +108,7 @@ __all__ = [
     "label_word_task",
     "language_task",
     "load",
+    "memories",
     "metrics",
     "neighbours",
     "pack",
@@ -118,6 +125,7 @@ __all__ = [
     "save",
     "spectra",
     "spectral_metrics",
+    "strategies",
     "summary",
     "sweep",
     "task_variants",

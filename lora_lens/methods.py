@@ -141,6 +141,16 @@ class Penalized:
 Method = Placement | Mapping[str, Placement] | LoRA | LinearProbe | FullFineTuning | PeftStart | Penalized
 
 
+def inner_method(method: Method) -> Method:
+    """What is trained, without the penalty it is trained under."""
+    return method.method if isinstance(method, Penalized) else method
+
+
+def penalty_of(method: Method) -> Penalty | None:
+    """The penalty a method is trained under, if any."""
+    return method.penalty if isinstance(method, Penalized) else None
+
+
 @dataclass(frozen=True)
 class Variant:
     """How an adapter is built, whichever components it starts from.

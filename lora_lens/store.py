@@ -38,7 +38,10 @@ def runs(store: str | Path) -> pd.DataFrame:
         FileNotFoundError: there is no such folder or file.
         ValueError: it holds no runs, or is no such file.
     """
-    table = pd.DataFrame([row_of(record) for record in _all_records(store).values()])
+    records = all_records(store).values()
+    if any("result" not in record for record in records):
+        raise ValueError(f"{store} holds sequences of tasks; read them with ll.continual_runs")
+    table = pd.DataFrame([row_of(record) for record in records])
     if table.empty:
         raise ValueError(f"{store} holds no finished runs")
     order = ["method", "rank", "position", "start", "steps", "lr", "seed"]
@@ -58,7 +61,7 @@ def pack(store: str | Path, path: str | Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: as :func:`runs`.
     """
-    path, records = Path(path), _all_records(store)
+    path, records = Path(path), all_records(store)
     if not records:
         raise ValueError(f"{store} holds no finished runs")
     lines = [json.dumps(record) for record in [experiment(store), *(records[run] for run in sorted(records))]]
@@ -186,7 +189,7 @@ def row_of(record: dict) -> dict[str, object]:
 
 
 def _records(store: str | Path, table: pd.DataFrame) -> Iterator[dict]:
-    packed = None if Path(store).is_dir() else _all_records(store)
+    packed = None if Path(store).is_dir() else all_records(store)
     for run in table["run"]:
         record = read_run(Path(store) / "runs" / f"{run}.json") if packed is None else packed.get(run)
         if record is None:
@@ -194,7 +197,7 @@ def _records(store: str | Path, table: pd.DataFrame) -> Iterator[dict]:
         yield record
 
 
-def _all_records(store: str | Path) -> dict[str, dict]:
+def all_records(store: str | Path) -> dict[str, dict]:
     """The records of a folder or of a packed file by run."""
     store = Path(store)
     if store.is_dir():
@@ -282,14 +285,14 @@ def experiment_identity(
     watched = "; ".join(f"{t.name} {t.fingerprint()}" for t in watch)
     return {
         "lora_lens": version("lora_lens"),
-        "model": _model_fingerprint(model),
+        "model": model_fingerprint(model),
         "task": f"{task.name} {task.fingerprint()}",
         "retain": f"{retain.name} {retain.fingerprint()}",
         **({"watch": watched} if watched else {}),
     }
 
 
-def _model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

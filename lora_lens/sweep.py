@@ -26,8 +26,9 @@ from lora_lens.methods import (
     Method,
     PeftStart,
     Penalized,
-    Penalty,
     Variant,
+    inner_method,
+    penalty_of,
 )
 from lora_lens.neighbours import neighbour_agreement
 from lora_lens.peft_starts import attach_start, planned_start
@@ -182,7 +183,7 @@ def sweep(
         replace(training, lr=lr)  # raises for an impossible rate
     one, watched = (task.subset(1, 1), retain.subset(1, 1)), [t.subset(1, 1) for t in watch]
     once = {"steps": 1, "evaluations": 2, "watch": watched, "progress": False}
-    for penalty in {_penalty(method) for method in grid.methods} | {None}:
+    for penalty in {penalty_of(method) for method in grid.methods} | {None}:
         rehearsal = attach(model, LoRA(1), targets=usual, variant=Variant(dora=variant.dora))
         finetune(rehearsal, *one, penalty=penalty, batch_size=training.batch_size, **once)
     if any(isinstance(method, LinearProbe) for method in grid.methods):
@@ -210,23 +211,15 @@ def sweep(
         return pd.DataFrame([row_of(read_run(path)) for _, path in plan])
 
 
-def _inner(method: Method) -> Method:
-    return method.method if isinstance(method, Penalized) else method
-
-
-def _penalty(method: Method) -> Penalty | None:
-    return method.penalty if isinstance(method, Penalized) else None
-
-
 def _planned(
     model: nn.Module, method: Method, choices: Mapping[str, object]
 ) -> dict[str, Placement | LoRA | PeftStart]:
-    inner = _inner(method)
+    inner = inner_method(method)
     return (planned_start if isinstance(inner, PeftStart) else planned)(model, inner, **choices)
 
 
 def _attached(experiment: Experiment, method: Method, seed: int) -> nn.Module:
-    inner = _inner(method)
+    inner = inner_method(method)
     same = {"targets": experiment.layers[method], "alpha": experiment.alpha, "seed": seed}
     if isinstance(inner, PeftStart):
         return attach_start(experiment.model, inner, experiment.task, experiment.retain, **same)
@@ -244,7 +237,7 @@ def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, lis
 
 def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path: Path) -> None:
     method, lr, seed = point
-    with _one_thread():
+    with one_thread():
         adapted = _attached(experiment, method, seed)
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         config = replace(experiment.training, lr=lr, seed=seed)
@@ -253,7 +246,7 @@ def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path
             experiment.task,
             experiment.retain,
             config,
-            penalty=_penalty(method),
+            penalty=penalty_of(method),
             watch=experiment.watch,
             progress=False,
         )
@@ -309,7 +302,7 @@ def _short(value: object) -> object:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -53,6 +53,11 @@ class Examples:
         """Some of the examples, by their numbers."""
         return Examples(self.inputs[rows], self.labels[rows])
 
+    def joined(self, *others: Examples) -> Examples:
+        """These examples, then those of the others."""
+        parts = (self, *others)
+        return Examples(torch.cat([p.inputs for p in parts]), torch.cat([p.labels for p in parts]))
+
     def first(self, count: int) -> Examples:
         """The first ``count`` examples; all of them if there are fewer."""
         return self.take(torch.arange(min(count, len(self))))

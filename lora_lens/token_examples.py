@@ -57,6 +57,20 @@ class TokenExamples:
             texts=None if self.texts is None else tuple(self.texts[row] for row in rows.tolist()),
         )
 
+    def joined(self, *others: TokenExamples) -> TokenExamples:
+        """These texts, then those of the others; all of one tokenizer."""
+        parts = (self, *others)
+        texts = [p.texts for p in parts]
+        return replace(
+            self,
+            tokens=torch.cat([p.tokens for p in parts]),
+            lengths=torch.cat([p.lengths for p in parts]),
+            labels=torch.cat([p.labels for p in parts]),
+            truncated=sum(p.truncated for p in parts),
+            texts=None if None in texts else tuple(text for part in texts for text in part),
+            words={token: word for p in parts for token, word in p.words.items()},
+        )
+
     def pieces(self, row: int) -> list[str]:
         """The tokens of one text in writing; those without a word as their number."""
         return [self.words.get(token, f"#{token}") for token in self._text(row).tolist()]

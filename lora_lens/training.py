@@ -24,7 +24,7 @@ from lora_lens.frozen_prefix import frozen_prefix
 from lora_lens.methods import Penalty
 from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.progress import progress_bar
-from lora_lens.readouts import HeadReadout, ask
+from lora_lens.readouts import HeadReadout, Readout, ask
 from lora_lens.tasks import Task
 
 OWN_DROPOUT = 2**20  # between the seeds of two processes, whose dropout would be the same otherwise
@@ -145,6 +145,7 @@ def finetune(
     config: Training | None = None,
     *,
     penalty: Penalty | None = None,
+    readout: Readout | None = None,
     watch: Sequence[Task] = (),
     progress: bool = True,
     **settings: object,
@@ -166,6 +167,7 @@ def finetune(
         config: the settings; ``settings`` given by name replace its values.
         penalty: added to the loss of every step against forgetting, see :mod:`lora_lens.penalties`. One
             that needs examples of its own takes them out of ``batch_size``, so a step costs the same.
+        readout: what reads the task and is trained with the model; default a new one, from the task.
         watch: more that the model could do before, tested before the first and after the last step only.
         progress: show a bar with the loss and both scores.
 
@@ -178,7 +180,7 @@ def finetune(
     names = [t.name for t in watch]
     if len(set(names)) < len(names):
         raise ValueError(f"two watched tasks have one name, and their rows could not be told apart: {names}")
-    readout = task.new_readout(model, config.seed)
+    readout = task.new_readout(model, config.seed) if readout is None else readout
     known = None if retain is None else retain.own_readout(model)
     watching = [(t, t.own_readout(model)) for t in watch]
     started = time.monotonic()
