@@ -1,10 +1,11 @@
-"""Pretrain the embedded vision transformers on Fashion-MNIST and write their model cards.
+"""Pretrain the embedded vision transformers on Fashion-MNIST or on digits and write their model cards.
 
     python data/pretrain_vision.py                  # torchvision downloads Fashion-MNIST
     python data/pretrain_vision.py --fashion DIR    # DIR holds the four original .gz files
-    python data/pretrain_vision.py --known          # the model that sees six of the ten classes
+    python data/pretrain_vision.py --known --epochs 15  # the model that sees six of the ten classes
+    python data/pretrain_vision.py --digits         # the model of digits.npz, which needs no other file
 
-Writes ``vit_fashion_mnist`` or ``vit_fashion_known`` (.safetensors and .md)
+Writes ``vit_fashion_mnist``, ``vit_fashion_known`` or ``vit_digits`` (.safetensors and .md)
 beside this script and brings ``SHA256SUMS`` up to date. The test images are
 looked at once, after the last epoch; nothing is chosen by them.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import timm
@@ -24,7 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lora_lens.embedded import FASHION_CLASSES, FASHION_MEAN, FASHION_STD, KNOWN_CLASSES, vision_architecture
+from lora_lens.embedded import (
+    FASHION_CLASSES,
+    FASHION_MEAN,
+    FASHION_STD,
+    KNOWN_CLASSES,
+    digits,
+    vision_architecture,
+)
 
 HERE = Path(__file__).parent
 
@@ -37,17 +45,36 @@ class Recipe:
     warmup_epochs: float = 1.5
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
+    flip: bool = True
+    rotate_degrees: float = 0.0  # at most, to either side
     shift_pixels: int = 2
     erase_probability: float = 0.25
     erase_pixels: int = 8
     seed: int = 0
 
 
+# An eighth of the images, so more passes; a mirrored digit is none.
+DIGITS_RECIPE = Recipe(epochs=40, warmup_epochs=4.0, flip=False, rotate_degrees=10.0)
+TRAINED_ON = {
+    "vit_fashion_mnist": "all ten classes of Fashion-MNIST",
+    "vit_fashion_known": f"six classes ({', '.join(KNOWN_CLASSES)}) of Fashion-MNIST",
+    "vit_digits": "the MNIST digits of `digits.npz`, without having seen Fashion-MNIST",
+}
+FASHION_LICENCE = "Fashion-MNIST (MIT, Zalando SE)"
+DIGITS_LICENCE = (
+    "MNIST as packaged by Juan Cazala (package: MIT; MNIST: CC BY-SA 3.0, Yann LeCun and Corinna Cortes)"
+)
+
+
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Flip, shift and erase each image of a normalised (batch, 1, 28, 28) tensor on its own."""
+    """Flip, rotate, shift and erase each image of a normalised (batch, 1, 28, 28) tensor on its own."""
     batch, _, height, width = images.shape
-    flip = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-    images = torch.where(flip, images.flip(-1), images)
+    if recipe.flip:
+        flip = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(flip, images.flip(-1), images)
+    if recipe.rotate_degrees:
+        turns = 2 * torch.rand(batch, generator=generator) - 1
+        images = rotate_each(images, torch.deg2rad(recipe.rotate_degrees * turns))
 
     s = recipe.shift_pixels
     padded = nn.functional.pad(images, (s, s, s, s), mode="replicate")
@@ -63,6 +90,15 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     erase = torch.rand(batch, 1, 1, generator=generator) < recipe.erase_probability
     hole = (in_rows[:, :, None] & in_columns[:, None, :] & erase)[:, None]
     return images.masked_fill(hole, 0.0)
+
+
+def rotate_each(images: Tensor, radians: Tensor) -> Tensor:
+    """Each image turned by its own angle, (batch,), on the darkest pixel as background."""
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    turns = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    places = nn.functional.affine_grid(turns, list(images.shape), align_corners=False)
+    background = images.amin()
+    return nn.functional.grid_sample(images - background, places, align_corners=False) + background
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -122,6 +158,19 @@ def only_known(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images[known], new[labels][known]
 
 
+def read(name: str, fashion: Path | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Normalised images and labels, to train on and to test on."""
+    if name == "vit_digits":
+        task = digits()
+        return (task.train.inputs, task.train.labels), (task.test.inputs, task.test.labels)
+    splits = read_fashion_mnist(fashion)
+    train, test = (
+        (normalise(torch.from_numpy(x)), torch.from_numpy(y).long())
+        for x, y in (splits["train"], splits["test"])
+    )
+    return (only_known(*train), only_known(*test)) if name == "vit_fashion_known" else (train, test)
+
+
 def model_card(
     name: str,
     recipe: Recipe,
@@ -130,56 +179,60 @@ def model_card(
     parameters: int,
     minutes: float,
 ) -> str:
-    classes = (
-        "all ten classes" if name == "vit_fashion_mnist" else f"six classes ({', '.join(KNOWN_CLASSES)})"
-    )
-    command = "python data/pretrain_vision.py" + ("" if name == "vit_fashion_mnist" else " --known")
+    of_digits = name == "vit_digits"
+    command = "python data/pretrain_vision.py"
+    command += {"vit_fashion_mnist": "", "vit_fashion_known": " --known", "vit_digits": " --digits"}[name]
+    if recipe.epochs != (DIGITS_RECIPE if of_digits else Recipe).epochs:
+        command += f" --epochs {recipe.epochs}"
     torch_version = torch.__version__.split("+")[0]
+    threads = torch.get_num_threads()
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
     return f"""# {name}
 
 A small timm `VisionTransformer` ({parameters:,} parameters, float32) pretrained by the lora_lens
-project on {classes} of Fashion-MNIST: 28 x 28 grey images, convolutional stem (three 3 x 3
-convolutions of stride 2), 16 tokens of width 96, 6 blocks, 3 heads, average pooling. Architecture:
-`lora_lens.embedded.vision_architecture`.
+project on {TRAINED_ON[name]}:
+28 x 28 grey images, convolutional stem (three 3 x 3 convolutions of stride 2), 16 tokens of width
+96, 6 blocks, 3 heads, average pooling. Architecture: `lora_lens.embedded.vision_architecture`.
 
 | measured once, after the last epoch | |
 |---|---|
 | accuracy on the {counts["test"]:,} test images | {scores["test"]:.4f} |
 | accuracy on the {counts["train"]:,} training images | {scores["train"]:.4f} |
-| training time | {minutes:.0f} min with {torch.get_num_threads()} CPU threads |
+| training time | {minutes:.0f} min with {threads} CPU thread{"s" * (threads > 1)} |
 
 **Input**: pixel values / 255, minus {FASHION_MEAN}, divided by {FASHION_STD}.
 **Made by**: `{command}` with torch {torch_version} and timm {timm.__version__}.
-**Intended use**: the pretrained model of the lora_lens experiments. It is no fashion classifier
-for production. **Licence**: MIT, like the project; trained on Fashion-MNIST (MIT, Zalando SE).
+**Intended use**: the pretrained model of the lora_lens experiments. It is no classifier
+for production. **Licence**: MIT, like the project; trained on
+{DIGITS_LICENCE if of_digits else FASHION_LICENCE}.
 
 | training setting | value |
 |---|---|
 {settings}
 | optimizer | AdamW, one-cycle cosine schedule, gradient norm clipped at 1 |
-| augmentation | horizontal flip, shift, erased square |
+| augmentation | {"small rotation" if of_digits else "horizontal flip"}, shift, erased square |
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--fashion", type=Path, help="folder with the four original Fashion-MNIST files")
-    parser.add_argument("--known", action="store_true", help="train on six classes only")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--known", action="store_true", help="train on six classes only")
+    which.add_argument("--digits", action="store_true", help="train on the digits of digits.npz instead")
+    parser.add_argument(
+        "--epochs", type=int, help=f"default {Recipe.epochs}, or {DIGITS_RECIPE.epochs} with --digits"
+    )
     parser.add_argument("--output", type=Path, default=HERE, help="where to write the model and its card")
     arguments = parser.parse_args()
 
-    recipe = Recipe(epochs=arguments.epochs)
-    splits = read_fashion_mnist(arguments.fashion)
-    (train_x, train_y), (test_x, test_y) = (
-        (normalise(torch.from_numpy(x)), torch.from_numpy(y).long())
-        for x, y in (splits["train"], splits["test"])
+    name = (
+        "vit_digits" if arguments.digits else "vit_fashion_known" if arguments.known else "vit_fashion_mnist"
     )
-    name = "vit_fashion_known" if arguments.known else "vit_fashion_mnist"
-    if arguments.known:
-        train_x, train_y = only_known(train_x, train_y)
-        test_x, test_y = only_known(test_x, test_y)
+    recipe = DIGITS_RECIPE if arguments.digits else Recipe()
+    if arguments.epochs is not None:
+        recipe = replace(recipe, epochs=arguments.epochs)
+    (train_x, train_y), (test_x, test_y) = read(name, arguments.fashion)
     started = time.monotonic()
     model = pretrain(train_x, train_y, recipe)
     minutes = (time.monotonic() - started) / 60

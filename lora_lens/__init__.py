@@ -12,6 +12,7 @@ from importlib import import_module
 
 from lora_lens import (
     comparison,
+    continual_metrics,
     embedded,
     embedded_texts,
     fronts,
@@ -25,6 +26,7 @@ from lora_lens import (
     rotation,
     spectral_metrics,
     strategies,
+    task_sequences,
     task_variants,
     tradeoffs,
 )
@@ -84,6 +86,7 @@ __all__ = [
     "comparison",
     "continual",
     "continual_drifts",
+    "continual_metrics",
     "continual_runs",
     "curves",
     "dataset_corpus",
@@ -128,6 +131,7 @@ __all__ = [
     "strategies",
     "summary",
     "sweep",
+    "task_sequences",
     "task_variants",
     "text_corpus",
     "text_task",

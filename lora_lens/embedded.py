@@ -1,6 +1,6 @@
 """Models and data that need no download while running.
 
-The vision model and the images ship with the project (see ``data/README.md``); the two language
+The vision models and the images ship with the project (see ``data/README.md``); the two language
 models are packages of their own, which ``make`` installs beside it.
 """
 
@@ -76,9 +76,7 @@ def vision() -> tuple[VisionTransformer, Task]:
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
     """
-    model = vision_architecture()
-    model.load_state_dict(load_file(_verified("vit_fashion_mnist.safetensors")))
-    return model.eval(), _images("fashion_mnist", FASHION_CLASSES)
+    return _pretrained("vit_fashion_mnist", len(FASHION_CLASSES)), fashion()
 
 
 def vision_of_known_classes() -> tuple[VisionTransformer, Task, Task]:
@@ -90,11 +88,32 @@ def vision_of_known_classes() -> tuple[VisionTransformer, Task, Task]:
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
     """
-    model = vision_architecture(len(KNOWN_CLASSES))
-    model.load_state_dict(load_file(_verified("vit_fashion_known.safetensors")))
-    whole = _images("fashion_mnist", FASHION_CLASSES)
+    model, whole = _pretrained("vit_fashion_known", len(KNOWN_CLASSES)), fashion()
     new = [name for name in FASHION_CLASSES if name not in KNOWN_CLASSES]
-    return model.eval(), only_classes(whole, KNOWN_CLASSES), only_classes(whole, new)
+    return model, only_classes(whole, KNOWN_CLASSES), only_classes(whole, new)
+
+
+def vision_of_digits() -> tuple[VisionTransformer, Task]:
+    """A transformer that knows digits and has never seen Fashion-MNIST, and the digits.
+
+    For a sequence of tasks whose classes are all new to the model, such as
+    :func:`lora_lens.task_sequences.split_fashion`. Same architecture as for
+    :func:`vision`; pretrained on the training images of :func:`digits`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged.
+    """
+    task = digits()
+    return _pretrained("vit_digits", len(task.classes)), task
+
+
+def fashion() -> Task:
+    """Fashion-MNIST alone: 10,000 training and 10,000 test images, as :func:`vision` returns it.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged.
+    """
+    return _images("fashion_mnist", FASHION_CLASSES)
 
 
 def digits() -> Task:
@@ -195,6 +214,12 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _pretrained(name: str, num_classes: int) -> VisionTransformer:
+    model = vision_architecture(num_classes)
+    model.load_state_dict(load_file(_verified(f"{name}.safetensors")))
+    return model.eval()
 
 
 def _images(name: str, classes: tuple[str, ...]) -> Task:

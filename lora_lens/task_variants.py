@@ -1,15 +1,16 @@
-"""New tasks out of one that is there: corrupted inputs, few examples, some of the classes."""
+"""New tasks out of one that is there: changed images, few examples, some of the classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite
 from operator import index
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import InterpolationMode, gaussian_blur, rotate
 
 from lora_lens.tasks import Examples, Task
 
@@ -21,7 +22,7 @@ SEVERITIES = {
     "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),  # share of the contrast that is left
 }
 LISTED_CLASSES = 6  # more of them make a name unreadable
-CHUNK = 1000  # images blurred at once, which bounds the memory
+CHUNK = 1000  # images blurred or rotated at once, which bounds the memory
 
 
 def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
@@ -61,18 +62,12 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
     if kind not in SEVERITIES:
         raise ValueError(f"corruption must be one of {', '.join(SEVERITIES)}, not {kind!r}")
     strengths = SEVERITIES[kind]
-    severity, seed = index(severity), _seed(seed)
+    severity, seed = index(severity), checked_seed(seed)
     if not 1 <= severity <= len(strengths):
         raise ValueError(
             f"severity must be 1 to {len(strengths)}, not {severity}; for clean inputs take the task itself"
         )
-    for part in ("train", "test"):
-        inputs = getattr(task, part).inputs
-        if inputs.ndim != 4 or not inputs.is_floating_point():
-            raise ValueError(
-                f"{task.name}: {part} inputs of shape {tuple(inputs.shape)} and type {inputs.dtype} are no "
-                "images; expected floating point, (n, c, h, w)"
-            )
+    _require_images(task)
     strength = strengths[severity - 1]
     if kind == "gaussian_noise":
         train, test = _noisy(task, strength, seed)
@@ -80,12 +75,73 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
         train, test = (_blurred(task.name, e.inputs, strength) for e in (task.train, task.test))
     else:
         train, test = (_flattened(e.inputs, strength) for e in (task.train, task.test))
-    return Task(
-        f"{task.name}, {kind.replace('_', ' ')} {severity}",
-        task.classes,
-        Examples(train, task.train.labels),
-        Examples(test, task.test.labels),
+    return _with_images(task, f"{kind.replace('_', ' ')} {severity}", train, test)
+
+
+def rotated(task: Task, degrees: float) -> Task:
+    """The same task with all images turned counter-clockwise about their centre.
+
+    Pixels are interpolated bilinearly. What comes in from outside the image is
+    its background: the least training input of the channel. Corners that are
+    turned out of the image are lost.
+
+    Args:
+        task: inputs are images, (n, c, h, w), floating point.
+        degrees: the angle; for a multiple of 360, the task itself is returned.
+
+    Raises:
+        ValueError: the angle is not finite, or the inputs are no images.
+        TypeError: the angle is no number.
+    """
+    if isinstance(degrees, str | bool) or not hasattr(degrees, "__float__"):
+        raise TypeError(f"degrees must be a number, not {degrees!r}")
+    degrees = float(degrees)
+    if not isfinite(degrees):
+        raise ValueError(f"degrees must be finite, not {degrees}")
+    _require_images(task)
+    if degrees % 360 == 0:
+        return task
+    background = task.train.inputs.amin((0, 2, 3))[:, None, None]  # (c, 1, 1)
+    # torchvision's own fill is blended twice along the edge, which zeros are safe from.
+    train, test = (
+        torch.cat(
+            [
+                rotate(x - background, degrees, InterpolationMode.BILINEAR) + background
+                for x in examples.inputs.split(CHUNK)
+            ]
+        )
+        for examples in (task.train, task.test)
     )
+    return _with_images(task, f"rotated by {degrees:g} degrees", train, test)
+
+
+def permuted(task: Task, seed: int) -> Task:
+    """The same task with the pixels of all images in one other order, which hides what is next to what.
+
+    Permuted MNIST: Goodfellow et al. 2013, "An empirical investigation of
+    catastrophic forgetting in gradient-based neural networks" (arXiv 1312.6211),
+    and Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural
+    networks" (PNAS 114, section 2.2). The order is the same for training and
+    test images and for all channels; it depends on the seed and the images' size
+    alone.
+
+    Args:
+        task: inputs are images, (n, c, h, w), floating point.
+        seed: of the order.
+
+    Raises:
+        ValueError: the seed is negative, or the inputs are no images.
+        TypeError: the seed is not a whole number.
+    """
+    seed = checked_seed(seed)
+    _require_images(task)
+    height, width = task.train.inputs.shape[-2:]
+    order = torch.randperm(height * width, generator=_generator(seed, 0))
+    train, test = (
+        examples.inputs.flatten(2)[..., order].view_as(examples.inputs)
+        for examples in (task.train, task.test)
+    )
+    return _with_images(task, f"permuted {seed}", train, test)
 
 
 def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
@@ -99,7 +155,7 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
             below 1, the seed is negative.
         TypeError: ``per_class`` or the seed is not a whole number.
     """
-    per_class, seed = index(per_class), _seed(seed)
+    per_class, seed = index(per_class), checked_seed(seed)
     if per_class < 1:
         raise ValueError(f"per_class must be at least 1, not {per_class}")
     counts = torch.bincount(task.train.labels, minlength=len(task.classes)).tolist()
@@ -114,8 +170,7 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
         # One generator per class: what is drawn of a class does not depend on the size of another.
         drawn.append(rows[torch.randperm(len(rows), generator=_generator(seed, label))[:per_class]])
     rows = torch.cat(drawn).sort().values
-    train = Examples(task.train.inputs[rows], task.train.labels[rows])
-    return replace(task, name=f"{task.name}, {per_class} per class", train=train)
+    return replace(task, name=f"{task.name}, {per_class} per class", train=task.train.take(rows))
 
 
 def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
@@ -126,17 +181,23 @@ def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
     which is the task to retain.
 
     Args:
-        task: the whole.
+        task: the whole; images or texts that a head reads.
         classes: at least two, each by its name or by its index in ``task.classes``.
 
     Raises:
         ValueError: a class is unknown, its name ambiguous, or it is given
-            twice; fewer than two are given; one has no training or no test examples.
+            twice; fewer than two are given; one has no training or no test
+            examples; the task is read from the model's own words.
         TypeError: classes is one string, or a class is neither a name nor an index.
     """
     if isinstance(classes, str):
         raise TypeError(f"classes must be a list of names or indices, not the one string {classes!r}")
-    old = [_class_index(task, c) for c in classes]
+    if type(task) is not Task:
+        raise ValueError(
+            f"{task.name} is read from the model's own words, which belong to all of its classes; make a "
+            "corpus of some classes first, and the task of that"
+        )
+    old = [class_index(task, c) for c in classes]
     names = tuple(task.classes[i] for i in old)
     if len(set(old)) < len(old):
         twice = next(task.classes[i] for i in old if old.count(i) > 1)
@@ -153,12 +214,23 @@ def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
     listed = (
         ", ".join(names) if len(names) <= LISTED_CLASSES else f"{len(names)} of {len(task.classes)} classes"
     )
-    return Task(
-        f"{task.name}, only {listed}", names, _relabelled(task.train, new), _relabelled(task.test, new)
+    return replace(
+        task,
+        name=f"{task.name}, only {listed}",
+        classes=names,
+        train=_relabelled(task.train, new),
+        test=_relabelled(task.test, new),
+        head=None,
     )
 
 
-def _class_index(task: Task, given: str | int) -> int:
+def class_index(task: Task, given: str | int) -> int:
+    """The index of a class that is given by its name or its index.
+
+    Raises:
+        ValueError: it is unknown, or its name ambiguous.
+        TypeError: it is neither a name nor an index.
+    """
     known = f"{task.name} has the classes {', '.join(task.classes[:20])}"
     known += f" and {len(task.classes) - 20} more" if len(task.classes) > 20 else ""
     if isinstance(given, str):
@@ -176,10 +248,34 @@ def _class_index(task: Task, given: str | int) -> int:
 def _relabelled(examples: Examples, new: Tensor) -> Examples:
     """The examples whose ``new`` label, (classes,), is not -1, with that label."""
     labels = new[examples.labels]
-    return Examples(examples.inputs[labels >= 0], labels[labels >= 0])
+    rows = torch.nonzero(labels >= 0)[:, 0]
+    return replace(examples.take(rows), labels=labels[rows])
 
 
-def _seed(seed: int) -> int:
+def _require_images(task: Task) -> None:
+    if not isinstance(task.train, Examples):
+        raise ValueError(f"{task.name} holds texts, and only images can be changed like that")
+    for part in ("train", "test"):
+        inputs = getattr(task, part).inputs
+        if inputs.ndim != 4 or not inputs.is_floating_point():
+            raise ValueError(
+                f"{task.name}: {part} inputs of shape {tuple(inputs.shape)} and type {inputs.dtype} are no "
+                "images; expected floating point, (n, c, h, w)"
+            )
+
+
+def _with_images(task: Task, what: str, train: Tensor, test: Tensor) -> Task:
+    """The task with other inputs, and ``what`` was done to them in its name."""
+    return replace(
+        task,
+        name=f"{task.name}, {what}",
+        train=replace(task.train, inputs=train),
+        test=replace(task.test, inputs=test),
+    )
+
+
+def checked_seed(seed: int) -> int:
+    """The seed as an int; raises ValueError where it is negative, TypeError where it is no whole number."""
     seed = index(seed)
     if seed < 0:
         raise ValueError(f"seed must be at least 0, not {seed}")

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -143,3 +148,69 @@ def test_the_other_model_has_seen_six_classes_and_knows_them():
     with torch.inference_mode():
         right = model(known.test.inputs[:1000]).argmax(-1) == known.test.labels[:1000]
     assert right.float().mean() > 0.95
+
+
+def test_the_model_of_digits_knows_digits_as_its_card_says():
+    model, task = ll.embedded.vision_of_digits()
+    assert task.fingerprint() == ll.embedded.digits().fingerprint() and not model.training
+    with torch.inference_mode():
+        right = torch.cat([model(x).argmax(-1) for x in task.test.inputs.split(500)]) == task.test.labels
+    with safe_open(DATA / "vit_digits.safetensors", "pt") as file:
+        stated = float(file.metadata()["test_accuracy"])
+    assert right.float().mean() >= 0.98
+    assert right.float().mean() == pytest.approx(stated, abs=1e-3)
+    assert f"{stated:.4f}" in (DATA / "vit_digits.md").read_text()
+
+
+def test_fashion_alone_is_what_the_model_knows(source):
+    assert ll.embedded.fashion().fingerprint() == source.fingerprint()
+    assert ll.embedded.fashion().name == source.name
+
+
+def test_every_file_with_a_checksum_belongs_to_the_wheel():
+    project = tomllib.loads((DATA.parent / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    held = {line.split()[1] for line in (DATA / "SHA256SUMS").read_text().splitlines()} | {"SHA256SUMS"}
+    assert {f"data/{name}": f"lora_lens/data/{name}" for name in held} == included
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    """The script that trained the vision models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DATA)
+        yield import_module("pretrain_vision")
+
+
+def test_the_script_turns_each_digit_by_its_own_angle(script, digits):
+    images = digits.train.inputs[:3]
+    turned = script.rotate_each(images, torch.tensor([0.0, torch.pi / 2, torch.pi]))
+    for quarters in range(3):
+        assert torch.allclose(turned[quarters], images[quarters].rot90(quarters, (1, 2)), atol=1e-4)
+    corner = script.rotate_each(images, torch.full((3,), torch.pi / 4))[:, 0, 0, 0]
+    assert torch.allclose(corner, images.amin())
+
+
+def test_the_script_mirrors_clothes_but_no_digits(script):
+    arrow = torch.zeros(400, 1, 28, 28)
+    arrow[..., 14:] = 1.0  # right half
+    for recipe, mirrored in ((script.Recipe(erase_probability=0), 0.5), (script.DIGITS_RECIPE, 0)):
+        changed = script.augment(arrow, recipe, torch.Generator().manual_seed(0))
+        left = changed[:, 0, 10:18, :8].mean((1, 2)) > changed[:, 0, 10:18, -8:].mean((1, 2))
+        assert left.float().mean() == pytest.approx(mirrored, abs=0.1 if mirrored else 0)
+
+
+def test_the_script_makes_the_same_model_twice(script, digits):
+    recipe = script.Recipe(epochs=2, batch_size=32, flip=False, rotate_degrees=10)
+    few = (digits.train.inputs[:64], digits.train.labels[:64])
+    first, second = (script.pretrain(*few, recipe).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_cards_tell_how_each_model_was_made(script):
+    for name in ("vit_fashion_mnist", "vit_fashion_known", "vit_digits"):
+        card = (DATA / f"{name}.md").read_text()
+        with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+            recipe = json.loads(file.metadata()["recipe"])
+        assert all(f"| {setting} | {value} |" in card for setting, value in recipe.items())
+    assert "`python data/pretrain_vision.py --digits`" in card

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_language import byte_tokenizer
 
 import lora_lens as ll
-from lora_lens.task_variants import SEVERITIES, corrupted, few_shot, only_classes
+from lora_lens.embedded_texts import genres, sentiment
+from lora_lens.task_variants import SEVERITIES, corrupted, few_shot, only_classes, permuted, rotated
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,84 @@ def test_corruptions_that_do_not_exist_are_refused(small):
         corrupted(ll.Task("dots", ("a",), dots, dots), "gaussian_blur", 1)
 
 
+def test_a_quarter_turn_is_counter_clockwise_and_four_are_the_task_itself(small):
+    task = rotated(small, 90)
+    assert task.name == "digits, rotated by 90 degrees" and task.classes == small.classes
+    for part in ("train", "test"):
+        clean, turned = getattr(small, part), getattr(task, part)
+        assert torch.allclose(turned.inputs, clean.inputs.rot90(1, (2, 3)), atol=1e-4)
+        assert torch.equal(turned.labels, clean.labels)
+    assert rotated(small, 0) is small and rotated(small, -720.0) is small
+    assert rotated(small, -22.5).name == "digits, rotated by -22.5 degrees"
+
+
+def test_turning_back_restores_the_middle_of_an_image(small):
+    there, back = rotated(small, 30), rotated(rotated(small, 30), -30)
+    middle = (..., slice(9, 19), slice(9, 19))
+    away = [(t.test.inputs - small.test.inputs)[middle].square().mean() for t in (there, back)]
+    assert away[1] < 0.15 * away[0]  # what is left is the blur of two interpolations
+
+
+def test_each_channel_s_least_training_input_comes_in_from_outside():
+    images = torch.full((3, 2, 8, 8), 5.0)
+    images[0, 0, 0, 0], images[1, 1, 3, 3] = -2.0, -7.0
+    train = ll.Examples(images, torch.zeros(3, dtype=torch.long))
+    test = ll.Examples(torch.full((1, 2, 8, 8), 5.0), torch.tensor([0]))
+    turned = rotated(ll.Task("grey", ("a",), train, test), 45).test.inputs[0]
+    for channel, background in ((0, -2.0), (1, -7.0)):
+        corners = turned[channel, [0, 0, -1, -1], [0, -1, 0, -1]]
+        assert torch.allclose(corners, torch.tensor(background)) and turned[channel, 4, 4] == 5
+        assert background - 1e-5 < turned[channel].min() and turned[channel].max() < 5 + 1e-5
+
+
+def test_permuted_pixels_are_the_same_in_one_other_order(small):
+    task = permuted(small, 3)
+    assert task.name == "digits, permuted 3" and task.classes == small.classes
+    marked = torch.arange(2 * 784.0).view(1, 2, 28, 28).expand(2, -1, -1, -1)
+    part = ll.Examples(marked, torch.tensor([0, 0]))
+    order = permuted(ll.Task("marked", ("a",), part, part), 3).train.inputs[0, 0].flatten().long()
+    assert order.sort().values.tolist() == list(range(784)) != order.tolist()
+    for name in ("train", "test"):
+        clean, mixed = (getattr(t, name) for t in (small, task))
+        assert torch.equal(mixed.inputs.flatten(1), clean.inputs.flatten(1)[:, order])
+        assert torch.equal(mixed.labels, clean.labels)
+    both = permuted(ll.Task("marked", ("a",), part, part), 3).test.inputs[1]
+    assert torch.equal(both[0] + 784, both[1])
+
+
+def test_the_order_of_the_pixels_is_a_matter_of_the_seed_alone(small):
+    torch.manual_seed(7)
+    first = permuted(small, 3)
+    assert permuted(small, 3).fingerprint() == first.fingerprint() != permuted(small, 4).fingerprint()
+    assert torch.equal(permuted(small.subset(test=7), 3).test.inputs, first.test.inputs[:7])
+
+
+def test_angles_seeds_and_tasks_that_cannot_be_are_refused(small):
+    for angle in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"degrees must be finite, not {angle}"):
+            rotated(small, angle)
+    for angle in ("90", True, None):
+        with pytest.raises(TypeError, match=f"degrees must be a number, not {angle!r}"):
+            rotated(small, angle)
+    with pytest.raises(ValueError, match="seed must be at least 0, not -1"):
+        permuted(small, -1)
+    with pytest.raises(TypeError):
+        permuted(small, 1.5)
+    texts = ll.text_task(sentiment("tweets"), byte_tokenizer())
+    for change in (lambda t: rotated(t, 90), lambda t: permuted(t, 0), lambda t: corrupted(t, "contrast", 1)):
+        with pytest.raises(ValueError, match=r"letters: train inputs of shape \(2, 1\) .* are no images"):
+            change(labelled([0, 1], [0, 1]))
+        with pytest.raises(ValueError, match="tweets holds texts, and only images can be changed"):
+            change(texts)
+
+
+def test_a_changed_task_keeps_how_it_is_read(small, model):
+    seen = ll.probed(model, small)
+    for task in (rotated(seen, 30), permuted(seen, 0), corrupted(seen, "contrast", 1)):
+        assert task.head is seen.head
+    assert only_classes(seen, [3, 8]).head is None
+
+
 def test_few_shots_are_as_many_different_examples_of_every_class_with_the_whole_test_set(digits):
     task = few_shot(digits, 5, seed=1)
     assert task.name == "digits, 5 per class" and task.classes == digits.classes
@@ -160,6 +240,23 @@ def test_classes_must_be_a_list_and_their_names_unambiguous():
         only_classes(labelled([0, 1, 2], [0, 2]), "ab")
     with pytest.raises(ValueError, match="several classes called 'a'; give an index"):
         only_classes(labelled([0, 1, 2], [0, 1, 2], ("a", "a", "c")), ["a", "c"])
+
+
+def test_texts_of_some_classes_and_few_of_each_keep_their_words():
+    whole = ll.text_task(genres(50), byte_tokenizer(), pooling="last")
+    part = few_shot(only_classes(whole, ["tweets", "movies"]), 5)
+    assert part.classes == ("tweets", "movies") and part.pooling == "last"
+    own = {"tweets": set(sentiment("tweets").train.texts), "movies": set(sentiment("movies").train.texts)}
+    kept = zip(part.train.texts, part.train.labels.tolist(), strict=True)
+    assert sorted(part.train.labels.tolist()) == [0] * 5 + [1] * 5
+    assert all(text not in own[part.classes[1 - label]] for text, label in kept)
+    assert byte_tokenizer().decode(part.train._text(0)) == part.train.texts[0]
+
+
+def test_classes_cannot_be_taken_out_of_a_task_read_from_words():
+    task = ll.label_word_task(genres(50), byte_tokenizer())
+    with pytest.raises(ValueError, match="genres is read from the model's own words"):
+        only_classes(task, ["tweets", "movies"])
 
 
 def test_variants_of_variants_can_be_learnt(model, digits):

@@ -1,0 +1,163 @@
+"""Run the sequences behind notebook 07 and pack each set of them into one file under ``results``.
+
+    python data/run_continual_sweeps.py                       # all of them: about two hours on 2 cores
+    python data/run_continual_sweeps.py split_fashion texts   # these
+    python data/run_continual_sweeps.py --store FOLDER        # keep the runs there; what is there goes on
+
+- split_fashion: a vision transformer that has seen digits only learns Fashion-MNIST in five tasks of two
+  classes, with a head for each; split_fashion_classes: the same with one growing head.
+- images: one that has seen six classes of Fashion-MNIST learns all ten, digits, noisy digits, and
+  Fashion-MNIST turned by 90 degrees.
+- texts: all-MiniLM-L6-v2 learns the sentiment in films, products, tweets and newspapers with one head.
+
+``ll.continual_runs("data/results/split_fashion.jsonl.xz")`` reads a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import lora_lens as ll
+from lora_lens.memories import EWC, Orthogonal, Replay
+from lora_lens.strategies import Continued, Joint, Merged, Moving, Separate, Strategy
+
+HERE = Path(__file__).parent
+ORDERS, SEEDS = 3, 3
+LORA, MIDDLE = ll.LoRA(8), ll.Window.middle(8)
+WINDOWS = ll.windows(rank=8, count=5)
+NEAR_LAST = ll.Penalized(LORA, ll.penalties.L2ToInitial(0.01))
+Plan = Sequence[tuple[Strategy, Sequence[ll.methods.Method], float]]  # methods and their learning rate
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A model, what it learns, in which of the three settings, and what it knew."""
+
+    model: nn.Module
+    tasks: list[ll.Task]
+    kind: str
+    retain: ll.Task
+    spectra: ll.SpectrumSet | None
+
+
+def split_fashion(kind: str = "task-incremental") -> Setting:
+    model, digits = ll.embedded.vision_of_digits()
+    tasks = ll.task_sequences.split_fashion(test=200)
+    return Setting(model, tasks, kind, digits.subset(test=300), ll.spectra(model, progress=False))
+
+
+def split_fashion_classes() -> Setting:
+    return split_fashion("class-incremental")
+
+
+def images() -> Setting:
+    model, known, _ = ll.embedded.vision_of_known_classes()
+    tasks = ll.task_sequences.fashion_digits_corrupted_rotated(test=300)
+    return Setting(
+        model, tasks, "task-incremental", known.subset(test=300), ll.spectra(model, progress=False)
+    )
+
+
+def texts() -> Setting:
+    model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
+    tasks = ll.task_sequences.text_corpora(tokenizer, test=150)
+    genres = ll.text_task(ll.embedded_texts.genres(), tokenizer).subset(test=200)
+    retain = ll.probed(model, genres, examples=2000)
+    return Setting(model, tasks, "domain-incremental", retain, None)
+
+
+def referee(lr: float, full: float) -> Plan:
+    """What a referee asks for, windows first; full fine-tuning has a learning rate of its own."""
+    return [
+        (Merged(), [*WINDOWS, LORA, NEAR_LAST], lr),
+        (Continued(), [WINDOWS[0], MIDDLE, WINDOWS[-1], LORA, NEAR_LAST], lr),
+        (Moving(), [MIDDLE], lr),
+        (Merged(Orthogonal(0.5)), [LORA], lr),
+        (Continued(EWC(1000)), [LORA], lr),
+        (Merged(Replay(200)), [MIDDLE, LORA], lr),
+        (Separate(), [MIDDLE, LORA], lr),
+        (Joint(), [LORA], lr),
+        (Continued(), [ll.FullFineTuning()], full),
+    ]
+
+
+def fewer(lr: float) -> Plan:
+    return [
+        (Merged(), [WINDOWS[0], MIDDLE, WINDOWS[-1], LORA], lr),
+        (Continued(), [LORA], lr),
+        (Continued(EWC(1000)), [LORA], lr),
+        (Merged(Replay(200)), [MIDDLE, LORA], lr),
+        (Joint(), [LORA], lr),
+    ]
+
+
+def windows_and_lora(lr: float) -> Plan:
+    return [(Merged(), [*WINDOWS, LORA], lr), (Separate(), [LORA], lr)]
+
+
+def of_texts(lr: float) -> Plan:
+    return [
+        (Merged(), [*WINDOWS, LORA], lr),
+        (Continued(), [LORA], lr),
+        (Merged(Orthogonal(0.5)), [LORA], lr),
+        (Merged(Replay(200)), [LORA], lr),
+        (Joint(), [LORA], lr),
+    ]
+
+
+SWEEPS: dict[str, tuple[Callable[[], Setting], Plan, dict[str, object]]] = {
+    "split_fashion": (
+        split_fashion,
+        [*referee(3e-3, full=3e-4), *windows_and_lora(1e-2)],
+        {"steps": 60, "batch_size": 32},
+    ),
+    "split_fashion_classes": (split_fashion_classes, fewer(3e-3), {"steps": 60, "batch_size": 32}),
+    "images": (images, referee(3e-3, full=3e-4), {"steps": 60, "batch_size": 32}),
+    "texts": (texts, of_texts(2e-3), {"steps": 30, "batch_size": 32, "precision": "bfloat16"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(SWEEPS)}; default all")
+    parser.add_argument("--store", type=Path, default=HERE.parent / "results" / "continual")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in SWEEPS]:
+        parser.error(f"there is no set {unknown[0]!r}; there are {', '.join(SWEEPS)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names or SWEEPS:
+        started = time.monotonic()
+        make, plan, settings = SWEEPS[name]
+        setting = make()
+        orders = ll.task_sequences.orders(len(setting.tasks), ORDERS)
+        for (
+            order
+        ) in orders:  # one order with all methods before the next, so that a stopped sweep is balanced
+            for strategy, methods, lr in plan:
+                ll.continual(
+                    setting.model,
+                    setting.tasks,
+                    strategy,
+                    ll.Grid(lr=lr, seed=range(SEEDS), baselines=methods),
+                    setting=setting.kind,
+                    orders=[order],
+                    retain=setting.retain,
+                    spectra=setting.spectra,
+                    store=arguments.store / name,
+                    **settings,
+                )
+        path = ll.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
+        minutes = (time.monotonic() - started) / 60
+        count = ll.continual_runs(path)["run"].nunique()
+        print(f"{name}: {count} sequences, {minutes:.1f} min, {path.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
