@@ -89,16 +89,20 @@ def referee(lr: float, full: float) -> Plan:
 
 def fewer(lr: float) -> Plan:
     return [
-        (Merged(), [WINDOWS[0], MIDDLE, WINDOWS[-1], LORA], lr),
+        (Merged(), [WINDOWS[0], MIDDLE, WINDOWS[-1], LORA, NEAR_LAST], lr),
         (Continued(), [LORA], lr),
-        (Continued(EWC(1000)), [LORA], lr),
-        (Merged(Replay(200)), [MIDDLE, LORA], lr),
+        (Merged(Replay(200)), [LORA], lr),
+        (Separate(), [LORA], lr),
         (Joint(), [LORA], lr),
     ]
 
 
-def windows_and_lora(lr: float) -> Plan:
-    return [(Merged(), [*WINDOWS, LORA], lr), (Separate(), [LORA], lr)]
+def of_classes(lr: float) -> Plan:
+    return [
+        (Merged(), [MIDDLE, LORA], lr),
+        (Merged(Replay(200)), [MIDDLE, LORA], lr),
+        (Joint(), [LORA], lr),
+    ]
 
 
 def of_texts(lr: float) -> Plan:
@@ -114,11 +118,11 @@ def of_texts(lr: float) -> Plan:
 SWEEPS: dict[str, tuple[Callable[[], Setting], Plan, dict[str, object]]] = {
     "split_fashion": (
         split_fashion,
-        [*referee(3e-3, full=3e-4), *windows_and_lora(1e-2)],
+        referee(3e-3, full=3e-4),
         {"steps": 60, "batch_size": 32},
     ),
-    "split_fashion_classes": (split_fashion_classes, fewer(3e-3), {"steps": 60, "batch_size": 32}),
-    "images": (images, referee(3e-3, full=3e-4), {"steps": 60, "batch_size": 32}),
+    "split_fashion_classes": (split_fashion_classes, of_classes(3e-3), {"steps": 60, "batch_size": 32}),
+    "images": (images, fewer(3e-3), {"steps": 60, "batch_size": 32}),
     "texts": (texts, of_texts(2e-3), {"steps": 30, "batch_size": 32, "precision": "bfloat16"}),
 }
 

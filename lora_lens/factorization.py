@@ -160,7 +160,7 @@ def _by_inverse_iteration(
     v = torch.from_numpy(found[1]).flip(0).T  # (n, c)
     left, _ = _normed_product(matrix, v)
     right = v.float()
-    eye = torch.eye(len(components))
+    eye = torch.eye(len(components), dtype=torch.float32)
     if not all(((basis.T @ basis - eye).abs() <= ORTHONORMAL).all() for basis in (left, right)):
         return None
     return (left, values, right.T), components
@@ -172,7 +172,7 @@ def _roots(squares: np.ndarray) -> Tensor:
 
 def _normed_product(matrix: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """W V with columns of length one (m, c), float32, and the lengths they had (c,), float64."""
-    product = torch.empty(matrix.shape[0], v.shape[1], device=matrix.device)
+    product = torch.empty(matrix.shape[0], v.shape[1], dtype=torch.float32, device=matrix.device)
     squares = v.new_zeros(v.shape[1])
     for exact, rows in zip(_exact_blocks(matrix), _blocks(product, matrix.shape[1]), strict=True):
         part = _product(exact, v)

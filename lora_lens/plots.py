@@ -1,5 +1,12 @@
 """Pictures: each takes a table or spectra and an optional ``ax``, and returns matplotlib Axes."""
 
+from lora_lens.continual_plots import (
+    accuracy_heatmap,
+    accuracy_over_time,
+    update_over_time,
+    window_survival,
+)
+from lora_lens.continual_score_plots import continual_tradeoff, forgetting_by_position
 from lora_lens.drift_plots import against_forgetting, predictors, rotation_matrix, shares
 from lora_lens.item_plots import confusion, forgotten_images
 from lora_lens.plot_style import house_style
@@ -19,15 +26,19 @@ from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, r
 
 __all__ = [
     "accuracy_curve",
+    "accuracy_heatmap",
+    "accuracy_over_time",
     "against_forgetting",
     "by_depth",
     "by_setting",
     "comparison",
     "confusion",
+    "continual_tradeoff",
     "cumulative_energy",
     "decomposition",
     "depth_map",
     "feature_maps",
+    "forgetting_by_position",
     "forgetting_curve",
     "forgotten_images",
     "fronts_by_method",
@@ -43,5 +54,7 @@ __all__ = [
     "surface",
     "token_shares",
     "tradeoff",
+    "update_over_time",
     "watched",
+    "window_survival",
 ]

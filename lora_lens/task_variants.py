@@ -297,7 +297,7 @@ def _noisy(task: Task, strength: float, seed: int) -> list[Tensor]:
         inputs = examples.inputs.clone()
         # One by one: the numbers in a large torch.randn depend on how many are asked for.
         for image in inputs:
-            noise = torch.randn(image.shape, generator=generator).to(image)
+            noise = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image)
             image.add_(strength * std.to(image) * noise).clamp_(low, high)
         noisy.append(inputs)
     return noisy

@@ -190,7 +190,7 @@ def fresh_head(features: int, classes: int, seed: int) -> nn.Linear:
     """A new linear classifier; the global random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(features, classes)
+        return nn.Linear(features, classes, dtype=torch.float32)
 
 
 def shuffled_rows(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Where there is a GPU, training moves a model to it, and the tests compare with tensors on the CPU.
+# For those that can use one: CUDA_VISIBLE_DEVICES=0 pytest tests/test_spectrum.py
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 

@@ -309,6 +309,21 @@ def test_the_device_changes_nothing_but_rounding(device, vectors, patch_vit):
         torch.testing.assert_close(s.singular_values, expected[name].singular_values)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vectors", [True, [ll.Window.middle(8)]], ids=["all", "a window"])
+def test_the_default_dtype_changes_nothing(default, vectors, patch_vit):
+    expected = ll.spectra(patch_vit, vectors=vectors, cache=False)
+    torch.set_default_dtype(default)  # as those do who build large models
+    try:
+        found = ll.spectra(patch_vit, vectors=vectors, cache=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, s in found.items():
+        assert torch.equal(s.singular_values, expected[name].singular_values)
+        for basis, same in ((s.left, expected[name].left), (s.right, expected[name].right)):
+            assert basis.dtype == torch.float32 and torch.equal(basis, same)
+
+
 def test_windows_need_vectors(patch_vit):
     with pytest.raises(ValueError, match="has no singular vectors"):
         ll.attach(patch_vit, ll.Window.first(4), spectra=ll.spectra(patch_vit, vectors=False))
