@@ -53,7 +53,7 @@ format: $(VENV)/test.installed  ## format code and notebooks, strip notebook out
 	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(NOTEBOOKS)
 
 bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK and WeightWatcher (long)
-	@for part in preparation values memory scaling language language_evaluation; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
+	@for part in preparation values memory scaling language language_evaluation continual; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
 	@echo "tables and pictures: benchmarks/results"
 
 pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)

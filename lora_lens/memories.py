@@ -77,7 +77,9 @@ class EWC(Memory):
         _require_count(self, "examples")
 
     def __str__(self) -> str:
-        return f"EWC {self.strength:.15g}"
+        return f"EWC {self.strength:.15g}" + (
+            "" if self.examples == EWC.examples else f", {self.examples} examples"
+        )
 
     def term(self, kept: Kept, model: nn.Module, scenario: Scenario, place: int, config: Training) -> Term:
         parameters = _trained(model, scenario.shared())
@@ -89,7 +91,10 @@ class EWC(Memory):
 
         def extra() -> Tensor:
             # A head that has grown since keeps the rows it had.
-            parts = [(f.to(p) * (p[: len(a)] - a.to(p)).square()).sum() for p, a, f in held]
+            parts = [
+                (f.to(p).flatten() * (p.flatten()[: a.numel()] - a.to(p).flatten()).square()).sum()
+                for p, a, f in held
+            ]
             return self.strength / 2 * sum(parts)
 
         return extra
@@ -108,12 +113,14 @@ class EWC(Memory):
                     logits, _ = ask(readout, model, task.train, row[None])
                 logs = logits.float().log_softmax(-1)
                 drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-                gradients = torch.autograd.grad(logs.gather(-1, drawn).mean(), list(parameters.values()))
+                gradients = torch.autograd.grad(
+                    logs.gather(-1, drawn).mean(), list(parameters.values()), materialize_grads=True
+                )
                 for total, gradient in zip(fisher.values(), gradients, strict=True):
                     total += gradient.detach().cpu().square() / len(rows)
         for name, before in kept.items():
             if name.startswith("fisher "):
-                fisher[name.removeprefix("fisher ")][: len(before)] += before
+                fisher[name.removeprefix("fisher ")].view(-1)[: before.numel()] += before.flatten()
         anchors = {f"anchor {name}": p.detach().cpu().clone() for name, p in parameters.items()}
         return anchors | {f"fisher {name}": value for name, value in fisher.items()}
 

@@ -79,6 +79,7 @@ class DomainIncremental:
                     f"has {len(first.classes)}, {task.name} has {len(task.classes)}; use "
                     'setting="task-incremental"'
                 )
+        _require_one_reading(self.tasks, "share one head")
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         self.readout = self.tasks[0].new_readout(model, seed)
@@ -121,6 +122,7 @@ class ClassIncremental:
                     f"{task.name} is read from the model's own words, so there is no head that could grow; "
                     'use setting="task-incremental" or "domain-incremental"'
                 )
+        _require_one_reading(self.tasks, "share one head")
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         """Nothing: no class is known yet."""
@@ -191,8 +193,7 @@ def all_at_once(setting: str, tasks: Sequence[Task], model: nn.Module, seed: int
     """
     SCENARIOS[setting](tasks)
     first = tasks[0]
-    if any(task.pooling != first.pooling or type(task) is not type(first) for task in tasks):
-        raise ValueError("tasks that are trained at once must be read in the same way: one pooling, one kind")
+    _require_one_reading(tasks, "are trained at once")
     if setting == "domain-incremental" or type(first) is not Task:
         together = replace(first, name="all tasks", train=first.train.joined(*(t.train for t in tasks[1:])))
         return together, first.new_readout(model, seed)
@@ -223,6 +224,16 @@ def relabelled(task: Task, offset: int, classes: tuple[str, ...]) -> Task:
         return replace(examples, labels=examples.labels + offset)
 
     return replace(task, classes=classes, train=moved(task.train), test=moved(task.test), head=None)
+
+
+def _require_one_reading(tasks: Sequence[Task], what: str) -> None:
+    first, *others = ((type(task), task.pooling, getattr(task, "words", None)) for task in tasks)
+    for task, reading in zip(tasks[1:], others, strict=True):
+        if reading != first:
+            raise ValueError(
+                f"tasks that {what} must be read in the same way, by one pooling or the same words, and "
+                f"{tasks[0].name} and {task.name} are not"
+            )
 
 
 def offset_of(tasks: Sequence[Task], place: int) -> int:

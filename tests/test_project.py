@@ -107,6 +107,8 @@ def test_imports_point_one_way():
         "scenarios",
         "memories",
         "strategies",
+        "sequence_checkpoint",
+        "sequence_training",
         "continual",
         "advisor",
         "pilot",
@@ -133,6 +135,7 @@ def test_imports_point_one_way():
         "spectrum_explorers",
         "tradeoff_explorers",
         "item_explorers",
+        "continual_explorers",
         "widgets",
     ]
     rooms = {f.stem for f in (ROOT / "lora_lens").glob("*.py")} - {"__init__"}

@@ -112,6 +112,15 @@ def test_a_folder_and_its_packed_file_tell_the_same(swept, tmp_path):
         pd.testing.assert_frame_equal(read(packed, table), read(folder, table))
 
 
+def test_a_sweep_s_runs_are_no_sequences(swept, tmp_path):
+    folder, _ = swept
+    for store in (folder, ll.pack(folder, tmp_path / "packed.jsonl.xz")):
+        with pytest.raises(
+            ValueError, match=r"holds no sequences of tasks; single runs are read by ll\.runs"
+        ):
+            ll.continual_runs(store)
+
+
 def test_drifts_are_those_of_the_trained_models(swept, model, source, digits, spectra):
     folder, table = swept
     found = ll.drifts(folder, table)

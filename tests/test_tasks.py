@@ -19,6 +19,16 @@ def test_subset_takes_the_first_examples():
         task.subset(test=3)
 
 
+def test_joined_examples_follow_one_another():
+    first, second, third = examples([0, 1]), examples([2]), examples([1, 1, 0])
+    whole = first.joined(second, third)
+    assert whole.labels.tolist() == [0, 1, 2, 1, 1, 0]
+    assert whole.inputs[:, 0].tolist() == [0, 1, 0, 0, 1, 2]
+    alone = second.joined()
+    assert torch.equal(alone.inputs, second.inputs) and torch.equal(alone.labels, second.labels)
+    assert len(first) == 2
+
+
 def test_a_label_outside_the_head_is_refused_before_training():
     with pytest.raises(ValueError, match="digits: test labels run from 0 to 2, outside the head's 2 classes"):
         ll.Task("digits", ("a", "b"), examples([0, 1]), examples([0, 2]))

@@ -50,6 +50,19 @@ def test_some_of_the_texts_in_another_order_keep_what_is_theirs():
     assert len(whole.first(99)) == 4
 
 
+def test_joined_texts_follow_one_another_with_what_is_theirs():
+    first = examples(2, 1, texts=("no", "a"), words={0: "n", 1: "o"}, truncated=1)
+    second = examples(3, texts=("yes",), words={0: "n", 2: "s"}, truncated=2)
+    whole = first.joined(second)
+    assert [whole._text(row).tolist() for row in range(3)] == [[0, 1], [100], [0, 1, 2]]
+    assert whole.labels.tolist() == [0, 1, 0] and whole.lengths.tolist() == [2, 1, 3]
+    assert whole.texts == ("no", "a", "yes") and whole.words == {0: "n", 1: "o", 2: "s"}
+    assert whole.truncated == 3 and len(first) == 2
+    assert first.joined(examples(2)).texts is None
+    batch = whole.batch(torch.tensor([2, 0]))
+    assert batch["input_ids"].tolist() == [[0, 1, 2], [0, 1, 0]]
+
+
 def test_every_training_text_comes_once_a_pass_and_in_batches_of_like_length(movies):
     passes = list(islice(movies.shuffled(20, seed=0), 2 * 50))
     assert [len(rows) for rows in passes] == [20] * 100

@@ -78,6 +78,22 @@ def test_only_what_the_method_trains_changes(method, model, small):
         assert changed
 
 
+def test_a_readout_that_is_given_is_trained_instead_of_a_new_one(model, spectra, small):
+    task = small[0]
+    given, start = (task.new_readout(model, seed=0) for _ in range(2))
+    runs = [
+        ll.finetune(ll.attach(model, ll.LoRA(4), spectra=spectra), task, readout=readout, **SHORT)
+        for readout in (None, given)
+    ]
+    pd.testing.assert_frame_equal(runs[0].curve, runs[1].curve, check_exact=True)
+    assert runs[1].head is given.head and torch.equal(runs[0].head.weight, given.head.weight)
+    assert not torch.equal(given.head.weight, start.head.weight)
+    again = ll.finetune(
+        ll.attach(model, ll.LoRA(4), spectra=spectra), task, readout=given, **SHORT | {"steps": 1}
+    )
+    assert again.curve["test_loss"].iloc[0] != runs[0].curve["test_loss"].iloc[0]
+
+
 def test_a_run_without_a_retained_task(model, small):
     run = ll.finetune(ll.attach(model, ll.LinearProbe()), small[0], **SHORT)
     assert np.isnan(run.forgetting) and run.accuracy > 0

@@ -1,0 +1,105 @@
+"""Where a sequence of tasks stands, and how that outlives a kill."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_lens.scenarios import Scenario
+from lora_lens.store import replace_file
+from lora_lens.window_survival import WindowComponents
+
+
+@dataclass(eq=False)
+class State:
+    """Where a sequence stands: all that the next task needs.
+
+    Attributes:
+        model: what the next task trains, or attaches to.
+        scenario: the heads.
+        kept: of the strategy's memory.
+        window: the first task's window as it stood after that task, by layer.
+        after: how many tasks are trained.
+        own: of ``Separate``, each task's accuracy and loss under its own adapter.
+        rows, drift, seconds: what was measured.
+    """
+
+    model: nn.Module
+    scenario: Scenario
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    window: dict[str, WindowComponents] = field(default_factory=dict)
+    after: int = 0
+    own: list[tuple[float, float]] = field(default_factory=list)
+    rows: list[dict[str, object]] = field(default_factory=list)
+    drift: list[dict[str, object]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def keep(state: State, pretrained: nn.Module, path: Path) -> None:
+    """A checkpoint in place of the last one."""
+    content = {
+        "model": _changed(pretrained, state.model),
+        "heads": state.scenario.state(),
+        "kept": dict(state.kept),
+        "window": {name: (w.left, w.values, w.right) for name, w in state.window.items()},
+        **{name: getattr(state, name) for name in ("after", "own", "rows", "drift", "seconds")},
+    }
+    path.parent.mkdir(exist_ok=True)
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    replace_file(path, stream.getvalue())
+
+
+def _changed(pretrained: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """What cannot be had again from the pretrained model: all that was trained, and buffers."""
+    if isinstance(model, PeftModel):
+        return dict(_trained_tensors(model))
+    before = pretrained.state_dict()
+    return {
+        name: tensor.cpu()
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor.cpu(), before[name].cpu())
+    }
+
+
+def _trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach().cpu()
+    for name, buffer in model.named_buffers():
+        yield name, buffer.cpu()
+
+
+def restored(path: Path, fresh: Callable[[], State]) -> State | None:
+    """The state in a checkpoint; None where there is none, or it cannot be read.
+
+    Args:
+        fresh: makes the state before any training, which the checkpoint fills.
+    """
+    if not path.exists():
+        return None
+    try:
+        with ZipFile(path) as parts:  # torch.load does not compare the checksums
+            if broken := parts.testzip():
+                raise ValueError(f"the checksum of {broken} is another")
+        content = torch.load(path, weights_only=True)
+        state = fresh()
+        with torch.no_grad():
+            state.model.load_state_dict(content["model"], strict=False)
+        state.scenario.restore(content["heads"], state.model)
+        state.kept = content["kept"]
+        state.window = {name: WindowComponents(*parts) for name, parts in content["window"].items()}
+        for name in ("after", "own", "rows", "drift", "seconds"):
+            setattr(state, name, content[name])
+        return state
+    except Exception as error:  # whatever is wrong with it, the sequence can start again
+        warnings.warn(f"{path} is damaged ({error}); the sequence starts again", stacklevel=2)
+        return None

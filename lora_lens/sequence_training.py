@@ -1,0 +1,329 @@
+"""One sequence of tasks: train, hand on, test all, from its last checkpoint to its end."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_lens.adapter import attach
+from lora_lens.drift import effective_weight
+from lora_lens.evaluation import evaluate
+from lora_lens.injection import lora_layer
+from lora_lens.layers import weight_matrix
+from lora_lens.memories import Memory
+from lora_lens.methods import Method, Penalty, Variant, inner_method, penalty_of
+from lora_lens.readouts import Readout
+from lora_lens.scenarios import SCENARIOS, TaskIncremental, all_at_once, one_of
+from lora_lens.sequence_checkpoint import State, keep, restored
+from lora_lens.spectrum import SpectrumSet
+from lora_lens.spectrum import spectra as compute_spectra
+from lora_lens.store import write_atomically
+from lora_lens.strategies import Continued, Joint, Separate, Strategy, method_of
+from lora_lens.sweep import METHOD_NAMES, one_thread
+from lora_lens.tasks import Task
+from lora_lens.training import Training, finetune
+from lora_lens.window import Placement
+from lora_lens.window_survival import components_of, survival
+
+SEEDS_APART = 1000  # between the seeds of two tasks of one sequence
+Point = tuple[Method, tuple[int, ...], float, int]  # method, order, learning rate, seed
+
+
+@dataclass(frozen=True, eq=False)
+class Sequential:
+    """What all sequences of one call share."""
+
+    model: nn.Module
+    tasks: Sequence[Task]
+    strategy: Strategy
+    setting: str
+    retain: Task | None
+    layers: Mapping[Method, list[str]]
+    alpha: float | None
+    variant: Variant
+    spectra: SpectrumSet | None
+    training: Training
+
+    def describe(self, method: Method, order: Sequence[int], lr: float, seed: int) -> dict[str, object]:
+        """The plain values that describe one sequence; their hash is its identity."""
+        settings = asdict(replace(self.training, lr=float(lr), seed=int(seed)))
+        del settings["evaluations"]
+        return {
+            "strategy": str(self.strategy),
+            "method": METHOD_NAMES.get(type(method)) or str(method),
+            "rank": getattr(method, "rank", None),
+            "position": getattr(method, "position", None),
+            "start": getattr(method, "start", None),
+            "setting": self.setting,
+            "order": " ".join(map(str, order)),
+            "alpha": None if self.alpha is None else float(self.alpha),
+            "targets": " ".join(self.layers[method]),
+            **({} if self.variant == Variant() else {"variant": str(self.variant)}),
+            **settings,
+        }
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """A method's penalty and a strategy's memory as one penalty, for :func:`lora_lens.finetune`."""
+
+    penalty: Penalty | None
+    memory: Memory | None
+    state: State
+
+    @property
+    def share(self) -> float:
+        return sum(part.share for part in (self.penalty, self.memory) if part is not None)
+
+    def begin(self, model: nn.Module, retain: Task | None, config: Training) -> Callable[[], Tensor | float]:
+        terms = [] if self.penalty is None else [self.penalty.begin(model, retain, config)]
+        if self.memory is not None:
+            state = self.state
+            terms.append(self.memory.term(state.kept, model, state.scenario, state.after, config))
+        return lambda: sum(term() for term in terms)
+
+
+def learn(experiment: Sequential, point: Point, path: Path) -> None:
+    """Train one sequence to its end, from its checkpoint if there is one, and write what came of it."""
+    checkpoint = path.parent / "unfinished" / f"{path.stem}.pt"
+    with one_thread():
+        if isinstance(experiment.strategy, Joint):
+            state = _joint(experiment, point)
+        else:
+            state = restored(checkpoint, partial(_fresh, experiment, point))
+            state = state or _started(experiment, point)
+            while state.after < len(experiment.tasks):
+                _next_task(experiment, point, state)
+                if state.after < len(experiment.tasks):
+                    keep(state, experiment.model, checkpoint)
+    record = {
+        "run": path.stem,
+        "settings": experiment.describe(*point),
+        "rows": pd.DataFrame(state.rows).to_dict("list"),
+        "drift": pd.DataFrame(state.drift).to_dict("list"),
+        "seconds": state.seconds,
+    }
+    write_atomically(path, record)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _started(experiment: Sequential, point: Point) -> State:
+    """Before the first task, everything tested."""
+    state = _fresh(experiment, point)
+    examine(experiment, state, point[1], diverged=False)
+    return state
+
+
+def _fresh(experiment: Sequential, point: Point) -> State:
+    """As the pretrained model is, adapted if one adapter serves all tasks."""
+    method, order, _, seed = point
+    tasks = [experiment.tasks[number] for number in order]
+    separate = isinstance(experiment.strategy, Separate)
+    model = copy.deepcopy(experiment.model)
+    if isinstance(experiment.strategy, Continued):
+        model = _attached(experiment, model, method, seed, experiment.spectra)
+    scenario = (TaskIncremental if separate else SCENARIOS[experiment.setting])(tasks)
+    scenario.prepare(model, seed)
+    return State(model, scenario)
+
+
+def _next_task(experiment: Sequential, point: Point, state: State) -> None:
+    method, order, lr, seed = point
+    strategy, place = experiment.strategy, state.after
+    started = time.monotonic()
+    config = replace(experiment.training, lr=lr, seed=seed + SEEDS_APART * place)
+    if state.rows[-1]["diverged"] and not isinstance(strategy, Separate):
+        # Nothing can start from weights that are no numbers any more: there is no spectrum, no Fisher.
+        state.scenario.begin(place, state.model, config.seed)
+        state.after += 1
+        examine(experiment, state, order, diverged=True)
+        state.seconds.append(time.monotonic() - started)
+        return
+    if isinstance(strategy, Continued):
+        adapted = state.model
+    elif isinstance(strategy, Separate):
+        adapted = copy.deepcopy(experiment.model)
+        adapted = _attached(experiment, adapted, method, config.seed, experiment.spectra)
+    else:
+        now = method_of(strategy, method, place)
+        known = experiment.spectra if place == 0 else None
+        adapted = _attached(experiment, state.model, now, config.seed, known)
+    state.scenario.begin(place, adapted, config.seed)
+    memory = getattr(strategy, "memory", None)
+    diverged = _train(experiment, method, adapted, state, config, memory if place else None)
+    if memory is not None and not diverged:
+        state.kept = memory.learnt(state.kept, adapted, state.scenario, place, config)
+    state.after += 1
+    if isinstance(strategy, Separate):
+        answers = evaluate(adapted, *state.scenario.trained(place), precision=config.precision)
+        state.own.append((answers.accuracy, answers.loss))
+    else:
+        keeps = isinstance(strategy, Continued) or not isinstance(adapted, PeftModel)
+        state.model = adapted if keeps else adapted.merge_and_unload()
+        _measure_weights(experiment, state, method_of(strategy, method, 0))
+    examine(experiment, state, order, diverged)
+    state.seconds.append(time.monotonic() - started)
+
+
+def _attached(
+    experiment: Sequential, model: nn.Module, method: Method, seed: int, spectra: SpectrumSet | None
+) -> nn.Module:
+    """``model`` itself, adapted; spectra of merged weights go to no cache: nothing asks for them again."""
+    inner, names = inner_method(method), experiment.layers
+    targets = names.get(method) or next(iter(names.values()))
+    if spectra is None and isinstance(inner, Placement):
+        wanted = {name: [inner] for name in targets}
+        spectra = compute_spectra(model, targets, vectors=wanted, cache=False, progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(peft_config|second time).*")  # of the merged one before
+        return attach(
+            model,
+            inner,
+            targets=targets,
+            alpha=experiment.alpha,
+            spectra=spectra,
+            variant=experiment.variant,
+            inplace=True,
+            seed=seed,
+        )
+
+
+def _train(
+    experiment: Sequential,
+    method: Method,
+    adapted: nn.Module,
+    state: State,
+    config: Training,
+    memory: Memory | None,
+) -> bool:
+    """Whether it diverged. Tests follow once the task is learnt, so that finetune's own see one example."""
+    task, readout = state.scenario.trained(state.after)
+    penalty = penalty_of(method)
+    retain = None if penalty is None or experiment.retain is None else experiment.retain.subset(test=1)
+    terms = None if penalty is None and memory is None else _Terms(penalty, memory, state)
+    run = finetune(
+        adapted, task.subset(test=1), retain, config, penalty=terms, readout=readout, progress=False
+    )
+    return run.diverged
+
+
+def examine(experiment: Sequential, state: State, order: Sequence[int], diverged: bool) -> None:
+    """Rows of accuracies, one per task."""
+    separate = isinstance(experiment.strategy, Separate)
+
+    def answers_to(place: int) -> tuple[float, float]:
+        if separate:
+            return state.own[place] if place < state.after else (float("nan"),) * 2
+        return _asked(experiment, state.model, state.scenario.asked(place, state.after))
+
+    retained = (
+        state.rows[0]["retained_before"] if separate and state.rows else _retained(experiment, state.model)
+    )
+    _note(experiment, state, order, [answers_to(place) for place in range(len(order))], retained, diverged)
+
+
+def _note(
+    experiment: Sequential,
+    state: State,
+    order: Sequence[int],
+    answers: Sequence[tuple[float, float]],
+    retained: float,
+    diverged: bool,
+) -> None:
+    before = state.rows[0]["retained_before"] if state.rows else retained
+    for place, (accuracy, loss) in enumerate(answers):
+        state.rows.append(
+            {
+                "after": state.after,
+                "task": experiment.tasks[order[place]].name,
+                "place": place,
+                "accuracy": accuracy,
+                "loss": loss,
+                "retained_before": before,
+                "retained_accuracy": retained,
+                "diverged": diverged,
+            }
+        )
+
+
+def _asked(
+    experiment: Sequential, model: nn.Module, asked: tuple[Task, Readout] | None
+) -> tuple[float, float]:
+    if asked is None:
+        return float("nan"), float("nan")
+    answers = evaluate(model, *asked, precision=experiment.training.precision)
+    return answers.accuracy, answers.loss
+
+
+def _retained(experiment: Sequential, model: nn.Module) -> float:
+    if experiment.retain is None:
+        return float("nan")
+    return evaluate(model, experiment.retain, precision=experiment.training.precision).accuracy
+
+
+def _joint(experiment: Sequential, point: Point) -> State:
+    """All tasks at once; between the start and the end there is nothing to test."""
+    method, order, lr, seed = point
+    tasks, count = [experiment.tasks[number] for number in order], len(order)
+    started = time.monotonic()
+    adapted = _attached(experiment, copy.deepcopy(experiment.model), method, seed, experiment.spectra)
+    together, readout = all_at_once(experiment.setting, tasks, adapted, seed)
+    state = State(adapted, TaskIncremental(tasks))
+    nothing = [(float("nan"),) * 2] * count
+    _note(experiment, state, order, nothing, _retained(experiment, adapted), False)
+    config = replace(experiment.training, lr=lr, seed=seed, steps=experiment.training.steps * count)
+    penalty = penalty_of(method)
+    retain = None if penalty is None or experiment.retain is None else experiment.retain.subset(test=1)
+    run = finetune(
+        adapted, together.subset(test=1), retain, config, penalty=penalty, readout=readout, progress=False
+    )
+    for state.after in range(1, count):
+        _note(experiment, state, order, nothing, float("nan"), False)
+    state.after = count
+    asked = [one_of(experiment.setting, tasks, place, readout) for place in range(count)]
+    answers = [_asked(experiment, adapted, one) for one in asked]
+    _note(experiment, state, order, answers, _retained(experiment, adapted), run.diverged)
+    state.seconds.append(time.monotonic() - started)
+    return state
+
+
+def _measure_weights(experiment: Sequential, state: State, method: Method) -> None:
+    """Drift and survival, if the pretrained spectra are known with all vectors."""
+    known, inner = experiment.spectra or {}, inner_method(method)
+    names = next(iter(experiment.layers.values()))
+    if not all(name in known and known[name].has_all_vectors for name in names):
+        return
+    for name in names:
+        layer = experiment.model.get_submodule(name)
+        before = weight_matrix(layer).detach().cpu().double()
+        now = _matrix(state.model, name)
+        row = {"after": state.after, "layer": name}
+        row["update"] = float(torch.linalg.norm(now - before) / torch.linalg.norm(before))
+        lost = dict.fromkeys(("overlap_left", "overlap_right", "block_change"), float("nan"))
+        if isinstance(inner, Placement) and torch.isfinite(now).all():
+            if state.after == 1:
+                state.window[name] = components_of(now, inner, name)
+            if name in state.window:  # not where the first task was learnt without spectra
+                lost = survival(state.window[name], now, inner)
+        state.drift.append({key: _short(value) for key, value in (row | lost).items()})
+
+
+def _matrix(model: nn.Module, name: str) -> Tensor:
+    """The weight with its adapter, float64, on the CPU."""
+    if isinstance(model, PeftModel):
+        return effective_weight(lora_layer(model, name))
+    return weight_matrix(model.get_submodule(name)).detach().cpu().double()
+
+
+def _short(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
