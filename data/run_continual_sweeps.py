@@ -107,9 +107,8 @@ def of_classes(lr: float) -> Plan:
 
 def of_texts(lr: float) -> Plan:
     return [
-        (Merged(), [*WINDOWS, LORA], lr),
+        (Merged(), [WINDOWS[0], MIDDLE, WINDOWS[-1], LORA], lr),
         (Continued(), [LORA], lr),
-        (Merged(Orthogonal(0.5)), [LORA], lr),
         (Merged(Replay(200)), [LORA], lr),
         (Joint(), [LORA], lr),
     ]

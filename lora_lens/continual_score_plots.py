@@ -115,9 +115,9 @@ def _draw_windows(ax: Axes, windows: pd.DataFrame, score: str) -> None:
 def _draw_others(ax: Axes, others: pd.DataFrame, score: str) -> None:
     looks = cycle((marker, face) for face in ("white", OTHERS, "0.75") for marker in OTHER_MARKERS)
     lines = cycle(LINES)
-    for name, (_, row) in zip(method_names(others), others.iterrows(), strict=True):
+    # One for every method, drawn or not, so that it looks alike in the pictures of both scores.
+    for name, (_, row), (marker, face) in zip(method_names(others), others.iterrows(), looks, strict=False):
         if np.isfinite(row[score]):
-            marker, face = next(looks)
             _cross(ax, row, score, OTHERS)
             look = {
                 "markerfacecolor": face,

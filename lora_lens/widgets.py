@@ -5,12 +5,14 @@ raise at the door; what does not work later, at some setting of the controls,
 is said in place until the controls are moved again.
 """
 
+from lora_lens.continual_explorers import continual_explorer
 from lora_lens.item_explorers import forgotten_explorer
 from lora_lens.spectrum_explorers import spectrum_explorer, window_explorer
 from lora_lens.tradeoff_explorers import comparison_explorer, tradeoff_explorer
 
 __all__ = [
     "comparison_explorer",
+    "continual_explorer",
     "forgotten_explorer",
     "spectrum_explorer",
     "tradeoff_explorer",
