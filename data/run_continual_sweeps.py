@@ -1,6 +1,6 @@
 """Run the sequences behind notebook 07 and pack each set of them into one file under ``results``.
 
-    python data/run_continual_sweeps.py                       # all of them: about two hours on 2 cores
+    python data/run_continual_sweeps.py                       # all of them: about an hour and a half on 2 cores
     python data/run_continual_sweeps.py split_fashion texts   # these
     python data/run_continual_sweeps.py --store FOLDER        # keep the runs there; what is there goes on
 
@@ -15,19 +15,17 @@
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sweeping import main
 from torch import nn
 
 import lora_lens as ll
 from lora_lens.memories import EWC, Orthogonal, Replay
 from lora_lens.strategies import Continued, Joint, Merged, Moving, Separate, Strategy
 
-HERE = Path(__file__).parent
 ORDERS, SEEDS = 3, 3
 LORA, MIDDLE = ll.LoRA(8), ll.Window.middle(8)
 WINDOWS = ll.windows(rank=8, count=5)
@@ -126,41 +124,25 @@ SWEEPS: dict[str, tuple[Callable[[], Setting], Plan, dict[str, object]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(SWEEPS)}; default all")
-    parser.add_argument("--store", type=Path, default=HERE.parent / "results" / "continual")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    arguments = parser.parse_args()
-    if unknown := [name for name in arguments.names if name not in SWEEPS]:
-        parser.error(f"there is no set {unknown[0]!r}; there are {', '.join(SWEEPS)}")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in arguments.names or SWEEPS:
-        started = time.monotonic()
-        make, plan, settings = SWEEPS[name]
-        setting = make()
-        orders = ll.task_sequences.orders(len(setting.tasks), ORDERS)
-        for (
-            order
-        ) in orders:  # one order with all methods before the next, so that a stopped sweep is balanced
-            for strategy, methods, lr in plan:
-                ll.continual(
-                    setting.model,
-                    setting.tasks,
-                    strategy,
-                    ll.Grid(lr=lr, seed=range(SEEDS), baselines=methods),
-                    setting=setting.kind,
-                    orders=[order],
-                    retain=setting.retain,
-                    spectra=setting.spectra,
-                    store=arguments.store / name,
-                    **settings,
-                )
-        path = ll.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
-        minutes = (time.monotonic() - started) / 60
-        count = ll.continual_runs(path)["run"].nunique()
-        print(f"{name}: {count} sequences, {minutes:.1f} min, {path.stat().st_size / 1e6:.2f} MB", flush=True)
+def run(name: str, store: Path, jobs: int | None) -> None:
+    make, plan, settings = SWEEPS[name]
+    setting = make()
+    for order in ll.task_sequences.orders(len(setting.tasks), ORDERS):
+        for strategy, methods, lr in plan:  # all of them before the next order, so a stopped set is balanced
+            ll.continual(
+                setting.model,
+                setting.tasks,
+                strategy,
+                ll.Grid(lr=lr, seed=range(SEEDS), baselines=methods),
+                setting=setting.kind,
+                orders=[order],
+                retain=setting.retain,
+                spectra=setting.spectra,
+                store=store,
+                jobs=jobs,
+                **settings,
+            )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, SWEEPS, run)

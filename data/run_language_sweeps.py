@@ -18,18 +18,16 @@
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from sweeping import main
 from torch import nn
 
 import lora_lens as ll
 
-HERE = Path(__file__).parent
 OTHERS = ("products", "tweets", "newspaper")
 
 
@@ -100,38 +98,23 @@ SWEEPS: dict[str, tuple[Callable[[], Setting], list[ll.Grid], dict[str, object]]
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(SWEEPS)}; default all")
-    parser.add_argument("--store", type=Path, default=HERE.parent / "results" / "sweeps")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--jobs", type=int, help="processes; default all cores, or one where there is a GPU")
-    arguments = parser.parse_args()
-    if unknown := [name for name in arguments.names if name not in SWEEPS]:
-        parser.error(f"there is no sweep {unknown[0]!r}; there are {', '.join(SWEEPS)}")
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in arguments.names or SWEEPS:
-        started = time.monotonic()
-        make, grids, settings = SWEEPS[name]
-        setting = make()
-        for grid in grids:
-            ll.sweep(
-                grid,
-                model=setting.model,
-                task=setting.task,
-                retain=setting.retain,
-                watch=setting.watch,
-                spectra=setting.spectra,
-                store=arguments.store / name,
-                precision="bfloat16",
-                jobs=arguments.jobs,
-                **settings,
-            )
-        path = ll.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
-        minutes = (time.monotonic() - started) / 60
-        print(f"{name}: {len(ll.runs(path))} runs, {minutes:.1f} min, {path.stat().st_size / 1e6:.2f} MB")
+def run(name: str, store: Path, jobs: int | None) -> None:
+    make, grids, settings = SWEEPS[name]
+    setting = make()
+    for grid in grids:
+        ll.sweep(
+            grid,
+            model=setting.model,
+            task=setting.task,
+            retain=setting.retain,
+            watch=setting.watch,
+            spectra=setting.spectra,
+            store=store,
+            precision="bfloat16",
+            jobs=jobs,
+            **settings,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, SWEEPS, run)

@@ -10,17 +10,15 @@ them: ``ll.runs("data/results/digits.jsonl.xz")`` reads it.
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sweeping import main
 from timm.models.vision_transformer import VisionTransformer
 
 import lora_lens as ll
 
-HERE = Path(__file__).parent
 STEPS, BATCH = 120, 32  # every one of 4,000 training images about once
 EXAMPLES = {"train": 4000, "test": 1000}
 RATES = (2e-3, 5e-3, 1e-2, 2e-2)
@@ -99,36 +97,23 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
         yield name, Sweep(after_fashion(digits), grids)
 
 
-def main() -> None:
-    known = dict(sweeps())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(known)}; default all")
-    parser.add_argument("--store", type=Path, default=HERE.parent / "results" / "sweeps")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    arguments = parser.parse_args()
-    if unknown := [name for name in arguments.names if name not in known]:
-        parser.error(f"there is no sweep {unknown[0]!r}; there are {', '.join(known)}")
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in arguments.names or known:
-        started = time.monotonic()
-        model, task, retain = known[name].setting()
-        spectra = ll.spectra(model, progress=False)
-        for grid, settings in known[name].grids:
-            usual = {"steps": STEPS, "batch_size": BATCH, "evaluations": 3}
-            ll.sweep(
-                grid,
-                model=model,
-                task=task,
-                retain=retain,
-                spectra=spectra,
-                store=arguments.store / name,
-                **usual | settings,
-            )
-        path = ll.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
-        minutes = (time.monotonic() - started) / 60
-        print(f"{name}: {len(ll.runs(path))} runs, {minutes:.1f} min, {path.stat().st_size / 1e6:.2f} MB")
+def run(name: str, store: Path, jobs: int | None) -> None:
+    sweep = dict(sweeps())[name]
+    model, task, retain = sweep.setting()
+    spectra = ll.spectra(model, progress=False)
+    for grid, settings in sweep.grids:
+        usual = {"steps": STEPS, "batch_size": BATCH, "evaluations": 3}
+        ll.sweep(
+            grid,
+            model=model,
+            task=task,
+            retain=retain,
+            spectra=spectra,
+            store=store,
+            jobs=jobs,
+            **usual | settings,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, dict(sweeps()), run)
