@@ -1,8 +1,8 @@
 """Run the sequences behind notebook 07 and pack each set of them into one file under ``results``.
 
-    python data/run_continual_sweeps.py                       # all of them: about an hour and a half on 2 cores
-    python data/run_continual_sweeps.py split_fashion texts   # these
-    python data/run_continual_sweeps.py --store FOLDER        # keep the runs there; what is there goes on
+    python data/run_continual_sweeps.py                       # all: about an hour and a half on 2 cores
+    python data/run_continual_sweeps.py split_fashion texts  # these
+    python data/run_continual_sweeps.py --store FOLDER       # keep the runs there; what is there goes on
 
 - split_fashion: a vision transformer that has seen digits only learns Fashion-MNIST in five tasks of two
   classes, with a head for each; split_fashion_classes: the same with one growing head.

@@ -61,8 +61,8 @@ class EWC(Memory):
     The term is strength / 2 * sum_i F_i (theta_i - theta_old_i)^2 over the trained parameters of the model
     and of a shared head (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3). F is the diagonal of the
     Fisher information, the mean squared gradient of log p(y | x) with y drawn from the model's own answers,
-    summed over the tasks so far; theta_old are the values after the last of them (as Huszar 2018, arXiv 1712.03847,
-    recommends), so it takes twice the trained parameters however many tasks there were.
+    summed over the tasks so far; theta_old are the values after the last of them (as Huszar 2018, arXiv
+    1712.03847, recommends), so it takes twice the trained parameters however many tasks there were.
 
     Attributes:
         strength: lambda.
