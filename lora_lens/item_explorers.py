@@ -136,7 +136,7 @@ def _forgotten_in_words(forgotten: pd.DataFrame, runs: int, kind: str) -> str:
 def _pictures(task: Task, forgotten: pd.DataFrame, title: str) -> str:
     count = len(forgotten)
     return drawn(
-        lambda figure: plots.forgotten_images(task, forgotten, count=count, axes=_grid(figure, count)),
+        lambda figure: plots.forgotten_examples(task, forgotten, count=count, axes=_grid(figure, count)),
         title,
         size=(10, 1.95 * -(-count // IN_A_ROW)),
     )

@@ -64,7 +64,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
     return ax
 
 
-def forgotten_images(
+def forgotten_examples(
     task: Task, forgotten: pd.DataFrame, count: int = 16, *, axes: np.ndarray | None = None
 ) -> np.ndarray:
     """The first of a table of forgotten examples, with their class, what replaced it, and how often.

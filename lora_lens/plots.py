@@ -8,7 +8,7 @@ from lora_lens.continual_plots import (
 )
 from lora_lens.continual_score_plots import continual_tradeoff, forgetting_by_position
 from lora_lens.drift_plots import against_forgetting, predictors, rotation_matrix, shares
-from lora_lens.item_plots import confusion, forgotten_images
+from lora_lens.item_plots import confusion, forgotten_examples
 from lora_lens.plot_style import house_style
 from lora_lens.spectrum_plots import (
     by_depth,
@@ -40,7 +40,7 @@ __all__ = [
     "feature_maps",
     "forgetting_by_position",
     "forgetting_curve",
-    "forgotten_images",
+    "forgotten_examples",
     "fronts_by_method",
     "house_style",
     "learning_curve",

@@ -25,7 +25,7 @@ class TokenExamples:
         lengths: how many are each text's, (n,) int64, at least 1.
         labels: (n,) int64; all 0 where there are no classes.
         pad: a token id to fill batches with; the mask hides it.
-        truncated: how many texts were longer than allowed and lost their end.
+        truncated: how many of the texts these were made from were longer than allowed and lost their end.
         texts: what people wrote, one per example; None for blocks of running text.
         words: what the tokens stand for, by their ids, at least of those that occur.
     """

@@ -73,9 +73,9 @@ def test_cells_of_less_than_half_a_percent_hold_no_number():
     assert [text.get_text() for text in ax.texts] == ["100", "", "1", "99"]
 
 
-def test_forgotten_images_show_the_image_what_it_became_and_for_how_many_runs(answers, source):
+def test_forgotten_examples_show_the_image_what_it_became_and_for_how_many_runs(answers, source):
     forgotten = ll.items.forgotten_by(answers)
-    axes = ll.plots.forgotten_images(source, forgotten, 2)
+    axes = ll.plots.forgotten_examples(source, forgotten, 2)
     assert axes.shape == (1, 2)
     for ax, item, share in zip(axes[0], (3, 5), ("100% of runs", "50% of runs"), strict=True):
         label = int(source.test.labels[item])
@@ -88,23 +88,23 @@ def test_forgotten_images_show_the_image_what_it_became_and_for_how_many_runs(an
 
 def test_images_that_nobody_forgot_have_no_other_class(answers, source):
     never = ll.items.forgotten_by(answers).query("forgotten == 0").head(1)
-    (ax,) = ll.plots.forgotten_images(source, never).ravel()
+    (ax,) = ll.plots.forgotten_examples(source, never).ravel()
     assert ax.get_title() == f"{source.classes[int(never['label'].iloc[0])]}\n0% of runs"
 
 
 def test_images_fill_rows_and_empty_the_axes_that_are_left(answers, source):
     forgotten = ll.items.forgotten_by(answers)
-    own = ll.plots.forgotten_images(source, forgotten, 10)
+    own = ll.plots.forgotten_examples(source, forgotten, 10)
     assert own.shape == (2, 8) and sum(len(ax.images) for ax in own.flat) == 10
     assert not any(ax.axison for ax in own.flat)
     axes = plt.subplots(1, 3)[1]
-    assert ll.plots.forgotten_images(source, forgotten, 2, axes=axes) is axes
+    assert ll.plots.forgotten_examples(source, forgotten, 2, axes=axes) is axes
     assert [len(ax.images) for ax in axes] == [1, 1, 0] and not axes[2].axison
 
 
 def test_one_forgotten_image_of_one_run_is_one_picture(answers, source):
     alone = ll.items.forgotten_by(answers[answers["run"] == "a"])
-    axes = ll.plots.forgotten_images(source, alone[alone["forgotten"] > 0])
+    axes = ll.plots.forgotten_examples(source, alone[alone["forgotten"] > 0])
     assert axes.shape == (1, 1) and axes[0, 0].get_title().endswith("100% of runs")
 
 
@@ -113,7 +113,7 @@ def test_images_of_one_brightness_and_in_colour_can_be_shown(answers):
     inputs[3] = 0.5
     examples = ll.Examples(inputs, torch.arange(10))
     task = ll.Task("colour", tuple("abcdefghij"), examples, examples)
-    plain, coloured = ll.plots.forgotten_images(task, ll.items.forgotten_by(answers), 2).ravel()
+    plain, coloured = ll.plots.forgotten_examples(task, ll.items.forgotten_by(answers), 2).ravel()
     assert np.ptp(plain.images[0].get_array()) == 0
     assert coloured.images[0].get_array().shape == (4, 5, 3)
 
@@ -121,15 +121,15 @@ def test_images_of_one_brightness_and_in_colour_can_be_shown(answers):
 def test_images_refuse_what_they_cannot_show(answers, source):
     forgotten = ll.items.forgotten_by(answers)
     with pytest.raises(ValueError, match="none was forgotten"):
-        ll.plots.forgotten_images(source, forgotten.iloc[:0])
+        ll.plots.forgotten_examples(source, forgotten.iloc[:0])
     with pytest.raises(ValueError, match="count must be at least 1, not 0"):
-        ll.plots.forgotten_images(source, forgotten, 0)
+        ll.plots.forgotten_examples(source, forgotten, 0)
     with pytest.raises(ValueError, match="item 3 is not among the 3 test images"):
-        ll.plots.forgotten_images(source.subset(test=3), forgotten, 1)
+        ll.plots.forgotten_examples(source.subset(test=3), forgotten, 1)
     with pytest.raises(ValueError, match="10 images need as many axes, not 1"):
-        ll.plots.forgotten_images(source, forgotten, 10, axes=plt.subplots()[1])
+        ll.plots.forgotten_examples(source, forgotten, 10, axes=plt.subplots()[1])
     with pytest.raises(ValueError, match="no column instead"):
-        ll.plots.forgotten_images(source, forgotten.drop(columns="instead"))
+        ll.plots.forgotten_examples(source, forgotten.drop(columns="instead"))
 
 
 def test_forgotten_texts_show_the_text_what_it_became_and_for_how_many_runs():
@@ -138,7 +138,7 @@ def test_forgotten_texts_show_the_text_what_it_became_and_for_how_many_runs():
     after = right.copy()
     after[3] = 1 - after[3]
     answers = pd.DataFrame({"run": "a", "item": range(10), "label": right, "before": right, "after": after})
-    axes = ll.plots.forgotten_images(movies, ll.items.forgotten_by(answers), 2)
+    axes = ll.plots.forgotten_examples(movies, ll.items.forgotten_by(answers), 2)
     assert axes.shape == (2, 1)
     first, second = axes.ravel()
     old, new = (movies.classes[i] for i in (right[3], after[3]))
@@ -149,18 +149,18 @@ def test_forgotten_texts_show_the_text_what_it_became_and_for_how_many_runs():
         and "\N{RIGHTWARDS ARROW}" not in second.get_title()
     )
     own = plt.subplots(1, 3)[1]
-    assert ll.plots.forgotten_images(movies, ll.items.forgotten_by(answers), 2, axes=own) is own
+    assert ll.plots.forgotten_examples(movies, ll.items.forgotten_by(answers), 2, axes=own) is own
     assert [len(ax.texts) for ax in own] == [1, 1, 0] and not own[2].axison
     with pytest.raises(ValueError, match="not among the 3 test texts"):
-        ll.plots.forgotten_images(movies.subset(test=3), ll.items.forgotten_by(answers), 1)
+        ll.plots.forgotten_examples(movies.subset(test=3), ll.items.forgotten_by(answers), 1)
 
 
 def test_tokens_and_vectors_are_no_examples_to_show(answers, source):
     forgotten = ll.items.forgotten_by(answers)
     running = ll.language_task(part_of("movies", 20, 20), byte_tokenizer(), block=16)
     with pytest.raises(ValueError, match="movies has no classes: its items are the tokens"):
-        ll.plots.forgotten_images(running, forgotten)
+        ll.plots.forgotten_examples(running, forgotten)
     vectors = ll.Examples(source.test.inputs[:10].flatten(1), source.test.labels[:10])
     task = ll.Task("vectors", source.classes, vectors, vectors)
     with pytest.raises(ValueError, match="vectors are neither images"):
-        ll.plots.forgotten_images(task, forgotten)
+        ll.plots.forgotten_examples(task, forgotten)
