@@ -55,8 +55,12 @@ def sentiment(name: str) -> Corpus:
     """Negative (0) and positive (1) texts, by the sign of the mean rating.
 
     Those whose rating is below 0.5 in size are left out, since people see little sentiment in them or
-    do not agree. There remain, for training and testing, 8,060 and 2,010 movies, 2,389 and 587 products,
-    2,705 and 667 tweets, 2,366 and 561 newspaper.
+    do not agree. There remain, for training and testing:
+
+    - movies: 8,060 and 2,010
+    - products: 2,389 and 587
+    - tweets: 2,705 and 667
+    - newspaper: 2,366 and 561
 
     Args:
         name: one of ``CORPORA``.

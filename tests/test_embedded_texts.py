@@ -59,7 +59,7 @@ def test_sizes_are_those_stated(name):
     assert ((~table["test"]).sum(), table["test"].sum()) == TEXTS[name]
     assert (len(corpus.train), len(corpus.test)) == RATED[name]
     assert corpus.name == name and corpus.classes == ("negative", "positive")
-    assert " ".join(f"{n:,}" for n in RATED[name]) in " ".join(sentiment.__doc__.split())
+    assert f"- {name}: {RATED[name][0]:,} and {RATED[name][1]:,}\n" in sentiment.__doc__
     row = next(line for line in (DATA / "README.md").read_text().splitlines() if f"| {name} |" in line)
     assert [int(cell.replace(",", "")) for cell in row.split("|")[3:7]] == [*TEXTS[name], *RATED[name]]
 
