@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from torch import nn
 
 from lora_lens.adapter import chosen_layers, planned
+from lora_lens.continual_metrics import RESULTS
 from lora_lens.layers import Targets, weight_matrix
 from lora_lens.methods import Method, Variant, inner_method, penalty_of
-from lora_lens.progress import progress_bar
 from lora_lens.scenarios import SCENARIOS, all_at_once
 from lora_lens.sequence_training import Sequential, learn
 from lora_lens.spectrum import SpectrumSet
-from lora_lens.store import all_records, model_fingerprint, open_store, read_run, run_name
+from lora_lens.store import all_records, model_fingerprint, open_store, read_run, run_first, run_name
 from lora_lens.strategies import Joint, Moving, Strategy, method_of, require_method
-from lora_lens.sweep import Grid
+from lora_lens.sweep import Grid, run_missing
 from lora_lens.tasks import Task
 from lora_lens.training import Training
 
@@ -101,17 +100,8 @@ def continual(
     points = [(m, order, lr, s) for order in orders for m, lr, s in grid]
     with open_store(store, _identity(model, tasks, retain)) as folder:
         plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in points]
-        missing = [(point, path) for point, path in plan if read_run(path) is None]
-        cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-        done = Parallel(n_jobs=min(jobs or cores, max(1, len(missing))), return_as="generator_unordered")(
-            delayed(learn)(experiment, point, path) for point, path in missing
-        )
-        initial = len(plan) - len(missing)
-        with progress_bar(
-            shown=progress, total=len(plan), initial=initial, desc=str(strategy), unit="sequence"
-        ) as bar:
-            for _ in done:
-                bar.update()
+        bar = {"shown": progress, "desc": str(strategy), "unit": "sequence"}
+        run_missing(partial(learn, experiment), plan, jobs, **bar)
         return _table([read_run(path) for _, path in plan])
 
 
@@ -152,8 +142,7 @@ def continual_drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
             f"no sequence in {store} was kept with its drift; continual measures it when it is given "
             "spectra=ll.spectra(model), with all vectors"
         )
-    together = pd.concat(parts, ignore_index=True)
-    return together[["run", *together.columns.drop("run")]]
+    return run_first(parts)
 
 
 def _checked(
@@ -239,5 +228,4 @@ def _table(records: Sequence[Mapping[str, object]]) -> pd.DataFrame:
     )
     for name in ("rank", "position", "start", "alpha"):
         together[name] = pd.to_numeric(together[name])  # NaN, where all are None, too
-    own = ["after", "task", "place", "accuracy", "loss", "retained_before", "retained_accuracy", "diverged"]
-    return together[["run", *together.columns.drop(["run", *own]), *own]]
+    return together[["run", *together.columns.drop(["run", *RESULTS]), *RESULTS]]

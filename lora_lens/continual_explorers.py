@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lora_lens import plots
 from lora_lens.continual_metrics import SCORES, continual_scores, score_means
-from lora_lens.continual_plots import method_names, placed_windows
+from lora_lens.continual_plots import method_names, name_of_windows, placed_windows
 from lora_lens.explorer import ALL, WORDS, drawn, explorer, html_table, offer_with_all, table_box
 from lora_lens.tradeoffs import require_columns
 
@@ -135,7 +135,7 @@ def _named(runs: pd.DataFrame) -> list[str]:
     """The strategies and methods, with the windows of all positions under one name."""
     several_ranks = runs["rank"].nunique() > 1
     return [
-        f"{run.strategy}: windows" + (f" of rank {run.rank:g}" if several_ranks else "") if placed else name
+        name_of_windows(run.strategy, run.rank, several_ranks) if placed else name
         for run, placed, name in zip(runs.itertuples(), placed_windows(runs), method_names(runs), strict=True)
     ]
 

@@ -346,6 +346,11 @@ def placed_windows(rows: pd.DataFrame) -> pd.Series:
     return (rows["method"] == "window") & rows["position"].notna()
 
 
+def name_of_windows(strategy: str, rank: float, several_ranks: bool) -> str:
+    """Of the windows at all positions together."""
+    return f"{strategy}: windows" + (f" of rank {rank:g}" if several_ranks else "")
+
+
 def method_names(rows: pd.DataFrame) -> list[str]:
     """What tells rows apart, such as "merged: LoRA"; with the rank where there are several."""
     several_ranks = rows["rank"].nunique() > 1

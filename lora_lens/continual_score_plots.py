@@ -25,6 +25,7 @@ from lora_lens.continual_plots import (
     OTHER_MARKERS,
     OTHERS,
     method_names,
+    name_of_windows,
     placed_windows,
     require_one_of,
     require_one_setting,
@@ -101,7 +102,7 @@ def _draw_windows(ax: Axes, windows: pd.DataFrame, score: str) -> None:
     several_ranks = windows["rank"].nunique() > 1
     for ((strategy, rank), line), marker in zip(lines, cycle(MARKERS), strict=False):
         ax.plot(line["average_accuracy"], line[score], color="0.6", linewidth=1, zorder=1, label="_windows")
-        name = f"{strategy}: windows" + (f" of rank {rank:g}" if several_ranks else "")
+        name = name_of_windows(strategy, rank, several_ranks)
         look = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6, "zorder": 3}
         for _, row in line.iterrows():
             colour = scale.to_rgba(row["position"])
@@ -171,7 +172,7 @@ def forgetting_by_position(scores: pd.DataFrame, score: str = "average_forgettin
     lines = windows.sort_values("position").groupby(["strategy", "rank"], sort=False)
     for ((strategy, rank), line), marker in zip(lines, cycle(MARKERS), strict=False):
         look = {"color": palette[strategy], "marker": marker}
-        name = f"{strategy}: windows" + (f" of rank {rank:g}" if several_ranks else "")
+        name = name_of_windows(strategy, rank, several_ranks)
         ends = line[f"{score}_low"], line[f"{score}_high"]
         ax.fill_between(line["position"], *ends, color=palette[strategy], alpha=0.18, linewidth=0)
         ax.plot(line["position"], line[score], label=shortened(name), **look)

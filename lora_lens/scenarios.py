@@ -60,15 +60,30 @@ class TaskIncremental:
 
 
 @dataclass(eq=False)
-class DomainIncremental:
+class _OneReadout:
+    """What the settings with one readout for all tasks have in common."""
+
+    tasks: Sequence[Task]
+    readout: Readout | None = None
+
+    def shared(self) -> Readout | None:
+        return self.readout
+
+    def state(self) -> HeadState:
+        return {} if self.readout is None else {"": _state(self.readout)}
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
+        if "" in state:
+            self.readout = _readout(self.tasks[0], model, state[""])
+
+
+@dataclass(eq=False)
+class DomainIncremental(_OneReadout):
     """One readout for all tasks, whose classes must be the same.
 
     Raises:
         ValueError: two tasks have different classes.
     """
-
-    tasks: Sequence[Task]
-    readout: Readout | None = None
 
     def __post_init__(self) -> None:
         first = self.tasks[0]
@@ -93,27 +108,14 @@ class DomainIncremental:
     def asked(self, place: int, after: int) -> tuple[Task, Readout] | None:
         return self.trained(place)
 
-    def shared(self) -> Readout | None:
-        return self.readout
-
-    def state(self) -> HeadState:
-        return {} if self.readout is None else {"": _state(self.readout)}
-
-    def restore(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        if "" in state:
-            self.readout = _readout(self.tasks[0], model, state[""])
-
 
 @dataclass(eq=False)
-class ClassIncremental:
+class ClassIncremental(_OneReadout):
     """One head that grows by each task's classes; the loss and the answers are over all classes seen so far.
 
     Raises:
         ValueError: a task is read from the model's own words, so that there is no head to grow.
     """
-
-    tasks: Sequence[Task]
-    readout: HeadReadout | None = None
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -138,16 +140,6 @@ class ClassIncremental:
 
     def asked(self, place: int, after: int) -> tuple[Task, Readout] | None:
         return (self._among_seen(place), self.readout) if place < after else None
-
-    def shared(self) -> Readout | None:
-        return self.readout
-
-    def state(self) -> HeadState:
-        return {} if self.readout is None else {"": _state(self.readout)}
-
-    def restore(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        if "" in state:
-            self.readout = _readout(self.tasks[0], model, state[""])
 
     def _among_seen(self, place: int) -> Task:
         """The task with its classes numbered among all that the head has."""

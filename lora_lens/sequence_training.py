@@ -29,7 +29,7 @@ from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.store import write_atomically
 from lora_lens.strategies import Continued, Joint, Separate, Strategy, method_of
-from lora_lens.sweep import METHOD_NAMES, one_thread
+from lora_lens.sweep import named_method, one_thread, short
 from lora_lens.tasks import Task
 from lora_lens.training import Training, finetune
 from lora_lens.window import Placement
@@ -60,10 +60,7 @@ class Sequential:
         del settings["evaluations"]
         return {
             "strategy": str(self.strategy),
-            "method": METHOD_NAMES.get(type(method)) or str(method),
-            "rank": getattr(method, "rank", None),
-            "position": getattr(method, "position", None),
-            "start": getattr(method, "start", None),
+            **named_method(method),
             "setting": self.setting,
             "order": " ".join(map(str, order)),
             "alpha": None if self.alpha is None else float(self.alpha),
@@ -160,7 +157,8 @@ def _next_task(experiment: Sequential, point: Point, state: State) -> None:
         adapted = _attached(experiment, state.model, now, config.seed, known)
     state.scenario.begin(place, adapted, config.seed)
     memory = getattr(strategy, "memory", None)
-    diverged = _train(experiment, method, adapted, state, config, memory if place else None)
+    terms = _Terms(penalty_of(method), memory if place else None, state)
+    diverged = _train(experiment, adapted, *state.scenario.trained(place), config, terms)
     if memory is not None and not diverged:
         state.kept = memory.learnt(state.kept, adapted, state.scenario, place, config)
     state.after += 1
@@ -200,19 +198,18 @@ def _attached(
 
 def _train(
     experiment: Sequential,
-    method: Method,
     adapted: nn.Module,
-    state: State,
+    task: Task,
+    readout: Readout,
     config: Training,
-    memory: Memory | None,
+    terms: _Terms,
 ) -> bool:
     """Whether it diverged. Tests follow once the task is learnt, so that finetune's own see one example."""
-    task, readout = state.scenario.trained(state.after)
-    penalty = penalty_of(method)
-    retain = None if penalty is None or experiment.retain is None else experiment.retain.subset(test=1)
-    terms = None if penalty is None and memory is None else _Terms(penalty, memory, state)
+    needed = terms.penalty is not None and experiment.retain is not None
+    retain = experiment.retain.subset(test=1) if needed else None
+    penalty = None if terms.penalty is None and terms.memory is None else terms
     run = finetune(
-        adapted, task.subset(test=1), retain, config, penalty=terms, readout=readout, progress=False
+        adapted, task.subset(test=1), retain, config, penalty=penalty, readout=readout, progress=False
     )
     return run.diverged
 
@@ -282,17 +279,14 @@ def _joint(experiment: Sequential, point: Point) -> State:
     nothing = [(float("nan"),) * 2] * count
     _note(experiment, state, order, nothing, _retained(experiment, adapted), False)
     config = replace(experiment.training, lr=lr, seed=seed, steps=experiment.training.steps * count)
-    penalty = penalty_of(method)
-    retain = None if penalty is None or experiment.retain is None else experiment.retain.subset(test=1)
-    run = finetune(
-        adapted, together.subset(test=1), retain, config, penalty=penalty, readout=readout, progress=False
-    )
+    terms = _Terms(penalty_of(method), None, state)
+    diverged = _train(experiment, adapted, together, readout, config, terms)
     for state.after in range(1, count):
         _note(experiment, state, order, nothing, float("nan"), False)
     state.after = count
     asked = [one_of(experiment.setting, tasks, place, readout) for place in range(count)]
     answers = [_asked(experiment, adapted, one) for one in asked]
-    _note(experiment, state, order, answers, _retained(experiment, adapted), run.diverged)
+    _note(experiment, state, order, answers, _retained(experiment, adapted), diverged)
     state.seconds.append(time.monotonic() - started)
     return state
 
@@ -315,7 +309,7 @@ def _measure_weights(experiment: Sequential, state: State, method: Method) -> No
                 state.window[name] = components_of(now, inner, name)
             if name in state.window:  # not where the first task was learnt without spectra
                 lost = survival(state.window[name], now, inner)
-        state.drift.append({key: _short(value) for key, value in (row | lost).items()})
+        state.drift.append({key: short(value) for key, value in (row | lost).items()})
 
 
 def _matrix(model: nn.Module, name: str) -> Tensor:
@@ -323,7 +317,3 @@ def _matrix(model: nn.Module, name: str) -> Tensor:
     if isinstance(model, PeftModel):
         return effective_weight(lora_layer(model, name))
     return weight_matrix(model.get_submodule(name)).detach().cpu().double()
-
-
-def _short(value: object) -> object:
-    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -101,8 +101,7 @@ def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
         FileNotFoundError: a run is not in the store.
     """
     parts = [pd.DataFrame(record["curve"]).assign(run=record["run"]) for record in _records(store, table)]
-    together = pd.concat(parts, ignore_index=True)
-    return together[["run", *together.columns.drop("run")]]
+    return run_first(parts)
 
 
 def answers(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -152,8 +151,7 @@ def drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
             f"no run in {store} was kept with its drift; sweep measures it when it is given "
             "spectra=ll.spectra(model), with all vectors"
         )
-    together = pd.concat(parts, ignore_index=True)
-    return together[["run", *together.columns.drop("run")]]
+    return run_first(parts)
 
 
 def watched(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -175,11 +173,16 @@ def watched(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     ]
     if not parts:
         raise ValueError(f"no run in {store} watched other tasks; give the sweep watch=[...]")
-    together = pd.concat(parts, ignore_index=True)
-    together = together.assign(
+    together = run_first(parts)
+    return together.assign(
         forgetting=together["before"] - together["after"],
         loss_rise=together["loss_after"] - together["loss_before"],
     )
+
+
+def run_first(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of several runs as one, with the column that names the run in front."""
+    together = pd.concat(parts, ignore_index=True)
     return together[["run", *together.columns.drop("run")]]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -116,10 +118,7 @@ class Experiment:
         if self.training.precision == Training.precision:  # so that earlier versions' runs are found
             del settings["precision"]
         return {
-            "method": METHOD_NAMES.get(type(method)) or str(method),
-            "rank": getattr(method, "rank", None),
-            "position": getattr(method, "position", None),
-            "start": getattr(method, "start", None),
+            **named_method(method),
             "alpha": None if self.alpha is None else float(self.alpha),
             "targets": " ".join(self.layers[method]),
             **variant,
@@ -198,17 +197,40 @@ def sweep(
         layers = {method: list(plan) or usual for method, plan in plans.items()}
         experiment = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
         plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in grid]
-        missing = [(point, path) for point, path in plan if read_run(path) is None]
-        cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-        workers = min(jobs or cores, max(1, len(missing)))
-        runs = Parallel(n_jobs=workers, return_as="generator_unordered")(
-            delayed(_run_and_keep)(experiment, point, path) for point, path in missing
-        )
-        done = len(plan) - len(missing)
-        with progress_bar(shown=progress, total=len(plan), initial=done, desc="sweep", unit="run") as bar:
-            for _ in runs:
-                bar.update()
+        run_missing(partial(_run_and_keep, experiment), plan, jobs, shown=progress, desc="sweep", unit="run")
         return pd.DataFrame([row_of(read_run(path)) for _, path in plan])
+
+
+def run_missing(
+    run: Callable[[Any, Path], None], plan: Sequence[tuple[Any, Path]], jobs: int | None, **bar: object
+) -> None:
+    """Run every point whose file is not there yet, in several processes.
+
+    Args:
+        run: does one point, and writes its file.
+        plan: points, with their files.
+        jobs: processes; default all cores, or one where there is a GPU.
+        bar: of :func:`lora_lens.progress.progress_bar`.
+    """
+    missing = [(point, path) for point, path in plan if read_run(path) is None]
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    workers = min(jobs or cores, max(1, len(missing)))
+    runs = Parallel(n_jobs=workers, return_as="generator_unordered")(
+        delayed(run)(point, path) for point, path in missing
+    )
+    with progress_bar(total=len(plan), initial=len(plan) - len(missing), **bar) as shown:
+        for _ in runs:
+            shown.update()
+
+
+def named_method(method: Method) -> dict[str, object]:
+    """What tells a method apart in a table."""
+    return {
+        "method": METHOD_NAMES.get(type(method)) or str(method),
+        "rank": getattr(method, "rank", None),
+        "position": getattr(method, "position", None),
+        "start": getattr(method, "start", None),
+    }
 
 
 def _planned(
@@ -291,12 +313,12 @@ def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> di
     some = experiment.retain.test.first(EXAMPLES_OF_FEATURES)
     before, after = (example_features(m, experiment.retain, some) for m in (experiment.model, adapted))
     return {
-        "drift": {column: [_short(v) for v in values] for column, values in moved.to_dict("list").items()},
+        "drift": {column: [short(v) for v in values] for column, values in moved.to_dict("list").items()},
         "features": difference(before, after) | {"neighbours": neighbour_agreement(before, after)},
     }
 
 
-def _short(value: object) -> object:
+def short(value: object) -> object:
     """Six digits are more than one run's noise, and half the space."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
