@@ -13,12 +13,22 @@ from matplotlib.figure import Figure
 from lora_lens import plots
 from lora_lens.continual_metrics import SCORES, continual_scores, score_means
 from lora_lens.continual_plots import method_names, name_of_windows, placed_windows
-from lora_lens.explorer import ALL, WORDS, drawn, explorer, html_table, offer_with_all, table_box
+from lora_lens.explorer import (
+    ALL,
+    WORDS,
+    brief_errors,
+    drawn,
+    explorer,
+    html_table,
+    offer_with_all,
+    table_box,
+)
 from lora_lens.tradeoffs import require_columns
 
 DRIFT = ["run", "after", "layer", "update", "block_change"]
 
 
+@brief_errors
 def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) -> VBox:
     """What one strategy and method learnt and forgot in a sequence of tasks.
 

@@ -1,19 +1,30 @@
-"""What all explorers are made of: controls, pictures and tables as HTML, and errors said in place."""
+"""What all explorers are made of: controls over pictures and tables, slow parts, errors said in place."""
 
 from __future__ import annotations
 
+import asyncio
+import zlib
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, wraps
 from html import escape
+from importlib.resources import files
 from io import BytesIO
+from threading import RLock
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML as StaticHTML
+from IPython.display import display
 from ipywidgets import HTML, Checkbox, Dropdown, HBox, Layout, VBox
 from ipywidgets import Widget as Control
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
 
 from lora_lens import plots
 
@@ -30,38 +41,178 @@ SWEEP_COLUMNS = (
     "retained_accuracy",
     "forgetting",
 )
+PAUSE = 0.15  # seconds without a change before slow parts begin
+BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
+DONE = object()
+DRAWING = RLock()  # matplotlib's settings are global, and pictures are drawn by several threads
+
+Parts = Iterator[tuple[HTML, str] | None]
 
 
-def explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[], None]) -> VBox:
+class Explorer(VBox):
+    """Controls over a message over results; in a saved page, a still copy of the first view below."""
+
+    def __init__(
+        self, rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]
+    ) -> None:
+        self._draw = draw
+        self._results = VBox(results)
+        self._message, self._busy, self._page = HTML(), HTML(), HTML()
+        self._drawing = False
+        self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
+        self._slow: set[HTML] = set()
+        self._following: asyncio.Task | None = None
+        self._fill(draw() or ())
+        for row in rows:
+            for control in row:
+                control.observe(self._redraw, "value")
+        wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
+        controls = [HBox(row, layout=wrapped) for row in rows]
+        super().__init__([self._page, *controls, self._message, self._busy, self._results])
+        self.add_class("ll-explorer")
+        self._page.value = _page_of(self.model_id)
+        self._still = _still(rows, results)
+
+    def close(self) -> None:
+        self._view += 1
+        super().close()
+
+    def _ipython_display_(self) -> None:
+        display(self._repr_mimebundle_(), raw=True)
+        display(StaticHTML(f'<div class="ll-still ll-{self.model_id}">{self._still}</div>'))
+
+    def _redraw(self, _change: object) -> None:
+        """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
+        if self._drawing:
+            return
+        self._drawing, self._busy.value = True, BUSY
+        self._view += 1
+        follows = False
+        try:
+            parts = self._draw()
+            if self._message.value:
+                self._message.value, self._results.layout.display = "", None
+            loop = running_loop()
+            if parts is not None and loop is not None:
+                for box in self._slow:
+                    box.add_class("ll-stale")
+                self._following = loop.create_task(self._follow(parts, self._view))
+                follows = True
+            else:
+                self._fill(parts or ())
+        except ValueError as error:
+            self._say(str(error))
+        except Exception as error:
+            self._say(f"this view failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._drawing = False
+            if not follows:
+                self._busy.value = ""
+
+    async def _follow(self, parts: Parts, view: int) -> None:
+        """Show slow parts as they are ready, as long as nobody asks for another view."""
+        await asyncio.sleep(PAUSE)
+        try:
+            while view == self._view:
+                part = await asyncio.get_running_loop().run_in_executor(_worker(), next, parts, DONE)
+                if part is DONE:
+                    break
+                if view == self._view:
+                    self._fill([part])
+        except Exception as error:
+            if view == self._view:
+                known = isinstance(error, ValueError)
+                self._say(str(error) if known else f"this view failed: {type(error).__name__}: {error}")
+        finally:
+            if view == self._view:
+                self._busy.value = ""
+
+    def _fill(self, parts: Iterable[tuple[HTML, str] | None]) -> None:
+        for part in parts:
+            if part is not None:
+                box, html = part
+                box.value = html
+                box.remove_class("ll-stale")
+                self._slow.add(box)
+
+    def _say(self, what: str) -> None:
+        self._message.value = f'<p role="alert"><b>{escape(what)}</b></p>'
+        self._results.layout.display = "none"  # a stale picture would answer another question
+
+
+def explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]) -> Explorer:
     """Rows of controls over a message over results; the first view raises, later ones say what is wrong.
 
-    ``draw`` may change controls itself; that draws nothing again.
+    ``draw`` sets the results and may change controls itself; that draws nothing again. For what takes
+    longer than a slider's move may, it returns an iterator: each pair of a box and its content is shown as it
+    comes, each None is a place to stop at. It runs in a thread of its own after a short pause, and is dropped
+    as soon as a control changes; at first, and where no event loop runs, all of it is done at once.
     """
-    message, shown = HTML(), VBox(results)
-    draw()
-    drawing = False
+    return Explorer(rows, results, draw)
 
-    def redraw(_change: object) -> None:
-        nonlocal drawing
-        if drawing:
-            return
-        drawing = True
+
+def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
+    """Let a notebook show bad arguments of an explorer in one line, without the way that led there."""
+
+    @wraps(make)
+    def made(*arguments: object, **options: object) -> VBox:
         try:
-            draw()
-        except ValueError as error:
-            message.value = f'<p role="alert"><b>{escape(str(error))}</b></p>'
-            shown.layout.display = "none"  # a stale picture would answer another question
-        else:
-            message.value = ""
-            shown.layout.display = None
-        finally:
-            drawing = False
+            return make(*arguments, **options)
+        except (ValueError, FileNotFoundError) as error:
+            line = f"{type(error).__name__}: {error}"
+            error._render_traceback_ = lambda: [line]  # IPython asks for it
+            raise
 
-    for row in rows:
-        for control in row:
-            control.observe(redraw, "value")
-    wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
-    return VBox([*(HBox(row, layout=wrapped) for row in rows), message, shown])
+    return made
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+@cache
+def _worker() -> ThreadPoolExecutor:
+    """One thread for the slow parts of all explorers: two would only slow each other down."""
+    return ThreadPoolExecutor(1, thread_name_prefix="explorer")
+
+
+def _page_of(model_id: str) -> str:
+    """The style, the script and the words that show where no kernel answers.
+
+    HTML that a widget inserts runs no script elements, but it runs what a picture does when it is loaded.
+    """
+    style, script = (files("lora_lens").joinpath(f"explorer.{kind}").read_text() for kind in ("css", "js"))
+    once = "const root = this.closest('.ll-explorer'); if (root && !root.dataset.ready)"
+    script = f"{once} {{ root.dataset.ready = 1; (function (root) {{\n{script}\n}})(root) }}"
+    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+    return (
+        f"<style>{style} .ll-still.ll-{model_id} {{ display: none }}</style>"
+        f'<img class="ll-script" alt="" src="{pixel}" onload="{escape(script)}">'
+        '<p class="ll-no-kernel">No kernel answers: this is the last view. Run the cell again to explore.</p>'
+    )
+
+
+def _still(rows: list[list[Control]], results: list[Control]) -> str:
+    """The first view without its controls, but with what they said."""
+    chosen = [
+        f"{control.description}: {getattr(control, 'label', None) or control.value}"
+        for row in rows
+        for control in row
+        if getattr(control, "description", "") and hasattr(control, "value")
+    ]
+    shown = [box.value for box in _boxes(results)]
+    return f"<p>{escape('; '.join(chosen))}</p>" + "\n".join(shown)
+
+
+def _boxes(results: Iterable[Control]) -> Iterator[HTML]:
+    for result in results:
+        if isinstance(result, HTML):
+            yield result
+        yield from _boxes(getattr(result, "children", ()))
 
 
 def dropdown(description: str, options: Iterable[str] = ()) -> Dropdown:
@@ -101,19 +252,63 @@ def drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] 
     Not ipywidgets' Image: that has no alternative text, and its view fails in some versions of
     JupyterLab. Drawn without pyplot, so that no figure stays open.
     """
-    with plots.house_style():
+    with DRAWING, plots.house_style():
         figure = Figure(figsize=size)
         draw(figure)
-        png = BytesIO()
-        FigureCanvasAgg(figure).print_png(png)
+        return _as_html(FigureCanvasAgg(figure), alt)
+
+
+class Picture:
+    """A picture in which a few things move: the rest is drawn once, so that a move takes milliseconds.
+
+    Args:
+        draw: draws on the figure, and returns the artists that move. Between two calls of
+            :meth:`html` they may be given other data, places and words; all else stays as it is.
+        size: in inches.
+    """
+
+    def __init__(
+        self, draw: Callable[[Figure], Iterable[Artist]], size: tuple[float, float] = (8, 4.2)
+    ) -> None:
+        with DRAWING, plots.house_style():
+            figure = Figure(figsize=size)
+            self._canvas = FigureCanvasAgg(figure)
+            self._moving = list(draw(figure))
+            words = {artist: artist.get_text() for artist in self._moving if isinstance(artist, Text)}
+            for artist in self._moving:
+                artist.set_animated(True)  # left out of what is drawn now
+            for text in words:
+                text.set_text("")  # an axis draws its label, animated or not
+            self._canvas.draw()
+            for text, said in words.items():
+                text.set_text(said)
+            self._still = self._canvas.copy_from_bbox(figure.bbox)
+
+    def html(self, alt: str) -> str:
+        """The picture as it is now, as :func:`drawn` gives it."""
+        with DRAWING:
+            self._canvas.restore_region(self._still)
+            for artist in self._moving:
+                artist.draw(self._canvas.get_renderer())
+            return _as_html(self._canvas, alt, drawn=True)
+
+
+def _as_html(canvas: FigureCanvasAgg, alt: str, drawn: bool = False) -> str:
+    if not drawn:
+        canvas.draw()
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    png = BytesIO()
+    pixels.save(
+        png, "png", compress_level=1, compress_type=zlib.Z_RLE
+    )  # speed counts: a picture lives until the next move
     source = b64encode(png.getvalue()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%">'
 
 
-def fixed_axes(figure: Figure) -> Axes:
+def fixed_axes(figure: Figure, place: tuple[float, float, float, float] = (0.085, 0.14, 0.9, 0.77)) -> Axes:
     """Axes that stay where they are as labels change, without the time that arranging them takes."""
     figure.set_layout_engine("none")
-    return figure.add_axes((0.085, 0.14, 0.9, 0.77))
+    return figure.add_axes(place)
 
 
 def fixed_row(figure: Figure, count: int, **margins: float) -> np.ndarray:

@@ -13,11 +13,44 @@ from lora_lens.adapter import call, check_belongs, evaluating
 from lora_lens.layers import LINEAR, weight_matrix
 from lora_lens.readouts import Inputs, real_positions
 from lora_lens.spectrum import Spectrum
-from lora_lens.window import Placement
+from lora_lens.window import Placement, Window
+
+
+class _Shares:
+    """What two parts' lengths at each position, (batch, positions), say about their shares of the energy."""
+
+    window_norms: Tensor
+    residual_norms: Tensor
+
+    @property
+    def position_shares(self) -> Tensor:
+        """The window's share of the energy at each position, shape (batch, positions), in [0, 1].
+
+        ||W_w x||^2 / ||W x||^2; 0 where W x is zero.
+        """
+        return _share(self.window_norms.square(), self.residual_norms.square())
+
+    @property
+    def shares(self) -> Tensor:
+        """The window's share of the energy in each example, all positions together: (batch,), in [0, 1]."""
+        return _share(self.window_norms.square().sum(1), self.residual_norms.square().sum(1))
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureSplit:
+class FeatureNorms(_Shares):
+    """The lengths of both parts of a layer's product, see :class:`FeatureSplit`.
+
+    Attributes:
+        window_norms: ||W_w x|| at each position, shape (batch, positions), float32, on the CPU.
+        residual_norms: ||(W - W_w) x||, likewise.
+    """
+
+    window_norms: Tensor
+    residual_norms: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSplit(_Shares):
     """A layer's product W x, without bias, as the sum of a window's and of the residual's part.
 
     W_w = U_w S_w V_w^T and W - W_w have orthogonal column spaces, so at every position
@@ -45,18 +78,31 @@ class FeatureSplit:
         """||(W - W_w) x|| at each position, shape (batch, positions)."""
         return torch.linalg.vector_norm(self.residual, dim=-1)
 
-    @property
-    def position_shares(self) -> Tensor:
-        """The window's share of the energy at each position, shape (batch, positions), in [0, 1].
 
-        ||W_w x||^2 / ||W x||^2; 0 where W x is zero.
+@dataclass(frozen=True, eq=False)
+class FeatureEnergies:
+    """What each component carries of a layer's product: s_i^2 (v_i^T x)^2, as the u_i are orthonormal.
+
+    From it the lengths of any window's part follow without another product, at once for a slider.
+
+    Attributes:
+        spectrum: of the layer's weight.
+        energies: shape (batch, positions, k), float32, on the CPU; zero at positions that hold padding.
+    """
+
+    spectrum: Spectrum
+    energies: Tensor
+
+    def norms(self, window: Placement) -> FeatureNorms:
+        """The lengths of the window's and of the residual's part.
+
+        Raises:
+            ValueError: the placement does not fit.
         """
-        return _share(self.window_norms.square(), self.residual_norms.square())
-
-    @property
-    def shares(self) -> Tensor:
-        """The window's share of the energy in each example, all positions together: (batch,), in [0, 1]."""
-        return _share(self.window_norms.square().sum(1), self.residual_norms.square().sum(1))
+        part = window.select(self.spectrum.singular_values, self.spectrum.name)
+        rest = self.energies.clone()
+        rest[..., part] = 0  # not whole minus window: where that is nearly all, only rounding would be left
+        return FeatureNorms(self.energies[..., part].sum(-1).sqrt(), rest.sum(-1).sqrt())
 
 
 @torch.no_grad()
@@ -80,6 +126,36 @@ def feature_split(
             model does not call it or gives it something other than a batch, the placement does not
             fit, or ``spectrum`` is another weight's.
     """
+    x = _tokens(model, layer, inputs)
+    check_belongs(spectrum, window, model.get_submodule(layer))
+    left, right = (factor.to(x.device) for factor in spectrum.vectors(window))
+    part = window.select(spectrum.singular_values, spectrum.name)
+    carried = x @ right.T * spectrum.singular_values[part].float().to(x.device) @ left.T
+    whole = x @ weight_matrix(model.get_submodule(layer)).float().T
+    return FeatureSplit(layer, carried.cpu(), (whole - carried).cpu())
+
+
+@torch.no_grad()
+def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: Inputs) -> FeatureEnergies:
+    """Run the model once, and tell what each component carries of what one of its layers makes of it.
+
+    Args:
+        model, layer, inputs: as for :func:`feature_split`.
+        spectrum: of this layer's weight, with all vectors.
+
+    Raises:
+        ValueError: as :func:`feature_split`; the spectrum lacks vectors.
+    """
+    x = _tokens(model, layer, inputs)
+    everything = Window(spectrum.k, start=0)
+    check_belongs(spectrum, everything, model.get_submodule(layer))
+    right = spectrum.vectors(everything)[1].to(x.device)
+    along = x @ right.T * spectrum.singular_values.float().to(x.device)
+    return FeatureEnergies(spectrum, along.square().cpu())
+
+
+def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
+    """What the layer is given in one pass, (batch, positions, in_features), float32; zero at padding."""
     module = _linear(model, layer)
     given = layer_inputs(model, [layer], inputs)
     if layer not in given:
@@ -91,17 +167,9 @@ def feature_split(
             f"{layer} was given an input of shape {tuple(x.shape)} for a batch of {batch}: expected "
             "(batch, positions, in_features) or (batch, in_features)"
         )
-    check_belongs(spectrum, window, module)
-    weight = weight_matrix(module).float()
-    left, right = (factor.to(weight.device) for factor in spectrum.vectors(window))
-    part = window.select(spectrum.singular_values, spectrum.name)
-    values = spectrum.singular_values[part].float().to(weight.device)
-    x = x.float().reshape(batch, -1, x.shape[-1])
+    x = x.to(weight_matrix(module).device).float().reshape(batch, -1, x.shape[-1])
     real = real_positions(inputs, x)
-    if real is not None:
-        x = x * real[..., None]
-    carried = x @ right.T * values @ left.T
-    return FeatureSplit(layer, carried.cpu(), (x @ weight.T - carried).cpu())
+    return x if real is None else x * real[..., None]
 
 
 def splittable(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, int]:

@@ -11,10 +11,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from lora_lens.plot_style import house_style, styled
-from lora_lens.spectrum_plots import show_image
 from lora_lens.tasks import Task
 from lora_lens.text_plots import show_text, text_axes
 from lora_lens.tradeoffs import require_columns
+from lora_lens.window_plots import show_image
 
 IN_A_ROW = 8
 MOST_ANNOTATED = 20  # classes; the numbers of more would overlap

@@ -13,9 +13,7 @@ from lora_lens.plot_style import house_style
 from lora_lens.spectrum_plots import (
     by_depth,
     cumulative_energy,
-    decomposition,
     depth_map,
-    feature_maps,
     overlap,
     small_multiples,
     spectrum,
@@ -23,6 +21,7 @@ from lora_lens.spectrum_plots import (
 from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, learning_curve, tradeoff, watched
 from lora_lens.text_plots import token_shares
 from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, robustness, surface
+from lora_lens.window_plots import decomposition, feature_maps
 
 __all__ = [
     "accuracy_curve",

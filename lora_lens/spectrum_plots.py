@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,9 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-from torch import Tensor
 
-from lora_lens.features import FeatureSplit, patch_grid
 from lora_lens.layers import block_and_kind
 from lora_lens.plot_style import colour_bar, house_style, styled
 from lora_lens.spectral_metrics import cumulative_energy as energy_until
@@ -25,7 +23,6 @@ WINDOW_COLOUR = "#E69F00"
 LINE_STYLES = ("-", "--", "-.", ":")
 HEAT = "cividis"
 COUNTS = {"effective_rank", "stable_rank", "participation_ratio", "above_mp", "tail"}
-ROUNDING = 1e-5  # norms below this share of the others are what float32 leaves of zero
 FLOOR = 1e-12  # smaller singular values are drawn here: a logarithmic axis has no zero
 
 
@@ -259,112 +256,3 @@ def by_depth(table: pd.DataFrame, column: str = "effective_rank", *, ax: Axes) -
     ax.set(xlabel="block", ylabel=name, title=f"{name.capitalize()} by depth")
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return ax
-
-
-def decomposition(spectrum: Spectrum, window: Window, axes: np.ndarray | None = None) -> np.ndarray:
-    """The weight, the slice that the window holds and the residual that stays, as three heat maps.
-
-    Returns:
-        The three Axes. The colours of weight and residual share one scale;
-        the slice has its own, written in its title.
-    """
-    whole = spectrum.component(Window(spectrum.k, start=0)).numpy()
-    part = spectrum.component(window).numpy()
-    scale = np.abs(whole).max()
-    with house_style():
-        if axes is None:
-            axes = plt.subplots(1, 3, figsize=(10, 3.4))[1]
-        pictures = {
-            "weight W": (whole, scale),
-            "slice": (part, np.abs(part).max()),
-            "residual W - slice": (whole - part, scale),
-        }
-        for ax, (title, (matrix, top)) in zip(axes, pictures.items(), strict=True):
-            ax.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
-            ax.set(title=f"{title}\n(colours ±{top:.2g})", xlabel="input feature")
-            ax.title.set_fontsize(10.5)
-            ax.grid(False)
-        axes[0].set_ylabel("output feature")
-    return axes
-
-
-def feature_maps(
-    images: Tensor, split: FeatureSplit, *, prefix: int | None = None, axes: np.ndarray | None = None
-) -> np.ndarray:
-    """What a window and its residual carry of images' features, as maps over the patches.
-
-    One row per image: the image; the length of the window's part at each token, ||W_w x||; that of
-    the residual's part. Under each map stands the part's share of the energy of these tokens. The
-    colours of a column run from 0 to its largest value, written above it, so images compare and the
-    two columns do not: the shares compare them.
-
-    Args:
-        images: (n, channels, height, width), as the model took them.
-        split: of the same images, from :func:`lora_lens.feature_split`; the tokens of an image are a
-            square grid, row by row.
-        prefix: how many tokens lead without a place in the image (class token, registers); default
-            one if that leaves a square, else none.
-        axes: to draw on, (n, 3), all in one figure; default a new pyplot figure.
-
-    Returns:
-        The Axes, shape (n, 3).
-
-    Raises:
-        ValueError: these are no images, not as many as were split, the tokens are no square, or
-            ``axes`` have another shape.
-    """
-    count = len(split.window)
-    if images.ndim != 4 or len(images) != count:
-        raise ValueError(
-            f"expected {count} images, (n, channels, height, width), as many as were split, "
-            f"not a tensor of shape {tuple(images.shape)}"
-        )
-    lead, side = patch_grid(split.window.shape[1], prefix)
-    maps = {
-        name: norms[:, lead:].reshape(count, side, side).numpy()
-        for name, norms in (("window", split.window_norms), ("residual", split.residual_norms))
-    }
-    energy = {name: np.square(norms).sum((1, 2)) for name, norms in maps.items()}  # (n,) each
-    whole = np.maximum(sum(energy.values()), FLOOR)
-    seen = ROUNDING * max(norms.max() for norms in maps.values())
-    with house_style():
-        if axes is None:
-            axes = plt.subplots(count, 3, figsize=(5.4, 1.75 * count + 0.5), squeeze=False)[1]
-        if axes.shape != (count, 3):
-            raise ValueError(f"expected axes of shape {(count, 3)}, not {axes.shape}")
-        for ax, image in zip(axes[:, 0], images, strict=True):
-            show_image(ax, image)
-        axes[0, 0].set_title("image", fontsize=10.5, loc="center")
-        for column, (name, norms) in zip(axes[:, 1:].T, maps.items(), strict=True):
-            top = norms.max()
-            scale = f"colours 0 to {top:.2g}" if top > seen else "zero up to rounding"
-            column[0].set_title(f"{name}\n({scale})", fontsize=10.5, loc="center")
-            for ax, norm, share in zip(column, norms, energy[name] / whole, strict=True):
-                _patch_map(ax, norm, top if top > seen else 1, images.shape[2:])
-                ax.set_xlabel(f"{_percent(share if top > seen else 0)} of energy", fontsize=9)
-    return axes
-
-
-def show_image(ax: Axes, image: Tensor) -> None:
-    """One image, (channels, height, width), from its darkest to its brightest value, without axes."""
-    low, high = image.min(), image.max()
-    pixels = ((image - low) / (high - low).clamp_min(FLOOR)).permute(1, 2, 0).cpu().numpy()
-    ax.imshow(
-        pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0],
-        cmap="gray",
-        extent=(0, *pixels.shape[1::-1], 0),
-    )
-    ax.axis("off")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %" if share >= 1e-3 else f"{100 * share:.1g} %"
-
-
-def _patch_map(ax: Axes, values: np.ndarray, top: float, size: Sequence[int]) -> None:
-    """Values of patches, (side, side), where the patches lie on an image of ``size`` (height, width)."""
-    extent = (0, size[1], size[0], 0)
-    ax.imshow(values, cmap=HEAT, vmin=0, vmax=top, interpolation="nearest", extent=extent)
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    ax.grid(False)

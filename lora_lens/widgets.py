@@ -7,13 +7,16 @@ is said in place until the controls are moved again.
 
 from lora_lens.continual_explorers import continual_explorer
 from lora_lens.item_explorers import forgotten_explorer
-from lora_lens.spectrum_explorers import spectrum_explorer, window_explorer
+from lora_lens.pages import pages
+from lora_lens.spectrum_explorer import spectrum_explorer
 from lora_lens.tradeoff_explorers import comparison_explorer, tradeoff_explorer
+from lora_lens.window_explorer import window_explorer
 
 __all__ = [
     "comparison_explorer",
     "continual_explorer",
     "forgotten_explorer",
+    "pages",
     "spectrum_explorer",
     "tradeoff_explorer",
     "window_explorer",
