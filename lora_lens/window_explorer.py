@@ -39,6 +39,7 @@ IMAGES_WITH_FEATURES = 3
 LETTERS = 300  # of a text
 HALF = (5, 4)  # inches, of two pictures side by side
 SIDE_BY_SIDE = Layout(flex_flow="row wrap")
+SHARE = {"flex": "1 1 20em", "min_width": "0"}  # of a row, on a phone all of it
 
 
 @brief_errors
@@ -80,7 +81,8 @@ def window_explorer(
     cuts = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
     size, position = rank_slider(rank, cuts), position_slider()
     reading = Lock()  # one thread at a time: reading switches the model to evaluation and back
-    place, seen, numbers, cut, answers = HTML(), HTML(), table_box(), HTML(), HTML()
+    place, seen = HTML(layout=Layout(**SHARE)), HTML(layout=Layout(**SHARE))
+    numbers, cut, answers = table_box(), HTML(), HTML()
 
     @lru_cache(maxsize=1)
     def spectrum_of(name: str) -> tuple[SpectrumPicture, DecompositionPicture]:
