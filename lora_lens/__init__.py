@@ -54,7 +54,7 @@ from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Examples, Task
 from lora_lens.text_files import text_corpus
 from lora_lens.text_tasks import label_word_task, language_task, text_task
-from lora_lens.training import Run, Training, finetune
+from lora_lens.training import Progress, Run, Training, finetune
 from lora_lens.u_shape import u_shape_test
 from lora_lens.window import Window, windows
 
@@ -69,6 +69,7 @@ __all__ = [
     "LoRA",
     "PeftStart",
     "Penalized",
+    "Progress",
     "Run",
     "Spectrum",
     "SpectrumSet",

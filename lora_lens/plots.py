@@ -18,7 +18,14 @@ from lora_lens.spectrum_plots import (
     small_multiples,
     spectrum,
 )
-from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, learning_curve, tradeoff, watched
+from lora_lens.sweep_plots import (
+    accuracy_curve,
+    forgetting_curve,
+    learning_curve,
+    learning_curves,
+    tradeoff,
+    watched,
+)
 from lora_lens.text_plots import token_shares
 from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, robustness, surface
 from lora_lens.window_plots import decomposition, feature_maps
@@ -43,6 +50,7 @@ __all__ = [
     "fronts_by_method",
     "house_style",
     "learning_curve",
+    "learning_curves",
     "overlap",
     "predictors",
     "robustness",

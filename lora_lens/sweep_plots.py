@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import cycle
 from textwrap import shorten
 
@@ -33,17 +33,19 @@ REFERENCE_LINES = {"LoRA": "--", "full fine-tuning": ":"}
 MORE_LINES = ("-.", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 4)), (0, (9, 4)))  # other placements than one window
 LONGEST_LABEL = 44  # characters
 RATE_MARKERS = "osD^vP*X"
+ALONG = {  # how the two scores of a run look along its steps
+    "accuracy": ("new task", {"linestyle": "-", "marker": "o"}),
+    "retained_accuracy": ("retained task", {"linestyle": "--", "marker": "s"}),
+}
+APART = 0.04  # ends of lines that are closer than this share one label
 
 
 @styled
 def learning_curve(run: Run, *, ax: Axes) -> Axes:
     """Accuracy on the new and on the retained task along one run."""
-    for column, label, marker in (
-        ("accuracy", "new task", "o"),
-        ("retained_accuracy", "retained task", "s"),
-    ):
+    for column, (label, look) in ALONG.items():
         if run.curve[column].notna().any():
-            ax.plot(run.curve["step"], run.curve[column], marker=marker, label=label)
+            ax.plot(run.curve["step"], run.curve[column], label=label, **look)
     ax.set(
         xlabel="step",
         ylabel="test accuracy",
@@ -53,6 +55,62 @@ def learning_curve(run: Run, *, ax: Axes) -> Axes:
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend()
     return ax
+
+
+@styled
+def learning_curves(
+    runs: Mapping[str, pd.DataFrame],
+    steps: int,
+    tasks: tuple[str, str] = ("new task", "retained task"),
+    *,
+    ax: Axes,
+) -> Axes:
+    """Accuracy on the new and on the retained task along several runs: the last in full, the others pale.
+
+    Args:
+        runs: the curve of each :class:`lora_lens.Run` by a short name, which stands at the ends of the pale
+            lines. The last may still be empty; its two lines are the first of the Axes.
+        steps: where the horizontal axis ends.
+        tasks: what to call the two tasks.
+    """
+    *earlier, last = runs.items()
+    for (column, (_, look)), task in zip(ALONG.items(), tasks, strict=True):
+        known = last[1].reindex(columns=["step", column])
+        ax.plot(known["step"], known[column], label=task, zorder=3, clip_on=False, **look)
+    ends: list[tuple[float, float, str]] = []
+    for (column, (_, look)), line in zip(ALONG.items(), list(ax.lines), strict=True):
+        pale = {"color": line.get_color(), "alpha": 0.35, "linewidth": 1.3, "linestyle": look["linestyle"]}
+        for name, curve in earlier:
+            ax.plot(curve["step"], curve[column], zorder=1, **pale)
+            ends.append((float(curve["step"].iloc[-1]), float(curve[column].iloc[-1]), name))
+    for step, height, names in _labels(ends):
+        place = {"textcoords": "offset points", "va": "center", "fontsize": 8.5, "color": "0.35"}
+        ax.annotate(names, (step, height), (6, 0), **place)
+    handles = ax.get_legend_handles_labels()[0]
+    if earlier:
+        handles.append(Line2D([], [], color="0.35", alpha=0.5, linewidth=1.3, label="earlier runs"))
+    beside = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderpad": 0, "borderaxespad": 0}
+    ax.legend(handles=handles, ncols=3, handlelength=3, **beside)
+    ax.set(xlabel="step", ylabel="test accuracy", xlim=(0, steps), ylim=(0, 1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    return ax
+
+
+def _labels(ends: Collection[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Step, height and names; lines that end close to each other have their names in one label."""
+    groups: list[list[tuple[float, float, str]]] = []
+    for end in sorted(ends):
+        near = groups and groups[-1][0][0] == end[0] and end[1] - groups[-1][-1][1] < APART
+        groups[-1].append(end) if near else groups.append([end])
+    order = list(dict.fromkeys(name for *_, name in ends))
+    return [
+        (
+            group[0][0],
+            float(np.mean([height for _, height, _ in group])),
+            " ".join(sorted({name for *_, name in group}, key=order.index)),
+        )
+        for group in groups
+    ]
 
 
 @styled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -98,6 +98,7 @@ class Run:
             examples of a language task are its tokens.
         watched: one row per watched task: task (its name), before and after (accuracies), loss_before and
             loss_after; None where none was watched.
+        stopped: True when it was ended from outside before its last step.
     """
 
     config: Training
@@ -107,6 +108,7 @@ class Run:
     head: nn.Linear | None = field(repr=False)
     items: pd.DataFrame | None = field(default=None, repr=False)
     watched: pd.DataFrame | None = field(default=None, repr=False)
+    stopped: bool = False
 
     @property
     def accuracy(self) -> float:
@@ -138,6 +140,28 @@ class Run:
         return float(losses.iloc[-1] - losses.iloc[0])
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: what :func:`finetune` tells after each step.
+
+    Attributes:
+        step: steps done, 0 before the first.
+        steps: of the whole run.
+        loss: of this step's batch, in nats, penalty included; NaN at step 0.
+        rows: of the evaluations so far, see ``curve``.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    rows: tuple[Mapping[str, float], ...] = field(repr=False)
+
+    @property
+    def curve(self) -> pd.DataFrame:
+        """The evaluations so far, as in :class:`Run`."""
+        return pd.DataFrame(self.rows)
+
+
 def finetune(
     model: nn.Module,
     task: Task,
@@ -148,6 +172,7 @@ def finetune(
     readout: Readout | None = None,
     watch: Sequence[Task] = (),
     progress: bool = True,
+    on_step: Callable[[Progress], object] | None = None,
     **settings: object,
 ) -> Run:
     """Train what is trainable in ``model``, and what the task needs beside it, on ``task``.
@@ -170,6 +195,9 @@ def finetune(
         readout: what reads the task and is trained with the model; default a new one, from the task.
         watch: more that the model could do before, tested before the first and after the last step only.
         progress: show a bar with the loss and both scores.
+        on_step: called with a :class:`Progress` before the first step and after each. The run waits for it,
+            and ends where it returns something true; then the tasks are tested there, as after the last
+            step. Each of several processes calls it, and all end where one of them says so.
 
     Raises:
         ValueError: there is nothing to train, a task does not fit the model (another tokenizer, texts that
@@ -232,15 +260,23 @@ def finetune(
         rows.append(row)
         losses.clear()
 
+    def ended(step: int, loss: float) -> bool:
+        """Whether somebody who watches wants no more steps."""
+        if on_step is None:
+            return False
+        wish = float(bool(on_step(Progress(step, config.steps, loss, tuple(rows)))))
+        return bool(accelerator.reduce(torch.tensor(wish, device=device), "sum").item())
+
     _train(model)
     test(0)
     before = tested()
-    diverged = False
+    diverged = stopped = False
     with bar, _seeded(config.seed + OWN_DROPOUT * accelerator.process_index, device):
         batches = task.train.shuffled(size, config.seed)
         visits = config.steps * size
         prefix = frozen_prefix(model, readout, task.train, visits=visits, precision=config.precision)
-        for step in range(1, config.steps + 1):
+        stopped = ended(0, float("nan"))
+        for step in () if stopped else range(1, config.steps + 1):
             batch = next(batches)
             mine = batch[accelerator.process_index :: accelerator.num_processes]
             with autocast(device, config.precision), prefix.of(mine):
@@ -266,7 +302,10 @@ def finetune(
                 retained=f"{rows[-1]['retained_accuracy']:.3f}",
                 refresh=False,
             )
-            if diverged:
+            stopped = ended(step, value) and step < config.steps and not diverged
+            if stopped and rows[-1]["step"] < step:
+                test(step)
+            if diverged or stopped:
                 break
     after = tested()
     model.eval()
@@ -279,6 +318,7 @@ def finetune(
         head,
         _items(answers),
         _watched(names, before, after),
+        stopped,
     )
 
 

@@ -10,6 +10,7 @@ from lora_lens.item_explorers import forgotten_explorer
 from lora_lens.pages import pages
 from lora_lens.spectrum_explorer import spectrum_explorer
 from lora_lens.tradeoff_explorers import comparison_explorer, tradeoff_explorer
+from lora_lens.training_explorer import training_explorer
 from lora_lens.window_explorer import window_explorer
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "pages",
     "spectrum_explorer",
     "tradeoff_explorer",
+    "training_explorer",
     "window_explorer",
 ]

@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from explored import narrow_vit
 from torch import nn
+from tqdm.auto import tqdm
 
 import lora_lens as ll
 from lora_lens.layers import classifier
-from lora_lens.readouts import features_of
+from lora_lens.readouts import HeadReadout, features_of
 from lora_lens.tasks import shuffled_rows
+from lora_lens.training import Progress
 
 SHORT = {"steps": 12, "batch_size": 32, "evaluations": 3, "progress": False}
 
@@ -104,6 +107,70 @@ def test_a_loss_that_explodes_ends_the_run_and_is_told(model, spectra, small):
     run = ll.finetune(adapted, *small, **SHORT, lr=1e20, warmup=0.0)
     assert run.diverged and run.curve["step"].iloc[-1] < 12
     assert 0 <= run.accuracy <= 1
+
+
+@pytest.fixture
+def adapted() -> nn.Module:
+    return ll.attach(narrow_vit(0), ll.Window.first(4))
+
+
+@pytest.fixture(scope="module")
+def pair(digits) -> tuple[ll.Task, ll.Task]:
+    """What to learn, and what the untrained narrow model has for a known task."""
+    return digits.subset(64, 40), digits.subset(64, 30)
+
+
+@pytest.fixture(scope="module")
+def alone(pair) -> ll.Run:
+    """What nobody watches."""
+    return ll.finetune(ll.attach(narrow_vit(0), ll.Window.first(4)), *pair, **SHORT)
+
+
+def test_whoever_watches_is_told_of_every_step_and_changes_nothing(adapted, alone, pair):
+    told: list[Progress] = []
+    run = ll.finetune(adapted, *pair, **SHORT, on_step=told.append)
+    pd.testing.assert_frame_equal(run.curve, alone.curve, check_exact=True)
+    assert torch.equal(run.head.weight, alone.head.weight) and not run.stopped
+    assert [(p.step, p.steps) for p in told] == [(step, 12) for step in range(13)]
+    assert [len(p.rows) for p in told] == [1] * 6 + [2] * 6 + [3]
+    pd.testing.assert_frame_equal(told[-1].curve, run.curve, check_exact=True)
+    assert np.isnan(told[0].loss) and np.mean([p.loss for p in told[1:7]]) == run.curve["loss"].iloc[1]
+
+
+@pytest.mark.parametrize(("at", "tested"), [(0, [0]), (4, [0, 4]), (6, [0, 6]), (9, [0, 6, 9])])
+def test_a_run_that_is_ended_is_tested_where_it_ends_and_returned_as_usual(adapted, alone, pair, at, tested):
+    watched = ll.Task("watched", pair[1].classes, *(e.first(50) for e in (pair[1].train, pair[1].test)))
+    run = ll.finetune(adapted, *pair, **SHORT, watch=[watched], on_step=lambda p: p.step == at)
+    assert run.stopped and not run.diverged and run.curve["step"].tolist() == tested
+    common = [step for step in tested if step in (0, 6)]
+    pd.testing.assert_frame_equal(
+        *(r.curve[r.curve["step"].isin(common)].reset_index(drop=True) for r in (run, alone)),
+        check_exact=True,
+    )
+    assert run.accuracy == ll.evaluate(adapted, pair[0], HeadReadout(run.head, "model")).accuracy
+    assert run.retained_accuracy == ll.evaluate(adapted, pair[1]).accuracy
+    assert run.watched["after"].item() == ll.evaluate(adapted, watched).accuracy
+    assert not adapted.training
+
+
+def test_a_wish_to_end_after_the_last_step_comes_too_late(adapted, pair):
+    run = ll.finetune(adapted, *pair, **SHORT, on_step=lambda p: p.step == 12)
+    assert not run.stopped and run.curve["step"].tolist() == [0, 6, 12]
+
+
+def test_whoever_watches_and_fails_leaves_random_state_and_bar_as_they_were(adapted, pair, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    torch.manual_seed(5)
+    before, bars = torch.random.get_rng_state(), len(tqdm._instances)
+
+    def fails(progress: Progress) -> None:
+        torch.rand(progress.step + 1)
+        if progress.step == 3:
+            raise RuntimeError("the page is gone")
+
+    with pytest.raises(RuntimeError, match="the page is gone"):
+        ll.finetune(adapted, *pair, **SHORT | {"progress": True}, on_step=fails)
+    assert torch.equal(torch.random.get_rng_state(), before) and len(tqdm._instances) == bars
 
 
 def test_batches_visit_every_example_before_any_comes_again():
