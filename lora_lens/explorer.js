@@ -4,6 +4,9 @@ for (const slider of root.querySelectorAll('.widget-slider, .widget-readout-slid
   const label = slider.querySelector('.widget-label');
   for (const handle of slider.querySelectorAll('.noUi-handle, [contenteditable]'))
     if (label) handle.setAttribute('aria-label', label.textContent);
+  const ends = slider.querySelectorAll('.noUi-handle');
+  if (label && ends.length === 2)
+    ends.forEach((end, i) => end.setAttribute('aria-label', `${label.textContent}, ${['from', 'to'][i]}`));
 }
 
 // Pictures with spots and a brush (clickable.py). A choice reaches Python as the value of a hidden text field.

@@ -52,10 +52,10 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VB
     """
     require_sweep(table)
     kind = shown_as(task)
-    table = table.assign(window=_window_names(table))
+    table = table.assign(window=window_names(table))
     table = table.sort_values(["method", "position"], ascending=[False, True], kind="stable")
     given = answers(store, table)
-    _require_same_examples(given, task, kind)
+    require_same_examples(given, task)
     names = list(table["window"].unique())
     windows = SelectMultiple(
         options=names, value=names, rows=min(len(names), 6), description="windows",
@@ -81,8 +81,7 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VB
         forgotten = forgotten[forgotten["forgotten"] > 0].head(EXAMPLES)
         about = "" if label.value == ALL else f" of {label.label}"
         title = f"the {len(forgotten)} {kind}{about} that most of {len(runs)} runs forgot"
-        show = _pictures if kind == "images" else _texts
-        examples.value = "" if forgotten.empty else show(task, forgotten, title)
+        examples.value = "" if forgotten.empty else shown_examples(task, forgotten, title)
         taken.value = drawn(
             lambda figure: _draw_confusion(figure, answered, task),
             f"which of {len(task.classes)} classes was taken for which, before and after, {len(runs)} runs",
@@ -92,8 +91,13 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VB
     return explorer([[windows], [rate, label]], [sentence, numbers, examples, taken], draw)
 
 
-def _require_same_examples(given: pd.DataFrame, task: Task, kind: str) -> None:
-    """The labels in the answers are the only trace of the examples that the store keeps."""
+def require_same_examples(given: pd.DataFrame, task: Task) -> None:
+    """The labels in the answers are the only trace of the examples that the store keeps.
+
+    Raises:
+        ValueError: the task's test examples are others, or are neither images nor texts with classes.
+    """
+    kind = shown_as(task)
     labels = given.drop_duplicates("item").set_index("item")["label"].sort_index()
     if len(labels) > len(task.test) or (labels != task.test.labels[labels.index].numpy()).any():
         raise ValueError(
@@ -102,7 +106,7 @@ def _require_same_examples(given: pd.DataFrame, task: Task, kind: str) -> None:
         )
 
 
-def _window_names(table: pd.DataFrame) -> pd.Series:
+def window_names(table: pd.DataFrame) -> pd.Series:
     """A name for the window or method of each row, different where they differ."""
     position, start = (table[column].astype(float).map("{:g}".format) for column in ("position", "start"))
     names = table["method"].where(table["position"].isna(), "window at " + position)
@@ -133,16 +137,29 @@ def _forgotten_in_words(forgotten: pd.DataFrame, runs: int, kind: str) -> str:
     )
 
 
-def _pictures(task: Task, forgotten: pd.DataFrame, title: str) -> str:
+def shown_examples(task: Task, forgotten: pd.DataFrame, title: str, shares: bool = True) -> str:
+    """Images in one picture, texts in a table, each with its class and what it was taken for.
+
+    Args:
+        forgotten: rows of :func:`lora_lens.items.forgotten_by`, at least one.
+        shares: False where there is one run, to leave out which share of the runs forgot each.
+    """
+    return (_pictures if shown_as(task) == "images" else _texts)(task, forgotten, title, shares)
+
+
+def _pictures(task: Task, forgotten: pd.DataFrame, title: str, shares: bool) -> str:
+    height = (1.95 if shares else 1.8) * -(-len(forgotten) // IN_A_ROW)
+    return drawn(lambda figure: _draw_images(figure, task, forgotten, shares), title, size=(10, height))
+
+
+def _draw_images(figure: Figure, task: Task, forgotten: pd.DataFrame, shares: bool) -> None:
     count = len(forgotten)
-    return drawn(
-        lambda figure: plots.forgotten_examples(task, forgotten, count=count, axes=_grid(figure, count)),
-        title,
-        size=(10, 1.95 * -(-count // IN_A_ROW)),
-    )
+    for ax in plots.forgotten_examples(task, forgotten, count=count, axes=_grid(figure, count)):
+        if not shares:
+            ax.title.set_text(ax.get_title().rpartition("\n")[0])
 
 
-def _texts(task: Task, forgotten: pd.DataFrame, title: str) -> str:
+def _texts(task: Task, forgotten: pd.DataFrame, title: str, shares: bool) -> str:
     """As a table: texts can be selected and read aloud there, and in a picture they cannot."""
     rows = [
         {
@@ -153,8 +170,9 @@ def _texts(task: Task, forgotten: pd.DataFrame, title: str) -> str:
         }
         for row in forgotten.itertuples()
     ]
+    shown = pd.DataFrame(rows).drop(columns=[] if shares else "runs")
     with pd.option_context("display.max_colwidth", None):
-        return f"<b>{escape(title[0].upper() + title[1:])}</b>{html_table(pd.DataFrame(rows))}"
+        return f"<b>{escape(title[0].upper() + title[1:])}</b>{html_table(shown)}"
 
 
 def _grid(figure: Figure, count: int) -> np.ndarray:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from explored import alts, control, message, narrow_vit, numbers, pictures, sentence, shows_results, text
 from ipywidgets import VBox
+from matplotlib.figure import Figure
 from small_language import byte_tokenizer, part_of, small
 
 import lora_lens as ll
+from lora_lens.item_explorers import _draw_images, shown_examples
 
 RATES = (1e-2, 1e-1)
 
@@ -192,3 +194,17 @@ def test_a_task_of_tokens_has_no_examples_to_explore(table, store):
     running = ll.language_task(part_of("movies", 20, 20), byte_tokenizer(), block=16)
     with pytest.raises(ValueError, match="its items are the tokens that it predicts"):
         ll.widgets.forgotten_explorer(table, store, running)
+
+
+def test_of_one_run_no_share_is_told(known):
+    label = int(known.test.labels[0])
+    forgotten = pd.DataFrame({"item": [0], "label": [label], "runs": 1, "share": 1.0, "instead": [3]})
+    told = [known.classes[label], f"\N{RIGHTWARDS ARROW} {known.classes[3]}"]
+    for shares, lines in ((True, [*told, "100% of runs"]), (False, told)):
+        figure = Figure()
+        _draw_images(figure, known, forgotten, shares)
+        assert figure.axes[0].get_title().split("\n") == lines
+    movies = ll.text_task(part_of("movies", 4, 10), byte_tokenizer())
+    assert "<th>runs</th>" in shown_examples(movies, forgotten.assign(label=0, instead=1), "one")
+    without = shown_examples(movies, forgotten.assign(label=0, instead=1), "one", shares=False)
+    assert "<th>runs</th>" not in without and movies.test.texts[0].split()[0] in without
