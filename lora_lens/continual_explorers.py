@@ -128,7 +128,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
 
 
 def _choice(description: str, width: str = "19em") -> Dropdown:
-    return Dropdown(description=description, style=WORDS, layout=Layout(width=width))
+    return Dropdown(description=description, style=WORDS, layout=Layout(width=width, max_width="98%"))
 
 
 def _offer(choice: Dropdown | SelectionSlider, options: Iterable[tuple[str, object]], first: int = 0) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import pandas as pd
-from ipywidgets import HTML, FloatSlider, IntSlider, VBox
+from ipywidgets import HTML, FloatSlider, IntSlider, Layout, VBox
 
 from lora_lens.explorer import ALL, brief_errors, dropdown, explorer, html_table, offer_with_all, table_box
 from lora_lens.live_pictures import SpectrumPicture
@@ -86,7 +86,8 @@ def rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:
 
 
 def position_slider() -> FloatSlider:
-    return FloatSlider(0.5, min=0, max=1, step=0.01, description="position")
+    wide = Layout(width="34em", max_width="98%")  # a pixel is less than a step
+    return FloatSlider(0.5, min=0, max=1, step=0.01, description="position", layout=wide)
 
 
 def require_spectra(*models: SpectrumSet) -> None:

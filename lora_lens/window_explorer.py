@@ -181,8 +181,8 @@ class _Images:
         found = []
         for name, positions in splittable(model, spectra, inputs).items():
             with suppress(ValueError):
-                patch_grid(positions, prefix)
-                found.append(name)
+                if patch_grid(positions, prefix)[1] > 1:  # one position is no map
+                    found.append(name)
         if not found:
             raise ValueError(
                 f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are an "

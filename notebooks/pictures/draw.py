@@ -18,7 +18,7 @@ REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests" / "browser"))
 
 from conftest import CHROMIUM  # noqa: E402
-from pages import Notebook, watched_page, write_notebook  # noqa: E402
+from pages import Notebook, write_notebook  # noqa: E402
 from servers import copy_of_notebooks, jupyterlab  # noqa: E402
 
 RATES = [2e-3, 5e-3, 1e-2]
@@ -49,10 +49,8 @@ def film_window_explorer(path: Path) -> None:
         chromium = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
         )
-        with (
-            jupyterlab(root, Path(folder) / "own") as lab,
-            watched_page(chromium, viewport={"width": 1420, "height": 1500}) as page,
-        ):
+        page = chromium.new_page(viewport={"width": 1420, "height": 1500})
+        with jupyterlab(root, Path(folder) / "own") as lab:
             notebook = Notebook(page, lab, "notebooks/film.ipynb")
             notebook.run()
             explorer = notebook.explorers()[0]

@@ -1,0 +1,89 @@
+"""The web page of ``make app``: for whoever has its token, on phone, laptop and projector, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import pytest
+from pages import Explorer, watched_page
+from servers import Server, web_page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+WIDTHS = {"phone": 390, "laptop": 1280, "projector": 1920}
+THEMES = ("light", "dark")
+# By how many pixels the page, what an explorer lies in or one of its controls is too wide. A wide picture or
+# table may be scrolled for itself.
+BEYOND = """explorer => {
+  const right = control => control.getBoundingClientRect().right - innerWidth;
+  let beyond = document.scrollingElement.scrollWidth - innerWidth;
+  for (let outer = explorer; outer; outer = outer.parentElement)
+    if (getComputedStyle(outer).overflowX !== 'visible' || outer === explorer)
+      beyond = Math.max(beyond, outer.scrollWidth - outer.clientWidth);
+  const controls = [...explorer.querySelectorAll('select, input, button, .widget-readout')];
+  return Math.max(beyond, ...controls.filter(c => c.checkVisibility() && !c.matches('.ll-spot')).map(right));
+}"""
+TABS = ".jupyter-widget-tab .lm-TabBar-tab"
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with web_page(tmp_path_factory.mktemp("app")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=THEMES)
+def page(request: pytest.FixtureRequest, browser: Browser, app: Server) -> Iterator[Page]:
+    with watched_page(browser, viewport={"width": WIDTHS["laptop"], "height": 900}) as page:
+        page.goto(app.address("", theme=request.param))
+        page.locator(TABS).first.wait_for()
+        page.theme = request.param
+        yield page
+
+
+@pytest.mark.parametrize("query", ["", "?token=guessed"])
+def test_it_refuses_whoever_has_no_token(app: Server, query: str):
+    with urlopen(f"{app.url}/{query}") as answer:
+        shown = answer.read().decode()
+        assert urlsplit(answer.url).path == "/login"
+    assert "token" in shown and "lora_lens" not in shown and "jupyter-widget" not in shown
+
+
+def test_every_page_shows_a_picture_and_fits_every_width(page: Page, screenshots: Path):
+    assert page.locator(TABS).count() >= 6
+    too_wide = []
+    for number, tab in enumerate(page.locator(TABS).all()):
+        name = tab.inner_text()
+        tab.click()
+        page.locator(".ll-explorer").nth(number).wait_for()
+        view = Explorer(page, number).view()
+        assert view.pictures and not view.message, name
+        for device, width in WIDTHS.items():
+            page.set_viewport_size({"width": width, "height": 900})
+            Explorer(page, number).view()
+            beyond = page.locator(".ll-explorer").nth(number).evaluate(BEYOND)
+            tab.scroll_into_view_if_needed()
+            shot = f"app_{name.lower().replace(' ', '_')}_{device}_{page.theme}.png"
+            page.screenshot(path=screenshots / shot)
+            if beyond > 0:
+                too_wide.append(f"{name} is {beyond:.0f} pixels too wide for {width}")
+    assert not too_wide
+
+
+def test_a_control_moves_the_picture(page: Page):
+    page.locator(TABS, has_text="Spectrum").click()
+    explorer = Explorer(page, 0)
+    assert "position 1 " in explorer.changed(lambda: explorer.press("position", "End")).alts[0]
+
+
+def test_every_control_has_a_name_for_screen_readers(page: Page):
+    for number, tab in enumerate(page.locator(TABS).all()):
+        tab.click()
+        page.locator(".ll-explorer").nth(number).wait_for()
+        told = Explorer(page, number).names()
+        assert told and all(name for _, name in told), told

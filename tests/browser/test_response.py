@@ -1,0 +1,174 @@
+"""How fast the window follows a dragged slider in a model of ViT-B's size, and what 500 moves leave behind.
+
+The times are written to ``response.json`` beside the screenshots and not judged: they are this machine's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+from pages import Explorer, Notebook
+from servers import REPOSITORY
+
+if TYPE_CHECKING:
+    from playwright.sync_api import CDPSession
+
+TIMED, WARM_UP, LATER = 60, 3, 500
+# Growth allowed over LATER moves: 500 pictures that were kept would be some 50 MB, 500 figures more.
+KERNEL_BYTES, PAGE_BYTES, PAGE_NODES = 40e6, 10e6, 200
+
+CELL = f"""
+import os
+os.environ["LORA_LENS_CACHE"] = {str(REPOSITORY / "results" / "test" / "spectra")!r}
+
+import timm
+import torch
+import lora_lens as ll
+
+print(os.getpid())
+torch.manual_seed(0)
+model = timm.create_model("vit_base_patch16_224", num_classes=10)
+digits = ll.embedded.digits().subset(train=8, test=8)
+images = torch.nn.functional.interpolate(digits.test.inputs, size=224).expand(-1, 3, -1, -1)
+task = ll.Task("large digits", digits.classes, *2 * [ll.Examples(images, digits.test.labels)])
+ll.widgets.window_explorer(model, ll.spectra(model, progress=False), task)
+"""
+
+# Notes when the pointer moves, and when a picture that a move has changed is decoded and painted.
+WATCH = """root => {
+  const moves = root.moves = [], shown = root.shown = [];
+  const picture = () => root.querySelector('img.ll-wide');  // the last of those that move: slice and residual
+  let last = picture().src;
+  document.addEventListener('pointermove', event => moves.push(event.timeStamp), true);
+  new MutationObserver(async () => {
+    const image = picture();
+    if (!image || image.src === last) return;
+    last = image.src;
+    const alt = image.alt;
+    await image.decode().catch(() => {});  // replaced meanwhile: the next one counts
+    requestAnimationFrame(() => setTimeout(() => shown.push([alt, performance.now()])));
+  }).observe(root, {subtree: true, childList: true, attributes: true});
+}"""
+
+
+@pytest.fixture(scope="class")
+def watched(explorer: Explorer) -> Explorer:
+    explorer.view()
+    explorer.root.evaluate(WATCH)
+    return explorer
+
+
+@pytest.fixture
+def track(watched: Explorer) -> Iterator[Track]:
+    """The position slider's handle, held down; let go afterwards."""
+    held = Track(watched)
+    yield held
+    watched.page.mouse.up()
+
+
+class TestResponse:
+    name = "response"
+    cells: ClassVar = (CELL,)
+
+    def test_every_move_arrives(self, watched: Explorer, track: Track, screenshots: Path):
+        times, at = [], track.value()
+        for step in range(TIMED):
+            before = watched.root.evaluate("root => [root.moves.length, root.shown.length]")
+            track.move(0.2 + 0.6 * step / TIMED)
+            if at == track.value():  # a pixel is less than a step of the slider
+                continue
+            at = track.value()
+            shown = f"position {at:g},"
+            watched.page.wait_for_function(
+                "([root, text, start]) => root.shown.slice(start).some(([alt]) => alt.includes(text))",
+                arg=[watched.root.element_handle(), shown, before[1]],
+            )
+            moved, painted = watched.root.evaluate(
+                "(root, [text, move, start]) =>"
+                " [root.moves[move], root.shown.slice(start).find(([alt]) => alt.includes(text))[1]]",
+                [shown, *before],
+            )
+            times.append(painted - moved)
+        assert len(times) > TIMED / 2
+        measured = {
+            "what": "milliseconds from a move of the pointer to the new picture painted, window of rank 8",
+            "model": "vit_base_patch16_224, one layer of 768 components shown",
+            "moves": len(times),
+            "median": round(median(times), 1),
+            "90th percentile": round(quantiles(times, n=10)[-1], 1),
+            "slowest": round(max(times), 1),
+            "machine": f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}",
+        }
+        (screenshots / "response.json").write_text(json.dumps(measured, indent=1) + "\n")
+        print(json.dumps(measured))
+
+    def test_many_moves_leave_nothing_behind(self, notebook: Notebook, watched: Explorer, track: Track):
+        devtools = watched.page.context.new_cdp_session(watched.page)
+        for _ in range(WARM_UP):  # whatever is made once is made now
+            sweep(track, 40)
+            watched.view()
+        before = held(devtools, notebook.kernel_process())
+        sweep(track, LATER)
+        track.move(0.37)
+        assert 0.35 < track.value() < 0.39
+        assert f"position {track.value():g} " in watched.view().alts[0]
+        after = held(devtools, notebook.kernel_process())
+        grown = {what: after[what] - before[what] for what in before}
+        print(before, grown)
+        assert grown["kernel"] < KERNEL_BYTES
+        assert grown["heap"] < PAGE_BYTES
+        assert grown["nodes"] < PAGE_NODES
+
+
+class Track:
+    """A slider from 0 to 1 whose handle follows the pointer."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer, self.mouse = explorer, explorer.page.mouse
+        handle = explorer.slider("position")
+        handle.scroll_into_view_if_needed()
+        box = handle.bounding_box()
+        track = explorer.track("position").bounding_box()
+        self.start, self.length, self.y = track["x"], track["width"], box["y"] + box["height"] / 2
+        self.mouse.move(box["x"] + box["width"] / 2, self.y)
+        self.mouse.down()
+
+    def move(self, value: float) -> None:
+        self.mouse.move(self.start + value * self.length, self.y)
+
+    def value(self) -> float:
+        """What the slider says, at once: to the pixel where the pointer is."""
+        return float(self.explorer.readout("position").inner_text())
+
+
+def sweep(track: Track, moves: int) -> None:
+    """To and fro in steps of 0.01, as fast as the page takes them."""
+    for step in range(moves):
+        track.move(abs((step + 100) % 200 - 100) / 100)
+        track.explorer.page.wait_for_timeout(30)
+
+
+def held(devtools: CDPSession, kernel: int) -> dict[str, float]:
+    """Bytes of the kernel, without mapped files, and of the page's heap, and the page's nodes.
+
+    The page's garbage is collected before.
+    """
+    resident = next(
+        line for line in Path(f"/proc/{kernel}/status").read_text().splitlines() if "RssAnon" in line
+    )
+    devtools.send("Performance.enable")
+    for _ in range(2):
+        devtools.send("HeapProfiler.collectGarbage")
+    measured = {m["name"]: m["value"] for m in devtools.send("Performance.getMetrics")["metrics"]}
+    return {
+        "kernel": 1024 * int(resident.split()[1]),
+        "heap": measured["JSHeapUsedSize"],
+        "nodes": measured["Nodes"],
+    }
