@@ -319,8 +319,8 @@ def fixed_row(figure: Figure, count: int, **margins: float) -> np.ndarray:
     return figure.subplots(1, count, squeeze=False, gridspec_kw=places)[0]
 
 
-def html_table(table: pd.DataFrame, rows_in_view: int | None = None) -> str:
-    text = table.to_html(index=False, border=0, na_rep="")
+def html_table(table: pd.DataFrame, rows_in_view: int | None = None, headings: str = "right") -> str:
+    text = table.to_html(index=False, border=0, na_rep="", justify=headings)
     if rows_in_view is None or len(table) <= rows_in_view:
         return text
     height = f"max-height: {2 * rows_in_view}em; overflow: auto"

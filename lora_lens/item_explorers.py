@@ -172,7 +172,7 @@ def _texts(task: Task, forgotten: pd.DataFrame, title: str, shares: bool) -> str
     ]
     shown = pd.DataFrame(rows).drop(columns=[] if shares else "runs")
     with pd.option_context("display.max_colwidth", None):
-        return f"<b>{escape(title[0].upper() + title[1:])}</b>{html_table(shown)}"
+        return f"<b>{escape(title[0].upper() + title[1:])}</b>{html_table(shown, headings='left')}"
 
 
 def _grid(figure: Figure, count: int) -> np.ndarray:

@@ -48,6 +48,7 @@ HINT = (
     "sliders.</div>"
 )
 CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
+LONG = {"width": "36em", "max_width": "98%"}  # of sliders with long names
 EQUAL_RATE, OWN_BEST_RATE = "equal learning rate", "own best rate"
 MATCHED_ACCURACY, MATCHED_UPDATE = "matched accuracy", "matched update"
 
@@ -210,7 +211,7 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
     seeds = {seed: checkbox(f"{seed}") for seed in sorted(table["seed"].unique())}
     tolerance = FloatSlider(
         2, min=0.5, max=10, step=0.5, readout_format=".1f", description="tolerance (points of accuracy)",
-        continuous_update=False, style=WORDS, layout=Layout(width="26em"),
+        continuous_update=False, style=WORDS, layout=Layout(**LONG),
     )  # fmt: skip
     picture, sentence, numbers, bars = HTML(), HTML(), table_box(), HTML()
 
@@ -264,7 +265,7 @@ def _accuracy_slider(table: pd.DataFrame, along: pd.DataFrame) -> FloatSlider:
     low, start, high = (np.floor(100 * v) / 100 for v in (begin, reached, along["accuracy"].max()))
     return FloatSlider(
         np.clip(start, low, high), min=low, max=high, step=0.01, readout_format=".0%",
-        description="accuracy to match", continuous_update=False, style=WORDS, layout=Layout(width="26em"),
+        description="accuracy to match", continuous_update=False, style=WORDS, layout=Layout(**LONG),
     )  # fmt: skip
 
 
@@ -277,7 +278,7 @@ def _update_slider(table: pd.DataFrame, moved: pd.DataFrame) -> FloatLogSlider:
     start = np.sqrt(spans["min"].median() * spans["max"].median())
     return FloatLogSlider(
         start, base=10, min=low, max=high, step=(high - low) / 100 or 0.01, readout_format=".3f",
-        description="update to match", continuous_update=False, style=WORDS, layout=Layout(width="26em"),
+        description="update to match", continuous_update=False, style=WORDS, layout=Layout(**LONG),
     )  # fmt: skip
 
 

@@ -149,6 +149,8 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
         label.set(rotation=90, fontsize=8.5)
     if len(windows) and len(others):
         ax.axvline(1 + 0.6 * step, color="0.8", linewidth=0.8)
+        # By default the axis' name would stand below the longest of the turned names.
+        ax.xaxis.set_label_coords(0.5, -0.12, transform=ax.get_xaxis_transform())
     if lines.ngroups > 1:
         ax.legend()
     ax.set(

@@ -258,7 +258,7 @@ class _Texts:
         texts = [self._written(row, LETTERS) for row in range(len(self.examples))]
         columns = {"class": right, "before": old, "after": new, "text": texts}
         with pd.option_context("display.max_colwidth", None):
-            return html_table(pd.DataFrame(columns))
+            return html_table(pd.DataFrame(columns), headings="left")
 
     def _written(self, row: int, letters: int) -> str:
         texts = self.examples.texts
