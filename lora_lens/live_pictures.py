@@ -49,7 +49,7 @@ class DecompositionPicture:
     Of a large matrix every n-th row and column is drawn, as a picture of this size shows little more.
     """
 
-    def __init__(self, spectrum: Spectrum, size: tuple[float, float] = (10, 3.4)) -> None:
+    def __init__(self, spectrum: Spectrum, size: tuple[float, float] = (9, 3.2)) -> None:
         self.spectrum = spectrum
         self.drawn = tuple(slice(None, None, -(-length // PIXELS)) for length in spectrum.shape)
 

@@ -34,7 +34,7 @@ def test_a_moved_decomposition_is_that_of_the_plot(spectra):
     picture = DecompositionPicture(spectrum)
     for window in WINDOWS:
         anew = drawn(
-            lambda figure, w=window: ll.plots.decomposition(spectrum, w, fixed_row(figure, 3)), "", (10, 3.4)
+            lambda figure, w=window: ll.plots.decomposition(spectrum, w, fixed_row(figure, 3)), "", (9, 3.2)
         )
         assert np.array_equal(pixels(picture.html(window, "")), pixels(anew))
 
