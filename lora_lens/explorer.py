@@ -11,7 +11,7 @@ from functools import cache, wraps
 from html import escape
 from importlib.resources import files
 from io import BytesIO
-from threading import RLock
+from threading import RLock, Timer
 
 import numpy as np
 import pandas as pd
@@ -42,12 +42,41 @@ SWEEP_COLUMNS = (
     "forgetting",
 )
 WIDE = 660  # pixels: on a phone, wider pictures are moved sideways rather than made too small to read
+BUSY_AFTER = 0.3  # seconds
 PAUSE = 0.15  # seconds without a change before slow parts begin
 BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
 DONE = object()
 DRAWING = RLock()  # matplotlib's settings are global, and pictures are drawn by several threads
 
 Parts = Iterator[tuple[HTML, str] | None]
+
+
+class _BusySign(HTML):
+    """Says that something is worked at, once it takes long: a sign for every move would slow all down."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self._soon: Timer | None = None
+        super().__init__()
+
+    def begin(self) -> None:
+        with self._lock:
+            if self._soon is not None:
+                self._soon.cancel()
+            self._soon = Timer(BUSY_AFTER, self._say)
+            self._soon.daemon = True
+            self._soon.start()
+
+    def end(self) -> None:
+        with self._lock:
+            if self._soon is not None:
+                self._soon.cancel()
+            self._soon, self.value = None, ""
+
+    def _say(self) -> None:
+        with self._lock:
+            if self._soon is not None:  # not ended while this waited for the lock
+                self.value = BUSY
 
 
 class Explorer(VBox):
@@ -58,7 +87,7 @@ class Explorer(VBox):
     ) -> None:
         self._draw = draw
         self._results = VBox(results)
-        self._message, self._busy, self._page = HTML(), HTML(), HTML()
+        self._message, self._busy, self._page = HTML(), _BusySign(), HTML()
         self._drawing = False
         self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
         self._slow: set[HTML] = set()
@@ -75,6 +104,7 @@ class Explorer(VBox):
         self._still = _still(rows, results)
 
     def close(self) -> None:
+        self._busy.end()
         self._view += 1
         super().close()
 
@@ -86,8 +116,9 @@ class Explorer(VBox):
         """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
         if self._drawing:
             return
-        self._drawing, self._busy.value = True, BUSY
+        self._drawing = True
         self._view += 1
+        self._busy.begin()
         follows = False
         try:
             parts = self._draw()
@@ -109,7 +140,7 @@ class Explorer(VBox):
         finally:
             self._drawing = False
             if not follows:
-                self._busy.value = ""
+                self._busy.end()
 
     async def _follow(self, parts: Parts, view: int) -> None:
         """Show slow parts as they are ready, as long as nobody asks for another view."""
@@ -127,7 +158,7 @@ class Explorer(VBox):
                 self._say(str(error) if known else f"this view failed: {type(error).__name__}: {error}")
         finally:
             if view == self._view:
-                self._busy.value = ""
+                self._busy.end()
 
     def _fill(self, parts: Iterable[tuple[HTML, str] | None]) -> None:
         for part in parts:

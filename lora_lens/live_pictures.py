@@ -17,7 +17,7 @@ from lora_lens.window import Window
 from lora_lens.window_plots import part_maps
 
 LABELS = 0.95  # inches, for an axis of few decades: its numbers are written as products
-PIXELS = 200  # of a matrix that are drawn in each direction
+PIXELS = 128  # of a matrix that are drawn in each direction
 
 
 class SpectrumPicture:

@@ -42,7 +42,7 @@ def test_a_moved_decomposition_is_that_of_the_plot(spectra):
 def test_large_matrices_are_thinned_and_small_ones_are_not(spectra, qkv):
     assert DecompositionPicture(spectra["blocks.0.attn.proj"]).whole.shape == (96, 96)
     thin = DecompositionPicture(qkv)
-    assert thin.whole.shape == (144, 96) and max(thin.whole.shape) <= PIXELS
+    assert thin.whole.shape == (96, 96) and max(thin.whole.shape) <= PIXELS
 
 
 def test_moved_feature_maps_are_those_of_the_plot(model, source, qkv):
