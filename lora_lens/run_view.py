@@ -13,7 +13,7 @@ from ipywidgets import HTML, HBox, Layout
 
 from lora_lens import items, plots
 from lora_lens.explorer import Parts, drawn, html_table, plain_texts, require_sweep
-from lora_lens.item_explorers import require_same_examples, shown_examples, window_names
+from lora_lens.forgotten_explorer import require_same_examples, shown_examples, window_names
 from lora_lens.item_plots import shown_as
 from lora_lens.run_plots import relative_updates
 from lora_lens.store import all_records

@@ -14,12 +14,13 @@ Each explorer already shows a sensible view. Bad arguments raise at the door; wh
 at some setting of the controls, is said in place until the controls are moved again.
 """
 
-from lora_lens.continual_explorers import continual_explorer
-from lora_lens.item_explorers import forgotten_explorer
+from lora_lens.comparison_explorer import comparison_explorer
+from lora_lens.continual_explorer import continual_explorer
+from lora_lens.forgotten_explorer import forgotten_explorer
 from lora_lens.pages import pages
-from lora_lens.run_explorers import pair_explorer
+from lora_lens.pair_explorer import pair_explorer
 from lora_lens.spectrum_explorer import spectrum_explorer
-from lora_lens.tradeoff_explorers import comparison_explorer, tradeoff_explorer
+from lora_lens.tradeoff_explorer import tradeoff_explorer
 from lora_lens.training_explorer import training_explorer
 from lora_lens.window_explorer import window_explorer
 

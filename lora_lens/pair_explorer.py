@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lora_lens import items, tradeoffs
 from lora_lens.explorer import WORDS, Parts, brief_errors, drawn, explorer, html_table, table_box
-from lora_lens.item_explorers import shown_examples
+from lora_lens.forgotten_explorer import shown_examples
 from lora_lens.item_plots import shown_as
 from lora_lens.run_plots import relative_updates, two_curves
 from lora_lens.run_view import KeptRuns, named_runs, of_all_classes, or_why_not, require_task, span

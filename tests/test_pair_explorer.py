@@ -16,7 +16,7 @@ from explored import alts, control, message, parts, pictures, shows_results, tex
 from ipywidgets import HTML, VBox
 
 import lora_lens as ll
-from lora_lens.run_explorers import pair_explorer
+from lora_lens.pair_explorer import pair_explorer
 from lora_lens.run_plots import relative_updates, two_curves
 from lora_lens.run_view import KeptRuns, of_all_classes
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from small_language import byte_tokenizer, part_of, small
 
 import lora_lens as ll
-from lora_lens.item_explorers import _draw_images, shown_examples
+from lora_lens.forgotten_explorer import _draw_images, shown_examples
 
 RATES = (1e-2, 1e-1)
 

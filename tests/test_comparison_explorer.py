@@ -1,4 +1,4 @@
-"""The explorer of comparisons; that of the trade-off plane is in test_tradeoff_plane.py."""
+"""The explorer of comparisons."""
 
 from __future__ import annotations
 
