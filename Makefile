@@ -58,7 +58,7 @@ test: lint  ## lint, unit, property and integration tests, every notebook, then 
 	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -n $(JOBS) --dist worksteal \
 		--nbmake --nbmake-timeout=1800 $(NOTEBOOKS)
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
-	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -rs tests/browser
+	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -n $(JOBS) --dist loadfile -rs tests/browser
 
 lint: $(VENV)/test.installed  ## check style, spelling, and that notebooks hold no outputs
 	@echo "== lint"

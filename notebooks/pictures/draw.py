@@ -1,4 +1,4 @@
-"""Draws the README's pictures anew: python notebooks/pictures/draw.py. The second needs Chromium."""
+"""Draws the README's pictures anew: python notebooks/pictures/draw.py. All but the first need Chromium."""
 
 from __future__ import annotations
 
@@ -18,18 +18,29 @@ REPOSITORY = HERE.parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests" / "browser"))
 
 from conftest import CHROMIUM  # noqa: E402
-from pages import Notebook, write_notebook  # noqa: E402
+from pages import Explorer, Notebook, write_notebook  # noqa: E402
 from servers import copy_of_notebooks, jupyterlab  # noqa: E402
 
 RATES = [2e-3, 5e-3, 1e-2]
-STEPS = 26  # of the slider, there and back
+STEPS = 26  # of the film's slider, there and back
 MILLISECONDS = 160
 WIDTH = 900
-CELL = """
+CELLS = (
+    """
 import lora_lens as ll
 model, clothes = ll.embedded.vision()
-ll.widgets.window_explorer(model, ll.spectra(model, progress=False), clothes)
-"""
+spectra = ll.spectra(model, progress=False)
+ll.widgets.window_explorer(model, spectra, clothes)
+""",
+    """
+digits = ll.embedded.digits().subset(train=4000, test=500)
+ll.widgets.training_explorer(model, digits, clothes.subset(test=500), spectra)
+""",
+    """
+store = "../data/results/digits.jsonl.xz"
+ll.widgets.tradeoff_explorer(ll.runs(store), store, clothes.subset(test=1000))
+""",
+)
 
 
 def draw_tradeoff(path: Path) -> None:
@@ -42,33 +53,20 @@ def draw_tradeoff(path: Path) -> None:
         figure.savefig(path, dpi=100)
 
 
-def film_window_explorer(path: Path) -> None:
-    with TemporaryDirectory() as folder, sync_playwright() as playwright:
-        root = copy_of_notebooks(Path(folder) / "root")
-        write_notebook(root / "notebooks" / "film.ipynb", CELL)
-        chromium = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = chromium.new_page(viewport={"width": 1420, "height": 1500})
-        with jupyterlab(root, Path(folder) / "own") as lab:
-            notebook = Notebook(page, lab, "notebooks/film.ipynb")
-            notebook.run()
-            explorer = notebook.explorers()[0]
-            explorer.view()
-            handle = explorer.slider("position")
-            handle.focus()
-            handle.press("Home")
-            top = explorer.root.bounding_box()
-            below = explorer.root.locator("img.ll-wide").first.bounding_box()  # noise, which films badly
-            area = {**top, "height": below["y"] - top["y"] - 20}
-            frames = []
-            for _ in range(STEPS):
-                explorer.view()
-                frames.append(Image.open(BytesIO(page.screenshot(clip=area))).convert("RGB"))
-                for _ in range(4):  # hundredths
-                    handle.press("ArrowRight")
-            notebook.close()
-        chromium.close()
+def film_window(explorer: Explorer, path: Path) -> None:
+    explorer.view()
+    handle = explorer.slider("position")
+    handle.focus()
+    handle.press("Home")
+    top = explorer.root.bounding_box()
+    below = explorer.root.locator("img.ll-wide").first.bounding_box()  # noise, which films badly
+    area = {**top, "height": below["y"] - top["y"] - 20}
+    frames = []
+    for _ in range(STEPS):
+        explorer.view()
+        frames.append(Image.open(BytesIO(explorer.page.screenshot(clip=area))).convert("RGB"))
+        for _ in range(4):  # hundredths
+            handle.press("ArrowRight")
     size = WIDTH, round(WIDTH * frames[0].height / frames[0].width)
     frames = [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
     film = [*frames, *frames[-2:0:-1]]
@@ -77,6 +75,46 @@ def film_window_explorer(path: Path) -> None:
     )
 
 
-if __name__ == "__main__":
+def shoot_training(explorer: Explorer, path: Path) -> None:
+    """Two runs, and the middle of a third."""
+    for number, key in enumerate(("Home", "End"), 1):
+        explorer.press("position", key)
+        explorer.button("Start").click()
+        explorer.root.get_by_text(f"Run {number} is done").wait_for(timeout=600_000)
+    explorer.press("position", "ArrowLeft")
+    explorer.button("Start").click()
+    explorer.root.get_by_text("Tested at step 60").wait_for(timeout=600_000)
+    explorer.screenshot(path)
+    explorer.button("Stop").click()
+
+
+def shoot_tradeoff(explorer: Explorer, path: Path) -> None:
+    """Without what lies above the plane and below the forgotten images."""
+    explorer.view()
+    area = explorer.root.bounding_box()
+    top = explorer.root.locator(".ll-plane").bounding_box()["y"] - 10
+    bottom = explorer.root.locator("table").last.bounding_box()["y"] - 10
+    explorer.page.screenshot(path=path, full_page=True, clip={**area, "y": top, "height": bottom - top})
+
+
+def main() -> None:
     draw_tradeoff(HERE / "tradeoff.png")
-    film_window_explorer(HERE / "window_explorer.webp")
+    with TemporaryDirectory() as folder, sync_playwright() as playwright:
+        root = copy_of_notebooks(Path(folder) / "root")
+        write_notebook(root / "notebooks" / "pictures.ipynb", *CELLS)
+        options = {"executable_path": CHROMIUM, "args": ["--no-sandbox", "--disable-gpu"]}
+        chromium = playwright.chromium.launch(**options)
+        page = chromium.new_page(viewport={"width": 1420, "height": 3200})
+        with jupyterlab(root, Path(folder) / "own") as lab:
+            notebook = Notebook(page, lab, "notebooks/pictures.ipynb")
+            notebook.run()
+            window, training, tradeoff = notebook.explorers()
+            film_window(window, HERE / "window_explorer.webp")
+            shoot_training(training, HERE / "training_explorer.png")
+            shoot_tradeoff(tradeoff, HERE / "tradeoff_explorer.png")
+            notebook.close()
+        chromium.close()
+
+
+if __name__ == "__main__":
+    main()
