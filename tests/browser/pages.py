@@ -241,6 +241,12 @@ class Notebook:
         """The kernel, and wait until it is up again; nothing is run."""
         self.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
 
+    def wait_for_kernel(self) -> None:
+        """Until one answers, after its end."""
+        self.page.wait_for_function(
+            "() => jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
+        )
+
     def outputs(self) -> list[list[dict]]:
         """Of every code cell, as they would be saved."""
         return self.page.evaluate(

@@ -37,3 +37,4 @@ class TestRestart:
         assert not said.is_visible()
         os.kill(notebook.kernel_process(), signal.SIGKILL)
         said.wait_for()
+        notebook.wait_for_kernel()  # the server starts another one, and cannot end it before it is there
