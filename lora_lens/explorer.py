@@ -132,11 +132,10 @@ class Explorer(VBox):
                 follows = True
             else:
                 self._fill(parts or ())
-        except ValueError as error:
-            self._say(str(error))
         except Exception as error:
-            self._say(f"this view failed: {type(error).__name__}: {error}")
-            raise
+            self._say(error)
+            if not isinstance(error, ValueError):
+                raise
         finally:
             self._drawing = False
             if not follows:
@@ -154,8 +153,7 @@ class Explorer(VBox):
                     self._fill([part])
         except Exception as error:
             if view == self._view:
-                known = isinstance(error, ValueError)
-                self._say(str(error) if known else f"this view failed: {type(error).__name__}: {error}")
+                self._say(error)
         finally:
             if view == self._view:
                 self._busy.end()
@@ -168,7 +166,9 @@ class Explorer(VBox):
                 box.remove_class("ll-stale")
                 self._slow.add(box)
 
-    def _say(self, what: str) -> None:
+    def _say(self, error: Exception) -> None:
+        known = isinstance(error, ValueError)  # what was asked for is wrong; all else is our fault
+        what = str(error) if known else f"this view failed: {type(error).__name__}: {error}"
         self._message.value = f'<p role="alert"><b>{escape(what)}</b></p>'
         self._results.layout.display = "none"  # a stale picture would answer another question
 
@@ -287,7 +287,9 @@ def drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] 
     with DRAWING, plots.house_style():
         figure = Figure(figsize=size)
         draw(figure)
-        return _as_html(FigureCanvasAgg(figure), alt)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return _as_html(canvas, alt)
 
 
 class Picture:
@@ -322,12 +324,11 @@ class Picture:
             self._canvas.restore_region(self._still)
             for artist in self._moving:
                 artist.draw(self._canvas.get_renderer())
-            return _as_html(self._canvas, alt, drawn=True)
+            return _as_html(self._canvas, alt)
 
 
-def _as_html(canvas: FigureCanvasAgg, alt: str, drawn: bool = False) -> str:
-    if not drawn:
-        canvas.draw()
+def _as_html(canvas: FigureCanvasAgg, alt: str) -> str:
+    """What is drawn on the canvas."""
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     png = BytesIO()
     # Speed counts: a picture lives until the next move.
