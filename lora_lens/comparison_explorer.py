@@ -16,6 +16,7 @@ from lora_lens.explorer import (
     WORDS,
     brief_errors,
     checkbox,
+    counted,
     drawn,
     dropdown,
     explorer,
@@ -91,7 +92,7 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
         return drawn(
             lambda figure: plots.robustness(widths, ax=figure.subplots()),
             f"learning rates that cost at most {points:g} points of accuracy, one bar for each of "
-            f"{len(widths)} windows and methods, means over {_seeds(widths['seeds'].max())}",
+            f"{len(widths)} windows and methods, means over {counted(widths['seeds'].max(), 'seed')}",
             size=(8, 1.6 + 0.28 * len(widths)),
         )
 
@@ -110,7 +111,7 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
         picture.value = drawn(
             lambda figure: plots.comparison(result, score=score.value, ax=figure.subplots()),
             f"{score.value} against the position of the window at {at}, with intervals over "
-            f"{_seeds(result['seeds'].max())}",
+            f"{counted(result['seeds'].max(), 'seed')}",
         )
         sentence.value = f"<p>{escape(_in_words(result, runs, comparison.value))}</p>"
         numbers.value = html_table(_compared(result))
@@ -162,10 +163,6 @@ def _at(comparison: str, control: Dropdown | FloatSlider | FloatLogSlider | None
         return "each one's own best learning rate"
     value = control.value
     return f"{comparison} {f'{value:.0%}' if comparison == MATCHED_ACCURACY else f'{value:.3g}'}"
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed" + ("" if count == 1 else "s")
 
 
 def _in_words(result: pd.DataFrame, runs: pd.DataFrame, comparison: str) -> str:

@@ -17,6 +17,7 @@ from lora_lens.explorer import (
     ALL,
     WORDS,
     brief_errors,
+    counted,
     drawn,
     explorer,
     html_table,
@@ -167,17 +168,13 @@ def _in_words(rows: pd.DataFrame, runs: pd.DataFrame, followed: bool) -> str:
     else:
         words = "The places are those of each run's own order, whichever task stood there."
     if len(runs) > 1:
-        orders, seeds = (_count(runs[column].nunique(), column) for column in ("order", "seed"))
+        orders, seeds = (counted(runs[column].nunique(), column) for column in ("order", "seed"))
         words = f"Means over {len(runs)} runs, {orders} and {seeds}. {words}"
     if diverged := int(runs["diverged"].sum()):
-        words += f" {_count(diverged, 'run')} diverged."
+        words += f" {counted(diverged, 'run')} diverged."
     if not followed:
         words += " The weights of these runs were not followed."
     return words
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _numbers(runs: pd.DataFrame) -> pd.DataFrame:

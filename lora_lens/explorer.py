@@ -359,6 +359,11 @@ def html_table(table: pd.DataFrame, rows_in_view: int | None = None, headings: s
     return f'<div tabindex="0" role="region" aria-label="table" style="{height}">{text}</div>'
 
 
+def counted(number: int, what: str) -> str:
+    """As in "1 seed" and "2 seeds"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def plain_texts(values: pd.Series) -> list[str]:
     """Numbers and names as short as they can be said; nothing where there is nothing."""
     return ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in values]

@@ -12,7 +12,7 @@ from ipywidgets import HTML, Dropdown, VBox
 from matplotlib.figure import Figure
 
 from lora_lens import items, tradeoffs
-from lora_lens.explorer import WORDS, Parts, brief_errors, drawn, explorer, html_table, table_box
+from lora_lens.explorer import WORDS, Parts, brief_errors, counted, drawn, explorer, html_table, table_box
 from lora_lens.forgotten_explorer import shown_examples
 from lora_lens.item_plots import shown_as
 from lora_lens.run_plots import relative_updates, two_curves
@@ -152,7 +152,7 @@ def _points(differences: pd.Series) -> str:
 
 def _seeds_in_words(a: pd.DataFrame, b: pd.DataFrame) -> str:
     """How far the difference can be trusted."""
-    of_each = [_count(len(side), "seed") for side in (a, b)]
+    of_each = [counted(len(side), "seed") for side in (a, b)]
     shared = len(set(a["seed"]) & set(b["seed"]))
     means = f"A is the mean of {of_each[0]}, B of {of_each[1]}"
     if shared == 0:
@@ -229,7 +229,3 @@ def _forgotten(kept: KeptRuns, runs: Runs, task: Task) -> str:
         heading = f"<b>{title[0].upper()}{title[1:]}</b>" if kind == "images" else ""
         shown.append(heading + shown_examples(task, some, title, shares=bool(often)))
     return "".join(shown)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

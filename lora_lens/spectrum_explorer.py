@@ -8,7 +8,16 @@ from functools import lru_cache
 import pandas as pd
 from ipywidgets import HTML, FloatSlider, IntSlider, Layout, VBox
 
-from lora_lens.explorer import ALL, brief_errors, dropdown, explorer, html_table, offer_with_all, table_box
+from lora_lens.explorer import (
+    ALL,
+    brief_errors,
+    counted,
+    dropdown,
+    explorer,
+    html_table,
+    offer_with_all,
+    table_box,
+)
 from lora_lens.live_pictures import SpectrumPicture
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.window import Window
@@ -68,7 +77,7 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
         table = table.assign(start=starts, energy=[s.energy(window) for s in chosen.values()])
         picture.value = picture_of(model.value, tuple(chosen)).html(
             window,
-            f"singular values of {_weights(len(chosen))}{model.value and f' of {model.value}'}, "
+            f"singular values of {counted(len(chosen), 'weight')}{model.value and f' of {model.value}'}, "
             f"with the {window} shaded",
         )
         numbers.value = html_table(_by_kind(table, window))
@@ -110,7 +119,3 @@ def _by_kind(table: pd.DataFrame, window: Window) -> pd.DataFrame:
             "energy in the window": groups["energy"].mean().map("{:.2%}".format),
         }
     ).reset_index()
-
-
-def _weights(count: int) -> str:
-    return f"{count} weight" + "s" * (count != 1)
