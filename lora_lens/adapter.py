@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.factorization import product_norm
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
@@ -105,12 +106,12 @@ def attach(
     modules = dict(model.named_modules())
     saved = {m: [n for n in modules if f".{n}".endswith(f".{m}")] for m in modules_to_save}
     for wanted in (m for m, found in saved.items() if not found):
-        raise ValueError(f"modules_to_save names {wanted!r}, and {type(model).__name__} has no such module")
+        raise InputError(f"modules_to_save names {wanted!r}, and {type(model).__name__} has no such module")
     whole = tuple(f"{n}." for found in saved.values() for n in found)
     plan = {name: placement for name, placement in plan.items() if not f"{name}.".startswith(whole)}
 
     if not plan and modules_to_save:
-        raise ValueError(f"modules_to_save={list(modules_to_save)} leaves no layer to adapt")
+        raise InputError(f"modules_to_save={list(modules_to_save)} leaves no layer to adapt")
     windows = {name: placement for name, placement in plan.items() if isinstance(placement, Placement)}
     if windows and spectra is None:
         spectra = compute_spectra(model, list(windows), vectors={name: [p] for name, p in windows.items()})
@@ -165,15 +166,15 @@ def planned(
     if isinstance(method, (LinearProbe, FullFineTuning)):
         return {}
     if not isinstance(method, (Placement, LoRA, Mapping)):
-        raise TypeError(
+        raise InputTypeError(
             "expected a Window or another placement, a mapping of patterns to placements, LoRA, LinearProbe "
             f"or FullFineTuning, not {method!r}"
         )
     if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha must be positive, not {alpha!r}")
+        raise InputError(f"alpha must be positive, not {alpha!r}")
     variant = variant or Variant()
     if isinstance(method, LoRA) and (variant.split != "balanced" or variant.train == "A"):
-        raise ValueError(f"ordinary LoRA starts at B = 0, which leaves no sense in the variant: {variant}")
+        raise InputError(f"ordinary LoRA starts at B = 0, which leaves no sense in the variant: {variant}")
 
     plan = _by_layer(model, method, targets, spectra)
     for name, placement in plan.items():
@@ -198,7 +199,7 @@ def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | Non
     if targets is None and spectra is not None:
         layers = {name: layer for name, layer in layers.items() if name in spectra}
         if not layers:
-            raise ValueError(
+            raise InputError(
                 f"none of the spectra is of a layer that is adapted by default ({spectra!r}); "
                 "name the layers with targets=, or take the spectra of this model"
             )
@@ -310,7 +311,7 @@ def _by_layer(
             plan.setdefault(name, placement)
     plan = {n: plan[n] for n, _ in model.named_modules() if n in plan and (allowed is None or n in allowed)}
     if not plan:
-        raise ValueError(f"no layer that targets={targets!r} selects has a placement: {ByLayer(method)}")
+        raise InputError(f"no layer that targets={targets!r} selects has a placement: {ByLayer(method)}")
     return plan
 
 
@@ -335,7 +336,7 @@ def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) ->
         tolerance = 1e-3 * torch.linalg.norm(expected) + 1e-5 * torch.linalg.norm(some)
         belongs = bool(torch.linalg.norm(some @ right.T - expected) <= tolerance)
     if not belongs:
-        raise ValueError(
+        raise InputError(
             f"the spectrum of {spectrum.name} is not that of this model's weight; "
             "the model changed or the spectra are another model's: call spectra(model) again"
         )

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from lora_lens.errors import InputError
 from lora_lens.layers import listed
 from lora_lens.tradeoffs import FEWEST_SEEDS, WINDOW, bootstrap_interval, require_columns
 from lora_lens.window import Window
@@ -85,7 +86,7 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     check_weight(weight)
     require_columns(table, [*WINDOW, "lr", "seed", "accuracy", "forgetting"])
     if not (table["method"] == "window").any():
-        raise ValueError("the table has no windows to recommend; sweep some, such as ll.windows(rank=8)")
+        raise InputError("the table has no windows to recommend; sweep some, such as ll.windows(rank=8)")
     cells, values = _cells(table, weight)
     choosing, seeds, others = _halves(values[cells.index[cells["method"] == "window"]])
     best = choosing.mean().idxmax()
@@ -102,7 +103,7 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
 
 def check_weight(weight: float) -> None:
     if not (weight >= 0 and isfinite(weight)):
-        raise ValueError(
+        raise InputError(
             f"weight must be 0 or more, not {weight!r}: it says how much a point of forgetting costs"
         )
 
@@ -125,13 +126,13 @@ def _cells(table: pd.DataFrame, weight: float) -> tuple[pd.DataFrame, pd.DataFra
     swept = table[table["method"] == "window"]
     for setting in (s for s in SETTINGS if s in table and swept[s].nunique(dropna=False) > 1):
         found = listed(map(str, swept[setting].unique()), most=NAMED)
-        raise ValueError(f"the windows differ in {setting} ({found}); pass the rows with one value of it")
+        raise InputError(f"the windows differ in {setting} ({found}); pass the rows with one value of it")
     keys = [*WINDOW, *(["variant"] if "variant" in table else []), "lr"]
     cell = table.groupby(keys, dropna=False, sort=False).ngroup()
     runs = table.assign(cell=cell, value=value_of(table, weight))
     if (twice := runs.duplicated(["cell", "seed"])).any():
         row = runs[twice].iloc[0]
-        raise ValueError(
+        raise InputError(
             f"two runs of {_named(row)} have seed {row['seed']}; pass the runs of one sweep, with one value "
             "of every other setting"
         )
@@ -145,7 +146,7 @@ def _halves(values: pd.DataFrame) -> tuple[pd.DataFrame, pd.Index, bool]:
     """(values to choose by, seeds to tell by, whether those are others), of seeds that every column has."""
     complete = values.dropna()
     if complete.empty:
-        raise ValueError("no seed was run with every window and rate; run the missing ones or drop some rows")
+        raise InputError("no seed was run with every window and rate; run the missing ones or drop some rows")
     half = len(complete) // 2 if len(complete) >= FEWEST_SEEDS else 0
     return complete.iloc[: half or None], complete.index[half:], half > 0
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lora_lens.errors import InputError
 from lora_lens.fingerprint import tensor_bytes
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -174,18 +175,18 @@ def _read(path: Path, key: str) -> Factors:
         about = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in ("left", "singular_values", "right")}
     if about.get("format") != FORMAT or about.get("key") != key:
-        raise ValueError("it is no spectrum, or one of another weight")
+        raise InputError("it is no spectrum, or one of another weight")
     if about.get("crc32") != _checksum(tensors):
-        raise ValueError("its checksum is wrong")
+        raise InputError("its checksum is wrong")
     left, values, right = tensors.values()
     if [t.dtype for t in tensors.values()] != [torch.float32, torch.float64, torch.float32]:
-        raise ValueError("its dtypes are wrong")
+        raise InputError("its dtypes are wrong")
     if (left.ndim, values.ndim, right.ndim) != (2, 1, 2) or not (
         left.shape[1] == len(values) == right.shape[0] == min(left.shape[0], right.shape[1]) > 0
     ):
-        raise ValueError("its shapes do not fit together")
+        raise InputError("its shapes do not fit together")
     if not values.isfinite().all() or values[-1] < 0 or (values.diff() > 0).any():
-        raise ValueError("its singular values do not descend to 0 or above")
+        raise InputError("its singular values do not descend to 0 or above")
     return left, values.clone(), right  # whoever keeps the values alone does not keep the file mapped
 
 

@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_lens.errors import InputError, MissingFileError, MissingPackageError
 from lora_lens.layers import listed
 
 PACKED = ("qweight", "weight_packed")  # GPTQ and AWQ, compressed-tensors: listed in order to be refused
@@ -54,7 +55,7 @@ def tensors_in(path: Path) -> list[Stored]:
     if path.is_dir():
         return _in_folder(path)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no file or folder {path}; a model of the Hugging Face Hub must be on this disk first, "
             "for example with `hf download`"
         )
@@ -64,7 +65,7 @@ def tensors_in(path: Path) -> list[Stored]:
         return _in_safetensors(path)
     if path.suffix == ".gguf":
         return [tensor for part in _gguf_parts(path) for tensor in _in_gguf(part)]
-    raise ValueError(
+    raise InputError(
         f"{path} is neither .safetensors nor .gguf; pickled checkpoints (.bin, .pt) are not opened, because "
         "a pickle can run code: load it in the program it comes from and save it as safetensors"
     )
@@ -81,8 +82,8 @@ def _in_folder(folder: Path) -> list[Stored]:
         if len(found) == 1:
             return tensors_in(found[0])
         if found:
-            raise ValueError(f"{folder} holds several: {listed(f.name for f in found)}; give the path of one")
-    raise FileNotFoundError(
+            raise InputError(f"{folder} holds several: {listed(f.name for f in found)}; give the path of one")
+    raise MissingFileError(
         f"{folder} holds no weights: expected model.safetensors, an index of shards, a .gguf file or "
         "an adapter (pickled .bin files are not opened: save the model again as safetensors)"
     )
@@ -91,13 +92,13 @@ def _in_folder(folder: Path) -> list[Stored]:
 def _in_shards(index: Path) -> list[Stored]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
-        raise ValueError(f"{index} holds no weight_map from tensor names to files; download or save it again")
+        raise InputError(f"{index} holds no weight_map from tensor names to files; download or save it again")
     stored = []
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index} points to {shard!r}, which is no .safetensors file of its own folder")
+            raise InputError(f"{index} points to {shard!r}, which is no .safetensors file of its own folder")
         if not (index.parent / shard).is_file():
-            raise FileNotFoundError(f"{index} names {shard}, which is not in its folder; download it as well")
+            raise MissingFileError(f"{index} names {shard}, which is not in its folder; download it as well")
         stored += _in_safetensors(index.parent / shard, {k for k, place in places.items() if place == shard})
     return stored
 
@@ -110,7 +111,7 @@ def _in_safetensors(path: Path, expected: set[str] | None = None) -> list[Stored
     headers = _headers(path)
     if expected is not None and not expected <= headers.keys():
         missing = listed(sorted(expected - headers.keys()), most=3)
-        raise ValueError(f"{path} lacks {missing}, which its index names; download or save it again")
+        raise InputError(f"{path} lacks {missing}, which its index names; download or save it again")
     stored = []
     for key, (shape, dtype) in headers.items():
         name = _weight_name(key, len(shape))
@@ -141,7 +142,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError, ValueError: there is none, or it is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; pickled files are not opened, save as safetensors instead")
+        raise MissingFileError(f"no file {path}; pickled files are not opened, save as safetensors instead")
     with _opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
 
@@ -152,7 +153,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or malformed ({error}); download or save it again") from error
+        raise InputError(f"{path} is truncated or malformed ({error}); download or save it again") from error
 
 
 def _gguf_parts(path: Path) -> list[Path]:
@@ -166,9 +167,7 @@ def _gguf_parts(path: Path) -> list[Path]:
     )
     for part in parts:
         if not part.is_file():
-            raise FileNotFoundError(
-                f"{path.name} is one of {count} files, and {part} is missing; download it"
-            )
+            raise MissingFileError(f"{path.name} is one of {count} files, and {part} is missing; download it")
     return parts
 
 
@@ -176,7 +175,7 @@ def _in_gguf(path: Path) -> list[Stored]:
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
-        raise ImportError("reading a GGUF file needs the gguf package: pip install gguf") from error
+        raise MissingPackageError("reading a GGUF file needs the gguf package: pip install gguf") from error
     stored = []
     try:
         for key, shape, number, offset in _gguf_header(path):
@@ -184,16 +183,16 @@ def _in_gguf(path: Path) -> list[Stored]:
             block, size = GGML_QUANT_SIZES[kind]
             row = shape[-1] // block * size if shape else size
             if shape and shape[-1] % block:
-                raise ValueError(f"rows of {shape[-1]} numbers cannot be {kind.name}")
+                raise InputError(f"rows of {shape[-1]} numbers cannot be {kind.name}")
             if offset + math.prod(shape[:-1]) * row > path.stat().st_size:
-                raise ValueError(f"{key} reaches past its end")
+                raise InputError(f"{key} reaches past its end")
             if name is not None:
                 read = partial(_of_gguf, path, offset, shape, row, kind.name)
                 stored.append(
                     _in_file(name, shape, read, problem_of(kind.name not in GGML_INTEGERS, kind.name))
                 )
     except (ValueError, KeyError, OverflowError, RecursionError, ZeroDivisionError, struct.error) as error:
-        raise ValueError(f"{path} is truncated or malformed ({error}); download it again") from error
+        raise InputError(f"{path} is truncated or malformed ({error}); download it again") from error
     return stored
 
 
@@ -212,7 +211,7 @@ def _gguf_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         def text() -> str:
             length = number("Q")
             if length > 65535:
-                raise ValueError(f"a name of {length} bytes")
+                raise InputError(f"a name of {length} bytes")
             return stream.read(length).decode()
 
         def skip(kind: int, count: int) -> None:
@@ -220,12 +219,12 @@ def _gguf_header(path: Path) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
                 for _ in range(count):
                     skip(0, number("Q")) if kind == GGUF_STRING else skip(number("I"), number("Q"))
             elif stream.tell() + count * GGUF_WIDTHS[kind] > size:
-                raise ValueError("its header reaches past its end")
+                raise InputError("its header reaches past its end")
             else:
                 stream.seek(count * GGUF_WIDTHS[kind], 1)
 
         if stream.read(4) != b"GGUF" or number("I") not in (2, 3):
-            raise ValueError("its first bytes are not those of a little-endian GGUF file of version 2 or 3")
+            raise InputError("its first bytes are not those of a little-endian GGUF file of version 2 or 3")
         count, fields, alignment = number("Q"), number("Q"), 32
         for _ in range(fields):
             key, kind = text(), number("I")
@@ -253,7 +252,7 @@ def _of_gguf(
     rows = math.prod(shape[:-1])
     data = np.fromfile(path, np.uint8, rows * row, offset=offset)
     if len(data) < rows * row:
-        raise ValueError(f"{path} ends early; download it again")
+        raise InputError(f"{path} ends early; download it again")
     if kind in GGML_FLOATS:
         return torch.from_numpy(data.view(GGML_FLOATS[kind]).reshape(shape))
     values = np.empty((rows, shape[-1]), np.float32)
@@ -262,7 +261,7 @@ def _of_gguf(
             part = slice(first, first + ROWS_AT_ONCE)
             values[part] = quants.dequantize(data.reshape(rows, row)[part], GGMLQuantizationType[kind])
     except NotImplementedError as error:
-        raise ValueError(f"the gguf package cannot dequantize {kind}, in {path}; try a newer gguf") from error
+        raise InputError(f"the gguf package cannot dequantize {kind}, in {path}; try a newer gguf") from error
     return torch.from_numpy(values.reshape(shape))
 
 
@@ -270,9 +269,9 @@ def read_json(path: Path) -> dict:
     try:
         facts = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); download or save it again") from error
+        raise InputError(f"{path} is no valid JSON ({error}); download or save it again") from error
     if not isinstance(facts, dict):
-        raise ValueError(f"{path} holds no JSON object; download or save it again")
+        raise InputError(f"{path} holds no JSON object; download or save it again")
     return facts
 
 
@@ -316,12 +315,12 @@ def _in_adapter(folder: Path) -> list[Stored]:
     config = read_json(config_path)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise ValueError(
+        raise InputError(
             f"{folder} holds a {kind} adapter; only LoRA's update is scaling * B @ A: merge this one into "
             "its model and compare the weights before and after"
         )
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} holds no adapter_model.safetensors (a pickled adapter_model.bin is not opened, "
             "because a pickle can run code); save the adapter again as safetensors"
         )
@@ -340,11 +339,11 @@ def _in_adapter(folder: Path) -> list[Stored]:
             alpha = alphas.get(get_pattern_key(alphas, name), config["lora_alpha"])
             scaling = alpha / (math.sqrt(expected) if config.get("use_rslora") else expected)
         except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, re.error) as error:
-            raise ValueError(
+            raise InputError(
                 f"{config_path} gives no scaling of {name} ({error!r}); save it again"
             ) from error
         if len(shape_a) < 2 or len(shape_b) < 2 or not rank == shape_b[1] == expected:
-            raise ValueError(
+            raise InputError(
                 f"{path}: A {shape_a} and B {shape_b} of {name} are no pair of rank {expected}, "
                 "as for an adapted linear layer, embedding or convolution; leave such an adapter out"
             )

@@ -15,6 +15,8 @@ import numpy as np
 from ipywidgets import Text
 from matplotlib.axes import Axes
 
+from lora_lens.errors import InputError
+
 Rectangle = tuple[tuple[float, float], tuple[float, float]]
 
 
@@ -98,7 +100,7 @@ def brushed_ranges(text: str, ax: Axes) -> Rectangle:
     except ValueError:
         corners = []
     if len(corners) != 4 or not all(0 <= share <= 1 for share in corners):
-        raise ValueError(f"a rectangle is four shares from 0 to 1, x0,y0,x1,y1, not {text!r}")
+        raise InputError(f"a rectangle is four shares from 0 to 1, x0,y0,x1,y1, not {text!r}")
     start, end = np.transpose([ax.get_xlim(), ax.get_ylim()])  # each (x, y)
     ends = start[:, None] + np.array([(x0, x1), (y0, y1)]) * (end - start)[:, None]
     (left, right), (bottom, top) = np.sort(ends, axis=1).tolist()

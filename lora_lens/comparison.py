@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lora_lens.errors import InputError
 from lora_lens.layers import block_and_kind, listed
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.window import Window
@@ -178,7 +179,7 @@ def compare(
     """
     before, after = (SpectrumSet([s]) if isinstance(s, Spectrum) else s for s in (before, after))
     if alone := sorted(set(before) ^ set(after)):
-        raise ValueError(
+        raise InputError(
             f"only one of the two has a spectrum of {listed(alone)}; compare spectra of the same layers"
         )
     rows = []
@@ -202,7 +203,7 @@ def _mean_squared_cosine(angles: Tensor) -> float:
 
 def _check_shapes(before: Spectrum, after: Spectrum) -> None:
     if before.shape != after.shape:
-        raise ValueError(
+        raise InputError(
             f"{before.name} has shape {before.shape} before and {after.name} has {after.shape} after; "
             "only spectra of one weight compare"
         )
@@ -215,7 +216,7 @@ def _all_of(spectrum: Spectrum) -> Window:
 def _vectors(spectrum: Spectrum, window: Window, side: Side) -> Tensor:
     """The window's vectors as columns: (out_features or in_features, rank), float32."""
     if side not in ("left", "right"):
-        raise ValueError(f"side must be 'left' or 'right', not {side!r}")
+        raise InputError(f"side must be 'left' or 'right', not {side!r}")
     left, right = spectrum.vectors(window)
     return left if side == "left" else right.T
 
@@ -223,7 +224,7 @@ def _vectors(spectrum: Spectrum, window: Window, side: Side) -> Tensor:
 def _bands(spectrum: Spectrum, bins: int) -> np.ndarray:
     """The bounds of ``bins`` bands of nearly equal size: (bins + 1,), from 0 to k."""
     if not 1 <= bins <= spectrum.k:
-        raise ValueError(
+        raise InputError(
             f"{bins} bins do not fit {spectrum.name}: its spectrum has {spectrum.k} components; "
             f"use 1 to {spectrum.k} bins"
         )

@@ -12,6 +12,7 @@ import pandas as pd
 from ipywidgets import HTML, Dropdown, FloatLogSlider, FloatSlider, Layout, ToggleButtons, VBox
 
 from lora_lens import plots, tradeoffs
+from lora_lens.errors import InputError, LoraLensError
 from lora_lens.explorer import (
     WORDS,
     brief_errors,
@@ -104,7 +105,7 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
             score.value = "forgetting"  # the accuracies are equal by design
         chosen = tuple(seed for seed, box in seeds.items() if box.value)
         if not chosen:
-            raise ValueError("choose at least one seed")
+            raise InputError("choose at least one seed")
         runs = table[table["seed"].isin(chosen)]
         result = compare[comparison.value](runs)
         at = _at(comparison.value, settings.get(comparison.value))
@@ -124,7 +125,7 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
 def _drifts_in(store: str | Path, table: pd.DataFrame) -> pd.DataFrame | None:
     try:
         return drifts(store, table)
-    except ValueError:  # none was kept: a comparison fewer, not an error
+    except LoraLensError:  # none was kept: a comparison fewer, not an error
         return None
 
 
@@ -170,7 +171,7 @@ def _in_words(result: pd.DataFrame, runs: pd.DataFrame, comparison: str) -> str:
     if comparison == EQUAL_RATE:
         try:
             return u_shape_test(runs, float(result["lr"].iloc[0])).words
-        except ValueError as error:  # one rank too many or one end too few: the picture stands without it
+        except LoraLensError as error:  # one rank too many or one end too few: the picture stands without it
             return f"No test of a U-shape: {error}."
     if comparison == OWN_BEST_RATE:
         same = int((result["selected_on"] == "same seeds").sum())

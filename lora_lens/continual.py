@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_lens.adapter import chosen_layers, planned
 from lora_lens.continual_metrics import RESULTS
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import Targets, weight_matrix
 from lora_lens.methods import Method, Variant, inner_method, penalty_of
 from lora_lens.scenarios import SCENARIOS, all_at_once
@@ -84,11 +85,11 @@ def continual(
     """
     tasks = list(tasks)
     if not isinstance(strategy, Strategy):
-        raise TypeError(f"expected a strategy such as Merged(), not {strategy!r}")
+        raise InputTypeError(f"expected a strategy such as Merged(), not {strategy!r}")
     for taken in ("lr", "seed", "evaluations"):
         if taken in settings:
             where = "is the grid's" if taken != "evaluations" else "has no sense here, as tests follow tasks"
-            raise ValueError(f"{taken} {where}: do not give it to continual")
+            raise InputError(f"{taken} {where}: do not give it to continual")
     orders = _orders(orders, len(tasks))
     training, variant = Training(evaluations=2, **settings), variant or Variant()
     layers = _checked(
@@ -117,7 +118,7 @@ def continual_runs(store: str | Path) -> pd.DataFrame:
     """
     records = [record for record in all_records(store).values() if "rows" in record]
     if not records:
-        raise ValueError(f"{store} holds no sequences of tasks; single runs are read by ll.runs")
+        raise InputError(f"{store} holds no sequences of tasks; single runs are read by ll.runs")
     keys = ["setting", "strategy", "method", "rank", "position", "order", "lr", "seed", "after", "place"]
     return _table(records).sort_values(keys, kind="stable", ignore_index=True)
 
@@ -138,7 +139,7 @@ def continual_drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     wanted = [records[run] for run in table["run"].unique() if run in records]
     parts = [pd.DataFrame(r["drift"]).assign(run=r["run"]) for r in wanted if r.get("drift")]
     if not parts:
-        raise ValueError(
+        raise InputError(
             f"no sequence in {store} was kept with its drift; continual measures it when it is given "
             "spectra=ll.spectra(model), with all vectors"
         )
@@ -160,14 +161,14 @@ def _checked(
 ) -> dict[Method, list[str]]:
     """The layers of each method, after every check that can be made before the first step."""
     if len(tasks) < 2:
-        raise ValueError(
+        raise InputError(
             f"a sequence needs at least two tasks, not {len(tasks)}; for one there is ll.finetune"
         )
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise ValueError(f"two tasks have one name, and their rows could not be told apart: {names}")
+        raise InputError(f"two tasks have one name, and their rows could not be told apart: {names}")
     if setting not in SCENARIOS:
-        raise ValueError(f"setting must be one of {', '.join(SCENARIOS)}, not {setting!r}")
+        raise InputError(f"setting must be one of {', '.join(SCENARIOS)}, not {setting!r}")
     SCENARIOS[setting](tasks)
     for task in tasks:
         task.new_readout(model, seed=0)
@@ -183,11 +184,11 @@ def _checked(
         require_method(strategy, method)
         penalty, share = penalty_of(method), 0 if memory is None else memory.share
         if penalty is not None and penalty.share + share >= 1:
-            raise ValueError(f"{penalty} and {memory} would leave no place for new examples in a batch")
+            raise InputError(f"{penalty} and {memory} would leave no place for new examples in a batch")
         if penalty is not None and penalty.share and retain is None:
-            raise ValueError(f"{penalty} needs examples of what is to be retained: give retain=")
+            raise InputError(f"{penalty} needs examples of what is to be retained: give retain=")
         if training.batch_size * share < 1 <= share * 2:
-            raise ValueError(f"{memory} needs half of each batch, and batch_size is {training.batch_size}")
+            raise InputError(f"{memory} needs half of each batch, and batch_size is {training.batch_size}")
         for place in range(len(tasks) if isinstance(strategy, Moving) else 1):
             inner = inner_method(method_of(strategy, method, place))
             plan = planned(model, inner, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
@@ -203,9 +204,9 @@ def _orders(orders: Sequence[Sequence[int]] | None, count: int) -> list[tuple[in
     orders = [tuple(range(count))] if orders is None else [tuple(map(int, order)) for order in orders]
     for order in orders:
         if sorted(order) != list(range(count)):
-            raise ValueError(f"an order is a permutation of 0 to {count - 1}, not {order}")
+            raise InputError(f"an order is a permutation of 0 to {count - 1}, not {order}")
     if len(set(orders)) < len(orders):
-        raise ValueError(f"an order is given twice: {orders}")
+        raise InputError(f"an order is given twice: {orders}")
     return orders
 
 

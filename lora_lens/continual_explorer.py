@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from lora_lens import plots
 from lora_lens.continual_metrics import SCORES, continual_scores, score_means
 from lora_lens.continual_plots import method_names, name_of_windows, placed_windows
+from lora_lens.errors import InputError
 from lora_lens.explorer import (
     ALL,
     WORDS,
@@ -53,7 +54,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
     if drifts is not None:
         require_columns(drifts, DRIFT)
         if not scores["run"].isin(drifts["run"]).any():
-            raise ValueError(
+            raise InputError(
                 "none of the table's runs has a drift; pass ll.continual_drifts(store, table), or no drifts"
             )
     setting, method = _choice("setting"), _choice("strategy and method", "32em")
@@ -88,7 +89,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
             if control.value != ALL:
                 runs = runs[runs[column] == control.value]
         if not runs["here"].any():
-            raise ValueError(
+            raise InputError(
                 f"{method.value} was not run with order {order.value} and seed {seed.value}; "
                 "choose another order or seed"
             )

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from lora_lens.errors import InputError
 from lora_lens.tradeoffs import mean_and_interval, require_columns, window_columns
 
 RESULTS = ["after", "task", "place", "accuracy", "loss", "retained_before", "retained_accuracy", "diverged"]
@@ -160,7 +161,7 @@ def accuracy_matrix(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """
     require_columns(table, ["run", "after", "place", "accuracy"])
     if table["run"].nunique() != 1:
-        raise ValueError(
+        raise InputError(
             f"a matrix needs the rows of one run, not of {table['run'].nunique()}; "
             'pass table[table["run"] == run]'
         )
@@ -168,7 +169,7 @@ def accuracy_matrix(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     measured = table.set_index(["after", "place"])["accuracy"]
     expected = pd.MultiIndex.from_product([range(tasks + 1), range(tasks)])
     if not measured.index.sort_values().equals(expected):
-        raise ValueError(
+        raise InputError(
             f"run {run} should have one row for each of {tasks} tasks after 0 to {tasks} of them were "
             f"trained, {len(expected)} in all, not {len(measured)}; pass all its rows, each once"
         )
@@ -204,7 +205,7 @@ def continual_scores(table: pd.DataFrame) -> pd.DataFrame:
     alike = ["setting", "lr", "order", "seed"]
     require_columns(table, ["run", "strategy", *window_columns(table), *alike, *RESULTS])
     if table.empty:
-        raise ValueError("the table has no runs; pass what continual returned")
+        raise InputError("the table has no runs; pass what continual returned")
     runs = [rows for _, rows in table.groupby("run", sort=False)]
     matrices = [accuracy_matrix(rows) for rows in runs]
     first = pd.DataFrame([rows.iloc[0] for rows in runs])
@@ -241,7 +242,7 @@ def score_means(scores: pd.DataFrame) -> pd.DataFrame:
     keys = ["strategy", *window_columns(scores), "setting", "lr"]
     require_columns(scores, [*keys, "order", "seed", "diverged", *SCORES])
     if scores.empty:
-        raise ValueError("there are no runs to average; pass what continual_scores returned")
+        raise InputError("there are no runs to average; pass what continual_scores returned")
     _require_one_each(scores, [*keys, "order", "seed"])
     rows = []
     for values, group in scores.groupby(keys, dropna=False, sort=False):
@@ -258,7 +259,7 @@ def _matrix(accuracies: ArrayLike) -> np.ndarray:
     """R (T, T), float, after checking it."""
     accuracies = np.asarray(accuracies, float)
     if accuracies.ndim != 2 or accuracies.shape[0] != accuracies.shape[1] or not accuracies.size:
-        raise ValueError(
+        raise InputError(
             f"accuracies must be square, one row per task trained and one column per task, "
             f"not {accuracies.shape}; leave out the row from before training"
         )
@@ -269,7 +270,7 @@ def _by_place(name: str, values: ArrayLike, accuracies: np.ndarray) -> np.ndarra
     """(T,) as many values as there are tasks."""
     values = np.asarray(values, float)
     if values.shape != accuracies.shape[:1]:
-        raise ValueError(
+        raise InputError(
             f"{name} must hold one accuracy for each of {len(accuracies)} tasks, not {values.shape}"
         )
     return _shares(name, values)
@@ -278,7 +279,7 @@ def _by_place(name: str, values: ArrayLike, accuracies: np.ndarray) -> np.ndarra
 def _shares(name: str, values: np.ndarray) -> np.ndarray:
     outside = values[(values < 0) | (values > 1)]
     if outside.size:
-        raise ValueError(f"{name} must be shares in [0, 1] or NaN, not {outside[0]:g}; 80% is 0.8")
+        raise InputError(f"{name} must be shares in [0, 1] or NaN, not {outside[0]:g}; 80% is 0.8")
     return values
 
 
@@ -350,4 +351,4 @@ def _require_one_each(runs: pd.DataFrame, columns: list[str]) -> None:
     if twice.any():
         row = runs[twice].iloc[0]
         named = ", ".join(f"{c} {row[c]}" for c in columns if pd.notna(row[c]))
-        raise ValueError(f"two runs share {named}; pass runs with one value of every other setting")
+        raise InputError(f"two runs share {named}; pass runs with one value of every other setting")

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lora_lens.errors import InputError
 from lora_lens.plot_style import colour_bar, styled
 from lora_lens.sweep_plots import LONGEST_LABEL, PERCENT
 from lora_lens.tradeoffs import mean_and_interval, require_columns
@@ -187,7 +188,7 @@ def window_survival(
     runs = _drifts_by_run(drifts, table, measure)
     runs = runs[placed_windows(runs)].dropna(subset=[measure])
     if runs.empty:
-        raise ValueError("none of the drifts is of a window placed by position in a run of the table")
+        raise InputError("none of the drifts is of a window placed by position in a run of the table")
     _draw_drifts(ax, runs, measure)
     ax.set(ylabel=MEASURES[measure] + (" (0 to 1)" if measure != "block_change" else ""))
     ax.set_title("What is left of the first task's window")
@@ -211,7 +212,7 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
     """
     runs = _drifts_by_run(drifts, table, "update").dropna(subset=["update"])
     if runs.empty:
-        raise ValueError("none of the table's runs has a drift; pass ll.continual_drifts(store, table)")
+        raise InputError("none of the table's runs has a drift; pass ll.continual_drifts(store, table)")
     _draw_drifts(ax, runs, "update")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(ylabel="update, ||dW|| / ||W||", title="How far the weights have moved")
@@ -272,18 +273,18 @@ def _of_one_method(table: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
         table, [*keys, *METHOD, "order", "task", "accuracy", "retained_before", "retained_accuracy"]
     )
     if table.empty:
-        raise ValueError("the table has no runs; pass what ll.continual returned")
+        raise InputError("the table has no runs; pass what ll.continual returned")
     rows = table if run is None else table[table["run"] == run]
     if rows.empty:
-        raise ValueError(
+        raise InputError(
             f"the table has no run {run!r}; it has {shorten(', '.join(table['run'].unique()), 80)}"
         )
     if rows.duplicated(keys).any():
-        raise ValueError("some rows stand twice in the table; pass what ll.continual returned")
+        raise InputError("some rows stand twice in the table; pass what ll.continual returned")
     methods = rows.drop_duplicates(METHOD)
     if len(methods) > 1:
         first, second, *_ = method_names(methods)
-        raise ValueError(
+        raise InputError(
             f"one picture shows one strategy and method, and the table has {len(methods)}, such as {first} "
             f"and {second}; choose one, such as table[table['strategy'] == '{methods['strategy'].iloc[0]}'], "
             "or pass a run"
@@ -292,7 +293,7 @@ def _of_one_method(table: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
     tasks = rows.groupby("run")["task"].agg(lambda names: ", ".join(sorted(set(names))))
     if tasks.nunique() > 1:
         one, two, *_ = tasks.unique()
-        raise ValueError(f"the runs learnt different tasks: {one} and {two}; pass runs of the same tasks")
+        raise InputError(f"the runs learnt different tasks: {one} and {two}; pass runs of the same tasks")
     return rows
 
 
@@ -304,7 +305,7 @@ def require_one_setting(rows: pd.DataFrame) -> None:
         for _, group in rows.groupby(METHOD, dropna=False, sort=False):
             if len(values := group[setting].unique().tolist()) > 1:
                 (name,) = method_names(group.head(1))
-                raise ValueError(
+                raise InputError(
                     f"the runs of {name} differ in {setting}: {values[0]} and {values[1]}; choose one, such "
                     f"as table[table['{setting}'] == {values[0]!r}]"
                 )
@@ -381,4 +382,4 @@ def shortened(name: str) -> str:
 
 def require_one_of(value: str, choices: Collection[str], what: str = "score") -> None:
     if value not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(choices)}, not {value!r}")
+        raise InputError(f"{what} must be one of {', '.join(choices)}, not {value!r}")

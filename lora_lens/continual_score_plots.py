@@ -31,6 +31,7 @@ from lora_lens.continual_plots import (
     require_one_setting,
     shortened,
 )
+from lora_lens.errors import InputError
 from lora_lens.plot_style import colour_bar, house_style, styled
 from lora_lens.sweep_plots import PERCENT
 from lora_lens.tradeoffs import require_columns
@@ -164,7 +165,7 @@ def forgetting_by_position(scores: pd.DataFrame, score: str = "average_forgettin
     means = _means(scores, [score])
     windows, others = means[placed_windows(means)], means[~placed_windows(means)].dropna(subset=[score])
     if windows.empty:
-        raise ValueError("the scores have no runs of windows placed by position")
+        raise InputError("the scores have no runs of windows placed by position")
     strategies = means["strategy"].unique()
     palette = dict(zip(strategies, sns.color_palette("colorblind", len(strategies)), strict=True))
     dashes = dict(zip(others["method"].unique(), cycle(LINES[1:]), strict=False))
@@ -205,6 +206,6 @@ def _means(scores: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
         scores = continual_scores(scores)
     require_columns(scores, [*METHOD, *columns])
     if scores.empty:
-        raise ValueError("the table has no runs; pass what ll.continual returned, or its scores")
+        raise InputError("the table has no runs; pass what ll.continual returned, or its scores")
     require_one_setting(scores)
     return score_means(scores)

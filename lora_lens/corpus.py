@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import listed
 
 
@@ -24,17 +25,17 @@ class Texts:
         object.__setattr__(self, "texts", tuple(self.texts))
         object.__setattr__(self, "labels", tuple(self.labels))
         if not self.texts or len(self.texts) != len(self.labels):
-            raise ValueError(
+            raise InputError(
                 f"expected as many labels as texts, not {len(self.texts)} texts and {len(self.labels)} labels"
             )
         for row, (text, label) in enumerate(zip(self.texts, self.labels, strict=True)):
             if not isinstance(text, str):
-                raise TypeError(f"text {row} must be a string, not {text!r}")
+                raise InputTypeError(f"text {row} must be a string, not {text!r}")
             if isinstance(label, bool) or not isinstance(label, int):
-                raise TypeError(f"the label of text {row} must be a whole number, not {label!r}")
+                raise InputTypeError(f"the label of text {row} must be a whole number, not {label!r}")
         empty = [row for row, text in enumerate(self.texts) if not text.strip()]
         if empty:
-            raise ValueError(
+            raise InputError(
                 f"{len(empty)} of {len(self.texts)} texts are empty "
                 f"(rows {listed(map(str, empty), most=5)}); leave them out, with their labels"
             )
@@ -61,14 +62,14 @@ class Corpus:
         for part in ("train", "test"):
             labels = getattr(self, part).labels
             if min(labels) < 0 or max(labels) >= max(len(self.classes), 1):
-                raise ValueError(
+                raise InputError(
                     f"{self.name}: {part} labels run from {min(labels)} to {max(labels)}, but there are "
                     f"{len(self.classes)} classes"
                 )
         known = {same_text(text) for text in self.train.texts}
         shared = [text for text in self.test.texts if same_text(text) in known]
         if shared:
-            raise ValueError(
+            raise InputError(
                 f"{self.name}: {len(shared)} test texts are training texts as well, such as "
                 f"{shared[0][:60]!r}; a test on them would tell what was memorized"
             )

@@ -11,6 +11,7 @@ from operator import index
 import numpy as np
 
 from lora_lens.corpus import Corpus, Texts, same_text
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import listed
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -44,7 +45,7 @@ class Part:
 
 def generator(seed: int) -> np.random.Generator:
     if index(seed) < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}")
+        raise InputError(f"seed must be at least 0, not {seed}")
     return np.random.default_rng(index(seed))
 
 
@@ -52,11 +53,11 @@ def require(source: str, columns: list[str], found: Iterable[str], rows: int) ->
     """Rows, and every one of these columns once."""
     found = list(found)
     if not found or rows == 0:
-        raise ValueError(f"{source} is empty: it has no rows{' under its header' if found else ''}")
+        raise InputError(f"{source} is empty: it has no rows{' under its header' if found else ''}")
     for column in columns:
         if found.count(column) != 1:
             how = "no column" if column not in found else f"{found.count(column)} columns"
-            raise ValueError(
+            raise InputError(
                 f"{source} has {how} {column!r}; its columns are {quoted(found)}, so pass text= and label= "
                 "(label=None for texts without classes)"
             )
@@ -65,13 +66,13 @@ def require(source: str, columns: list[str], found: Iterable[str], rows: int) ->
 def check_texts(part: Part) -> None:
     for row, text in enumerate(part.texts):
         if not isinstance(text, str) and not _is_missing(text):
-            raise TypeError(
+            raise InputTypeError(
                 f"{part.source}, {part.at([row])}: a text must be a string, not {type(text).__name__} "
                 f"{short(repr(text))}"
             )
     empty = [row for row, text in enumerate(part.texts) if _is_missing(text)]
     if empty:
-        raise ValueError(
+        raise InputError(
             f"{part.source}: {len(empty)} of {len(part.texts)} texts are empty ({part.at(empty)}); "
             f"{part.remedy}"
         )
@@ -79,7 +80,7 @@ def check_texts(part: Part) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise InputError(
                 f"{part.source}, {part.at([row])}: character {error.start} of the text is half of a pair "
                 f"({text[error.start]!a}), which no tokenizer takes; remove it"
             ) from error
@@ -91,27 +92,27 @@ def labels_by_name(part: Part) -> list[str] | None:
         return None
     missing = [row for row, label in enumerate(part.labels) if _is_missing(label)]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{part.source}: {len(missing)} of {len(part.labels)} labels are missing ({part.at(missing)}); "
             f"{part.remedy}, take a part that has them, or pass label=None for plain text"
         )
     for row, label in enumerate(part.labels):
         if isinstance(label, bool) or not isinstance(label, (str, int, float)):
-            raise TypeError(
+            raise InputTypeError(
                 f"{part.source}, {part.at([row])}: a label must be a string or a whole number, not "
                 f"{type(label).__name__} {short(repr(label))}"
             )
     named = [row for row, label in enumerate(part.labels) if isinstance(label, str)]
     if named and len(named) < len(part.labels):
         number = next(row for row, label in enumerate(part.labels) if not isinstance(label, str))
-        raise ValueError(
+        raise InputError(
             f"{part.source}: some labels are strings ({part.labels[named[0]]!r}, {part.at(named[:1])}) and "
             f"some are numbers ({part.labels[number]!r}, {part.at([number])}); write all of them as strings"
         )
     numbers = not named or all(DECIMAL.fullmatch(label) for label in part.labels)
     broken = [row for row, label in enumerate(part.labels) if numbers and not float(label).is_integer()]
     if broken:
-        raise ValueError(
+        raise InputError(
             f"{part.source}: {len(broken)} labels are not whole, such as {part.labels[broken[0]]} "
             f"({part.at(broken)}); classes are strings or whole numbers"
         )
@@ -134,7 +135,7 @@ def once(part: Part) -> tuple[Part, int]:
     for row, text in enumerate(part.texts):
         known = first.setdefault(same_text(text), row)
         if part.labels is not None and part.labels[row] != part.labels[known]:
-            raise ValueError(
+            raise InputError(
                 f"{part.source}: the same text has two labels, {short(part.labels[known])!r} "
                 f"({part.at([known])}) and {short(part.labels[row])!r} ({part.at([row])}): "
                 f"{short(text)!r}; keep the right one"
@@ -149,7 +150,7 @@ def corpus_of(name: str, classes: tuple[str, ...], train: Part, test: Part, repe
     kept = [row for row, text in enumerate(train.texts) if same_text(text) not in tested]
     shared = len(train.texts) - len(kept)
     if not kept:
-        raise ValueError(f"every text of {train.source} is a text of {test.source} as well; give two parts")
+        raise InputError(f"every text of {train.source} is a text of {test.source} as well; give two parts")
     train, in_train = once(train.take(kept))
     repeated += in_test + in_train
     if shared or repeated:
@@ -168,12 +169,12 @@ def _indices(classes: tuple[str, ...], train: Part, test: Part) -> tuple[list[in
     found = dict.fromkeys(train.labels)
     if lost := dict.fromkeys(label for label in test.labels if label not in found):
         rows = [row for row, label in enumerate(test.labels) if label in lost]
-        raise ValueError(
+        raise InputError(
             f"the test part has classes of which the training part has no text: {quoted(lost)} "
             f"({test.source}, {test.at(rows)}); add training texts, draw more of them, or leave the class out"
         )
     if len(found) < 2:
-        raise ValueError(
+        raise InputError(
             f"all training texts of {train.source} have the label {train.labels[0]!r}; expected at least two "
             "classes, or label=None for plain text"
         )
@@ -183,7 +184,7 @@ def _indices(classes: tuple[str, ...], train: Part, test: Part) -> tuple[list[in
         places = {str(place): place for place in range(len(classes))}
     if strange := [label for label in found if label not in places]:
         row = train.labels.index(strange[0])
-        raise ValueError(
+        raise InputError(
             f"{train.source}: labels that are not among the classes {quoted(classes)}: {quoted(strange)} "
             f"({train.at([row])})"
         )

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_lens.comparison import Side
+from lora_lens.errors import InputError
 from lora_lens.factorization import Factors, product_norm, product_svd, thin_svd
 from lora_lens.injection import (
     ADAPTER,
@@ -116,7 +117,7 @@ def drift_between(
     for name, spectrum in spectra.items():
         start, end = old[name]().detach().cpu(), new[name]().detach().cpu()
         if start.shape != end.shape:
-            raise ValueError(
+            raise InputError(
                 f"{name} has shape {tuple(start.shape)} before and {tuple(end.shape)} after; "
                 "only two states of one model compare"
             )
@@ -219,7 +220,7 @@ def require_start_of(spectrum: Spectrum, name: str, some: Tensor) -> None:
         error = torch.linalg.norm(some.double() @ right - expected)
         belongs = bool(error <= BELONGS * torch.linalg.norm(expected))
     if not belongs:
-        raise ValueError(
+        raise InputError(
             f"the spectrum of {spectrum.name}, shape {spectrum.shape}, is not that of {name}'s pretrained "
             "weight: take ll.spectra of the model before training, with the same targets"
         )
@@ -227,7 +228,7 @@ def require_start_of(spectrum: Spectrum, name: str, some: Tensor) -> None:
 
 def require_finite(name: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise ValueError(
+        raise InputError(
             f"what was trained of {name} holds NaN or infinite values, so it has no update: the training "
             "diverged; train again at a smaller learning rate"
         )

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from lora_lens.errors import InputError
 from lora_lens.plot_style import colour_bar, styled
 from lora_lens.predictors import OUTSIDE
 from lora_lens.sweep_plots import PERCENT, RATE_MARKERS
@@ -104,7 +105,7 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
     require_columns(drifts, ["position", "update", *SHARES])
     known = drifts[drifts["update"] > 0].dropna(subset=["position", *SHARES])
     if known.empty:
-        raise ValueError("no windows placed by position with a drift; merge position from the table of runs")
+        raise InputError("no windows placed by position with a drift; merge position from the table of runs")
     squares = known[list(SHARES)].mul(known["update"] ** 2, axis=0).groupby(known["position"]).sum()
     parts = squares.div(squares.sum(axis=1), axis=0)
     bottom = np.zeros(len(parts))
@@ -144,7 +145,7 @@ def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
     """
     require_columns(result, ["measure", "r2", "spearman"])
     if result.empty:
-        raise ValueError("the result has no rows; pass what ll.predictors.predict_forgetting returned")
+        raise InputError("the result has no rows; pass what ll.predictors.predict_forgetting returned")
     rows = result.sort_values("r2")
     names = [MEASURES.get(m, m) for m in rows["measure"]]
     colours = [COLOURS.get(m, "C0") for m in rows["measure"]]
@@ -185,7 +186,7 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
     require_columns(measures, ["run", measure])
     runs = table.merge(measures[["run", measure]].dropna(), on="run")
     if runs.empty:
-        raise ValueError(
+        raise InputError(
             f"none of the table's runs has a value of {measure}; pass the measures of the same table"
         )
     scale = ScalarMappable(Normalize(0, 1), colormaps["cividis"].with_extremes(bad=NO_POSITION))

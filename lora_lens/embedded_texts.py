@@ -18,6 +18,7 @@ import pandas as pd
 
 from lora_lens.corpus import Corpus, Texts
 from lora_lens.embedded import _verified
+from lora_lens.errors import InputError
 
 CORPORA = ("movies", "products", "tweets", "newspaper")
 SENTIMENTS = ("negative", "positive")
@@ -39,7 +40,7 @@ def ratings(name: str) -> pd.DataFrame:
         FileNotFoundError, ValueError: the file is missing or damaged, or another ``name``.
     """
     if name not in CORPORA:
-        raise ValueError(f"there is no corpus {name!r}; choose one of {', '.join(CORPORA)}")
+        raise InputError(f"there is no corpus {name!r}; choose one of {', '.join(CORPORA)}")
     held = _held()[name]
     return pd.DataFrame(
         {
@@ -96,7 +97,7 @@ def genres(per_genre: int = 3000) -> Corpus:
     training_texts = min(int((~table["test"]).sum()) for table in tables)
     most = min(5 * test_texts + 4, 5 * training_texts // 4)
     if not 5 <= index(per_genre) <= most:
-        raise ValueError(
+        raise InputError(
             f"per_genre must be 5 to {most}, as many as the smallest corpus has, not {per_genre}"
         )
     testing = per_genre // 5

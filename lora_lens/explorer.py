@@ -27,6 +27,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lora_lens import plots
+from lora_lens.errors import InputError, LoraLensError
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
@@ -191,7 +192,7 @@ def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
     def made(*arguments: object, **options: object) -> VBox:
         try:
             return make(*arguments, **options)
-        except (ValueError, FileNotFoundError) as error:
+        except LoraLensError as error:
             line = f"{type(error).__name__}: {error}"
             error._render_traceback_ = lambda: [line]  # IPython asks for it
             raise
@@ -371,9 +372,9 @@ def plain_texts(values: pd.Series) -> list[str]:
 
 def require_sweep(table: pd.DataFrame) -> None:
     if table.empty:
-        raise ValueError("the table is empty: there are no runs to show")
+        raise InputError("the table is empty: there are no runs to show")
     absent = [column for column in SWEEP_COLUMNS if column not in table]
     if absent:
-        raise ValueError(
+        raise InputError(
             f"this is no table of a sweep: it lacks {', '.join(absent)}; use what ll.sweep returns"
         )

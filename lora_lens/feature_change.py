@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter import call, evaluating
+from lora_lens.errors import InputError
 from lora_lens.layers import classifier
 from lora_lens.readouts import Inputs
 
@@ -42,7 +43,7 @@ def feature_change(
     rows = []
     for (name, x), (_, y) in zip(old.items(), new.items(), strict=True):
         if x.shape != y.shape or x.ndim < 2 or len(x) != batch:
-            raise ValueError(
+            raise InputError(
                 f"the features of {name} have shape {tuple(x.shape)} before and {tuple(y.shape)} after for a "
                 f"batch of {batch}: expected the same (batch, ...) from both"
             )
@@ -75,7 +76,7 @@ def cka(x: Tensor, y: Tensor) -> float:
         ValueError: they are no matrices of as many rows.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise ValueError(
+        raise InputError(
             f"features have shapes {tuple(x.shape)} and {tuple(y.shape)}: expected (n, p) and (n, q), "
             "one row for each of the same n examples"
         )
@@ -98,7 +99,7 @@ def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) ->
     if layers is None:
         head = classifier(inner, required=False)
         if head is None:
-            raise ValueError(
+            raise InputError(
                 f"{type(inner).__name__} has no linear classifier whose input could be compared; name the "
                 "modules to compare with layers="
             )
@@ -106,11 +107,11 @@ def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) ->
     else:
         head = None
     if missing := [name for name in layers if name not in modules]:
-        raise ValueError(f"{type(inner).__name__} has no module {missing[0]!r}; layers= takes module names")
+        raise InputError(f"{type(inner).__name__} has no module {missing[0]!r}; layers= takes module names")
     with _kept({name: modules[name] for name in layers}, head) as found, evaluating(model):
         call(model, inputs)
     if silent := [name for name in layers if name not in found]:
-        raise ValueError(f"{type(inner).__name__} made its output without calling {silent[0]}")
+        raise InputError(f"{type(inner).__name__} made its output without calling {silent[0]}")
     return {name: found[name] for name in layers}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lens.adapter import call, check_belongs, evaluating
+from lora_lens.errors import InputError
 from lora_lens.layers import LINEAR, weight_matrix
 from lora_lens.readouts import Inputs, real_positions
 from lora_lens.spectrum import Spectrum
@@ -159,11 +160,11 @@ def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
     module = _linear(model, layer)
     given = layer_inputs(model, [layer], inputs)
     if layer not in given:
-        raise ValueError(f"{type(model).__name__} made its output without calling {layer}")
+        raise InputError(f"{type(model).__name__} made its output without calling {layer}")
     x = given[layer]
     batch = _batch_size(inputs)
     if not _is_batch(x, batch):
-        raise ValueError(
+        raise InputError(
             f"{layer} was given an input of shape {tuple(x.shape)} for a batch of {batch}: expected "
             "(batch, positions, in_features) or (batch, in_features)"
         )
@@ -196,7 +197,7 @@ def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
         if side > 0 and side * side == positions - lead:
             return lead, side
     leading = "with or without a class token" if prefix is None else f"after {prefix} leading tokens"
-    raise ValueError(
+    raise InputError(
         f"{positions} positions are no square grid of patches, {leading}; prefix= says how many tokens lead"
     )
 
@@ -210,13 +211,13 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"{type(model).__name__} has no layer {name!r}") from None
+        raise InputError(f"{type(model).__name__} has no layer {name!r}") from None
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module:
     module = _module(model, name)
     if type(module) not in LINEAR:
-        raise ValueError(
+        raise InputError(
             f"{name} is a {type(module).__module__.partition('.')[0]} {type(module).__name__}, and features "
             "are split for nn.Linear and Conv1D of a pretrained model only, which multiply every position "
             "by the same matrix"

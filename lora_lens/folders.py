@@ -13,6 +13,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
+from lora_lens.errors import InputError, InputTypeError, MissingFileError
 from lora_lens.layers import listed
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
@@ -84,15 +85,15 @@ def folder_task(
     path = Path(path)
     limits = _limits(limit)
     if index(seed) < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}")
+        raise InputError(f"seed must be at least 0, not {seed}")
     random = np.random.default_rng(index(seed))
     if test_share is None:
         parts = _parts(path, train, test)
     else:
         if test is not None:
-            raise ValueError(f"give either test={test!r} or test_share={test_share}, not both")
+            raise InputError(f"give either test={test!r} or test_share={test_share}, not both")
         if not 0 < test_share < 1:
-            raise ValueError(f"test_share must be between 0 and 1, not {test_share}")
+            raise InputError(f"test_share must be between 0 and 1, not {test_share}")
         parts = _split(_files(path), test_share, random)
     parts = [
         {c: _drawn(files, most, random) for c, files in part.items()}
@@ -117,7 +118,7 @@ def timm_transform(model: nn.Module) -> Transform:
     """
     config = getattr(model, "pretrained_cfg", None)
     if not config:
-        raise ValueError(
+        raise InputError(
             f"this {type(model).__name__} has no pretrained_cfg, which timm.create_model gives its models; "
             "pass folder_task a transform of your own"
         )
@@ -132,7 +133,7 @@ def _limits(limit: int | tuple[int, int] | None) -> list[int | None]:
         return [None, None]
     limits = [index(x) for x in (limit if isinstance(limit, (tuple, list)) else (limit, limit))]
     if len(limits) != 2 or min(limits) < 1:
-        raise ValueError(
+        raise InputError(
             f"limit must be at least 1 image per class, or a pair of such numbers, not {limit!r}"
         )
     return limits
@@ -140,11 +141,11 @@ def _limits(limit: int | tuple[int, int] | None) -> list[int | None]:
 
 def _parts(path: Path, train: str, test: str | None) -> list[Files]:
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}")
+        raise MissingFileError(f"there is no folder {path}")
     if test is None:
         test = next((n for n in ("val", "test") if (path / n).is_dir()), None)
     if test is None or not ((path / train).is_dir() and (path / test).is_dir()):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} needs the folders {train!r} and {test or 'val or test'!r}; "
             "if it holds the classes themselves, give test_share, such as 0.2"
         )
@@ -153,7 +154,7 @@ def _parts(path: Path, train: str, test: str | None) -> list[Files]:
         lost = [c for c in parts[here] if c not in parts[there]]
         if lost:
             has, lacks = (train, test) if here == 0 else (test, train)
-            raise ValueError(
+            raise InputError(
                 f"{path}: classes in {has!r} but not in {lacks!r}: "
                 f"{listed(lost, most=LISTED)}; both need the same"
             )
@@ -163,16 +164,16 @@ def _parts(path: Path, train: str, test: str | None) -> list[Files]:
 def _files(folder: Path) -> Files:
     """Every class's image files, sorted by name."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise MissingFileError(f"there is no folder {folder}")
     classes = [f for f in _sorted(folder) if f.is_dir()]
     if len(classes) < 2:
-        raise ValueError(
+        raise InputError(
             f"{folder} has {len(classes)} subfolders; expected one for each of at least two classes"
         )
     files = {c.name: [f for f in _sorted(c) if f.suffix.lower() in SUFFIXES] for c in classes}
     empty = [c for c, found in files.items() if not found]
     if empty:
-        raise ValueError(
+        raise InputError(
             f"{folder}: no {', '.join(SUFFIXES)} files in {listed(empty, most=LISTED)}; "
             "every subfolder is a class, so fill or remove them"
         )
@@ -188,7 +189,7 @@ def _split(files: Files, share: float, random: np.random.Generator) -> list[File
     train, test = {}, {}
     for name, found in files.items():
         if len(found) < 2:
-            raise ValueError(f"class {name!r} has 1 image, {found[0]}; splitting it takes at least 2")
+            raise InputError(f"class {name!r} has 1 image, {found[0]}; splitting it takes at least 2")
         count = min(max(round(share * len(found)), 1), len(found) - 1)
         for_test = set(random.permutation(len(found))[:count].tolist())
         test[name] = [f for i, f in enumerate(found) if i in for_test]
@@ -212,7 +213,7 @@ def _check(files: list[Path], progress: bool) -> None:
         except Exception:  # Pillow's formats raise many kinds
             broken.append(str(file))
     if broken:
-        raise ValueError(f"not readable as images, restore or remove them: {listed(broken, most=LISTED)}")
+        raise InputError(f"not readable as images, restore or remove them: {listed(broken, most=LISTED)}")
 
 
 def _loaded(part: Files, transform: Transform, progress: bool) -> Examples:
@@ -223,11 +224,11 @@ def _loaded(part: Files, transform: Transform, progress: bool) -> Examples:
         made = transform(_rgb(file))
         if not (isinstance(made, Tensor) and made.is_floating_point()):
             kind = made.dtype if isinstance(made, Tensor) else type(made).__name__
-            raise TypeError(f"the transform must return a floating-point tensor, not {kind}, for {file}")
+            raise InputTypeError(f"the transform must return a floating-point tensor, not {kind}, for {file}")
         if inputs is None:
             inputs = made.new_empty((len(files), *made.shape))
         if made.shape != inputs.shape[1:]:
-            raise ValueError(
+            raise InputError(
                 f"{file} became a tensor of shape {tuple(made.shape)}, but {files[0][0]} one of "
                 f"{tuple(inputs.shape[1:])}; give a transform that makes all the same, such as timm_transform"
             )
@@ -240,4 +241,4 @@ def _rgb(file: Path) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except Exception as error:  # a file may be cut off after a sound header
-        raise ValueError(f"not readable as an image, restore or remove it: {file} ({error})") from error
+        raise InputError(f"not readable as an image, restore or remove it: {file} ({error})") from error

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.adapter import call, check_belongs, chosen_layers, evaluating
+from lora_lens.errors import InputError
 from lora_lens.evaluation import example_features
 from lora_lens.layers import LINEAR, Targets, weight_matrix
 from lora_lens.probe import drawn, fitted_head
@@ -82,9 +83,9 @@ def foresee(
     """
     windows = list(windows)
     if not windows:
-        raise ValueError("give at least one window to foresee, such as ll.windows(rank=8, count=5)")
+        raise InputError("give at least one window to foresee, such as ll.windows(rank=8, count=5)")
     if examples < 1:
-        raise ValueError(f"examples must be at least 1, not {examples!r}")
+        raise InputError(f"examples must be at least 1, not {examples!r}")
     layers = _linear_layers(model, targets, spectra)
     if spectra is None:
         spectra = compute_spectra(model, list(layers), vectors=windows, progress=False)
@@ -146,7 +147,7 @@ def _linear_layers(
     layers = chosen_layers(model, targets, spectra)
     for name, layer in layers.items():
         if type(layer) not in LINEAR:
-            raise ValueError(
+            raise InputError(
                 f"{name} is a {type(layer).__name__}, and what a window promises is computed for linear "
                 "layers only; leave it out of targets"
             )

@@ -12,6 +12,7 @@ from ipywidgets import HTML, Layout, SelectMultiple, VBox
 from matplotlib.figure import Figure
 
 from lora_lens import items, plots
+from lora_lens.errors import InputError
 from lora_lens.explorer import (
     ALL,
     drawn,
@@ -67,14 +68,14 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VB
 
     def draw() -> None:
         if not windows.value:
-            raise ValueError("choose at least one window or method")
+            raise InputError("choose at least one window or method")
         runs = table[table["window"].isin(windows.value) & (table["lr"] == rate.value)]
         if runs.empty:
-            raise ValueError(f"no runs of these windows at learning rate {rate.value:g}; choose others")
+            raise InputError(f"no runs of these windows at learning rate {rate.value:g}; choose others")
         answered = given[given["run"].isin(runs["run"])]
         of_class = answered if label.value == ALL else answered[answered["label"] == label.value]
         if of_class.empty:
-            raise ValueError(f"the test set has no {kind} of {label.label}; choose another class")
+            raise InputError(f"the test set has no {kind} of {label.label}; choose another class")
         forgotten = items.forgotten_by(of_class)
         sentence.value = f"<p>{_forgotten_in_words(forgotten, len(runs), kind)}</p>"
         numbers.value = html_table(_moved(of_class, runs, kind))
@@ -100,7 +101,7 @@ def require_same_examples(given: pd.DataFrame, task: Task) -> None:
     kind = shown_as(task)
     labels = given.drop_duplicates("item").set_index("item")["label"].sort_index()
     if len(labels) > len(task.test) or (labels != task.test.labels[labels.index].numpy()).any():
-        raise ValueError(
+        raise InputError(
             f"the answers are to {len(labels)} other test {kind} than those of {task.name}; "
             "give the retained task of the sweep"
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from lora_lens.errors import InputError
 from lora_lens.metrics import pareto_front
 from lora_lens.tradeoffs import groups, mean_and_interval, resampled, seeds_by_rate, window_columns
 
@@ -35,7 +36,7 @@ def dominance(table: pd.DataFrame) -> pd.DataFrame:
         for names, group in groups(table, window_columns(table), both)
     ]
     if len(found) < 2:
-        raise ValueError(f"a comparison needs at least two windows or methods, not {len(found)}")
+        raise InputError(f"a comparison needs at least two windows or methods, not {len(found)}")
     rows = []
     for (names_a, a), (names_b, b) in combinations(found, 2):
         shared = a.index.intersection(b.index)
@@ -64,7 +65,7 @@ def hypervolume(points: ArrayLike, reference: tuple[float, float] = (0, 0)) -> f
     if points.size == 0:
         return 0.0
     if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points must be pairs, of shape (n, 2), not {points.shape}")
+        raise InputError(f"points must be pairs, of shape (n, 2), not {points.shape}")
     above = points - np.asarray(reference, float)
     above = above[(above > 0).all(1)]  # also drops the missing
     above = above[np.argsort(-above[:, 0], kind="stable")]

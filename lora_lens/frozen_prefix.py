@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_lens.errors import InputError
 from lora_lens.precision import autocast
 from lora_lens.readouts import Readout, ask, real_positions
 from lora_lens.tasks import Examples
@@ -115,7 +116,7 @@ class FrozenPrefix:
         except _Reached as reached:
             output = reached.args[0]
         else:
-            raise ValueError("the model does not use these blocks")
+            raise InputError("the model does not use these blocks")
         finally:
             handle.remove()
         self._in_tuple = isinstance(output, tuple)

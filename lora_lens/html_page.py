@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lora_lens.errors import InputError, MissingFileError
 from lora_lens.plot_style import house_style
 
 MISSING = "-"
@@ -143,9 +144,9 @@ def page_path(path: str | Path, generator: str) -> Path:
             f"{path} is a folder; give the name of a file in it, such as {path}/report.html"
         )
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"the page is an HTML file, so its name must end in .html, not {path.name!r}")
+        raise InputError(f"the page is an HTML file, so its name must end in .html, not {path.name!r}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into; make it first")
+        raise MissingFileError(f"there is no folder {path.parent} to write {path.name} into; make it first")
     if path.exists() and _generator(generator) not in path.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{path} was not written by {generator}, so it stays; choose another name")
     return path

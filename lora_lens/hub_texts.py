@@ -20,6 +20,7 @@ from lora_lens.corpus_checks import (
     quoted,
     require,
 )
+from lora_lens.errors import InputError, InputTypeError, MissingPackageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,15 +67,15 @@ def hub_corpus(
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('reading a data set of the hub needs: pip install "datasets>=4"') from error
+        raise MissingPackageError('reading a data set of the hub needs: pip install "datasets>=4"') from error
     if int(datasets.__version__.partition(".")[0]) < 4:
-        raise ImportError(
+        raise MissingPackageError(
             f"datasets {datasets.__version__} may execute code that comes with a data set; "
             'pip install -U "datasets>=4"'
         )
     loaded = datasets.load_dataset(str(dataset), config, revision=revision)
     if missing := [split for split in (train, test) if split not in loaded]:
-        raise ValueError(
+        raise InputError(
             f"{dataset} has no split {quoted(missing)}; it has {quoted(loaded)}, so pass train= and test="
         )
     name = Path(dataset).absolute().name + (f" {config}" if config else "")
@@ -130,7 +131,7 @@ def dataset_corpus(
 
 def _check_most(most: int | None) -> None:
     if most is not None and index(most) < 1:
-        raise ValueError(f"most must be at least 1 text per part, not {most}")
+        raise InputError(f"most must be at least 1 text per part, not {most}")
 
 
 def _drawn(
@@ -140,7 +141,9 @@ def _drawn(
     from datasets import ClassLabel, Dataset
 
     if not isinstance(data, Dataset):
-        raise TypeError(f"{source} must be one datasets.Dataset, such as a split, not {type(data).__name__}")
+        raise InputTypeError(
+            f"{source} must be one datasets.Dataset, such as a split, not {type(data).__name__}"
+        )
     require(source, [text] if label is None else [text, label], data.column_names, len(data))
     kind = None if label is None else data.features[label]
     labels = None if label is None else _column(data, label)

@@ -17,6 +17,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_lens.errors import InputError
 from lora_lens.fingerprint import digest_of
 from lora_lens.layers import set_weight_matrix, weight_matrix
 from lora_lens.methods import LoRA, Variant
@@ -56,12 +57,12 @@ class Start:
             ValueError: it was not kept, or its model was trained meanwhile.
         """
         if self.original is None:
-            raise ValueError(
+            raise InputError(
                 f"the pretrained weight of {name} was not kept, because the model was adapted in place; "
                 "pass original=, the pretrained model or its file"
             )
         if self.original._version != self.version:
-            raise ValueError(
+            raise InputError(
                 f"the pretrained model was changed after attach (its {name}.weight); pass original=, "
                 "the pretrained model or its file"
             )
@@ -93,7 +94,7 @@ class Attachment:
 def require_unadapted(model: nn.Module) -> None:
     """Raise a ValueError if PEFT is in the model: its weights may be residuals."""
     if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        raise ValueError(
+        raise InputError(
             "this model is adapted already; start from the pretrained model instead, or first take the "
             "adapter off (ll.detach, PEFT's unload) or in (PEFT's merge_and_unload)"
         )
@@ -112,7 +113,7 @@ def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
         if inner is None:
             break
     if inner is None or not hasattr(inner, "attachment"):
-        raise ValueError(
+        raise InputError(
             f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; "
             "for an adapter that was made elsewhere, use PEFT's own functions"
         )
@@ -266,7 +267,7 @@ def require_unmerged(peft_model: PeftModel) -> None:
     """Raise a ValueError if an adapter is merged: its base is neither residual nor pretrained then."""
     for name, layer in lora_layers(peft_model).items():
         if layer.merged:
-            raise ValueError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
+            raise InputError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
 
 
 def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
@@ -304,13 +305,13 @@ def matrices_of(source: nn.Module | str | Path, names: Sequence[str]) -> dict[st
         return {name: found[name] for name in names}
     except (ValueError, KeyError) as error:
         where = source if isinstance(source, (str, Path)) else type(source).__name__
-        raise ValueError(f"{where} is not the model that was adapted: {error}") from error
+        raise InputError(f"{where} is not the model that was adapted: {error}") from error
 
 
 def require_same(name: str, matrix: Tensor, digest: str) -> None:
     """Raise a ValueError that names the weight if it is not the one that was adapted."""
     if digest_of(matrix) != digest:
-        raise ValueError(
+        raise InputError(
             f"{name}.weight is not the one that this adapter was made for (their hashes differ; here "
             f"{str(matrix.dtype).removeprefix('torch.')}, {tuple(matrix.shape)}): use the same pretrained "
             "model, in the same dtype"

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
+from lora_lens.errors import InputError
 from lora_lens.plot_style import house_style, styled
 from lora_lens.tasks import Task
 from lora_lens.text_plots import show_text, text_axes
@@ -35,7 +36,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
     """
     counts = np.asarray(counts, float)
     if counts.shape != (len(classes), len(classes)):
-        raise ValueError(f"expected counts of shape {(len(classes),) * 2}, not {counts.shape}")
+        raise InputError(f"expected counts of shape {(len(classes),) * 2}, not {counts.shape}")
     with np.errstate(invalid="ignore"):
         percent = 100 * counts / counts.sum(1, keepdims=True)
     shown = np.where(percent >= 0.5, np.char.mod("%.0f", np.nan_to_num(percent)), "")
@@ -87,12 +88,12 @@ def forgotten_examples(
     kind = shown_as(task)
     require_columns(forgotten, ["item", "label", "share", "instead"])
     if not count >= 1:
-        raise ValueError(f"count must be at least 1, not {count!r}")
+        raise InputError(f"count must be at least 1, not {count!r}")
     rows = forgotten.head(count)
     if rows.empty:
-        raise ValueError("the table has no examples: none was forgotten")
+        raise InputError("the table has no examples: none was forgotten")
     if rows["item"].max() >= len(task.test):
-        raise ValueError(
+        raise InputError(
             f"item {rows['item'].max()} is not among the {len(task.test)} test {kind} of {task.name}; "
             "pass the retained task of the sweep"
         )
@@ -105,7 +106,7 @@ def forgotten_examples(
             axes = text_axes([task.test.texts[item] for item in rows["item"]])
         flat = np.ravel(axes)
         if len(flat) < len(rows):
-            raise ValueError(f"{len(rows)} {kind} need as many axes, not {len(flat)}")
+            raise InputError(f"{len(rows)} {kind} need as many axes, not {len(flat)}")
         for ax in flat:
             ax.axis("off")
         for ax, row in zip(flat, rows.itertuples(), strict=False):
@@ -127,7 +128,7 @@ def shown_as(task: Task) -> str:
         ValueError: they are neither, or have no classes.
     """
     if not task.classes:
-        raise ValueError(
+        raise InputError(
             f"{task.name} has no classes: its items are the tokens that it predicts, which are no examples "
             "to show one by one; look at its loss_rise, or at a classification"
         )
@@ -135,7 +136,7 @@ def shown_as(task: Task) -> str:
         return "texts"
     if getattr(getattr(task.test, "inputs", None), "ndim", None) == 4:
         return "images"
-    raise ValueError(
+    raise InputError(
         f"the examples of {task.name} are neither images, (channels, height, width), nor texts that were "
         "kept, so there is nothing to show"
     )

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from lora_lens.errors import InputError
+
 COLUMNS = ("run", "item", "label", "before", "after")
 NEAR_TIES = 0.02  # of the examples, whose first answer may hang on rounding
 
@@ -68,10 +70,10 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     """
     _require(items)
     if by is not None and by not in items:
-        raise ValueError(f"the answers have no column {by!r}; merge it from the table of runs first")
+        raise InputError(f"the answers have no column {by!r}; merge it from the table of runs first")
     differ = items.groupby("item")["before"].nunique() > 1
     if differ.mean() > NEAR_TIES:
-        raise ValueError("the runs start from different answers: they belong to different pretrained models")
+        raise InputError("the runs start from different answers: they belong to different pretrained models")
     known = items[(items["before"] == items["label"]) & ~items["item"].map(differ)]
     known = known.assign(wrong=known["after"] != known["label"])
     wrong = known[known["wrong"]]
@@ -100,7 +102,7 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
         ValueError: as :func:`forgotten_by`, or ``threshold`` out of range.
     """
     if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must be a share in [0, 1), not {threshold!r}")
+        raise InputError(f"threshold must be a share in [0, 1), not {threshold!r}")
     table = forgotten_by(items, by)
     forgot = table[sorted(items[by].dropna().unique())] > threshold
     alone = forgot.sum(axis=1) == 1
@@ -133,9 +135,9 @@ def forgetting_interval(
     _require(items)
     keys = ["method", "rank", "position", "start", *(["variant"] if "variant" in table else []), "lr"]
     if missing := [column for column in ["run", "seed", *keys] if column not in table]:
-        raise ValueError(f"the table has no column {', '.join(missing)}; pass what sweep returned")
+        raise InputError(f"the table has no column {', '.join(missing)}; pass what sweep returned")
     if table.duplicated([*keys, "seed"]).any():
-        raise ValueError(
+        raise InputError(
             "two runs share window, learning rate and seed, so they are no two seeds; pass the runs of one "
             "sweep, with one value of every other setting"
         )
@@ -144,9 +146,9 @@ def forgetting_interval(
     )
     by_run = right.pivot(index="run", columns="item", values="lost")
     if without := [run for run in table["run"] if run not in by_run.index]:
-        raise ValueError(f"no answers of {len(without)} runs, such as {without[0]}; pass those of this table")
+        raise InputError(f"no answers of {len(without)} runs, such as {without[0]}; pass those of this table")
     if by_run.isna().any(axis=None):
-        raise ValueError("the runs were tested on different examples; compare runs of one sweep")
+        raise InputError("the runs were tested on different examples; compare runs of one sweep")
     random = np.random.default_rng(seed)
     m = by_run.shape[1]
     examples = random.multinomial(m, np.full(m, 1 / m), size=resamples) / m  # the same for all windows
@@ -175,11 +177,11 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
     """
     _require(items)
     if when not in ("before", "after"):
-        raise ValueError(f"when must be 'before' or 'after', not {when!r}")
+        raise InputError(f"when must be 'before' or 'after', not {when!r}")
     label, predicted = items["label"].to_numpy(), items[when].to_numpy()
     for found in (label, predicted):
         if len(found) and not (found.min() >= 0 and found.max() < classes):
-            raise ValueError(f"expected classes from 0 to {classes - 1}, not {found.min()} to {found.max()}")
+            raise InputError(f"expected classes from 0 to {classes - 1}, not {found.min()} to {found.max()}")
     counts = np.zeros((classes, classes), int)
     np.add.at(counts, (label, predicted), 1)
     return counts
@@ -187,6 +189,6 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
 
 def _require(items: pd.DataFrame) -> None:
     if missing := [column for column in COLUMNS if column not in items]:
-        raise ValueError(
+        raise InputError(
             f"this is no table of answers: it lacks {', '.join(missing)}; use ll.answers(store, table)"
         )

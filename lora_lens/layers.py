@@ -15,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
+from lora_lens.errors import InputError
+
 Targets = str | Sequence[str] | None
 
 GROUPS = ("all-linear", "all-conv", "all-attention", "all-mlp")
@@ -53,7 +55,7 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
         if pattern in GROUPS:
             found = _group(model, able, pattern)
             if not found:
-                raise ValueError(_empty_group(model, pattern, reasons))
+                raise InputError(_empty_group(model, pattern, reasons))
         else:
             found = matching(modules, pattern)
             _refuse(pattern, found, modules, able, reasons)
@@ -181,16 +183,16 @@ def _refuse(
         return
     kinds = listed(sorted({block_and_kind(name)[1] for name in able})) or "none"
     if good:
-        raise ValueError(
+        raise InputError(
             f"target {pattern!r} also matches {bad[0]}, which {reasons[bad[0]]}; "
             f"write a longer pattern, such as {_longer(good)!r}"
         )
     if bad:
-        raise ValueError(
+        raise InputError(
             f"target {pattern!r} matches {bad[0]}, which {reasons[bad[0]]}; these could match: {kinds}"
         )
     what = f"only {_described(modules, found)}" if found else "no module"
-    raise ValueError(
+    raise InputError(
         f"target {pattern!r} matches {what}, and not one layer with a weight; these could match: {kinds}"
     )
 
@@ -226,7 +228,7 @@ def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:
     if isinstance(found, nn.Linear):
         return found
     if required:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has no linear classifier: expected get_classifier() as in timm, "
             "or an nn.Linear named head, classifier, score or fc"
         )
@@ -250,7 +252,7 @@ def block_and_kind(name: str) -> tuple[int, str]:
 def check_finite(name: str, weight: Tensor) -> None:
     # The sum is faster than asking each, and copies nothing; it may be infinite by itself.
     if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
-        raise ValueError(
+        raise InputError(
             f"{name}.weight holds NaN or infinite values, so it has no spectrum; "
             "load the model again or mend the checkpoint"
         )

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter import evaluating
+from lora_lens.errors import InputError
 from lora_lens.injection import ADAPTER, factor_matrix, lora_layers
 from lora_lens.precision import autocast
 from lora_lens.readouts import Readout, ask
@@ -233,12 +234,12 @@ def _trained(model: nn.Module, shared: Readout | None) -> dict[str, nn.Parameter
 
 def _require_strength(memory: EWC | Orthogonal) -> None:
     if not (isfinite(memory.strength) and memory.strength >= 0):
-        raise ValueError(f"a memory's strength must be at least 0 and finite, not {memory.strength!r}")
+        raise InputError(f"a memory's strength must be at least 0 and finite, not {memory.strength!r}")
     object.__setattr__(memory, "strength", float(memory.strength))
 
 
 def _require_count(memory: EWC | Replay, name: str) -> None:
     count = index(getattr(memory, name))
     if count < 1:
-        raise ValueError(f"{name} must be at least 1, not {count}")
+        raise InputError(f"{name} must be at least 1, not {count}")
     object.__setattr__(memory, name, count)

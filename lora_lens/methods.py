@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.placement import ByLayer
 from lora_lens.window import Placement, whole_rank
 
@@ -68,10 +69,10 @@ class PeftStart:
 
     def __post_init__(self) -> None:
         if self.name not in PEFT_STARTS:
-            raise ValueError(f"PEFT's starts are {', '.join(PEFT_STARTS)}, not {self.name!r}")
+            raise InputError(f"PEFT's starts are {', '.join(PEFT_STARTS)}, not {self.name!r}")
         object.__setattr__(self, "rank", whole_rank(self.rank))
         if self.name == "orthogonal" and self.rank % 2:
-            raise ValueError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
+            raise InputError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
 
     def __str__(self) -> str:
         return f"PEFT's {self.name} of rank {self.rank}"
@@ -90,7 +91,7 @@ class Penalty:
 
     def __post_init__(self) -> None:
         if not (isfinite(self.strength) and self.strength >= 0):
-            raise ValueError(f"a penalty's strength must be at least 0 and finite, not {self.strength!r}")
+            raise InputError(f"a penalty's strength must be at least 0 and finite, not {self.strength!r}")
         object.__setattr__(self, "strength", float(self.strength))
 
     def begin(self, model: nn.Module, retain: Any, config: Any) -> Callable[[], Tensor | float]:
@@ -122,12 +123,12 @@ class Penalized:
         if isinstance(self.method, Mapping):
             object.__setattr__(self, "method", ByLayer(self.method))
         if not isinstance(self.method, (Placement, ByLayer, LoRA, FullFineTuning, PeftStart)):
-            raise TypeError(
+            raise InputTypeError(
                 "expected a placement, LoRA, FullFineTuning or PeftStart to train under a penalty, "
                 f"not {self.method!r}"
             )
         if not isinstance(self.penalty, Penalty):
-            raise TypeError(f"expected a penalty such as KLAnchor(1.0), not {self.penalty!r}")
+            raise InputTypeError(f"expected a penalty such as KLAnchor(1.0), not {self.penalty!r}")
 
     @property
     def rank(self) -> int | None:
@@ -181,13 +182,13 @@ class Variant:
 
     def __post_init__(self) -> None:
         if self.split not in ("balanced", "A", "B"):
-            raise ValueError(f"split must be 'balanced', 'A' or 'B', not {self.split!r}")
+            raise InputError(f"split must be 'balanced', 'A' or 'B', not {self.split!r}")
         if self.train not in ("both", "A", "B"):
-            raise ValueError(f"train must be 'both', 'A' or 'B', not {self.train!r}")
+            raise InputError(f"train must be 'both', 'A' or 'B', not {self.train!r}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
+            raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")
         if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"the adapter's dtype must be a floating one, not {self.dtype}")
+            raise InputError(f"the adapter's dtype must be a floating one, not {self.dtype}")
 
     def __str__(self) -> str:
         parts = [name for name in ("rslora", "dora") if getattr(self, name)]

@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from lora_lens.errors import InputError
+
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """The share of predictions that equal their label, in [0, 1]."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or labels.size == 0:
-        raise ValueError(f"expected one prediction per label, not {predictions.shape} for {labels.shape}")
+        raise InputError(f"expected one prediction per label, not {predictions.shape} for {labels.shape}")
     return float((predictions == labels).mean())
 
 
@@ -72,13 +74,13 @@ def ends_and_interior(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for lr, group in swept.groupby("lr"):
         if group.duplicated(["seed", "position"]).any():
-            raise ValueError(
+            raise InputError(
                 f"several runs share seed and position at learning rate {lr:g}: "
                 "give the rows of one rank and variant"
             )
         by_seed = group.pivot_table(index="seed", columns="position", values="forgetting")
         if 0.0 not in by_seed or 1.0 not in by_seed or by_seed.shape[1] < 3:
-            raise ValueError(
+            raise InputError(
                 f"a comparison of ends and interior needs windows at positions 0, 1 and between; "
                 f"at learning rate {lr:g} there are {sorted(by_seed.columns)}"
             )
@@ -100,5 +102,5 @@ def ends_and_interior(table: pd.DataFrame) -> pd.DataFrame:
             }
         )
     if not rows:
-        raise ValueError("the table has no runs of windows placed by position")
+        raise InputError("the table has no runs of windows placed by position")
     return pd.DataFrame(rows)

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lora_lens.errors import InputError
 from lora_lens.layers import listed
 
 CHUNK = 256  # rows of similarities in memory at once
@@ -63,9 +64,9 @@ def neighbour_table(
         ValueError: as :func:`neighbour_agreement`, there are not as many texts as rows, or count is below 1.
     """
     if len(texts) != len(before):
-        raise ValueError(f"expected a text for each of the {len(before)} rows of features, not {len(texts)}")
+        raise InputError(f"expected a text for each of the {len(before)} rows of features, not {len(texts)}")
     if index(count) < 1:
-        raise ValueError(f"count must be at least 1 row, not {count}")
+        raise InputError(f"count must be at least 1 row, not {count}")
     old, new = _nearest_before_and_after(before, after, k)
     shared = _shared(old, new)
     rows = shared.argsort(stable=True)[:count].tolist()
@@ -89,12 +90,12 @@ def _nearest_before_and_after(
     # torch.tensor copies, as sharing an array that is read-only would warn
     x, y = (f.detach() if isinstance(f, Tensor) else torch.tensor(np.asarray(f)) for f in (before, after))
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise ValueError(
+        raise InputError(
             f"features have shapes {tuple(x.shape)} and {tuple(y.shape)}: expected (n, p) and (n, q), "
             "one row for each of the same n examples"
         )
     if not 1 <= index(k) < len(x):
-        raise ValueError(
+        raise InputError(
             f"k must be from 1 to {len(x) - 1}, as each of {len(x)} examples has that many others, not {k}"
         )
     x, y = _directions(x, "before"), _directions(y, "after")
@@ -108,7 +109,7 @@ def _directions(features: Tensor, when: str) -> Tensor:
     for wrong, words in ((~largest.isfinite(), "are not finite"), (largest == 0, "are zero")):
         rows = wrong.flatten().nonzero().flatten().tolist()
         if rows:
-            raise ValueError(
+            raise InputError(
                 f"{len(rows)} of {len(features)} rows of the features {when} training {words} "
                 f"(rows {listed(map(str, rows), most=5)}), so they have no neighbours; leave these "
                 "examples out on both sides"

@@ -7,6 +7,8 @@ from html import escape
 
 from ipywidgets import HTML, Tab, VBox, Widget
 
+from lora_lens.errors import InputError
+
 WAITING = "<p>making this page ...</p>"
 
 
@@ -21,7 +23,7 @@ def pages(explorers: Mapping[str, Callable[[], Widget]]) -> Tab:
         ValueError: there are none.
     """
     if not explorers:
-        raise ValueError("there are no explorers to show; give a name and a function for each")
+        raise InputError("there are no explorers to show; give a name and a function for each")
     makers = list(explorers.values())
     places = [VBox([HTML(WAITING)]) for _ in makers]
     tabs = Tab(places, titles=list(explorers), selected_index=0)

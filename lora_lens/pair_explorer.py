@@ -12,6 +12,7 @@ from ipywidgets import HTML, Dropdown, VBox
 from matplotlib.figure import Figure
 
 from lora_lens import items, tradeoffs
+from lora_lens.errors import InputError, LoraLensError
 from lora_lens.explorer import WORDS, Parts, brief_errors, counted, drawn, explorer, html_table, table_box
 from lora_lens.forgotten_explorer import shown_examples
 from lora_lens.item_plots import shown_as
@@ -88,7 +89,7 @@ def pair_explorer(table: pd.DataFrame, store: str | Path, task: Task | None = No
     def draw() -> Parts:
         offer()
         if windows[0].value == windows[1].value and rates[0].value == rates[1].value:
-            raise ValueError(
+            raise InputError(
                 "A and B are the same runs; choose another window, method or learning rate for one"
             )
         sides = [
@@ -113,7 +114,7 @@ def _first_and_middle(table: pd.DataFrame) -> tuple[str, str]:
     """
     names = table["window"].unique()
     if len(names) < 2:
-        raise ValueError(
+        raise InputError(
             f"a comparison needs at least two windows or methods; this table has {names[0]} only"
         )
     placed = table.dropna(subset=["position"])
@@ -185,10 +186,10 @@ def _drifts(kept: KeptRuns, runs: Runs) -> str:
     for name, some in runs:
         try:
             moved[name] = kept.drifts(some)
-        except ValueError as error:
+        except LoraLensError as error:
             missing.append(f"{name}: {error}")
     if not moved:
-        raise ValueError("; ".join(missing))
+        raise InputError("; ".join(missing))
     told = "; ".join(f"{name} by {span(drift)}" for name, drift in moved.items())
     picture = drawn(
         lambda figure: relative_updates(moved, ax=figure.subplots()),

@@ -18,6 +18,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from lora_lens.adapter import call, evaluating, planned
+from lora_lens.errors import InputError
 from lora_lens.features import layer_inputs
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
@@ -129,18 +130,18 @@ def planned_start(
         ValueError: as :func:`attach_start`; or there is a variant, because PEFT builds these adapters.
     """
     if (variant or Variant()) != Variant():
-        raise ValueError(f"{start} is built by PEFT and takes no variant, not {variant}")
+        raise InputError(f"{start} is built by PEFT and takes no variant, not {variant}")
     plan = planned(model, LoRA(start.rank), targets=targets, alpha=alpha, spectra=spectra)
     for name in plan:
         layer = model.get_submodule(name)
         if type(layer) is not nn.Linear:
-            raise ValueError(
+            raise InputError(
                 f"{start} does not fit {name}, a {type(layer).__name__}: PEFT's starts are for nn.Linear; "
                 "name other layers with targets="
             )
         most = _most_rank(start, matrix_shape(layer))
         if start.rank > most:
-            raise ValueError(
+            raise InputError(
                 f"{start} does not fit {name}, {matrix_shape(layer)}: it needs several times as many "
                 f"directions as its rank there; use a rank of at most {most}"
             )
@@ -163,11 +164,11 @@ def _some_rows(examples: int, seed: int) -> Sequence[Tensor]:
 
 def _require_use(model: nn.Module, start: PeftStart, names: list[str], data: Task | None) -> None:
     if data is None:
-        raise ValueError(f"{start} is made from data: give attach_start {DATA[start.name]}=")
+        raise InputError(f"{start} is made from data: give attach_start {DATA[start.name]}=")
     one = data.train.batch(torch.arange(1))
     called = layer_inputs(model, names, to_device(one, next(model.parameters()).device))
     for name in (n for n in names if n not in called):
-        raise ValueError(
+        raise InputError(
             f"{start} needs the inputs of {name}, and the model makes its output without calling it; "
             "leave it out of the targets"
         )
@@ -220,7 +221,7 @@ def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], tas
             handle.remove()
     for name in names:
         if not hasattr(own.get_submodule(name), "_peft_loraga_grad"):
-            raise ValueError(
+            raise InputError(
                 f"{name} takes no part in the new task's loss, so lora_ga has no gradient of it; "
                 "leave it out of the targets"
             )
@@ -232,7 +233,7 @@ def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> Non
 
     def forward(model: nn.Module, inputs: Inputs) -> None:
         if next(passes) > MOST_PASSES:
-            raise ValueError(
+            raise InputError(
                 f"the components of {start} did not settle in {MOST_PASSES} batches of {task.name}; "
                 "use a smaller rank or more training examples"
             )
@@ -244,7 +245,7 @@ def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> Non
         rows = x.flatten(0, -2) if real is None else x[real]
         if len(rows) < 4 * start.rank:  # PEFT would wait for a larger batch forever
             name = name.removeprefix("base_model.model.")
-            raise ValueError(
+            raise InputError(
                 f"{start} needs batches with at least {4 * start.rank} inputs for each layer; {name} gets "
                 f"{len(rows)}: use a smaller rank or more training examples"
             )

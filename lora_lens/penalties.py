@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_lens.adapter import evaluating
+from lora_lens.errors import InputError
 from lora_lens.injection import ADAPTER, factor_matrix, is_dora
 from lora_lens.methods import Penalty
 from lora_lens.precision import autocast
@@ -47,7 +48,7 @@ class L2ToInitial(Penalty):
     def begin(self, model: nn.Module, retain: Task | None, config: Training) -> Callable[[], Tensor | float]:
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         if any(is_dora(layer) for layer in layers):
-            raise ValueError(
+            raise InputError(
                 "L2ToInitial measures the change of B A, and DoRA changes the lengths of the rows as well; "
                 "train without dora, or under another penalty"
             )
@@ -93,12 +94,12 @@ class KLAnchor(Penalty):
 
     def begin(self, model: nn.Module, retain: Task | None, config: Training) -> Callable[[], Tensor]:
         if retain is None:
-            raise ValueError(
+            raise InputError(
                 "KLAnchor compares answers on the retained task, and there is none: give finetune retain="
             )
         half = int(config.batch_size * self.share)
         if half < 1:
-            raise ValueError(
+            raise InputError(
                 f"KLAnchor needs half of each batch, and batch_size is {config.batch_size}: use 2 or more"
             )
         examples, readout = retain.train, retain.own_readout(model)
@@ -110,7 +111,7 @@ class KLAnchor(Penalty):
         with evaluating(model), torch.no_grad():
             one = _log_probabilities(model, readout, examples, used[:1], config.precision)
             if (size := one.numel() * len(used)) > MOST_ANSWERS:
-                raise ValueError(
+                raise InputError(
                     f"KLAnchor keeps the pretrained answers to the {len(used)} examples of {retain.name} "
                     f"that the run will see, and these are {size:.1e} numbers, more than "
                     f"{MOST_ANSWERS:.0e}; retain a task with fewer choices, or take L2ToInitial"

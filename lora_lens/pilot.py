@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_lens.adapter import planned
 from lora_lens.advisor import Advice, check_weight, in_words, value_of
+from lora_lens.errors import InputError
 from lora_lens.foresight import foresee
 from lora_lens.layers import listed
 from lora_lens.spectrum import SpectrumSet
@@ -99,7 +100,7 @@ def advise(
     """
     check_weight(weight)
     if retain is None:
-        raise ValueError(
+        raise InputError(
             "advice needs the task that the model knows: its forgetting is half of what is weighed"
         )
     windows = list(windows) if windows is not None else evenly_spaced(rank, count=5)
@@ -167,7 +168,7 @@ def judged_on_training_examples(task: Task, retain: Task, seed: int) -> dict[str
     """
     count = min(HELD_OUT, len(task.train) // 5)
     if count == 0:
-        raise ValueError(
+        raise InputError(
             f"{task.name} has {len(task.train)} training examples: a pilot needs at least 5, to hold out "
             "a fifth of them; budget=0 gives advice without one"
         )
@@ -257,7 +258,7 @@ def _short_steps(budget: int | None, steps: int, cells: int) -> int:
     least = ceil(steps / 4)  # shorter runs tell who learns fast, not what is good in the end
     minimum = cells * least + FINAL_SEEDS * steps
     if not budget >= minimum:
-        raise ValueError(
+        raise InputError(
             f"a budget of {budget} steps is too small: {cells} short runs of {least} steps and {FINAL_SEEDS} "
             f"of {steps} take {minimum}; give that, fewer windows or rates, or 0 for advice without a pilot"
         )
@@ -266,12 +267,12 @@ def _short_steps(budget: int | None, steps: int, cells: int) -> int:
 
 def _usual(windows: Sequence[Window], rates: Sequence[float]) -> Choice:
     if not windows or not rates:
-        raise ValueError("there is nothing to choose from: give at least one window and one rate")
+        raise InputError("there is nothing to choose from: give at least one window and one rate")
     for name, values in (("windows", windows), ("rates", rates)):
         if len(set(values)) < len(values):
-            raise ValueError(f"{name} holds the same value twice: {listed(map(str, values))}")
+            raise InputError(f"{name} holds the same value twice: {listed(map(str, values))}")
     if not all(rate > 0 for rate in rates):
-        raise ValueError(f"rates must be positive, not {listed(map(str, rates))}")
+        raise InputError(f"rates must be positive, not {listed(map(str, rates))}")
     return Choice(windows[len(windows) // 2], min(rates, key=lambda rate: abs(log(rate / USUAL_RATE))))
 
 

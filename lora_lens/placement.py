@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.spectral_metrics import effective_rank
 from lora_lens.window import Placement, Window, require_fit, whole_rank
 
@@ -32,7 +33,7 @@ class _OfShare(_OfRank):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.share < 1:
-            raise ValueError(f"a share of the energy must lie in (0, 1), not {self.share!r}")
+            raise InputError(f"a share of the energy must lie in (0, 1), not {self.share!r}")
         object.__setattr__(self, "share", float(self.share))
 
 
@@ -86,7 +87,7 @@ class HoldingEnergy(_OfShare):
         cumulative = _cumulative_energy(singular_values)
         held = (cumulative[self.rank :] - cumulative[: -self.rank]) / cumulative[-1]
         if not held[0] >= self.share:
-            raise ValueError(
+            raise InputError(
                 f"no window of rank {self.rank} holds {self.share:.4g} of the energy of {name}: the first "
                 f"holds {float(held[0]):.4g}; use a larger rank or a smaller share"
             )
@@ -110,7 +111,7 @@ class Components(Placement):
     def __post_init__(self) -> None:
         chosen = tuple(sorted(index(i) for i in self.indices))
         if not chosen or chosen[0] < 0 or len(set(chosen)) < len(chosen):
-            raise ValueError(
+            raise InputError(
                 f"components must be different whole numbers of at least 0, not {self.indices!r}"
             )
         object.__setattr__(self, "indices", chosen)
@@ -122,7 +123,7 @@ class Components(Placement):
     def select(self, singular_values: Tensor, name: str = "this weight") -> Tensor:
         k = len(singular_values)
         if self.indices[-1] >= k:
-            raise ValueError(
+            raise InputError(
                 f"component {self.indices[-1]} does not fit {name}: its spectrum has {k} components, "
                 f"0 to {k - 1}"
             )
@@ -183,12 +184,12 @@ class ByLayer(Mapping[str, Placement]):
     def __init__(self, placements: Mapping[str, Placement]):
         for pattern, placement in placements.items():
             if not isinstance(placement, Placement):
-                raise TypeError(
+                raise InputTypeError(
                     f"expected a window or another placement for {pattern!r}, not {placement!r}; "
                     "only these can differ from layer to layer"
                 )
         if not placements:
-            raise ValueError(
+            raise InputError(
                 "no placements: give at least one pattern, such as {'all-linear': Window.middle(8)}"
             )
         self._placements = dict(placements)

@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata
 
+from lora_lens.errors import InputError
 from lora_lens.tradeoffs import relative_updates, require_columns, resampled, window_columns
 
 WEIGHTED = (
@@ -99,16 +100,16 @@ def predict_forgetting(
             forgot the same, or ``folds`` or ``resamples`` is out of range.
     """
     if not folds >= 2:
-        raise ValueError(f"folds must be at least 2, not {folds!r}: one part is fitted, the other predicted")
+        raise InputError(f"folds must be at least 2, not {folds!r}: one part is fitted, the other predicted")
     columns = list(dict.fromkeys(["run", *window_columns(table), *OUTSIDE, "forgetting"]))
     require_columns(table, columns)
     measured = by_run(drifts)
     runs = table[columns].merge(measured, on="run")
     cell = runs.groupby([*window_columns(table), "lr"], dropna=False).ngroup().to_numpy()
     if len(np.unique(cell)) < 3:
-        raise ValueError("a prediction needs runs of at least 3 windows and rates with their drift")
+        raise InputError("a prediction needs runs of at least 3 windows and rates with their drift")
     if runs["forgetting"].nunique() < 2:
-        raise ValueError("all runs forgot the same, so there is nothing to predict; add rates or windows")
+        raise InputError("all runs forgot the same, so there is nothing to predict; add rates or windows")
     rows = []
     for measure in [*measured.columns.drop("run"), *OUTSIDE]:
         known = np.isfinite(runs[[measure, "forgetting"]].to_numpy(float)).all(1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lora_lens.errors import InputError
 from lora_lens.evaluation import example_features
 from lora_lens.tasks import Examples, Task, fresh_head
 
@@ -30,11 +31,11 @@ def probed(model: nn.Module, task: Task, examples: int | None = None) -> Task:
         ValueError: the task is no classification by a head, or does not fit the model.
     """
     if type(task) is not Task:
-        raise ValueError(
+        raise InputError(
             f"{task.name} is read from the model's own words, so no head is fitted to it; retain it as it is"
         )
     if examples is not None and examples < 1:
-        raise ValueError(f"examples must be at least 1, not {examples}")
+        raise InputError(f"examples must be at least 1, not {examples}")
     task.check_fit(model)
     some = task.train if examples is None else task.train.first(examples)
     return replace(

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter import call
+from lora_lens.errors import InputError
 from lora_lens.layers import classifier
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -123,7 +124,7 @@ def pooled_features(model: nn.Module, inputs: Inputs, pooling: str) -> Tensor:
         with features_of(classifier(inner_model(model))) as features:
             call(model, inputs)
         if isinstance(inputs, Mapping) and features[0].ndim > 2:
-            raise ValueError(
+            raise InputError(
                 f"the classifier of {type(inner_model(model)).__name__} reads every token by itself, so it "
                 'gives no features of a whole text; make the task with pooling="last", or "mean"'
             )
@@ -141,7 +142,7 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     body = getattr(inner_model(model), "base_model", None)
     found = getattr(body(**inputs), "last_hidden_state", None) if isinstance(body, nn.Module) else None
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"{type(inner_model(model)).__name__} has no base_model that gives last_hidden_state, as "
             "transformers' models have; texts are read from such a model's hidden states"
         )
@@ -169,7 +170,7 @@ def logits_of(output: object) -> Tensor:
         return output
     found = getattr(output, "logits", None)
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"the model gives a {type(output).__name__} without logits; a task that is read from the model's "
             "own answers needs a model with a head, such as AutoModelForCausalLM's"
         )

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lens.adapter import evaluating
+from lora_lens.errors import InputError, InputTypeError
 
 # Small models know these, so what training takes from them shows: SmolLM2-135M-Instruct answers all.
 QUESTIONS = (
@@ -59,7 +60,7 @@ def replies(
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not (isinstance(inner, PreTrainedModel) and inner.can_generate()) or inner.config.is_encoder_decoder:
-        raise TypeError(
+        raise InputTypeError(
             f"{type(inner).__name__} does not continue texts; expected a causal language model, such as "
             "transformers' AutoModelForCausalLM gives"
         )
@@ -68,7 +69,7 @@ def replies(
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     room = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and len(prompts[longest]) + most_tokens > room:
-        raise ValueError(
+        raise InputError(
             f"question {longest} has {len(prompts[longest])} tokens, with most_tokens={most_tokens} more "
             f"than the {room} that the model takes; shorten it"
         )
@@ -90,14 +91,14 @@ def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFr
     """
     for when, table in (("before", before), ("after", after)):
         if missing := [column for column in ("question", "reply") if column not in table]:
-            raise ValueError(
+            raise InputError(
                 f"the table {when} training has no column {', '.join(missing)}; pass what replies returned"
             )
     old, new = before["question"].tolist(), after["question"].tolist()
     if old != new:
         row = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), None)
         differ = f"{len(old)} and {len(new)}" if row is None else f"row {row}: {old[row]!r} and {new[row]!r}"
-        raise ValueError(
+        raise InputError(
             f"the questions before and after training differ ({differ}); ask both models the same"
         )
     said, says = before["reply"].tolist(), after["reply"].tolist()
@@ -107,16 +108,16 @@ def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFr
 
 def _check(questions: Sequence[str], most_tokens: int) -> None:
     if isinstance(questions, str):
-        raise TypeError(f"questions must be several strings, not one; write [{questions!r}]")
+        raise InputTypeError(f"questions must be several strings, not one; write [{questions!r}]")
     if len(questions) == 0:
-        raise ValueError("there is no question; pass at least one, or leave questions out for the usual ones")
+        raise InputError("there is no question; pass at least one, or leave questions out for the usual ones")
     for row, question in enumerate(questions):
         if not isinstance(question, str):
-            raise TypeError(f"question {row} must be a string, not {question!r}")
+            raise InputTypeError(f"question {row} must be a string, not {question!r}")
         if not question.strip():
-            raise ValueError(f"question {row} is empty; leave it out")
+            raise InputError(f"question {row} is empty; leave it out")
     if index(most_tokens) < 1:
-        raise ValueError(f"most_tokens must be at least 1, not {most_tokens}")
+        raise InputError(f"most_tokens must be at least 1, not {most_tokens}")
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:

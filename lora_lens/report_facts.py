@@ -9,6 +9,7 @@ from importlib.metadata import version
 import numpy as np
 import pandas as pd
 
+from lora_lens.errors import LoraLensError
 from lora_lens.html_page import MISSING, beside, heading, html_table, paragraph, plain, points
 from lora_lens.items import forgetting_interval
 from lora_lens.layers import block_and_kind, listed
@@ -190,7 +191,7 @@ def _of_rates(table: pd.DataFrame) -> list[str]:
         return [f"There is one learning rate, {plain(rates[0])}: at another one the order may differ."]
     try:
         best = rate_robustness(table)["best_lr"]
-    except ValueError:
+    except LoraLensError:
         return []
     ends = int(best.isin([rates[0], rates[-1]]).sum())
     if not ends:

@@ -8,6 +8,7 @@ from functools import partial
 import pandas as pd
 from matplotlib.axes import Axes
 
+from lora_lens.errors import LoraLensError
 from lora_lens.html_page import figure, heading, paragraph, plain, points
 from lora_lens.report_words import Pieces, names_of, parts_by_rank, placed, titled
 from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, tradeoff
@@ -89,7 +90,7 @@ def _over_rates_if_any(table: pd.DataFrame) -> Pieces:
         return []
     try:
         return _figures_over_rates(table)
-    except ValueError as error:  # a half-finished sweep has no best rate yet
+    except LoraLensError as error:  # a half-finished sweep has no best rate yet
         return [paragraph(f"No pictures over learning rates: {error}.")]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from lora_lens.errors import LoraLensError
 from lora_lens.html_page import MISSING, bullets, html_table, paragraph, plain, with_interval
 from lora_lens.tradeoffs import LEVEL
 from lora_lens.u_shape import UShape, u_shape_test
@@ -85,7 +86,7 @@ def u_shapes(table: pd.DataFrame) -> tuple[list[tuple[str, UShape]], list[str]]:
         for lr in sorted(placed(rows)["lr"].unique()):
             try:
                 found.append((part, u_shape_test(rows, lr)))
-            except ValueError as error:
+            except LoraLensError as error:
                 refused.append(f"{titled(part)}No test at learning rate {plain(lr)}: {error}.")
     return found, refused
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_lens.comparison import Side, compare
 from lora_lens.drift import basis, effective_weight, require_finite, require_start_of, some_rows, start_rows
+from lora_lens.errors import InputError
 from lora_lens.injection import attached, lora_layers, require_unmerged
 from lora_lens.layers import listed
 from lora_lens.spectrum import Spectrum, SpectrumSet, factorize
@@ -79,12 +80,12 @@ def turned(adapted: nn.Module, layer: str, spectrum: Spectrum, side: Side = "lef
         ValueError: the layer is not adapted, ``side`` is another word, or as :func:`drift`.
     """
     if side not in ("left", "right"):
-        raise ValueError(f"side must be 'left' or 'right', not {side!r}")
+        raise InputError(f"side must be 'left' or 'right', not {side!r}")
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
     found = lora_layers(peft_model)
     if layer not in found:
-        raise ValueError(f"{layer!r} is not adapted; these layers are: {listed(found)}")
+        raise InputError(f"{layer!r} is not adapted; these layers are: {listed(found)}")
     start = record.starts.get(layer)
     require_start_of(spectrum, layer, start_rows(found[layer], start, some_rows(spectrum)))
     weight = effective_weight(found[layer])

@@ -9,6 +9,7 @@ from ipywidgets import Widget as Control
 from matplotlib.axes import Axes
 
 from lora_lens.clickable import brushed_ranges, brushed_text
+from lora_lens.errors import InputError
 from lora_lens.explorer import WORDS
 
 RANGED = ["accuracy", "retained_accuracy"]  # along x and along y
@@ -59,7 +60,7 @@ class RunChoice:
             ValueError: no window is chosen.
         """
         if not self._windows.value:
-            raise ValueError("choose at least one window or method")
+            raise InputError("choose at least one window or method")
         return self._windows.value, *(slider.value for slider in self._ranges)
 
     def inside(self) -> pd.Series:

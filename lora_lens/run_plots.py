@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from lora_lens.errors import InputError
 from lora_lens.plot_style import styled
 from lora_lens.tradeoffs import require_columns
 
@@ -61,7 +62,7 @@ def relative_updates(drifts: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
         require_columns(drift, ["layer", "kind", "block", "relative"])
     layers = _in_order(pd.concat(drifts.values())) if drifts else pd.DataFrame()
     if layers.empty:
-        raise ValueError("there is no layer to show; pass what ll.drifts returned")
+        raise InputError("there is no layer to show; pass what ll.drifts returned")
     for look, (name, drift) in zip(LOOKS, drifts.items(), strict=False):
         means = 100 * drift.groupby("layer")["relative"].mean()
         for number, (_, of_kind) in enumerate(layers.groupby("kind", sort=False)):

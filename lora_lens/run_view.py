@@ -12,6 +12,7 @@ import pandas as pd
 from ipywidgets import HTML, HBox, Layout
 
 from lora_lens import items, plots
+from lora_lens.errors import InputError, LoraLensError
 from lora_lens.explorer import Parts, drawn, html_table, plain_texts, require_sweep
 from lora_lens.forgotten_explorer import require_same_examples, shown_examples, window_names
 from lora_lens.item_plots import shown_as
@@ -46,7 +47,7 @@ class KeptRuns:
         self._store, wanted = store, set(runs)
         self._records = {run: record for run, record in all_records(store).items() if run in wanted}
         if not self._records:
-            raise ValueError(f"{store} holds none of the table's runs; give the store of this sweep")
+            raise InputError(f"{store} holds none of the table's runs; give the store of this sweep")
 
     def curves(self, runs: Iterable[str]) -> pd.DataFrame:
         """As :func:`lora_lens.curves`, but a run that the store does not hold is a ValueError."""
@@ -75,9 +76,9 @@ class KeptRuns:
     def _kept(self, runs: Iterable[str], key: str, what: str) -> dict[str, dict]:
         runs = list(runs)
         if absent := [run for run in runs if run not in self._records]:
-            raise ValueError(f"{self._store} does not hold run {absent[0]}")
+            raise InputError(f"{self._store} does not hold run {absent[0]}")
         if without := [run for run in runs if key not in self._records[run]]:
-            raise ValueError(f"run {without[0]} was kept without {what}")
+            raise InputError(f"run {without[0]} was kept without {what}")
         return {run: self._records[run][key] for run in runs}
 
 
@@ -117,7 +118,7 @@ class RunView:
             ValueError: the table has no such run.
         """
         if run not in self._rows.index:
-            raise ValueError(f"the table has no run {run!r}; pick one of the points")
+            raise InputError(f"the table has no run {run!r}; pick one of the points")
         if run == self._asked and self._complete:
             return None
         self._asked, self._complete = run, self._kept is None
@@ -196,7 +197,7 @@ def or_why_not(make: Callable[[], str]) -> str:
     """What was made, or in its place why it was not: one part less, and the others stay."""
     try:
         return make()
-    except ValueError as error:
+    except LoraLensError as error:
         return f'<p class="ll-missing">Not shown: {escape(str(error))}.</p>'
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from lora_lens.checkpoint import read_json, read_safetensors
+from lora_lens.errors import InputError, MissingFileError
 from lora_lens.factorization import product_norm, product_svd
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
@@ -182,7 +183,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
     for name, layer in layers.items():
         b, a, norm, lost = _truncated(*trained_update(layer, record.starts.get(name)), most)
         if not torch.isfinite(norm):
-            raise ValueError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
+            raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
         ranks[name] = len(a)
         shapes = (layer.lora_B[ADAPTER].weight.shape, layer.lora_A[ADAPTER].weight.shape)
         state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
@@ -232,7 +233,7 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
     if not record.starts:
-        raise ValueError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
+        raise InputError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
     state, digests = _state(peft_model), {}
     for name, start in record.starts.items():
         layer = lora_layer(peft_model, name)
@@ -291,7 +292,7 @@ def _fill(adapted: PeftModel, state: Mapping[str, Tensor], where: str | Path) ->
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if expected != found:
         wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))[0]
-        raise ValueError(
+        raise InputError(
             f"{where} does not hold the adapter that was saved: {wrong} has the shape {found.get(wrong)}, "
             f"expected {expected.get(wrong)}"
         )
@@ -332,27 +333,27 @@ def _checked(folder: Path) -> Path:
     if not (folder / WEIGHTS).is_file():
         inside = sorted(f.parent.name for f in folder.glob(f"*/{WEIGHTS}"))
         hint = f"; give one of its folders: {listed(inside)}" if inside else ""
-        raise FileNotFoundError(f"{folder} holds no {WEIGHTS} (pickled files are not opened){hint}")
+        raise MissingFileError(f"{folder} holds no {WEIGHTS} (pickled files are not opened){hint}")
     return folder
 
 
 def _about(folder: Path) -> dict:
     if not (folder / ABOUT).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} holds no {ABOUT}, so it was not written by lora_lens: "
             "load an ordinary adapter with PEFT's PeftModel.from_pretrained"
         )
     about = read_json(folder / ABOUT)
     if missing := {"format", "kind"} - about.keys():
-        raise ValueError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
+        raise InputError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
     if about.get("kind") not in ("adapter", "window"):
-        raise ValueError(f"{folder} holds a {about.get('kind')}: load what is in its folders")
+        raise InputError(f"{folder} holds a {about.get('kind')}: load what is in its folders")
     if about.get("format") != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{folder / ABOUT} has format {about.get('format')}, expected {FORMAT}: update lora_lens"
         )
     if missing := {"method", "variant", "weights"} - about.keys():
-        raise ValueError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
+        raise InputError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
     return about
 
 
@@ -366,7 +367,7 @@ def _replaced(folder: str | Path) -> Iterator[Path]:
     """A new folder that takes the place of ``folder`` once all is written; until then that is untouched."""
     folder = Path(folder).resolve()
     if folder.exists() and not (folder / ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and was not written by lora_lens; choose another folder")
+        raise InputError(f"{folder} exists and was not written by lora_lens; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     tag = uuid4().hex[:8]
     new, old = (folder.with_name(f".{folder.name}.{tag}.{state}") for state in ("new", "old"))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lora_lens.errors import InputError
 from lora_lens.readouts import HeadReadout, Inputs, Readout, pooled_features
 from lora_lens.tasks import Examples, Task, fresh_head
 
@@ -89,7 +90,7 @@ class DomainIncremental(_OneReadout):
         first = self.tasks[0]
         for task in self.tasks[1:]:
             if len(task.classes) != len(first.classes):
-                raise ValueError(
+                raise InputError(
                     f"domain-incremental tasks share one head, so they need the same classes: {first.name} "
                     f"has {len(first.classes)}, {task.name} has {len(task.classes)}; use "
                     'setting="task-incremental"'
@@ -120,7 +121,7 @@ class ClassIncremental(_OneReadout):
     def __post_init__(self) -> None:
         for task in self.tasks:
             if type(task) is not Task:
-                raise ValueError(
+                raise InputError(
                     f"{task.name} is read from the model's own words, so there is no head that could grow; "
                     'use setting="task-incremental" or "domain-incremental"'
                 )
@@ -222,7 +223,7 @@ def _require_one_reading(tasks: Sequence[Task], what: str) -> None:
     first, *others = ((type(task), task.pooling, getattr(task, "words", None)) for task in tasks)
     for task, reading in zip(tasks[1:], others, strict=True):
         if reading != first:
-            raise ValueError(
+            raise InputError(
                 f"tasks that {what} must be read in the same way, by one pooling or the same words, and "
                 f"{tasks[0].name} and {task.name} are not"
             )

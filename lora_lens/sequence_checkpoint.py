@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lora_lens.errors import InputError
 from lora_lens.scenarios import Scenario
 from lora_lens.store import replace_file
 from lora_lens.window_survival import WindowComponents
@@ -89,7 +90,7 @@ def restored(path: Path, fresh: Callable[[], State]) -> State | None:
     try:
         with ZipFile(path) as parts:  # torch.load does not compare the checksums
             if broken := parts.testzip():
-                raise ValueError(f"the checksum of {broken} is another")
+                raise InputError(f"the checksum of {broken} is another")
         content = torch.load(path, weights_only=True)
         state = fresh()
         with torch.no_grad():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_lens import spectral_metrics
 from lora_lens.cache import SpectrumCache, weight_key
+from lora_lens.errors import InputError
 from lora_lens.factorization import Factors, product_svd, singular_values, some_components, thin_svd
 from lora_lens.layers import Targets, block_and_kind, check_finite, listed
 from lora_lens.progress import progress_bar
@@ -99,7 +100,7 @@ class Spectrum:
         """
         part = window.select(self.singular_values, self.name)
         if self.left is None or self.right is None:
-            raise ValueError(
+            raise InputError(
                 f"the spectrum of {self.name} has no singular vectors; "
                 "compute it with spectra(..., vectors=True)"
             )
@@ -107,7 +108,7 @@ class Spectrum:
             wanted = self.components_of(window)
             part = torch.searchsorted(self.components, wanted).clamp_max(len(self.components) - 1)
             if not torch.equal(self.components[part], wanted):
-                raise ValueError(
+                raise InputError(
                     f"the spectrum of {self.name} holds vectors for other components than {_named(wanted)}; "
                     "compute it with spectra(..., vectors=True) for all"
                 )

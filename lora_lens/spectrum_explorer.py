@@ -8,6 +8,7 @@ from functools import lru_cache
 import pandas as pd
 from ipywidgets import HTML, FloatSlider, IntSlider, Layout, VBox
 
+from lora_lens.errors import InputError
 from lora_lens.explorer import (
     ALL,
     brief_errors,
@@ -70,7 +71,7 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
         for column, value in wanted.items():
             table = table if value == ALL else table[table[column] == value]
         if table.empty:
-            raise ValueError(f"block {block.value} has no {kind.value}; choose another block or kind")
+            raise InputError(f"block {block.value} has no {kind.value}; choose another block or kind")
         chosen = SpectrumSet([models[model.value][name] for name in table["layer"]])
         window = Window(size.value, position=position.value)
         starts = [window.slice(s.k, s.name).start for s in chosen.values()]
@@ -101,7 +102,7 @@ def position_slider() -> FloatSlider:
 
 def require_spectra(*models: SpectrumSet) -> None:
     if not models or not all(models):
-        raise ValueError("there are no spectra to explore; make them with ll.spectra(model)")
+        raise InputError("there are no spectra to explore; make them with ll.spectra(model)")
 
 
 def _by_kind(table: pd.DataFrame, window: Window) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from lora_lens.errors import InputError
 from lora_lens.layers import block_and_kind
 from lora_lens.plot_style import colour_bar, house_style, styled
 from lora_lens.spectral_metrics import cumulative_energy as energy_until
@@ -87,7 +88,7 @@ def small_multiples(
         alone = axes is None
         axes = _panels(len(kinds), columns) if alone else np.ravel(axes)
         if len(axes) < len(kinds):
-            raise ValueError(f"there are {len(kinds)} kinds of weights but only {len(axes)} axes to draw on")
+            raise InputError(f"there are {len(kinds)} kinds of weights but only {len(axes)} axes to draw on")
         axes = axes[: len(kinds)]
         panels = dict(zip(kinds, axes, strict=True))
         for name, (block, kind) in places.items():
@@ -197,7 +198,7 @@ def overlap(matrix: np.ndarray, *, ax: Axes) -> Axes:
     """
     matrix = np.asarray(matrix, dtype=float)
     if matrix.ndim != 2 or not matrix.size or not (-1e-6 <= matrix.min() <= matrix.max() <= 1 + 1e-6):
-        raise ValueError(f"expected a matrix of overlaps in [0, 1], not an array of shape {matrix.shape}")
+        raise InputError(f"expected a matrix of overlaps in [0, 1], not an array of shape {matrix.shape}")
     image = ax.imshow(matrix, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
     if max(matrix.shape) <= 10:
         _write_in(ax, matrix, 0, 1)

@@ -24,6 +24,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
+from lora_lens.errors import InputError, MissingFileError
 from lora_lens.fingerprint import add_tensor
 from lora_lens.tasks import Task
 
@@ -40,10 +41,10 @@ def runs(store: str | Path) -> pd.DataFrame:
     """
     records = all_records(store).values()
     if any("result" not in record for record in records):
-        raise ValueError(f"{store} holds sequences of tasks; read them with ll.continual_runs")
+        raise InputError(f"{store} holds sequences of tasks; read them with ll.continual_runs")
     table = pd.DataFrame([row_of(record) for record in records])
     if table.empty:
-        raise ValueError(f"{store} holds no finished runs")
+        raise InputError(f"{store} holds no finished runs")
     order = ["method", "rank", "position", "start", "steps", "lr", "seed"]
     return table.sort_values(order, kind="stable", ignore_index=True)
 
@@ -63,7 +64,7 @@ def pack(store: str | Path, path: str | Path) -> Path:
     """
     path, records = Path(path), all_records(store)
     if not records:
-        raise ValueError(f"{store} holds no finished runs")
+        raise InputError(f"{store} holds no finished runs")
     lines = [json.dumps(record) for record in [experiment(store), *(records[run] for run in sorted(records))]]
     replace_file(path, lzma.compress("\n".join(lines).encode()))
     return path
@@ -85,7 +86,7 @@ def experiment(store: str | Path) -> dict[str, dict[str, str]]:
         return _packed(store)[0]
     described = store / "experiment.json"
     if not described.exists():
-        raise FileNotFoundError(f"the folder {store} holds no experiment; pass the store of a sweep")
+        raise MissingFileError(f"the folder {store} holds no experiment; pass the store of a sweep")
     return json.loads(described.read_text())
 
 
@@ -118,7 +119,7 @@ def answers(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for record in _records(store, table):
         if "items" not in record:
-            raise ValueError(
+            raise InputError(
                 f"run {record['run']} in {store} was kept without its answers, by an earlier version; "
                 "sweep again into another folder to have them"
             )
@@ -147,7 +148,7 @@ def drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
         if "drift" in record
     ]
     if not parts:
-        raise ValueError(
+        raise InputError(
             f"no run in {store} was kept with its drift; sweep measures it when it is given "
             "spectra=ll.spectra(model), with all vectors"
         )
@@ -172,7 +173,7 @@ def watched(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
         if "watched" in record
     ]
     if not parts:
-        raise ValueError(f"no run in {store} watched other tasks; give the sweep watch=[...]")
+        raise InputError(f"no run in {store} watched other tasks; give the sweep watch=[...]")
     together = run_first(parts)
     return together.assign(
         forgetting=together["before"] - together["after"],
@@ -196,7 +197,7 @@ def _records(store: str | Path, table: pd.DataFrame) -> Iterator[dict]:
     for run in table["run"]:
         record = read_run(Path(store) / "runs" / f"{run}.json") if packed is None else packed.get(run)
         if record is None:
-            raise FileNotFoundError(f"{store} holds no run {run}")
+            raise MissingFileError(f"{store} holds no run {run}")
         yield record
 
 
@@ -213,11 +214,11 @@ def all_records(store: str | Path) -> dict[str, dict]:
 def _packed(file: Path) -> list[dict]:
     """The experiment in a packed file, then its records."""
     if not file.exists():
-        raise FileNotFoundError(f"there is no results folder or file {file}")
+        raise MissingFileError(f"there is no results folder or file {file}")
     try:
         return [json.loads(line) for line in lzma.decompress(file.read_bytes()).splitlines()]
     except (lzma.LZMAError, ValueError) as error:
-        raise ValueError(f"{file} is damaged or was not written by ll.pack: {error}") from None
+        raise InputError(f"{file} is damaged or was not written by ll.pack: {error}") from None
 
 
 @contextmanager
@@ -234,14 +235,14 @@ def open_store(store: str | Path | None, identity: dict[str, str]) -> Iterator[P
         different = [key for key in identity | found if found.get(key) != identity.get(key)]
         if different:
             details = "; ".join(f"{k}: there {found.get(k)}, here {identity.get(k)}" for k in different)
-            raise ValueError(
+            raise InputError(
                 f"the results folder {store} holds a different experiment ({details}); "
                 "choose another folder, or remove this one if you no longer need it"
             )
     else:
         store.mkdir(parents=True, exist_ok=True)
         if any(not f.name.startswith(f".{described.stem}.") for f in store.iterdir()):  # left by a kill
-            raise ValueError(f"the folder {store} is not empty and holds no experiment; choose another one")
+            raise InputError(f"the folder {store} is not empty and holds no experiment; choose another one")
         versions = {name: version(name) for name in ("torch", "timm", "peft", "accelerate")}
         write_atomically(described, {"identity": identity, "versions": versions})
     (store / "runs").mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.memories import EWC, Memory, Orthogonal
 from lora_lens.methods import FullFineTuning, LoRA, Method, Penalized, inner_method
 from lora_lens.window import Placement, Window, require_fit, whole_rank
@@ -32,7 +33,7 @@ class Continued:
     def __post_init__(self) -> None:
         _require_memory(self.memory)
         if isinstance(self.memory, Orthogonal):
-            raise TypeError(
+            raise InputTypeError(
                 "Orthogonal keeps each task's adapter apart from the earlier ones, and Continued has one "
                 "adapter for all; use Merged(Orthogonal(...))"
             )
@@ -58,7 +59,7 @@ class Merged:
     def __post_init__(self) -> None:
         _require_memory(self.memory)
         if isinstance(self.memory, EWC):
-            raise TypeError(
+            raise InputTypeError(
                 "EWC holds parameters near the values that earlier tasks left, and Merged gives every task "
                 "new ones; use Continued(EWC(...))"
             )
@@ -120,7 +121,7 @@ class Slot(Placement):
         require_fit(self.rank, len(singular_values), name)
         slots = len(singular_values) // self.rank
         if self.shift >= slots:
-            raise ValueError(
+            raise InputError(
                 f"{name} has {len(singular_values)} components, which is {slots} slots of rank {self.rank}, "
                 f"and task {self.shift + 1} needs another; use a smaller rank or fewer tasks"
             )
@@ -144,14 +145,14 @@ def require_method(strategy: Strategy, method: Method) -> None:
     """Raise a TypeError where a strategy cannot chain a method."""
     inner = inner_method(method)
     if not isinstance(inner, (Placement, LoRA, FullFineTuning)):
-        raise TypeError(
+        raise InputTypeError(
             f"a sequence of tasks is learnt by windows, LoRA, FullFineTuning or one of them under a penalty, "
             f"not by {method!r}"
         )
     if isinstance(strategy, Moving) and not (isinstance(inner, Window) and inner.position is not None):
-        raise TypeError(f"Moving moves a window with a position, not {method!r}")
+        raise InputTypeError(f"Moving moves a window with a position, not {method!r}")
     if isinstance(getattr(strategy, "memory", None), Orthogonal) and not isinstance(inner, LoRA):
-        raise TypeError(
+        raise InputTypeError(
             f"Orthogonal keeps LoRA's A apart from those of earlier tasks (O-LoRA); {method!r} starts from "
             "given components: use LoRA(rank)"
         )
@@ -159,7 +160,7 @@ def require_method(strategy: Strategy, method: Method) -> None:
 
 def _require_memory(memory: Memory | None) -> None:
     if memory is not None and not isinstance(memory, Memory):
-        raise TypeError(f"expected a memory such as Replay(200), not {memory!r}")
+        raise InputTypeError(f"expected a memory such as Replay(200), not {memory!r}")
 
 
 def _named(name: str, memory: Memory | None) -> str:

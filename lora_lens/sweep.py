@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_lens.adapter import attach, chosen_layers, planned
 from lora_lens.drift import drift, drift_between
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.evaluation import example_features
 from lora_lens.feature_change import difference
 from lora_lens.layers import Targets
@@ -77,13 +78,13 @@ class Grid:
             values = tuple(value) if isinstance(value, (Sequence, range)) else (value,)
             values = tuple(ByLayer(v) if isinstance(v, Mapping) else v for v in values)
             if len(set(values)) != len(values):
-                raise ValueError(f"{name} holds the same value twice: {values}")
+                raise InputError(f"{name} holds the same value twice: {values}")
             object.__setattr__(self, name, values)
         for method in self.methods:
             if not isinstance(method, (Placement, ByLayer, PeftStart, Penalized, *METHOD_NAMES)):
-                raise TypeError(f"a grid is made of windows and baselines, not {method!r}")
+                raise InputTypeError(f"a grid is made of windows and baselines, not {method!r}")
         if not (self.methods and self.lr and self.seed):
-            raise ValueError("a grid needs at least one window or baseline, one lr and one seed")
+            raise InputError("a grid needs at least one window or baseline, one lr and one seed")
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -172,7 +173,7 @@ def sweep(
             or ``store`` holds a different experiment.
     """
     if {"lr", "seed"} & set(settings):
-        raise ValueError("lr and seed are the grid's: give them to Grid, not to sweep")
+        raise InputError("lr and seed are the grid's: give them to Grid, not to sweep")
     training, watch = Training(**settings), tuple(watch)
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))

@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from lora_lens.errors import InputError
 from lora_lens.metrics import pareto_front, seed_means
 from lora_lens.plot_style import colour_bar, house_style, styled
 from lora_lens.tradeoffs import require_columns
@@ -187,7 +188,7 @@ def watched(
     require_columns(results, ["run", "task", score])
     require_columns(table, ["run", "method", "position", "lr"])
     if without := [run for run in table["run"] if run not in set(results["run"])]:
-        raise ValueError(
+        raise InputError(
             f"nothing was watched in {len(without)} runs, such as {without[0]}; pass ll.watched(store, table)"
         )
     runs = table.drop(columns=score, errors="ignore")
@@ -197,7 +198,7 @@ def watched(
             axes = _panels(len(tasks), columns, sharey=score == "forgetting")
         axes = np.ravel(axes)
         if len(axes) < len(tasks):
-            raise ValueError(f"there are {len(tasks)} watched tasks but only {len(axes)} axes to draw on")
+            raise InputError(f"there are {len(tasks)} watched tasks but only {len(axes)} axes to draw on")
         axes = axes[: len(tasks)]
         for ax, task in zip(axes, tasks, strict=True):
             of_task = runs.merge(results.loc[results["task"] == task, ["run", score]], on="run")
@@ -225,7 +226,7 @@ def show_unit(ax: Axes, score: str) -> None:
 
 def require_score(score: str, choices: Collection[str] = tuple(LABELS)) -> None:
     if score not in choices:
-        raise ValueError(f"score must be one of {', '.join(choices)}, not {score!r}")
+        raise InputError(f"score must be one of {', '.join(choices)}, not {score!r}")
 
 
 def _panels(count: int, columns: int, *, sharey: bool) -> np.ndarray:
@@ -242,7 +243,7 @@ def _panels(count: int, columns: int, *, sharey: bool) -> np.ndarray:
 def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float] | None, ax: Axes) -> None:
     swept = table[table["method"] == "window"].dropna(subset=["position"])
     if swept.empty:
-        raise ValueError("the table has no runs of windows placed by position")
+        raise InputError("the table has no runs of windows placed by position")
     rates = sorted(table["lr"].unique())
     colours = dict(zip(rates, sns.color_palette("colorblind", len(rates)), strict=True))
     lines = _reference_lines(table)

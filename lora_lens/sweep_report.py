@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lora_lens.errors import InputError, LoraLensError
 from lora_lens.html_page import heading, html_page, page_path, paragraph
 from lora_lens.report_facts import IDENTITY, Kept, facts_section, limits, settings_of, task_names
 from lora_lens.report_figures import figures_section, matched_figures
@@ -68,9 +69,9 @@ def report(
     path = page_path(path, GENERATOR)
     _check(table)
     if accuracy is not None and store is None:
-        raise ValueError("to compare at an accuracy, report needs the curves of the runs: pass store=, too")
+        raise InputError("to compare at an accuracy, report needs the curves of the runs: pass store=, too")
     if accuracy is not None and not 0 <= accuracy <= 1:
-        raise ValueError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
+        raise InputError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
     table = in_order(table)
     kept = None if store is None else _kept(store, table)
     title = title or _title(table, kept)
@@ -88,13 +89,13 @@ def report(
 def _check(table: pd.DataFrame) -> None:
     require_columns(table, list(NEEDED))
     if table.empty:
-        raise ValueError("the table has no runs; pass what sweep returned")
+        raise InputError("the table has no runs; pass what sweep returned")
     if table.duplicated([*window_columns(table), "lr", "seed"]).any():
         differ = [c for c in settings_of(table) if table[c].nunique(dropna=False) > 1]
         if not differ:
-            raise ValueError("the table holds some runs twice; drop them: table.drop_duplicates('run')")
+            raise InputError("the table holds some runs twice; drop them: table.drop_duplicates('run')")
         first = f"table[{differ[0]!r}]"
-        raise ValueError(
+        raise InputError(
             f"a report is about one sweep, and the table mixes values of {', '.join(differ)}; "
             f"report one at a time, such as the first: table[{first} == {first}.iloc[0]]"
         )
@@ -115,7 +116,7 @@ def _if_kept(
 ) -> pd.DataFrame | None:
     try:
         return read(store, table)
-    except ValueError:  # kept without it
+    except LoraLensError:  # kept without it
         return None
 
 
@@ -149,7 +150,7 @@ def _section(title: str, write: Callable[[], Pieces]) -> Pieces:
     """What a half-finished sweep cannot tell is said so, and the rest of the page stands."""
     try:
         return [heading(title), *write()]
-    except ValueError as error:
+    except LoraLensError as error:
         return [heading(title), paragraph(f"Not given: {error}.")]
 
 

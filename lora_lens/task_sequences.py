@@ -9,6 +9,7 @@ from operator import index
 import numpy as np
 
 from lora_lens import embedded, embedded_texts
+from lora_lens.errors import InputError
 from lora_lens.task_variants import checked_seed, class_index, corrupted, only_classes, rotated
 from lora_lens.tasks import Task
 from lora_lens.text_tasks import Tokenizer, text_task
@@ -36,20 +37,20 @@ def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size:
     if groups is None:
         size = index(size)
         if size < 2:
-            raise ValueError(f"{task.name}: a task needs at least two classes, so size cannot be {size}")
+            raise InputError(f"{task.name}: a task needs at least two classes, so size cannot be {size}")
         count = len(task.classes)
         if over := task.classes[count - count % size :]:
-            raise ValueError(
+            raise InputError(
                 f"{task.name}: {count} classes do not divide into groups of {size}, {', '.join(over)} would "
                 "be left over; use another size or give the groups"
             )
         groups = np.arange(count).reshape(-1, size).tolist()
     if not len(groups):
-        raise ValueError(f"{task.name}: give at least one group of classes")
+        raise InputError(f"{task.name}: give at least one group of classes")
     parts = [only_classes(task, group) for group in groups]
     numbers = [class_index(task, given) for group in groups for given in group]
     if twice := [task.classes[i] for i in numbers if numbers.count(i) > 1]:
-        raise ValueError(f"{task.name}: class {twice[0]!r} is in two groups; a split has each class once")
+        raise InputError(f"{task.name}: class {twice[0]!r} is in two groups; a split has each class once")
     return parts
 
 
@@ -68,12 +69,12 @@ def rotations(task: Task, angles: Sequence[float]) -> list[Task]:
         TypeError: an angle is no number.
     """
     if not len(angles):
-        raise ValueError(f"{task.name}: give at least one angle")
+        raise InputError(f"{task.name}: give at least one angle")
     tasks = [rotated(task, angle) for angle in angles]
     turns = [float(angle) % 360 for angle in angles]
     for angle, turn, place in zip(angles, turns, range(len(turns)), strict=True):
         if (first := turns.index(turn)) < place:
-            raise ValueError(
+            raise InputError(
                 f"{task.name}: {angles[first]} and {angle} degrees are the same angle; give it once"
             )
     return tasks
@@ -100,9 +101,9 @@ def orders(count: int, number: int, seed: int = 0) -> list[tuple[int, ...]]:
     """
     count, number, seed = index(count), index(number), checked_seed(seed)
     if count < 1 or number < 1:
-        raise ValueError(f"expected at least one task and one order, not {count} tasks and {number} orders")
+        raise InputError(f"expected at least one task and one order, not {count} tasks and {number} orders")
     if number > factorial(count):
-        raise ValueError(
+        raise InputError(
             f"{number} different orders were asked for, but {count} tasks have only {factorial(count)}"
         )
     rng = np.random.default_rng(seed)

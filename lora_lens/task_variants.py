@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, gaussian_blur, rotate
 
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.tasks import Examples, Task
 
 # Hendrycks and Dietterich's contrasts; their noise (0.08 to 0.38 of the pixel range) and blur (1 to 6 of 224
@@ -60,11 +61,11 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
         TypeError: the severity or seed is not a whole number.
     """
     if kind not in SEVERITIES:
-        raise ValueError(f"corruption must be one of {', '.join(SEVERITIES)}, not {kind!r}")
+        raise InputError(f"corruption must be one of {', '.join(SEVERITIES)}, not {kind!r}")
     strengths = SEVERITIES[kind]
     severity, seed = index(severity), checked_seed(seed)
     if not 1 <= severity <= len(strengths):
-        raise ValueError(
+        raise InputError(
             f"severity must be 1 to {len(strengths)}, not {severity}; for clean inputs take the task itself"
         )
     _require_images(task)
@@ -94,10 +95,10 @@ def rotated(task: Task, degrees: float) -> Task:
         TypeError: the angle is no number.
     """
     if isinstance(degrees, str | bool) or not hasattr(degrees, "__float__"):
-        raise TypeError(f"degrees must be a number, not {degrees!r}")
+        raise InputTypeError(f"degrees must be a number, not {degrees!r}")
     degrees = float(degrees)
     if not isfinite(degrees):
-        raise ValueError(f"degrees must be finite, not {degrees}")
+        raise InputError(f"degrees must be finite, not {degrees}")
     _require_images(task)
     if degrees % 360 == 0:
         return task
@@ -157,11 +158,11 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
     """
     per_class, seed = index(per_class), checked_seed(seed)
     if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, not {per_class}")
+        raise InputError(f"per_class must be at least 1, not {per_class}")
     counts = torch.bincount(task.train.labels, minlength=len(task.classes)).tolist()
     for name, count in zip(task.classes, counts, strict=True):
         if count < per_class:
-            raise ValueError(
+            raise InputError(
                 f"{task.name}: class {name!r} has {count} training examples; asked for {per_class} per class"
             )
     drawn = []
@@ -191,9 +192,9 @@ def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
         TypeError: classes is one string, or a class is neither a name nor an index.
     """
     if isinstance(classes, str):
-        raise TypeError(f"classes must be a list of names or indices, not the one string {classes!r}")
+        raise InputTypeError(f"classes must be a list of names or indices, not the one string {classes!r}")
     if type(task) is not Task:
-        raise ValueError(
+        raise InputError(
             f"{task.name} is read from the model's own words, which belong to all of its classes; make a "
             "corpus of some classes first, and the task of that"
         )
@@ -201,14 +202,14 @@ def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
     names = tuple(task.classes[i] for i in old)
     if len(set(old)) < len(old):
         twice = next(task.classes[i] for i in old if old.count(i) > 1)
-        raise ValueError(f"{task.name}: class {twice!r} is given twice")
+        raise InputError(f"{task.name}: class {twice!r} is given twice")
     if len(old) < 2:
-        raise ValueError(f"{task.name}: a task needs at least two classes, not {len(old)}")
+        raise InputError(f"{task.name}: a task needs at least two classes, not {len(old)}")
     for part in ("train", "test"):
         present = set(getattr(task, part).labels.unique().tolist())
         missing = [n for n, i in zip(names, old, strict=True) if i not in present]
         if missing:
-            raise ValueError(f"{task.name}: no {part} examples of class {missing[0]!r}; leave it out")
+            raise InputError(f"{task.name}: no {part} examples of class {missing[0]!r}; leave it out")
     new = torch.full((len(task.classes),), -1)
     new[old] = torch.arange(len(old))
     listed = (
@@ -235,13 +236,13 @@ def class_index(task: Task, given: str | int) -> int:
     known += f" and {len(task.classes) - 20} more" if len(task.classes) > 20 else ""
     if isinstance(given, str):
         if given not in task.classes:
-            raise ValueError(f"unknown class {given!r}: {known}")
+            raise InputError(f"unknown class {given!r}: {known}")
         if task.classes.count(given) > 1:
-            raise ValueError(f"{task.name} has several classes called {given!r}; give an index")
+            raise InputError(f"{task.name} has several classes called {given!r}; give an index")
         return task.classes.index(given)
     number = index(given)
     if not 0 <= number < len(task.classes):
-        raise ValueError(f"unknown class {number}, expected 0 to {len(task.classes) - 1}: {known}")
+        raise InputError(f"unknown class {number}, expected 0 to {len(task.classes) - 1}: {known}")
     return number
 
 
@@ -254,11 +255,11 @@ def _relabelled(examples: Examples, new: Tensor) -> Examples:
 
 def _require_images(task: Task) -> None:
     if not isinstance(task.train, Examples):
-        raise ValueError(f"{task.name} holds texts, and only images can be changed like that")
+        raise InputError(f"{task.name} holds texts, and only images can be changed like that")
     for part in ("train", "test"):
         inputs = getattr(task, part).inputs
         if inputs.ndim != 4 or not inputs.is_floating_point():
-            raise ValueError(
+            raise InputError(
                 f"{task.name}: {part} inputs of shape {tuple(inputs.shape)} and type {inputs.dtype} are no "
                 "images; expected floating point, (n, c, h, w)"
             )
@@ -278,7 +279,7 @@ def checked_seed(seed: int) -> int:
     """The seed as an int; raises ValueError where it is negative, TypeError where it is no whole number."""
     seed = index(seed)
     if seed < 0:
-        raise ValueError(f"seed must be at least 0, not {seed}")
+        raise InputError(f"seed must be at least 0, not {seed}")
     return seed
 
 
@@ -308,7 +309,7 @@ def _blurred(name: str, inputs: Tensor, strength: float) -> Tensor:
     sigma = strength * min(height, width)
     radius = int(4 * sigma + 0.5)
     if not 1 <= radius < min(height, width):
-        raise ValueError(f"{name}: images of {height} x {width} pixels are too small to be blurred")
+        raise InputError(f"{name}: images of {height} x {width} pixels are too small to be blurred")
     blurred = []
     for part in inputs.split(CHUNK):
         for size in ([2 * radius + 1, 1], [1, 2 * radius + 1]):  # one axis at a time, far cheaper than both

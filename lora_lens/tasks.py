@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lora_lens.errors import InputError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.layers import classifier
 from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model
@@ -34,16 +35,16 @@ class Examples:
 
     def __post_init__(self) -> None:
         if len(self.inputs) == 0 or len(self.inputs) != len(self.labels):
-            raise ValueError(
+            raise InputError(
                 f"expected as many labels as inputs, not {len(self.inputs)} inputs "
                 f"and {len(self.labels)} labels"
             )
         if self.labels.ndim != 1 or self.labels.is_floating_point():
-            raise ValueError(
+            raise InputError(
                 f"labels must be one whole number each, not {tuple(self.labels.shape)} of {self.labels.dtype}"
             )
         if not torch.isfinite(self.inputs).all():
-            raise ValueError("inputs hold NaN or infinite values")
+            raise InputError("inputs hold NaN or infinite values")
         object.__setattr__(self, "labels", self.labels.long())
 
     def __len__(self) -> int:
@@ -111,14 +112,14 @@ class Task:
             labels = getattr(self, part).labels
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= len(self.classes):
-                raise ValueError(
+                raise InputError(
                     f"{self.name}: {part} labels run from {low} to {high}, outside the head's "
                     f"{len(self.classes)} classes (0 to {len(self.classes) - 1})"
                 )
         if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+            raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
         if self.head is not None and self.head.out_features != len(self.classes):
-            raise ValueError(
+            raise InputError(
                 f"{self.name} has {len(self.classes)} classes, but its head has {self.head.out_features}"
             )
 
@@ -142,14 +143,14 @@ class Task:
         self.check_fit(model)
         if self.head is not None:
             if self.head.in_features != (size := _feature_size(model, self.pooling)):
-                raise ValueError(
+                raise InputError(
                     f"the head of {self.name} reads {self.head.in_features} features, and the model has "
                     f"{size}; fit it to this model with ll.probed"
                 )
             return HeadReadout(self.head, self.pooling)
         own = classifier(inner_model(model))
         if own.out_features != len(self.classes):
-            raise ValueError(
+            raise InputError(
                 f"{self.name} has {len(self.classes)} classes, but the model's own head has "
                 f"{own.out_features}; retain the task that the model was pretrained on, or fit a head to "
                 "its features with ll.probed"
@@ -165,7 +166,7 @@ class Task:
         """The same task with the first ``train`` training and ``test`` test examples."""
         for asked, examples in ((train, self.train), (test, self.test)):
             if asked is not None and not 1 <= asked <= len(examples):
-                raise ValueError(f"{self.name} has {len(examples)} examples there; asked for {asked}")
+                raise InputError(f"{self.name} has {len(examples)} examples there; asked for {asked}")
         return replace(
             self,
             train=self.train if train is None else self.train.first(train),
@@ -210,7 +211,7 @@ def _feature_size(model: nn.Module, pooling: str) -> int:
         return classifier(inner).in_features
     size = getattr(getattr(inner, "config", None), "hidden_size", None)
     if size is None:
-        raise ValueError(
+        raise InputError(
             f"{type(inner).__name__} has no config.hidden_size, as transformers' models have; "
             "texts are read from such a model's hidden states"
         )

@@ -26,6 +26,7 @@ from lora_lens.corpus_checks import (
     require,
     short,
 )
+from lora_lens.errors import InputError, MissingFileError, MissingPackageError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".json")
@@ -76,7 +77,7 @@ def text_corpus(
         ImportError: reading Parquet needs pyarrow.
     """
     if not 0 < test_share < 1:
-        raise ValueError(f"test_share must be between 0 and 1, not {test_share}")
+        raise InputError(f"test_share must be between 0 and 1, not {test_share}")
     random = generator(seed)
     names = _class_names(classes, label)
     files = [_file(train)] if test is None else [_file(train), _file(test)]
@@ -95,13 +96,13 @@ def _class_names(classes: Sequence[str] | None, label: str | None) -> tuple[str,
     """As given; None where they are still to be found."""
     if label is None:
         if classes is not None:
-            raise ValueError("texts without labels have no classes; leave classes out, or name the label")
+            raise InputError("texts without labels have no classes; leave classes out, or name the label")
         return ()
     if classes is None:
         return None
     names = (classes,) if isinstance(classes, str) else tuple(classes)
     if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"classes must be at least two different strings, not {classes!r}")
+        raise InputError(f"classes must be at least two different strings, not {classes!r}")
     return names
 
 
@@ -110,10 +111,10 @@ def _file(path: str | Path) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give one file, {', '.join(SUFFIXES)}")
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise MissingFileError(f"there is no file {path}")
     suffix = _suffix(path)
     if suffix not in SUFFIXES or (suffix == ".parquet" and _is_compressed(path)):
-        raise ValueError(
+        raise InputError(
             f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, or in .gz after one of these but "
             ".parquet"
         )
@@ -152,7 +153,7 @@ def _decoded(path: Path) -> str:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged: not readable as gzip ({error})") from error
+            raise InputError(f"{path} is damaged: not readable as gzip ({error})") from error
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0  # which Excel writes
     try:
         return data[start:].decode()
@@ -160,7 +161,7 @@ def _decoded(path: Path) -> str:
         offset = start + error.start
         line = data.count(b"\n", 0, offset) + 1
         unpacked = " uncompressed" if _is_compressed(path) else ""
-        raise ValueError(
+        raise InputError(
             f"{path} is not UTF-8: byte {offset}{unpacked} (line {line}) "
             f"is 0x{data[offset]:02x}; write it anew as UTF-8, in Python: open(new, 'w', encoding='utf-8')"
             ".write(open(old, encoding='cp1252').read()), or whatever its encoding is"
@@ -178,12 +179,12 @@ def _json_lines(path: Path, columns: list[str]) -> list[list]:
         except (ValueError, RecursionError) as error:
             in_line = isinstance(error, json.JSONDecodeError)
             where = f"{error.msg} at character {error.colno}" if in_line else error
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}, is no JSON: {where}; expected one object on every line, "
                 'such as {"text": "...", "label": "..."}'
             ) from error
         if not isinstance(record, dict):
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: expected a JSON object on every line, such as "
                 f'{{"text": "...", "label": "..."}}, not {short(line.strip())}'
             )
@@ -209,7 +210,7 @@ def _table(path: Path, columns: list[str], delimiter: str) -> list[list]:
                 rows.append(row)
             before = reader.line_num
     except csv.Error as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: the row that begins on line {before + 1} is damaged ({error}); a text with quotation "
             "marks, delimiters or line breaks must be in quotation marks, and those within it doubled"
         ) from error
@@ -219,7 +220,7 @@ def _table(path: Path, columns: list[str], delimiter: str) -> list[list]:
     require(str(path), columns, header, max(len(rows) - 1, 0))
     for number, row in zip(numbers, rows, strict=True):
         if len(row) != len(header):
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}, has {len(row)} cells, but the first line names {len(header)} "
                 f"columns; a text with {'commas' if delimiter == ',' else 'tabs'} must be in quotation marks"
             )
@@ -233,14 +234,14 @@ def _parquet(path: Path, columns: list[str]) -> list[Sequence]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ImportError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
+        raise MissingPackageError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
     try:
         with pq.ParquetFile(path) as file:  # read_table would take columns from the names of folders
             require(str(path), columns, file.schema_arrow.names, file.metadata.num_rows)
             table = file.read(columns=columns)
         table.validate(full=True)  # of the strings' encoding, too
     except pa.ArrowException as error:
-        raise ValueError(f"{path} is damaged: not readable as Parquet ({error})") from error
+        raise InputError(f"{path} is damaged: not readable as Parquet ({error})") from error
     return [range(1, table.num_rows + 1), *(table.column(column).to_pylist() for column in columns)]
 
 
@@ -252,7 +253,7 @@ def _split(part: Part, share: float, random: np.random.Generator) -> tuple[Part,
         rows = [row for row, of_row in enumerate(labels) if of_row == label]
         if len(rows) < 2:
             what = f"class {short(label)!r} has" if part.labels else "there is"
-            raise ValueError(
+            raise InputError(
                 f"{part.source}: {what} 1 text, {part.at(rows)}; splitting takes at least 2, so add texts, "
                 f"{'leave it out, ' if part.labels else ''}or give a test file"
             )

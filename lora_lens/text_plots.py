@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
+from lora_lens.errors import InputError
 from lora_lens.plot_style import house_style
 
 COLOURS = "cividis"
@@ -44,12 +45,12 @@ def token_shares(pieces: Sequence[str], shares: ArrayLike, *, ax: Axes | None = 
     """
     shares = np.asarray(shares, float)
     if not len(pieces) or shares.shape != (len(pieces),):
-        raise ValueError(
+        raise InputError(
             f"expected one share for each of {len(pieces)} tokens, at least one, not shares of shape "
             f"{shares.shape}"
         )
     if not (shares.min() >= 0 and shares.max() <= 1 + 1e-6):
-        raise ValueError(f"shares must be in [0, 1], not {shares.min():g} to {shares.max():g}")
+        raise InputError(f"shares must be in [0, 1], not {shares.min():g} to {shares.max():g}")
     words, numbers = [_visible(piece) for piece in pieces], [_percent(share) for share in shares]
     widths = [LETTER * max(len(w) + 0.6, 0.8 * len(n)) for w, n in zip(words, numbers, strict=True)]
     with house_style():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_lens.corpus import Corpus, Texts
+from lora_lens.errors import InputError
 from lora_lens.readouts import LabelWords, NextTokens, Readout, inner_model
 from lora_lens.tasks import Task
 from lora_lens.token_examples import TokenExamples
@@ -61,7 +62,7 @@ class LanguageTask(Task):
     def __post_init__(self) -> None:
         for part in (self.train, self.test):
             if len(part.lengths.unique()) > 1:
-                raise ValueError(f"{self.name}: the blocks of a language task must all be of one length")
+                raise InputError(f"{self.name}: the blocks of a language task must all be of one length")
 
     def new_readout(self, model: nn.Module, seed: int) -> Readout:
         """Nothing but the model is trained."""
@@ -125,15 +126,15 @@ def label_word_task(
     _require_classes(corpus)
     words = [f" {name}" for name in corpus.classes] if words is None else list(words)
     if prompt.count("{text}") != 1:
-        raise ValueError(f"the prompt must hold {{text}} once, where the text goes, not {prompt!r}")
+        raise InputError(f"the prompt must hold {{text}} once, where the text goes, not {prompt!r}")
     if len(words) != len(corpus.classes):
-        raise ValueError(f"{corpus.name} has {len(corpus.classes)} classes, and there are {len(words)} words")
+        raise InputError(f"{corpus.name} has {len(corpus.classes)} classes, and there are {len(words)} words")
     ids = [tuple(found) for found in tokenizer(words, add_special_tokens=False)["input_ids"]]
     for place, (word, own) in enumerate(zip(words, ids, strict=True)):
         if not own:
-            raise ValueError(f"the word {word!r} has no tokens; choose another one")
+            raise InputError(f"the word {word!r} has no tokens; choose another one")
         if twin := [words[i] for i, other in enumerate(ids) if i != place and other[: len(own)] == own]:
-            raise ValueError(
+            raise InputError(
                 f"the tokens of {word!r} begin those of {twin[0]!r}, so their likelihoods cannot be told "
                 "apart; choose other words"
             )
@@ -160,7 +161,7 @@ def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> 
         ValueError: ``block`` is below 2, or a part has fewer tokens than one block.
     """
     if block < 2:
-        raise ValueError(f"a block must have at least 2 tokens, one to predict the other, not {block}")
+        raise InputError(f"a block must have at least 2 tokens, one to predict the other, not {block}")
     parts = []
     for part, texts in (("training", corpus.train), ("test", corpus.test)):
         # The tokenizer would warn of texts beyond its limit; they are cut into blocks below.
@@ -169,7 +170,7 @@ def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> 
         ids = [token for text in found for token in [*text, *end]]
         count = len(ids) // block
         if count == 0:
-            raise ValueError(
+            raise InputError(
                 f"the {part} texts of {corpus.name} have {len(ids)} tokens, less than one block of {block}; "
                 "use a smaller block or more text"
             )
@@ -191,7 +192,7 @@ def _parts(corpus: Corpus) -> list[tuple[str, Texts]]:
 
 def _require_classes(corpus: Corpus) -> None:
     if len(corpus.classes) < 2:
-        raise ValueError(
+        raise InputError(
             f"{corpus.name} has {len(corpus.classes)} classes, and a classification needs at least two; "
             "plain text is for language_task"
         )
@@ -202,7 +203,7 @@ def _limit(tokenizer: Tokenizer, most_tokens: int | None) -> int:
     if most_tokens is None:
         return allowed
     if not 1 <= most_tokens <= allowed:
-        raise ValueError(
+        raise InputError(
             f"most_tokens must be 1 to {allowed}, which is what the tokenizer allows, not {most_tokens}"
         )
     return most_tokens
@@ -219,13 +220,13 @@ def _tokenized(
     special = not (before or after)
     around = tokenizer.num_special_tokens_to_add() if special else 0
     if limit <= around:
-        raise ValueError(
+        raise InputError(
             f"the tokenizer puts {around} special tokens around each text, so most_tokens={around + 1} or "
             f"more is needed, not {limit}"
         )
     room = limit - len(head) - len(tail)
     if room < 1:
-        raise ValueError(
+        raise InputError(
             f"the prompt alone has {len(head) + len(tail)} tokens, and {limit} are allowed in all"
         )
     found = tokenizer(list(texts.texts), add_special_tokens=special, verbose=False)["input_ids"]
@@ -246,7 +247,7 @@ def _tokenized(
         )
     whole = [[*head, *ids, *tail] for ids in found]
     if empty := [number for number, ids in enumerate(whole) if not ids]:
-        raise ValueError(f"{name}: text {empty[0]} ({texts.texts[empty[0]]!r}) has no tokens; leave it out")
+        raise InputError(f"{name}: text {empty[0]} ({texts.texts[empty[0]]!r}) has no tokens; leave it out")
     pad = getattr(tokenizer, "pad_token_id", None)
     tokens = [token for ids in whole for token in ids]
     return TokenExamples(

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lora_lens.errors import InputError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.tasks import shuffled_rows
 
@@ -40,9 +41,9 @@ class TokenExamples:
 
     def __post_init__(self) -> None:
         if len(self.labels) == 0 or len(self.lengths) != len(self.labels):
-            raise ValueError(f"expected one label per text, not {len(self.labels)} for {len(self.lengths)}")
+            raise InputError(f"expected one label per text, not {len(self.labels)} for {len(self.lengths)}")
         if int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.tokens):
-            raise ValueError("every text needs at least one token, and the lengths must add up to the tokens")
+            raise InputError("every text needs at least one token, and the lengths must add up to the tokens")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,14 +124,14 @@ class TokenExamples:
         known = getattr(embedding, "num_embeddings", None)
         largest = int(self.tokens.max())
         if known is not None and largest >= known:
-            raise ValueError(
+            raise InputError(
                 f"the texts hold token {largest}, and {type(model).__name__} has {known} tokens: they were "
                 "tokenized for another model; use the tokenizer that belongs to this one"
             )
         positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         longest = int(self.lengths.max()) + more
         if positions is not None and longest > positions:
-            raise ValueError(
+            raise InputError(
                 f"the longest text has {longest} tokens, and {type(model).__name__} takes at most "
                 f"{positions}; make the task with most_tokens={positions} or less"
             )

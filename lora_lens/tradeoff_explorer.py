@@ -11,6 +11,7 @@ from ipywidgets import HTML, ToggleButtons, VBox
 
 from lora_lens import plots, tradeoffs
 from lora_lens.clickable import Spot, clickable, picked_text
+from lora_lens.errors import InputError
 from lora_lens.explorer import (
     Parts,
     brief_errors,
@@ -58,9 +59,9 @@ def tradeoff_explorer(table: pd.DataFrame, store: str | Path | None = None, task
     """
     table = _with_run(named_runs(table), store)
     if not ((table["method"] == "window") & table["position"].notna()).any():
-        raise ValueError("the table has no runs of windows placed by position")
+        raise InputError("the table has no runs of windows placed by position")
     if task is not None and store is None:
-        raise ValueError("examples that were forgotten are read from the store; give it along with the task")
+        raise InputError("examples that were forgotten are read from the store; give it along with the task")
     kept = None if store is None else KeptRuns(store, table["run"])
     if kept is not None:
         require_task(kept, task)
@@ -100,7 +101,7 @@ def tradeoff_explorer(table: pd.DataFrame, store: str | Path | None = None, task
     def draw() -> Parts | None:
         chosen = tuple(rate for rate, box in rates.items() if box.value)
         if not chosen:
-            raise ValueError("choose at least one learning rate")
+            raise InputError("choose at least one learning rate")
         choice.take_brush(points.ax)
         windows, *ranges = choice.values()
         curve.value = curve_of(score.value, chosen, windows)
@@ -121,7 +122,7 @@ def _with_run(table: pd.DataFrame, store: str | Path | None) -> pd.DataFrame:
     elif "run" not in table:
         table = table.assign(run=table.index.astype(str))
     if (twice := table["run"].duplicated()).any():
-        raise ValueError(f"the table holds run {table.loc[twice, 'run'].iloc[0]} twice; give every run once")
+        raise InputError(f"the table holds run {table.loc[twice, 'run'].iloc[0]} twice; give every run once")
     return table
 
 

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from lora_lens.errors import InputError
 from lora_lens.layers import block_and_kind
 from lora_lens.metrics import pareto_front, seed_means
 from lora_lens.plot_style import colour_bar, house_style, styled
@@ -117,10 +118,10 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
     keys = window_columns(result)
     require_columns(result, [*keys, "seeds", score, f"{score}_low", f"{score}_high"])
     if result.empty:
-        raise ValueError("the result has no rows; pass what a function of ll.tradeoffs returned")
+        raise InputError("the result has no rows; pass what a function of ll.tradeoffs returned")
     if (twice := result.duplicated(keys)).any():
         row = result[twice].iloc[0]
-        raise ValueError(
+        raise InputError(
             f"{row['method']} at position {row['position']} has several rows; choose one rate for each, such "
             "as result[result['lr'] == 0.005] or result[result['most_reached']]"
         )
@@ -187,7 +188,7 @@ def robustness(result: pd.DataFrame, *, ax: Axes) -> Axes:
     keys = window_columns(result)
     require_columns(result, [*keys, "best_lr", "lowest", "highest", "at_grid_end", "collapse"])
     if result.empty:
-        raise ValueError("the result has no rows; pass what ll.tradeoffs.rate_robustness returned")
+        raise InputError("the result has no rows; pass what ll.tradeoffs.rate_robustness returned")
     rows = _ordered(result)
     bar = {"linewidth": 7, "solid_capstyle": "round"}
     for height, (_, row) in enumerate(rows.iterrows()):
@@ -292,18 +293,18 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
     require_columns(table, [setting, "method", "position", "lr", "seed", score])
     if table["lr"].nunique() != 1:
         rates = ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))
-        raise ValueError(
+        raise InputError(
             f"one picture shows one learning rate, and the table has {rates or 'none'}; choose one, such as "
             "table[table['lr'] == 0.005]"
         )
     windows = table[(table["method"] == "window") & table["position"].notna() & table[setting].notna()]
     if windows.empty:
-        raise ValueError(f"the table has no runs of windows placed by position and with a {setting}")
+        raise InputError(f"the table has no runs of windows placed by position and with a {setting}")
     lora = table[table["method"] == "LoRA"]
     for part in (windows, lora):
         if (twice := part.duplicated([setting, "position", "seed"])).any():
             row = part[twice].iloc[0]
-            raise ValueError(
+            raise InputError(
                 f"two runs of {row['method']} with {setting} {row[setting]} and seed {row['seed']} differ in "
                 f"something else; pass runs that differ in {setting} only"
             )

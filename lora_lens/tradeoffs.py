@@ -17,6 +17,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
+from lora_lens.errors import InputError
+
 WINDOW = ["method", "rank", "position", "start"]
 SCORES = ["accuracy", "forgetting"]
 LEVEL = 0.05  # below this p value a U-shape is called one
@@ -38,9 +40,9 @@ def bootstrap_interval(
     """
     values = np.asarray(values, float).ravel()
     if values.size == 0 or np.isnan(values).any():
-        raise ValueError(f"an interval needs values, none of them missing, not {values}; drop those runs")
+        raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
     if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, not {level!r}")
+        raise InputError(f"level must be between 0 and 1, not {level!r}")
     if values.size == 1:
         return float("nan"), float("nan")
     means = values[resampled(len(values), resamples, seed)].mean(1)
@@ -84,7 +86,7 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
             window, rate and seed, or no seed of a window was run at all its rates.
     """
     if score not in ("accuracy", "retained_accuracy"):
-        raise ValueError(f"score must be accuracy or retained_accuracy (larger is better), not {score!r}")
+        raise InputError(f"score must be accuracy or retained_accuracy (larger is better), not {score!r}")
     rows = []
     for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
@@ -123,13 +125,13 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
             share window, rate and seed.
     """
     if not 0 <= accuracy <= 1:
-        raise ValueError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
+        raise InputError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
     require_columns(table, ["run"])
     require_columns(curves, ["run", "step", "accuracy", "retained_accuracy"])
     by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
     without = [run for run in table["run"] if run not in by_run]
     if without:
-        raise ValueError(
+        raise InputError(
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
     rows = []
@@ -203,11 +205,11 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
             runs share window, rate and seed.
     """
     if not update > 0:
-        raise ValueError(f"update must be positive, a share of the weights' norm, not {update!r}")
+        raise InputError(f"update must be positive, a share of the weights' norm, not {update!r}")
     require_columns(table, ["run"])
     require_columns(drifts, ["run"])
     if not table["run"].isin(drifts["run"]).any():
-        raise ValueError("none of the table's runs has a drift; pass ll.drifts(store, table)")
+        raise InputError("none of the table's runs has a drift; pass ll.drifts(store, table)")
     sized = table.assign(size=table["run"].map(relative_updates(drifts)))
     rows = []
     for names, group in groups(sized, window_columns(table), SCORES):
@@ -242,7 +244,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
             or no seed of a window was run at all its rates.
     """
     if not tolerance >= 0:
-        raise ValueError(f"tolerance must be 0 or more, not {tolerance!r}")
+        raise InputError(f"tolerance must be 0 or more, not {tolerance!r}")
     rows = []
     for names, group in groups(table, window_columns(table), ["accuracy"]):
         by_seed = seeds_by_rate(group, "accuracy", names)
@@ -317,7 +319,7 @@ def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> 
 def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n) places of n values, drawn with replacement."""
     if not resamples >= 1:
-        raise ValueError(f"resamples must be at least 1, not {resamples!r}")
+        raise InputError(f"resamples must be at least 1, not {resamples!r}")
     return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 
@@ -348,12 +350,12 @@ def groups(
     """(the keys' values by name, their rows), in the table's order, after checking the table."""
     require_columns(table, [*keys, "lr", "seed", *columns])
     if table.empty:
-        raise ValueError("the table has no runs; pass what sweep returned")
+        raise InputError("the table has no runs; pass what sweep returned")
     twice = table.duplicated([*window_columns(table), "lr", "seed"])
     if twice.any():
         # Two runs of one seed are not two seeds: their interval would be too narrow.
         row = table[twice].iloc[0]
-        raise ValueError(
+        raise InputError(
             f"two runs of {_named(row[window_columns(table)].to_dict())} share learning rate {row['lr']:g} "
             f"and seed {row['seed']}; pass the runs of one sweep, with one value of every other setting"
         )
@@ -365,7 +367,7 @@ def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> 
     """``score`` (seeds, rates), both ascending, of the seeds that were run at every rate."""
     by_seed = group.pivot(index="seed", columns="lr", values=score).dropna()
     if by_seed.empty:
-        raise ValueError(
+        raise InputError(
             f"no seed of {_named(names)} was run at all its rates {rates_in(group)}; "
             "run the missing ones or drop a rate"
         )
@@ -375,7 +377,7 @@ def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> 
 def require_columns(table: pd.DataFrame, columns: list[str]) -> None:
     missing = [column for column in dict.fromkeys(columns) if column not in table]
     if missing:
-        raise ValueError(f"the table has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+        raise InputError(f"the table has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
 
 
 def _named(names: dict[str, object]) -> str:

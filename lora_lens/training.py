@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens import metrics
+from lora_lens.errors import InputError
 from lora_lens.evaluation import Answers, evaluate
 from lora_lens.frozen_prefix import frozen_prefix
 from lora_lens.methods import Penalty
@@ -71,7 +72,7 @@ class Training:
         }
         for name, (good, expected) in checks.items():
             if not good:
-                raise ValueError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+                raise InputError(f"{name} must be {expected}, not {getattr(self, name)!r}")
         object.__setattr__(self, "seed", index(self.seed))
 
     @property
@@ -207,7 +208,7 @@ def finetune(
     config = replace(config or Training(), **settings)
     names = [t.name for t in watch]
     if len(set(names)) < len(names):
-        raise ValueError(f"two watched tasks have one name, and their rows could not be told apart: {names}")
+        raise InputError(f"two watched tasks have one name, and their rows could not be told apart: {names}")
     readout = task.new_readout(model, config.seed) if readout is None else readout
     known = None if retain is None else retain.own_readout(model)
     watching = [(t, t.own_readout(model)) for t in watch]
@@ -215,7 +216,7 @@ def finetune(
     accelerator = _accelerator()
     size = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
     if size < accelerator.num_processes:
-        raise ValueError(
+        raise InputError(
             f"{size} new examples per step cannot be shared by {accelerator.num_processes} processes; use a "
             f"larger batch_size than {config.batch_size}"
         )
@@ -224,7 +225,7 @@ def finetune(
         part.to(device)
     parameters = [p for p in [*model.parameters(), *readout.parameters()] if p.requires_grad]
     if not parameters:
-        raise ValueError(
+        raise InputError(
             f"there is nothing to train: {task.name} has no head of its own, and all of the model is frozen; "
             "attach an adapter first"
         )

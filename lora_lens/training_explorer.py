@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_lens.adapter import attach, chosen_layers, planned
 from lora_lens.background_run import BackgroundRun
+from lora_lens.errors import LoraLensError
 from lora_lens.explorer import (
     WORDS,
     Explorer,
@@ -246,7 +247,7 @@ class _Panel:
         try:
             for spectrum in self.cut.values():
                 Window.first(self.rank.value).slice(spectrum.k, spectrum.name)
-        except ValueError as error:
+        except LoraLensError as error:
             return str(error)
         return None
 

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
+from lora_lens.errors import InputError
 from lora_lens.tradeoffs import FEWEST_SEEDS, LEVEL, bootstrap_interval, rates_in, require_columns
 
 
@@ -119,25 +120,25 @@ def _seeds_by_position(table: pd.DataFrame, lr: float) -> pd.DataFrame:
     swept = table[(table["method"] == "window") & np.isclose(table["lr"], lr, rtol=1e-9, atol=0)]
     swept = swept.dropna(subset=["position"])
     if swept.empty:
-        raise ValueError(
+        raise InputError(
             f"no windows placed by position at learning rate {lr:g}; there are {rates_in(table)}"
         )
     twice = swept.duplicated(["position", "seed"])
     if twice.any():
         row = swept[twice].iloc[0]
-        raise ValueError(
+        raise InputError(
             f"two runs at position {row['position']:g} with seed {row['seed']} and learning rate {lr:g}; "
             "keep one rank, variant and setting"
         )
     by_seed = swept.pivot(index="seed", columns="position", values="forgetting").sort_index(axis=1)
     if 0.0 not in by_seed or 1.0 not in by_seed or by_seed.shape[1] < 3:
-        raise ValueError(
+        raise InputError(
             f"a comparison of ends and interior needs windows at positions 0, 1 and between; "
             f"at learning rate {lr:g} there are {[float(p) for p in by_seed.columns]}"
         )
     complete = by_seed.dropna()
     if complete.empty:
-        raise ValueError(f"no seed was run at every position at learning rate {lr:g}; run the missing ones")
+        raise InputError(f"no seed was run at every position at learning rate {lr:g}; run the missing ones")
     return complete
 
 

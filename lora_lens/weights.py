@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.checkpoint import PACKED, Stored, problem_of, tensors_in
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import GROUPS, Targets, block_and_kind, classifier, listed, matching, part_of
 
 FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv"}  # not query_key_value and qkv_proj, which mix q, k, v by head
@@ -83,23 +84,23 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
     elif isinstance(source, (str, Path)):
         stored, where = sorted(tensors_in(Path(source)), key=lambda s: _numbers_counted(s.name)), str(source)
     else:
-        raise TypeError(f"expected a model or a path, not {type(source).__name__}")
+        raise InputTypeError(f"expected a model or a path, not {type(source).__name__}")
 
     matrices = [(tensor, weight) for tensor in stored for weight in _matrices(tensor, split_qkv)]
     if not matrices:
-        raise ValueError(
+        raise InputError(
             f"{where} holds no weights: expected tensors of two or more dimensions named .weight"
         )
     could = f"these could match: {listed(sorted({block_and_kind(s.name)[1] for s in stored}))}"
     patterns = [targets] if isinstance(targets, str) else list(targets or [])
     chosen = {id(s) for s in stored if s.usual} if targets is None else set()
     if targets is None and not chosen:
-        raise ValueError(f"{where} has no linear layers besides its head; choose others by name, {could}")
+        raise InputError(f"{where} has no linear layers besides its head; choose others by name, {could}")
     for pattern in patterns:
         names = _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
         found = {id(w) for s, w in matrices if s.name in names or f".{w.name}".endswith(f".{pattern}")}
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"no layer of {where} belongs to {pattern!r}; {could}"
                 if pattern in GROUPS
                 else f"target {pattern!r} matches no weight of {where}; {could}"
@@ -108,7 +109,7 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
     picked = [(s, w) for s, w in matrices if id(s) in chosen or id(w) in chosen]
     for tensor, _ in picked:
         if tensor.problem or 0 in tensor.shape:
-            raise ValueError(f"{tensor.name} {tensor.problem or f'is empty: its shape is {tensor.shape}'}")
+            raise InputError(f"{tensor.name} {tensor.problem or f'is empty: its shape is {tensor.shape}'}")
     return [weight for _, weight in picked]
 
 

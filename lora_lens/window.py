@@ -9,6 +9,8 @@ from numbers import Integral, Real
 import numpy as np
 from torch import Tensor
 
+from lora_lens.errors import InputError, InputTypeError
+
 
 class Placement(ABC):
     """Which ``rank`` components of a spectrum are trained; a rule that holds for every weight.
@@ -39,16 +41,16 @@ def whole_rank(rank: object) -> int:
         TypeError, ValueError: it is no whole number of at least 1.
     """
     if not isinstance(rank, Integral) or isinstance(rank, bool):
-        raise TypeError(f"rank must be a whole number, not {rank!r}")
+        raise InputTypeError(f"rank must be a whole number, not {rank!r}")
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
+        raise InputError(f"rank must be at least 1, not {rank}")
     return int(rank)
 
 
 def require_fit(rank: int, k: int, name: str) -> None:
     """Raise a ValueError that names the weight if it has fewer than ``rank`` components."""
     if rank > k:
-        raise ValueError(
+        raise InputError(
             f"rank {rank} does not fit {name}: its spectrum has {k} components; "
             f"use a rank of at most {k} or leave this weight out of the targets"
         )
@@ -76,16 +78,16 @@ class Window(Placement):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", whole_rank(self.rank))
         if (self.position is None) == (self.start is None):
-            raise ValueError(
+            raise InputError(
                 f"give a window either a position in [0, 1] or a start, not "
                 f"position={self.position!r} and start={self.start!r}"
             )
         if self.position is not None:
             if not isinstance(self.position, Real) or not 0 <= self.position <= 1:
-                raise ValueError(f"position must be a number in [0, 1], not {self.position!r}")
+                raise InputError(f"position must be a number in [0, 1], not {self.position!r}")
             object.__setattr__(self, "position", float(self.position))
         elif not isinstance(self.start, Integral) or self.start < 0:
-            raise ValueError(f"start must be a whole number of at least 0, not {self.start!r}")
+            raise InputError(f"start must be a whole number of at least 0, not {self.start!r}")
         else:
             object.__setattr__(self, "start", int(self.start))
 
@@ -113,7 +115,7 @@ class Window(Placement):
         require_fit(self.rank, k, name)
         start = round(self.position * (k - self.rank)) if self.position is not None else int(self.start)
         if start + self.rank > k:
-            raise ValueError(
+            raise InputError(
                 f"window [{start}, {start + self.rank}) does not fit {name}: its spectrum has "
                 f"{k} components, so start must be at most {k - self.rank}"
             )
@@ -131,5 +133,5 @@ class Window(Placement):
 def windows(rank: int, count: int = 9) -> list[Window]:
     """``count`` windows, evenly spaced from the first (PiSSA) to the last (MiLoRA)."""
     if count < 2:
-        raise ValueError(f"a grid of windows needs a count of at least 2, not {count!r}")
+        raise InputError(f"a grid of windows needs a count of at least 2, not {count!r}")
     return [Window(rank, position=float(p)) for p in np.linspace(0, 1, count)]

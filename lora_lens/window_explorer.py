@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lens import plots
 from lora_lens.adapter import attach, chosen_layers, evaluating
+from lora_lens.errors import InputError
 from lora_lens.explorer import (
     Parts,
     brief_errors,
@@ -151,7 +152,7 @@ def _look_of(task: Task, examples: Examples) -> _Look:
         return _Texts(task, examples)
     if examples.inputs.ndim == 4:
         return _Images(task, examples)
-    raise ValueError(
+    raise InputError(
         f"{task.name} has inputs of shape {tuple(examples.inputs.shape[1:])}; this explorer shows images, "
         "(channels, height, width), and texts"
     )
@@ -184,7 +185,7 @@ class _Images:
                 if patch_grid(positions, prefix)[1] > 1:  # one position is no map
                     found.append(name)
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are an "
                 "image's tokens on a square grid, so there are no features to lay over the images"
             )
@@ -233,7 +234,7 @@ class _Texts:
         tokens = inputs["input_ids"].shape[1]
         found = [name for name, number in splittable(model, spectra, inputs).items() if number == tokens]
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are a text's "
                 "tokens, so there are no features to show of them"
             )

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from lora_lens.errors import InputError
 from lora_lens.features import FeatureNorms, FeatureSplit, patch_grid
 from lora_lens.plot_style import house_style
 from lora_lens.spectrum import Spectrum
@@ -112,7 +113,7 @@ def feature_maps(
     """
     count = len(split.window_norms)
     if images.ndim != 4 or len(images) != count:
-        raise ValueError(
+        raise InputError(
             f"expected {count} images, (n, channels, height, width), as many as were split, "
             f"not a tensor of shape {tuple(images.shape)}"
         )
@@ -121,7 +122,7 @@ def feature_maps(
         if axes is None:
             axes = plt.subplots(count, 3, figsize=(5.4, 1.75 * count + 0.5), squeeze=False)[1]
         if axes.shape != (count, 3):
-            raise ValueError(f"expected axes of shape {(count, 3)}, not {axes.shape}")
+            raise InputError(f"expected axes of shape {(count, 3)}, not {axes.shape}")
         for ax, image in zip(axes[:, 0], images, strict=True):
             show_image(ax, image)
         axes[0, 0].set_title("image", fontsize=10.5, loc="center")
