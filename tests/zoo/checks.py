@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lora_lens as ll
 from lora_lens.errors import LoraLensError
 
+Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 RANK, TOLERANCE = 2, 1e-5
 GROUPS = ("all-linear", "all-attention", "all-mlp", "all-conv")
 METHOD = ll.Window(RANK, position=0.5)
@@ -46,7 +47,7 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def check(model: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]) -> Row:
+def check(model: nn.Module, inputs: Inputs) -> Row:
     """Attach by default and to each group, export, and read the model's own file, on a copy each."""
     row, model = Row(), model.eval().requires_grad_(True)
     reference = outputs(model, inputs)
@@ -72,7 +73,7 @@ def check(model: nn.Module, inputs: Mapping[str, Tensor] | tuple[Tensor, ...]) -
     for group in GROUPS:
         _check_group(row, group, model, inputs, reference)
     _check_export(row, model, adapted, inputs)
-    _check_spectra(row, model)
+    _check_spectra(row, model, targets)
     return row
 
 
@@ -85,7 +86,7 @@ def _check_function(
     targets: str | None,
     model: nn.Module,
     adapted: nn.Module,
-    inputs: object,
+    inputs: Inputs,
     reference: list[Tensor],
 ) -> None:
     error = difference(outputs(adapted, inputs), reference)
@@ -111,7 +112,7 @@ def _double(value: object) -> object:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _check_action(row: Row, model: nn.Module, adapted: PeftModel, inputs: object) -> None:
+def _check_action(row: Row, model: nn.Module, adapted: PeftModel, inputs: Inputs) -> None:
     layers = list(ll.summary(adapted)["layer"])
     _backward(model, inputs)
     _backward(adapted, inputs)
@@ -132,7 +133,7 @@ def _moved(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
 
 
-def _backward(model: nn.Module, inputs: object) -> None:
+def _backward(model: nn.Module, inputs: Inputs) -> None:
     torch.manual_seed(0)
     with torch.enable_grad():
         found = [t for t in tensors(_call(model, inputs)) if t.requires_grad]
@@ -142,7 +143,7 @@ def _backward(model: nn.Module, inputs: object) -> None:
             total.backward()
 
 
-def _check_group(row: Row, group: str, model: nn.Module, inputs: object, reference: list[Tensor]) -> None:
+def _check_group(row: Row, group: str, model: nn.Module, inputs: Inputs, reference: list[Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -154,7 +155,7 @@ def _check_group(row: Row, group: str, model: nn.Module, inputs: object, referen
         _check_function(row, group, model, adapted, inputs, reference)
 
 
-def _check_export(row: Row, model: nn.Module, adapted: PeftModel, inputs: object) -> None:
+def _check_export(row: Row, model: nn.Module, adapted: PeftModel, inputs: Inputs) -> None:
     before = outputs(adapted, inputs)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -178,8 +179,8 @@ def _check_export(row: Row, model: nn.Module, adapted: PeftModel, inputs: object
             row.problems.append(f"export: {row.exported:.1e} of the update is lost in plain PEFT")
 
 
-def _check_spectra(row: Row, model: nn.Module) -> None:
-    options = {"vectors": False, "progress": False}
+def _check_spectra(row: Row, model: nn.Module, targets: str | None) -> None:
+    options = {"targets": targets, "vectors": False, "progress": False}
     own = {n: s.singular_values for n, s in ll.spectra(model, **options).items()}
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(model, "save_pretrained"):
@@ -217,7 +218,7 @@ def _converted(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, inputs: object) -> list[Tensor]:
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """All floating-point tensors in a model's output, as float64 copies."""
     torch.manual_seed(0)  # for masks and noise that some models draw in evaluation mode too
     return [t.double().clone() for t in tensors(_call(model, inputs))]
@@ -250,5 +251,5 @@ def tensors(output: object) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def _call(model: nn.Module, inputs: object) -> object:
+def _call(model: nn.Module, inputs: Inputs) -> object:
     return model(*inputs) if isinstance(inputs, tuple) else model(**inputs)

@@ -221,4 +221,6 @@ TIMM = [
     "xception41p",
     "xcit_nano_12_p8_224",
 ]
-TIMM_SETTINGS: dict[str, dict[str, Any]] = {}
+TIMM_SETTINGS: dict[str, dict[str, Any]] = {
+    "vgg11": {"num_features": 64},
+}
