@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -273,8 +273,10 @@ def peft_config(
     variant: Variant,
     modules_to_save: Sequence[str],
 ) -> LoraConfig:
+    targets = target_settings(plan, model)
+    ranks = {name: placement.rank for name, placement in plan.items()}
     return LoraConfig(
-        **target_settings(plan, model),
+        **targets,
         init_lora_weights=any(isinstance(placement, LoRA) for placement in plan.values()),
         bias="none",
         use_rslora=variant.rslora,
@@ -282,17 +284,27 @@ def peft_config(
         lora_dropout=variant.dropout,
         modules_to_save=list(modules_to_save) or None,
         fan_in_fan_out=any(isinstance(submodule(model, name), Conv1D) for name in plan),
-        **rank_settings({name: placement.rank for name, placement in plan.items()}, alpha),
+        **rank_settings(ranks, alpha, targets.get("target_parameters", ())),
     )
 
 
-def rank_settings(ranks: Mapping[str, int], alpha: float | None) -> dict[str, object]:
-    """PEFT's settings for these ranks by layer; alpha is the rank where None."""
+def rank_settings(
+    ranks: Mapping[str, int], alpha: float | None, parameters: Collection[str] = ()
+) -> dict[str, object]:
+    """PEFT's settings for these ranks by layer; alpha is the rank where None.
+
+    Args:
+        parameters: of :func:`lora_lens.peft_names.target_settings`: PEFT compares these with the patterns,
+            and the layers' names where lora_lens injects.
+    """
     most = max(ranks.values())
     settings: dict[str, object] = {"r": most, "lora_alpha": alpha or most}
     if len(set(ranks.values())) > 1:
         # PEFT takes the first pattern that ends a name, and one layer's name may end another's.
-        longest_first = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+        longest_first = {
+            re.escape(name) + r"(\.weight)?" * (f"{name}.weight" in parameters): ranks[name]
+            for name in sorted(ranks, key=len, reverse=True)
+        }
         settings["rank_pattern"] = longest_first
         if alpha is None:
             settings["alpha_pattern"] = dict(longest_first)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lens import validate
 from lora_lens.errors import InputError
-from lora_lens.wrappers import named_modules, submodule
+from lora_lens.wrappers import inner_model, named_modules, submodule
 
 Targets = str | Sequence[str] | None
 
@@ -221,12 +221,15 @@ def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:
     Raises:
         ValueError: ``required`` and the model has none.
     """
+    model = inner_model(model)
     ask = getattr(model, "get_classifier", getattr(model, "get_output_embeddings", lambda: None))
     found = ask()
     for name in ("head", "classifier", "score", "fc"):
+        found = inner_model(found) if isinstance(found, nn.Module) else found
         if isinstance(found, nn.Linear):
             return found
         found = getattr(model, name, None)
+    found = inner_model(found) if isinstance(found, nn.Module) else found
     if isinstance(found, nn.Linear):
         return found
     if required:

@@ -62,6 +62,7 @@ def _adapted(
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT minds mixed models
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
             for key in MATCHING:
                 setattr(config, key, DUMMY_TARGET_MODULES if key == "target_modules" else None)

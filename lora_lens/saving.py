@@ -60,7 +60,8 @@ from lora_lens.injection import (
 )
 from lora_lens.layers import listed, weight_matrix
 from lora_lens.methods import Variant
-from lora_lens.peft_names import target_settings
+from lora_lens.peft_names import lies_in
+from lora_lens.plain_peft import for_plain_peft
 from lora_lens.window import whole_rank
 from lora_lens.wrappers import submodule, unwrapped
 
@@ -199,16 +200,21 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
             stacklevel=2,
         )
     old = peft_model.peft_config[ADAPTER]
+    settings, state, in_full = for_plain_peft(peft_model, state)
     config = LoraConfig(
-        **target_settings(layers, peft_model.get_base_model()),
-        modules_to_save=old.modules_to_save,
         use_dora=old.use_dora,
         fan_in_fan_out=old.fan_in_fan_out,
         task_type=old.task_type,
         base_model_name_or_path=old.base_model_name_or_path,
-        **rank_settings(ranks, None),
+        **settings,
+        **rank_settings(
+            {name: rank for name, rank in ranks.items() if not lies_in(name, in_full)},
+            None,
+            settings.get("target_parameters", ()),
+        ),
     )
     digests = {name: start.digest for name, start in record.starts.items()} or _digests(peft_model)
+    digests = {name: digest for name, digest in digests.items() if not lies_in(name, in_full)}
     with _replaced(folder) as new:
         _write_adapter(new, config, state)
         if moved:
