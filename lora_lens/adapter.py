@@ -134,6 +134,11 @@ def attach(
     # All that may fail comes before the first change of a weight.
     factors = {name: _factors(spectra[name], p, alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
+    for name, placement in windows.items():
+        if len(components[name]) != placement.rank:
+            raise InputError(
+                f"{placement} selects {len(components[name])} components of {name}, not its rank"
+            )
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
         digests = dict(zip(windows, digests, strict=True))
