@@ -135,10 +135,8 @@ def attach(
     factors = {name: _factors(spectra[name], p, alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
     for name, placement in windows.items():
-        if len(components[name]) != placement.rank:
-            raise InputError(
-                f"{placement} selects {len(components[name])} components of {name}, not its rank"
-            )
+        if (count := len(components[name])) != placement.rank:
+            raise InputError(f"{placement} of rank {placement.rank} selects {count} components of {name}")
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
         digests = dict(zip(windows, digests, strict=True))
