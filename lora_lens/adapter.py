@@ -168,8 +168,9 @@ def planned(
 
     Empty for baselines without adapters. Copies and changes nothing.
     """
+    validate.instance(model, nn.Module, "model", "a torch.nn.Module, such as timm's and transformers' models")
     require_unadapted(model)
-    validate.patterns(targets, "targets")
+    validate.patterns(targets)
     if alpha is not None:
         validate.number(alpha, "alpha", above=0)
     if spectra is not None:
