@@ -70,7 +70,7 @@ def attach(
     more, so base plus adapter equals W up to rounding in the base's dtype;
     :func:`function_error` and :func:`summary` measure it.
 
-    Exactly the planned layers are adapted. If anything fails, ``model`` is as it was, in place, too.
+    Exactly the planned layers are adapted. What is refused leaves ``model`` as it was, in place, too.
 
     Args:
         model: the pretrained model, with linear layers, GPT-2's ``Conv1D`` or convolutions. What wraps the
@@ -103,10 +103,8 @@ def attach(
         UserWarning: dropout over a window.
     """
     saved = validate.sequence(modules_to_save, "modules_to_save", "names of modules", one=str)
-    inplace, seed = (
-        validate.flag(inplace, "inplace"),
-        validate.whole_number(seed, "seed", least=0, most=2**63),
-    )
+    inplace = validate.flag(inplace, "inplace")
+    seed = validate.whole_number(seed, "seed", least=0, most=2**63)
     plan = planned(model, method, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
     model, variant = inner_model(model), variant or Variant()
     whole = saved_modules(model, saved)

@@ -195,8 +195,9 @@ def tensors_by_name(model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]
     """A model's "parameters" or "buffers" by the names that they have without PEFT and without wrappers."""
     for name, module in named_modules(model):
         parts = [part for part in name.split(".") if part not in ("", "base_layer", "original_module")]
-        for key, tensor in getattr(module, f"named_{kind}")(recurse=False):
-            yield ".".join([*parts, key]), tensor
+        for key, tensor in getattr(module, f"_{kind}").items():
+            if tensor is not None:
+                yield ".".join([*parts, key]), tensor
 
 
 def is_dora(layer: LoraLayer) -> bool:

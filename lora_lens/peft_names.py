@@ -67,6 +67,8 @@ def saved_modules(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: one is missing, or a container that is never called itself.
     """
+    if not wanted:
+        return ()
     modules = {name: module for name, module in named_modules(model) if name}
     found = {end: [name for name in modules if f".{name}".endswith(f".{end}")] for end in wanted}
     for end in (end for end, names in found.items() if not names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,7 +59,7 @@ def _adapted(
     """PEFT matches targets by the ends of names, and changes some; the keys of a state it takes as given."""
     meant = {key: getattr(config, key) for key in MATCHING}
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), _drawing_on_cpu(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT minds mixed models
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
@@ -78,6 +79,11 @@ def _adapted(
         for key, value in meant.items():
             setattr(config, key, value)
     return adapted
+
+
+def _drawing_on_cpu() -> AbstractContextManager:
+    """The same random factors wherever new tensors are made by default; it slows calls, so only if needed."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _require_plan(model: nn.Module, names: Sequence[str], whole: Sequence[str]) -> None:

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import lru_cache
 
 from torch import nn
 
@@ -42,18 +43,26 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """As ``model.named_modules()`` without the wrappers and without their segments in the names."""
-    clean: dict[str, str] = {}
-    through: set[str] = set()
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        parent, _, child = path.rpartition(".")
-        before = clean.get(parent, "")
-        clean[path] = before if path in through else f"{before}.{child}" if before else child
-        if (key := _wrapped(module)) is not None:
-            through.add(f"{path}.{key}" if path else key)
-        else:
-            yield clean[path], module
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        while True:
+            if remove_duplicate and id(module) in seen:
+                return
+            seen.add(id(module))
+            if (key := _wrapped(module)) is None:
+                break
+            module = module._modules[key]
+        found.append((name, module))
+        for child, inner in module._modules.items():
+            if inner is not None:
+                visit(f"{name}.{child}" if name else child, inner)
+
+    visit("", model)
+    return found
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
@@ -64,7 +73,9 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     """
     module = inner_model(model)
     for part in name.split(".") if name else ():
-        module = inner_model(module.get_submodule(part))
+        if (inner := module._modules.get(part)) is None:
+            raise AttributeError(f"{type(module).__name__} has no module {part!r}, looked for as {name}")
+        module = inner_model(inner)
     return module
 
 
@@ -88,6 +99,13 @@ def placed(model: nn.Module, path: str) -> None:
 
 def _wrapped(module: nn.Module) -> str | None:
     """The name of the one child that a wrapper wraps; None if the module is no wrapper."""
-    keys = [key for key in SEGMENTS if key in module._modules]
-    keys += [BY_CLASS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in BY_CLASS]
-    return next((key for key in keys if isinstance(module._modules.get(key), nn.Module)), None)
+    children = module._modules
+    if not children:
+        return None
+    keys = (*SEGMENTS, *_keys_of(type(module)))
+    return next((key for key in keys if children.get(key) is not None), None)
+
+
+@lru_cache(maxsize=4096)
+def _keys_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(BY_CLASS[base.__name__] for base in kind.__mro__ if base.__name__ in BY_CLASS)
