@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_lens import validate
 from lora_lens.errors import InputError, InputTypeError
+from lora_lens.layers import FLOATS
 from lora_lens.placement import ByLayer
 from lora_lens.window import Placement, whole_rank
 
@@ -68,8 +69,7 @@ class PeftStart:
     rank: int
 
     def __post_init__(self) -> None:
-        if self.name not in PEFT_STARTS:
-            raise InputError(f"PEFT's starts are {', '.join(PEFT_STARTS)}, not {self.name!r}")
+        validate.choice(self.name, "name of PEFT's start", PEFT_STARTS)
         object.__setattr__(self, "rank", whole_rank(self.rank))
         if self.name == "orthogonal" and self.rank % 2:
             raise InputError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
@@ -90,9 +90,8 @@ class Penalty:
     share: ClassVar[float] = 0.0  # of each batch's examples, which the penalty spends on its own
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.strength) and self.strength >= 0):
-            raise InputError(f"a penalty's strength must be at least 0 and finite, not {self.strength!r}")
-        object.__setattr__(self, "strength", float(self.strength))
+        strength = validate.number(self.strength, "a penalty's strength", least=0)
+        object.__setattr__(self, "strength", strength)
 
     def begin(self, model: nn.Module, retain: Any, config: Any) -> Callable[[], Tensor | float]:
         """Note what must be known before the first step; the result gives the loss to add at each step.
@@ -170,7 +169,7 @@ class Variant:
         dtype: of A and B. None leaves it to PEFT: the base's, but float32 over bfloat16 and float16.
 
     Raises:
-        ValueError: another split or train, dropout outside [0, 1), or a dtype that is no float.
+        ValueError, TypeError: another split or train, dropout outside [0, 1), or a dtype of no such values.
     """
 
     rslora: bool = False
@@ -181,14 +180,16 @@ class Variant:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.split not in ("balanced", "A", "B"):
-            raise InputError(f"split must be 'balanced', 'A' or 'B', not {self.split!r}")
-        if self.train not in ("both", "A", "B"):
-            raise InputError(f"train must be 'both', 'A' or 'B', not {self.train!r}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), not {self.dropout!r}")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise InputError(f"the adapter's dtype must be a floating one, not {self.dtype}")
+        for name in ("rslora", "dora"):
+            object.__setattr__(self, name, validate.flag(getattr(self, name), name))
+        validate.choice(self.split, "split", ("balanced", "A", "B"))
+        validate.choice(self.train, "train", ("both", "A", "B"))
+        dropout = validate.number(self.dropout, "dropout", least=0, below=1)
+        object.__setattr__(self, "dropout", dropout)
+        if self.dtype is not None:
+            validate.instance(self.dtype, torch.dtype, "dtype", "a torch.dtype, such as torch.float32")
+            if self.dtype not in FLOATS:
+                raise InputError(f"the adapter's dtype must be a floating one, not {self.dtype}")
 
     def __str__(self) -> str:
         parts = [name for name in ("rslora", "dora") if getattr(self, name)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from operator import index
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lora_lens import validate
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.spectral_metrics import effective_rank
 from lora_lens.window import Placement, Window, require_fit, whole_rank
@@ -32,9 +32,8 @@ class _OfShare(_OfRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share < 1:
-            raise InputError(f"a share of the energy must lie in (0, 1), not {self.share!r}")
-        object.__setattr__(self, "share", float(self.share))
+        share = validate.number(self.share, "share of the energy", above=0, below=1)
+        object.__setattr__(self, "share", share)
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,8 @@ class Components(Placement):
     indices: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        chosen = tuple(sorted(index(i) for i in self.indices))
+        given = validate.sequence(self.indices, "components", "whole numbers")
+        chosen = tuple(sorted(validate.whole_number(i, "a component") for i in given))
         if not chosen or chosen[0] < 0 or len(set(chosen)) < len(chosen):
             raise InputError(
                 f"components must be different whole numbers of at least 0, not {self.indices!r}"
@@ -145,7 +145,7 @@ class RandomComponents(_OfRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "seed", index(self.seed))
+        object.__setattr__(self, "seed", validate.whole_number(self.seed, "seed", least=0))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> Tensor:
         k = len(singular_values)
@@ -182,6 +182,9 @@ class ByLayer(Mapping[str, Placement]):
     """
 
     def __init__(self, placements: Mapping[str, Placement]):
+        validate.instance(placements, Mapping, "placements", "a mapping of target patterns to placements")
+        for pattern in placements:
+            validate.instance(pattern, str, "a pattern of placements", "a string, such as 'all-linear'")
         for pattern, placement in placements.items():
             if not isinstance(placement, Placement):
                 raise InputTypeError(

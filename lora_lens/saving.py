@@ -26,8 +26,7 @@ from uuid import uuid4
 
 import pandas as pd
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
@@ -37,7 +36,9 @@ from lora_lens.factorization import product_norm, product_svd
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     ADAPTER,
+    PREFIX,
     Attachment,
+    adapter_state,
     attached,
     buffers_by_name,
     copy_around,
@@ -55,15 +56,18 @@ from lora_lens.injection import (
     set_start,
     taken_off,
     trained_update,
+    whole_modules,
 )
 from lora_lens.layers import listed, weight_matrix
 from lora_lens.methods import Variant
+from lora_lens.peft_names import lies_in
+from lora_lens.plain_peft import for_plain_peft
 from lora_lens.window import whole_rank
+from lora_lens.wrappers import submodule, unwrapped
 
 FORMAT = 1
 ABOUT, WEIGHTS, START = "lora_lens.json", "adapter_model.safetensors", "start.safetensors"
 BUFFERS, ON_RESIDUAL = "buffers.safetensors", "on_residual"
-PREFIX = "base_model.model."  # of PEFT's tensor names
 
 
 def save(adapted: nn.Module, folder: str | Path) -> None:
@@ -133,7 +137,7 @@ def load(
     for name, known in about["weights"].items():
         require_same(name, read[name](), known["digest"])
 
-    originals = {name: model.get_submodule(name).weight for name in names}
+    originals = {name: submodule(model, name).weight for name in names}
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, originals.values() if factors else [])
     adapted = inject(base, config, names, variant)
@@ -196,16 +200,21 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
             stacklevel=2,
         )
     old = peft_model.peft_config[ADAPTER]
+    settings, state, in_full = for_plain_peft(peft_model, state)
     config = LoraConfig(
-        target_modules=old.target_modules,
-        modules_to_save=old.modules_to_save,
         use_dora=old.use_dora,
         fan_in_fan_out=old.fan_in_fan_out,
         task_type=old.task_type,
         base_model_name_or_path=old.base_model_name_or_path,
-        **rank_settings(ranks, None),
+        **settings,
+        **rank_settings(
+            {name: rank for name, rank in ranks.items() if not lies_in(name, in_full)},
+            None,
+            settings.get("target_parameters", ()),
+        ),
     )
     digests = {name: start.digest for name, start in record.starts.items()} or _digests(peft_model)
+    digests = {name: digest for name, digest in digests.items() if not lies_in(name, in_full)}
     with _replaced(folder) as new:
         _write_adapter(new, config, state)
         if moved:
@@ -248,10 +257,9 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
                 residual.float(), start.b.float(), start.a.float(), alpha=layer.scaling[ADAPTER]
             )
             state[key] = torch.linalg.norm(whole, dim=1).reshape(state[key].shape).to(state[key].dtype)
-    for name, module in peft_model.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            untrained = module.original_module.state_dict()
-            state |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in untrained.items()}
+    for name, module in whole_modules(peft_model).items():
+        untrained = module.original_module.state_dict()
+        state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in untrained.items()}
 
     # Modules of its own around the same tensors, because taking the adapter off changes modules.
     tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
@@ -284,7 +292,7 @@ def _truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, 
 
 
 def _state(peft_model: PeftModel) -> dict[str, Tensor]:
-    return dict(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    return adapter_state(peft_model)
 
 
 def _fill(adapted: PeftModel, state: Mapping[str, Tensor], where: str | Path) -> None:
@@ -296,7 +304,9 @@ def _fill(adapted: PeftModel, state: Mapping[str, Tensor], where: str | Path) ->
             f"{where} does not hold the adapter that was saved: {wrong} has the shape {found.get(wrong)}, "
             f"expected {expected.get(wrong)}"
         )
-    set_peft_model_state_dict(adapted, dict(state))
+    with torch.no_grad():
+        for key, tensor in _state(adapted).items():
+            tensor.copy_(state[key])
 
 
 def _digests(peft_model: PeftModel) -> dict[str, str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 from torch import Tensor
 
-from lora_lens.errors import InputError, InputTypeError
+from lora_lens import validate
+from lora_lens.errors import InputError
 
 
 class Placement(ABC):
@@ -40,11 +40,7 @@ def whole_rank(rank: object) -> int:
     Raises:
         TypeError, ValueError: it is no whole number of at least 1.
     """
-    if not isinstance(rank, Integral) or isinstance(rank, bool):
-        raise InputTypeError(f"rank must be a whole number, not {rank!r}")
-    if rank < 1:
-        raise InputError(f"rank must be at least 1, not {rank}")
-    return int(rank)
+    return validate.whole_number(rank, "rank", least=1)
 
 
 def require_fit(rank: int, k: int, name: str) -> None:
@@ -83,13 +79,10 @@ class Window(Placement):
                 f"position={self.position!r} and start={self.start!r}"
             )
         if self.position is not None:
-            if not isinstance(self.position, Real) or not 0 <= self.position <= 1:
-                raise InputError(f"position must be a number in [0, 1], not {self.position!r}")
-            object.__setattr__(self, "position", float(self.position))
-        elif not isinstance(self.start, Integral) or self.start < 0:
-            raise InputError(f"start must be a whole number of at least 0, not {self.start!r}")
+            position = validate.number(self.position, "position", least=0, most=1)
+            object.__setattr__(self, "position", position)
         else:
-            object.__setattr__(self, "start", int(self.start))
+            object.__setattr__(self, "start", validate.whole_number(self.start, "start", least=0))
 
     @classmethod
     def first(cls, rank: int) -> Window:
@@ -132,6 +125,5 @@ class Window(Placement):
 
 def windows(rank: int, count: int = 9) -> list[Window]:
     """``count`` windows, evenly spaced from the first (PiSSA) to the last (MiLoRA)."""
-    if count < 2:
-        raise InputError(f"a grid of windows needs a count of at least 2, not {count!r}")
+    count = validate.whole_number(count, "count", least=2)
     return [Window(rank, position=float(p)) for p in np.linspace(0, 1, count)]

@@ -141,7 +141,7 @@ def test_an_adapted_model_is_not_adapted_again(patch_vit):
 def test_other_methods_and_alphas_are_refused(patch_vit):
     with pytest.raises(TypeError, match="expected a Window or another placement"):
         ll.attach(patch_vit, 8)
-    with pytest.raises(ValueError, match="alpha must be positive, not 0"):
+    with pytest.raises(ValueError, match="alpha must be positive and finite, not 0"):
         ll.attach(patch_vit, ll.Window.first(4), alpha=0)
 
 

@@ -215,7 +215,7 @@ def test_a_summary_of_a_start_has_no_components(started):
 
 
 def test_bad_starts_are_refused_with_their_reason(model, tasks):
-    with pytest.raises(ValueError, match=r"pissa, olora, orthogonal, .*, lora_ga, not 'milora'"):
+    with pytest.raises(ValueError, match=r"'pissa', 'olora', 'orthogonal', .*, 'lora_ga', not 'milora'"):
         PeftStart("milora", 4)
     with pytest.raises(ValueError, match="orthogonal start needs an even rank, not 5"):
         PeftStart("orthogonal", 5)

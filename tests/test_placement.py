@@ -165,7 +165,7 @@ def test_what_makes_no_placement_is_refused(model, spectra):
         Components(())
     with pytest.raises(TypeError):
         Components((0.5,))
-    with pytest.raises(ValueError, match="share of the energy must lie in"):
+    with pytest.raises(ValueError, match="share of the energy must be in"):
         AfterEnergy(4, 1.0)
     with pytest.raises(ValueError, match="rank must be at least 1, not 0"):
         AtEffectiveRank(0)

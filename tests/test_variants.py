@@ -97,8 +97,8 @@ def test_dropout_over_a_window_is_warned_about_and_over_lora_is_not(patch_vit):
 
 def test_variants_without_sense_are_refused(patch_vit):
     for settings, message in (
-        ({"split": "C"}, "split must be 'balanced', 'A' or 'B', not 'C'"),
-        ({"train": "none"}, "train must be 'both', 'A' or 'B', not 'none'"),
+        ({"split": "C"}, "split must be one of 'balanced', 'A', 'B', not 'C'"),
+        ({"train": "none"}, "train must be one of 'both', 'A', 'B', not 'none'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
         ({"dtype": torch.int8}, "dtype must be a floating one, not torch.int8"),
     ):
