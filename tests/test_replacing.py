@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+import lora_lens as ll
+
+SHARED = """
+import os, resource, signal, sys, warnings
+from pathlib import Path
+import torch
+from torch import nn
+import lora_lens as ll
+from peft import PeftModel
+
+warnings.simplefilter("ignore")
+folder = Path(sys.argv[1])
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
+
+model, x = small_model(), torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+
+def trained(seed, method=ll.Window(rank=3, start=0)):
+    adapted = ll.attach(model, method)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+    return adapted
+"""
+
+
+def run_script(text: str, *arguments: object) -> str:
+    command = [sys.executable, "-c", SHARED + text, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
+
+
+def adapted_model(seed: int = 0, start: int = 0) -> PeftModel:
+    adapted = ll.attach(small_model(), ll.Window(rank=3, start=start))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator))
+    return adapted
+
+
+X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+WRITERS = {"save": ll.save, "export": ll.export, "export_residual": ll.export_residual}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_what_others_put_into_the_folder_stays(write, tmp_path):
+    folder = tmp_path / "run"
+    write(adapted_model(0), folder)
+    first = content(folder)
+    foreign = {
+        "notes.md": b"years of work",
+        "checkpoint-10/adapter_model.safetensors": b"trained for days",
+        "on_residual/notes.txt": b"a",
+        "base/tokenizer.json": b"b",
+        ".git/HEAD": b"ref",
+        ".lora_lens.0123456789abcdef/thesis.txt": b"c",
+    }
+    for name, text in foreign.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(text)
+    (folder / "link").symlink_to(folder / "notes.md")
+    inodes = {name: (folder / name).stat().st_ino for name in foreign}
+    write(adapted_model(1), folder)
+    now = content(folder)
+    assert foreign.items() <= now.items()
+    assert now.keys() == first.keys() | foreign.keys() | {"link"}
+    assert {name: (folder / name).stat().st_ino for name in foreign} == inodes
+    assert any(now[name] != text for name, text in first.items())
+
+
+def test_each_kind_takes_the_place_of_the_others(tmp_path):
+    folder = tmp_path / "run"
+    for before in WRITERS.values():
+        for after in WRITERS.values():
+            before(adapted_model(0), folder)
+            (folder / "notes.md").write_text("mine")
+            after(adapted_model(1), folder)
+            after(adapted_model(1), tmp_path / "new")
+            assert content(folder).keys() == content(tmp_path / "new").keys() | {"notes.md"}
+            assert not {p for p in folder.rglob("*") if p.is_dir() and not any(p.iterdir())}
+            for name in content(tmp_path / "new"):
+                (tmp_path / "new" / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("start.safetensors", ll.save),
+        ("on_residual/adapter_config.json", ll.save),
+        ("adapter_config.json", ll.export),
+        ("buffers.safetensors", ll.export),
+        ("base/model-00001-of-00002.safetensors", ll.export_residual),
+        ("adapter/lora_lens.json", ll.export_residual),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_foreign_file_in_the_way_is_refused_before_anything_is_written(name, write, kind, tmp_path):
+    folder = tmp_path / "run"
+    other = ll.export if write is ll.save else ll.save
+    other(adapted_model(0), folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    if kind == "file":
+        (folder / name).write_text("mine")
+    elif kind == "link":
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        (folder / name).mkdir()
+    before = content(folder)
+    with pytest.raises(ValueError, match=f"{Path(name).name} (is in the way|was not written by lora_lens)"):
+        write(adapted_model(1), folder)
+    assert content(folder) == before and not list(folder.glob(".lora_lens*"))
+
+
+def test_what_was_changed_since_is_refused_by_name(tmp_path):
+    folder = tmp_path / "run"
+    ll.export(adapted_model(0), folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "lora_lens.json"):
+        known = (folder / name).read_bytes()
+        changed = known[:-1] + b" }" if name.endswith("json") else known + b" "
+        if name == "lora_lens.json":
+            changed = json.dumps({**json.loads(known), "method": "mine"}).encode()
+        (folder / name).write_bytes(changed)
+        with pytest.raises(ValueError, match=f"{name} (was changed since|was not written by lora_lens or was)"):
+            ll.save(adapted_model(1), folder)
+        assert (folder / name).read_bytes() == changed
+        (folder / name).write_bytes(known)
+    (folder / "on_residual").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="on_residual is in the way"):
+        ll.save(adapted_model(1), folder)
+    (folder / "on_residual").unlink()
+    about = json.dumps(json.loads((folder / "lora_lens.json").read_text()), sort_keys=True)
+    (folder / "lora_lens.json").write_bytes(about.replace(", ", ",\r\n").encode())  # as Git does to texts
+    ll.save(adapted_model(1), folder)
+
+
+@pytest.mark.parametrize("listed", ["../mine.txt", "/etc/hosts", "notes.md", "base/../../mine.txt"])
+def test_a_list_that_names_others_files_is_not_followed(listed, tmp_path):
+    folder = tmp_path / "run"
+    ll.export_residual(adapted_model(0), folder)
+    (tmp_path / "mine.txt").write_text("mine")
+    (folder / "notes.md").write_text("mine")
+    about = json.loads((folder / "lora_lens.json").read_text())
+    about["files"][listed] = "0" * 64
+    del about["sha256"]
+    (folder / "lora_lens.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="no list of files as lora_lens writes it"):
+        ll.save(adapted_model(1), folder)
+    assert (tmp_path / "mine.txt").exists() and (folder / "notes.md").exists()
+
+
+def forget_lists(folder: Path) -> None:
+    """As an earlier version wrote it."""
+    for path in folder.rglob("lora_lens.json"):
+        about = json.loads(path.read_text())
+        del about["files"], about["sha256"]
+        path.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_folder_of_an_earlier_version_is_known_by_its_names(write, tmp_path):
+    folder = tmp_path / "run"
+    write(adapted_model(0), folder)
+    forget_lists(folder)
+    (folder / "checkpoint-3").mkdir()
+    (folder / "notes.md").write_text("mine")
+    (folder / "start.bin").write_text("mine")
+    ll.save(adapted_model(1), folder)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint-3", "lora_lens.json", "notes.md", "on_residual", "start.bin", "start.safetensors"
+    ]  # fmt: skip
+    assert ll.function_error(ll.load(small_model(), folder), adapted_model(1), X) == 0
+
+
+def test_folders_that_are_not_lora_lens_s_are_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "lora_lens.json").write_text("{}")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    before = content(tmp_path)
+    for write in WRITERS.values():
+        for name in ("mine", "file", "other"):
+            with pytest.raises(ValueError, match=f"{name}.* (exists and was|was) not written by lora_lens"):
+                write(adapted_model(), tmp_path / name)
+        with pytest.raises(ValueError, match="folder must be the path of a folder"):
+            write(adapted_model(), tmp_path / "circle")
+        with pytest.raises(TypeError, match="folder must be the path of a folder, not None"):
+            write(adapted_model(), None)
+        with pytest.raises(TypeError, match="folder must be the path of a folder, not 3"):
+            write(adapted_model(), 3)
+        with pytest.raises(ValueError, match="not an empty text"):
+            write(adapted_model(), "")
+    assert content(tmp_path) == before
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    ll.save(adapted_model(), tmp_path / "link")
+    assert (tmp_path / "there" / "start.safetensors").is_file() and (tmp_path / "link").is_symlink()
+
+
+KILLED = """
+def parts(model):
+    return {"": model}
+
+def state(folder):
+    "Which of the two adapters lies there, or what load says."
+    try:
+        return min((1, 2), key=lambda i: ll.function_error(ll.load(bases[i], folder / inner), both[i], x))
+    except ll.errors.MissingFileError:
+        return None
+
+kind, nothing_there = sys.argv[2], sys.argv[3] == "new"
+inner = "adapter" if kind == "residual" else ""
+write = {"save": ll.save, "export": ll.export, "residual": ll.export_residual}[kind]
+both = {1: trained(1), 2: trained(2, ll.Window(rank=4, start=2))}
+bases = dict.fromkeys(both, model)
+if kind == "residual":
+    from safetensors.torch import load_model
+    for i in both:
+        ll.export_residual(both[i], folder / f"known{i}")
+        bases[i] = small_model()
+        load_model(bases[i], str(folder / f"known{i}" / "base" / "model.safetensors"))
+        both[i] = PeftModel.from_pretrained(small_model(), folder / f"known{i}" / "adapter")
+        both[i].base_model.model.load_state_dict({f"{n}.base_layer.{k}": t for n in "02"
+            for k, t in bases[i].get_submodule(n).state_dict().items()}, strict=False)
+        both[i].eval()
+attached = {1: trained(1), 2: trained(2, ll.Window(rank=4, start=2))}
+
+def killed_at(moment, place):
+    "Save in a process that dies before its so-manieth step on the disk; whether it got to its end."
+    child = os.fork()
+    if child == 0:
+        steps = iter(range(1, 10**6))
+        def step(event, arguments):
+            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and any(
+                    isinstance(a, (str, os.PathLike)) and str(a).startswith(str(place)) for a in arguments[:2]):
+                if next(steps) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(step)
+        write(attached[2], place)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+seen, moment = [], 0
+while True:
+    moment += 1
+    place = folder / f"at{moment}"
+    if not nothing_there:
+        write(attached[1], place)
+        (place / "notes.md").write_text("mine")
+        (place / "checkpoint-10").mkdir()
+    done = killed_at(moment, place)
+    if kind == "export" and (place / "adapter_config.json").exists():
+        theirs = PeftModel.from_pretrained(small_model(), place)
+        assert min(ll.function_error(theirs, both[i], x) for i in both) < 1e-5, f"PEFT reads a mixture {moment}"
+    found = state(place)
+    if found is not None:
+        assert ll.function_error(ll.load(bases[found], place / inner), both[found], x) < 1e-5, moment
+    seen.append(found)
+    if kind == "residual" and found:
+        own, known = (torch.load if False else __import__("safetensors.torch").torch.load_file,) * 2
+        a, b = (own(p / "base" / "model.safetensors") for p in (place, folder / f"known{found}"))
+        assert all(torch.equal(a[k], b[k]) for k in b), moment
+    if not nothing_there:
+        assert (place / "notes.md").read_text() == "mine" and (place / "checkpoint-10").is_dir()
+    write(attached[1], place)
+    assert state(place) == 1
+    left = {p.name for p in place.iterdir() if p.name.startswith(".")}
+    assert not left, (moment, left)
+    if done:
+        break
+assert seen == sorted(seen, key=lambda s: s or 0), seen
+print(seen.count(None), seen.count(1), seen.count(2))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("there", ["new", "old"])
+@pytest.mark.parametrize("kind", ["save", "export", "residual"])
+def test_a_kill_at_any_step_leaves_all_of_the_old_or_all_of_the_new(kind, there, tmp_path):
+    none, old, new = map(int, run_script(KILLED, tmp_path, kind, there).split())
+    assert (none > 5, old) == (True, 0) if there == "new" else (none, old > 5) == (0, True)
+    assert new > 5
