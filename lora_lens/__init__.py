@@ -31,13 +31,14 @@ from lora_lens import (
     task_variants,
     tradeoffs,
 )
-from lora_lens.adapter import attach, detach, function_error, summary
+from lora_lens.adapter import attach, detach
 from lora_lens.advisor import Advice, advise_from
 from lora_lens.comparison import compare
 from lora_lens.continual import continual, continual_drifts, continual_runs
 from lora_lens.corpus import Corpus, Texts
 from lora_lens.drift import drift
 from lora_lens.evaluation import evaluate
+from lora_lens.exactness import function_error, summary
 from lora_lens.exporting import export, export_residual
 from lora_lens.feature_change import feature_change
 from lora_lens.features import feature_split

@@ -1,4 +1,4 @@
-"""The bridge to PEFT: a model whose windows are trained, the way back, and how exact both are."""
+"""The bridge to PEFT: a model whose windows are trained, and the way back."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import pandas as pd
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from lora_lens import validate
 from lora_lens.errors import InputError, InputTypeError
-from lora_lens.factorization import product_norm
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
-    ADAPTER,
     Attachment,
-    Start,
     attached,
     copy_around,
     inject,
-    lora_layer,
     lora_layers,
     matrices_of,
     note_pretrained,
@@ -35,10 +29,10 @@ from lora_lens.injection import (
     require_unadapted,
     set_start,
     taken_off,
+    tensors_by_name,
 )
 from lora_lens.layers import (
     Targets,
-    block_and_kind,
     check_finite,
     matrix_shape,
     set_weight_matrix,
@@ -46,10 +40,13 @@ from lora_lens.layers import (
     weight_matrix,
 )
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
+from lora_lens.peft_names import lies_in, saved_modules
 from lora_lens.placement import ByLayer
+from lora_lens.precision import as_double
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.window import Placement, Window, require_fit
+from lora_lens.wrappers import inner_model, named_modules, submodule
 
 
 def attach(
@@ -60,7 +57,7 @@ def attach(
     alpha: float | None = None,
     spectra: SpectrumSet | None = None,
     variant: Variant | None = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: str | Sequence[str] = (),
     inplace: bool = False,
     seed: int = 0,
 ) -> PeftModel | nn.Module:
@@ -73,8 +70,12 @@ def attach(
     more, so base plus adapter equals W up to rounding in the base's dtype;
     :func:`function_error` and :func:`summary` measure it.
 
+    Exactly the planned layers are adapted. If anything fails, ``model`` is as it was, in place, too.
+
     Args:
-        model: the pretrained model, with linear layers, GPT-2's ``Conv1D`` or convolutions.
+        model: the pretrained model, with linear layers, GPT-2's ``Conv1D`` or convolutions. What wraps the
+            whole of it (``torch.compile``, DDP) is taken off: compile or distribute the result. Wrappers of
+            blocks stay, and names of layers are those without them.
         method: a window or another placement; a mapping of target patterns to placements (see
             :class:`lora_lens.placement.ByLayer`); or a baseline: LoRA, LinearProbe, FullFineTuning.
         targets: which layers, see :func:`lora_lens.layers.target_layers`; default all linear layers
@@ -83,8 +84,8 @@ def attach(
         alpha: LoRA's alpha; default the rank, so scaling is 1 (sqrt(rank) with rsLoRA).
         spectra: of this model, to factorize nothing twice.
         variant: how the adapter is built: rsLoRA, DoRA, the split of the singular values, ...
-        modules_to_save: modules by the end of their names that PEFT trains and saves in full, such
-            as a new classifier; no adapters are put into them.
+        modules_to_save: modules by the end of their names, in whole dotted parts, that PEFT trains and
+            saves in full, such as a new classifier; no adapters are put into them.
         inplace: adapt ``model`` itself instead of a copy. Without it the copy shares what it can, and
             keeps the pretrained weights in memory for :func:`detach`.
         seed: of ordinary LoRA's random A.
@@ -95,28 +96,30 @@ def attach(
     Raises:
         ValueError: a placement or rank does not fit a weight, the targets match
             nothing or something that cannot be adapted, a weight is not finite, the model is
-            adapted already, or ``spectra`` are another model's.
-        TypeError: ``method`` is none of the above.
+            adapted already, ``spectra`` are another model's or lack a layer, or PEFT refuses a layer.
+        TypeError: an argument is of another type than above.
 
     Warns:
         UserWarning: dropout over a window.
     """
-    variant = variant or Variant()
+    saved = validate.sequence(modules_to_save, "modules_to_save", "names of modules", one=str)
+    inplace, seed = (
+        validate.flag(inplace, "inplace"),
+        validate.whole_number(seed, "seed", least=0, most=2**63),
+    )
     plan = planned(model, method, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
-    modules = dict(model.named_modules())
-    saved = {m: [n for n in modules if f".{n}".endswith(f".{m}")] for m in modules_to_save}
-    for wanted in (m for m, found in saved.items() if not found):
-        raise InputError(f"modules_to_save names {wanted!r}, and {type(model).__name__} has no such module")
-    whole = tuple(f"{n}." for found in saved.values() for n in found)
-    plan = {name: placement for name, placement in plan.items() if not f"{name}.".startswith(whole)}
+    model, variant = inner_model(model), variant or Variant()
+    whole = saved_modules(model, saved)
+    plan = {name: placement for name, placement in plan.items() if not lies_in(name, whole)}
 
-    if not plan and modules_to_save:
-        raise InputError(f"modules_to_save={list(modules_to_save)} leaves no layer to adapt")
+    if isinstance(method, LinearProbe) and saved:
+        raise InputError("a linear probe trains nothing of the model, so it takes no modules_to_save")
+    if not plan and saved and not isinstance(method, FullFineTuning):
+        raise InputError(f"modules_to_save={list(saved)} leaves no layer to adapt")
     windows = {name: placement for name, placement in plan.items() if isinstance(placement, Placement)}
+    layers = {name: submodule(model, name) for name in windows}
     if windows and spectra is None:
         spectra = compute_spectra(model, list(windows), vectors={name: [p] for name, p in windows.items()})
-    for name, placement in windows.items():
-        placement.select(spectra[name].singular_values, name)
     if windows and variant.dropout:
         warnings.warn(
             f"dropout={variant.dropout:g} also drops inputs of the pretrained components in the windows, so "
@@ -124,26 +127,26 @@ def attach(
             stacklevel=2,
         )
 
-    # Windows give these weights new values anyway, and copying them twice is most of the time.
-    adapted = model if inplace else copy_around(model, [modules[name].weight for name in windows])
     if isinstance(method, (LinearProbe, FullFineTuning)):
+        adapted = model if inplace else copy_around(model, [])
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
-    trainable, buffers = note_pretrained(model)
-    originals = {} if inplace else {name: modules[name].weight.detach() for name in windows}
+    config = peft_config(model, plan, alpha, variant, saved)
+    # All that may fail comes before the first change of a weight.
+    factors = {name: _factors(spectra[name], p, alpha, variant) for name, p in windows.items()}
+    components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = pool.map(digest_of, [weight_matrix(modules[name]) for name in windows])
+        digests = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
         digests = dict(zip(windows, digests, strict=True))
-    config = peft_config(model, plan, alpha, variant, modules_to_save)
+    trainable, buffers = note_pretrained(model)
+    originals = {} if inplace else {name: layer.weight.detach() for name, layer in layers.items()}
+    # Windows give these weights new values anyway, and copying them twice is most of the time.
+    adapted = model if inplace else copy_around(model, [layer.weight for layer in layers.values()])
     adapted = inject(adapted, config, plan, variant, seed)
 
     starts = {}
-    for name, placement in windows.items():
-        layer = lora_layer(adapted, name)
-        b, a = _factors(spectra[name], placement, layer.scaling[ADAPTER], variant.split)
-        set_start(layer, b, a, keep=not inplace)
-        starts[name] = note_start(
-            layer, spectra[name].components_of(placement), digests[name], originals.get(name)
-        )
+    for name, layer in lora_layers(adapted).items() if windows else ():
+        set_start(layer, *factors.pop(name), keep=not inplace)
+        starts[name] = note_start(layer, components[name], digests[name], originals.get(name))
     described = ByLayer(method) if isinstance(method, Mapping) else method
     adapted.attachment = Attachment(str(described), variant, starts, trainable, buffers)
     return adapted
@@ -163,6 +166,13 @@ def planned(
     Empty for baselines without adapters. Copies and changes nothing.
     """
     require_unadapted(model)
+    validate.patterns(targets, "targets")
+    if alpha is not None:
+        validate.number(alpha, "alpha", above=0)
+    if spectra is not None:
+        validate.instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) gives")
+    if variant is not None:
+        validate.instance(variant, Variant, "variant", "an ll.Variant, such as ll.Variant(dora=True)")
     if isinstance(method, (LinearProbe, FullFineTuning)):
         return {}
     if not isinstance(method, (Placement, LoRA, Mapping)):
@@ -170,21 +180,24 @@ def planned(
             "expected a Window or another placement, a mapping of patterns to placements, LoRA, LinearProbe "
             f"or FullFineTuning, not {method!r}"
         )
-    if alpha is not None and not alpha > 0:
-        raise InputError(f"alpha must be positive, not {alpha!r}")
     variant = variant or Variant()
     if isinstance(method, LoRA) and (variant.split != "balanced" or variant.train == "A"):
         raise InputError(f"ordinary LoRA starts at B = 0, which leaves no sense in the variant: {variant}")
 
     plan = _by_layer(model, method, targets, spectra)
     for name, placement in plan.items():
-        layer = model.get_submodule(name)
+        layer = submodule(model, name)
         k = min(matrix_shape(layer))
         check_finite(name, layer.weight)
         require_fit(placement.rank, k, name)
         if isinstance(placement, Window):
             placement.slice(k, name)
         if isinstance(placement, Placement) and spectra is not None:
+            if name not in spectra:
+                raise InputError(
+                    f"there is no spectrum of {name} ({spectra!r}); take ll.spectra of this model with the "
+                    "same targets, or leave the layer out"
+                )
             check_belongs(spectra[name], placement, layer)
     return plan
 
@@ -223,7 +236,8 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
             ``original`` is another model; then nothing was changed.
     """
     peft_model, record = attached(adapted)
-    found = {} if original is None else matrices_of(original, list(record.starts))
+    prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "")
+    found = {} if original is None else matrices_of(original, list(record.starts), prefix)
     for name, start in record.starts.items():
         if original is None:
             start.weight(name)
@@ -231,72 +245,16 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
             require_same(name, found[name](), start.digest)
     base = taken_off(peft_model)
     for name, start in record.starts.items():
-        layer = base.get_submodule(name)
+        layer = submodule(base, name)
         if original is None:
             layer.weight.data = start.weight(name).to(layer.weight.device, copy=True)
         else:
             set_weight_matrix(layer, found[name]())
-    for name, parameter in base.named_parameters():
+    for name, parameter in tensors_by_name(base, "parameters"):
         parameter.requires_grad_(name in record.trainable)
-    for name, buffer in base.named_buffers():
+    for name, buffer in tensors_by_name(base, "buffers"):
         buffer.copy_(record.buffers[name])
     return base
-
-
-def summary(adapted: nn.Module) -> pd.DataFrame:
-    """What is adapted, and how exactly: one row per layer.
-
-    Columns: layer, kind, rank, first and last (the lowest and highest component; missing for
-    ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that these components hold, in
-    [0, 1]; NaN where the adapter took its start from the weight, but not from components), scaling,
-    base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
-    ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
-    weight was not kept (inplace=True).
-
-    Raises:
-        ValueError: ``adapted`` does not come from :func:`attach`.
-    """
-    peft_model, record = attached(adapted)
-    rows = []
-    for name, layer in lora_layers(peft_model).items():
-        start = record.starts.get(name)
-        components = start.components.tolist() if start else []
-        rows.append(
-            {
-                "layer": name,
-                "kind": block_and_kind(name)[1],
-                "rank": layer.r[ADAPTER],
-                "first": components[0] if components else None,
-                "last": components[-1] if components else None,
-                "energy": 0.0 if start is None else _start_energy(layer, start),
-                "scaling": float(layer.scaling[ADAPTER]),
-                "base_dtype": str(layer.get_base_layer().weight.dtype).removeprefix("torch."),
-                "adapter_dtype": str(layer.lora_A[ADAPTER].weight.dtype).removeprefix("torch."),
-                "start_error": 0.0 if start is None else _start_error(layer, start),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-@torch.inference_mode()
-def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> float:
-    """The largest output difference between two models, relative to the largest output.
-
-    max |f_adapted(x) - f(x)| / max |f(x)| over a batch; what :func:`attach`
-    promises to keep at the rounding level of the base's dtype.
-
-    Args:
-        adapted, model: the two models, on the inputs' device.
-        inputs: a batch, or a mapping of keyword arguments such as a tokenizer gives. Of outputs with
-            several tensors the first counts, which is the logits where the model has them. Outputs
-            at positions that an ``attention_mask`` among the inputs masks are left out.
-    """
-    with evaluating(adapted), evaluating(model):
-        reference, now = (_first_output(m, inputs) for m in (model, adapted))
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is not None and reference.shape[:-1] == mask.shape:
-        reference, now = reference[mask.bool()], now[mask.bool()]
-    return float((now - reference).abs().max() / reference.abs().max())
 
 
 def _by_layer(
@@ -309,19 +267,23 @@ def _by_layer(
     for pattern, placement in ByLayer(method).items():
         for name in target_layers(model, pattern):
             plan.setdefault(name, placement)
-    plan = {n: plan[n] for n, _ in model.named_modules() if n in plan and (allowed is None or n in allowed)}
+    plan = {n: plan[n] for n, _ in named_modules(model) if n in plan and (allowed is None or n in allowed)}
     if not plan:
         raise InputError(f"no layer that targets={targets!r} selects has a placement: {ByLayer(method)}")
     return plan
 
 
-def _factors(spectrum: Spectrum, placement: Placement, scaling: float, split: str) -> tuple[Tensor, Tensor]:
+def _factors(
+    spectrum: Spectrum, placement: Placement, alpha: float | None, variant: Variant
+) -> tuple[Tensor, Tensor]:
     """B (out, rank) and A (rank, in) in float64."""
+    rank = placement.rank
+    scaling = (alpha or rank) / (rank**0.5 if variant.rslora else rank)  # as PEFT has it
     left, right = spectrum.vectors(placement)
     values = spectrum.singular_values[placement.select(spectrum.singular_values, spectrum.name)] / scaling
     ones = torch.ones_like(values)
-    of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[split]
-    return left.double() * of_b, of_a[:, None] * right.double()
+    of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[variant.split]
+    return as_double(left) * of_b, of_a[:, None] * as_double(right)
 
 
 def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
@@ -342,28 +304,6 @@ def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) ->
         )
 
 
-def _start_energy(layer: LoraLayer, start: Start) -> float:
-    """Window and residual are orthogonal, so their squared norms add up to that of the weight."""
-    if not len(start.components):
-        return float("nan")
-    window = layer.scaling[ADAPTER] ** 2 * float(product_norm(start.b, start.a)) ** 2
-    whole = window + float(torch.linalg.norm(weight_matrix(layer.get_base_layer()).float())) ** 2
-    return window / whole if whole > 0 else 0.0
-
-
-def _start_error(layer: LoraLayer, start: Start) -> float:
-    if start.original is None:
-        return float("nan")
-    base = layer.get_base_layer()
-    original = start.original.to(base.weight.device)
-    original = (original.T if isinstance(base, Conv1D) else original.flatten(1)).double()
-    effective = torch.addmm(
-        weight_matrix(base).double(), start.b.double(), start.a.double(), alpha=layer.scaling[ADAPTER]
-    )
-    norm = torch.linalg.norm(original)
-    return float(torch.linalg.norm(effective - original) / norm) if norm > 0 else 0.0
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; then every module is in the mode that it had."""
@@ -379,11 +319,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def call(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> object:
     """What the model makes of a batch, or of a mapping of keyword arguments."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-
-
-def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-    output = call(model, inputs)
-    if not isinstance(output, Tensor):
-        logits = getattr(output, "logits", None)
-        output = output[0] if logits is None else logits
-    return output.double()

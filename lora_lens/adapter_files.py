@@ -27,9 +27,10 @@ from torch import Tensor
 
 from lora_lens.checkpoint import read_json, read_safetensors
 from lora_lens.errors import InputError, LoraLensError, MissingFileError
-from lora_lens.injection import ADAPTER, Attachment
+from lora_lens.injection import Attachment
 from lora_lens.layers import listed
 from lora_lens.methods import Variant
+from lora_lens.peft_names import ADAPTER, PREFIX
 from lora_lens.replacing import (
     ABOUT,
     BUFFERS,
@@ -48,12 +49,20 @@ from lora_lens.validate import flag, number, shown, whole_number
 from lora_lens.wrappers import unwrapped
 
 FORMAT = 1
-PREFIX = "base_model.model."  # of PEFT's tensor names
 DTYPES = ("None", "float32", "float64", "bfloat16", "float16")
 # What decides the function of an adapter, and what PEFT only notes; lora_lens leaves all else as it is.
 DECIDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
-KEPT = (*DECIDING, "lora_dropout", "modules_to_save", "target_modules", "init_lora_weights", "task_type")
-NOTED = ("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+KEPT = (*DECIDING, "lora_dropout", "modules_to_save", "init_lora_weights", "task_type")
+TARGETS = ("target_modules", "target_parameters", "exclude_modules")  # lora_lens.json says which layers
+NOTED = (
+    *TARGETS,
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +148,7 @@ def read_saved(folder: str | Path, checkpoint: str | Path | None) -> Saved:
         changed = changed_files(find, about, folder, but={f"{within}{WEIGHTS}"} if elsewhere else set())
         if own := changed - theirs:
             raise InputError(f"{folder / min(own)} is not as lora_lens wrote it: save the adapter again")
-        config = _config(find(f"{within}{CONFIG}"), folder, list(about["weights"]))
+        config = _config(find(f"{within}{CONFIG}"), folder)
         state = _adapter_tensors(elsewhere or find(f"{within}{WEIGHTS}"), folder)
         factors = read_safetensors(find(START)) if window else {}
         moved = BUFFERS in about["files"] if "files" in about else find(BUFFERS).is_file()
@@ -222,8 +231,8 @@ def _variant(values: object, path: Path) -> Variant:
         raise InputError(f"{path} has a variant that is none: {error}") from error
 
 
-def _config(path: Path, folder: Path, names: list[str]) -> LoraConfig:
-    """PEFT's config of a folder, for these layers alone, without asking the hub for what is missing."""
+def _config(path: Path, folder: Path) -> LoraConfig:
+    """PEFT's config of a folder, without its targets, and without asking the hub for what is missing."""
     if not path.is_file():
         raise MissingFileError(f"{folder} lacks {path.name}: copy it there or save the adapter again")
     values = read_json(path)
@@ -247,10 +256,6 @@ def _config(path: Path, folder: Path, names: list[str]) -> LoraConfig:
             f"{listed(later, most=3)}; it is ignored: update peft if the adapter was trained with it",
             stacklevel=4,
         )
-    if not isinstance(kept["target_modules"], list) or sorted(map(str, kept["target_modules"])) != sorted(
-        names
-    ):
-        kept["target_modules"] = "|".join(re.escape(name) for name in names)
     return LoraConfig(**kept)
 
 

@@ -25,6 +25,7 @@ from lora_lens.strategies import Joint, Moving, Strategy, method_of, require_met
 from lora_lens.sweep import Grid, run_missing
 from lora_lens.tasks import Task
 from lora_lens.training import Training
+from lora_lens.wrappers import submodule
 
 
 def continual(
@@ -194,7 +195,7 @@ def _checked(
             plan = planned(model, inner, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
             for name, placement in plan.items():
                 if isinstance(strategy, Moving):
-                    layer = weight_matrix(model.get_submodule(name))
+                    layer = weight_matrix(submodule(model, name))
                     placement.select(torch.ones(min(layer.shape)), name)
         layers[method] = list(plan) or list(chosen_layers(model, targets, spectra))
     return layers

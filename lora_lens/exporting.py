@@ -9,29 +9,33 @@ from pathlib import Path
 import pandas as pd
 import torch
 from peft import LoraConfig
-from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from lora_lens.adapter_files import FORMAT, PREFIX, write_adapter, write_record, write_tensors
+from lora_lens.adapter_files import FORMAT, write_adapter, write_record, write_tensors
 from lora_lens.errors import InputError
 from lora_lens.factorization import product_norm, product_svd
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
-    ADAPTER,
+    adapter_state,
+    attached,
     buffers_by_name,
     lora_layer,
     lora_layers,
     moved_buffers,
     rank_settings,
+    require_unmerged,
     taken_off,
     trained_update,
+    whole_modules,
 )
 from lora_lens.layers import listed, weight_matrix
+from lora_lens.peft_names import ADAPTER, PREFIX, lies_in
+from lora_lens.plain_peft import for_plain_peft
 from lora_lens.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
-from lora_lens.saving import adapter_state, ready_to_write, weight_digests
+from lora_lens.saving import weight_digests
 from lora_lens.window import whole_rank
-from lora_lens.wrappers import named_modules
+from lora_lens.wrappers import unwrapped
 
 
 def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
@@ -58,7 +62,8 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
             for them, so only :func:`load` brings them back, and PEFT does not.
     """
     most = None if rank is None else whole_rank(rank)
-    peft_model, record = ready_to_write(adapted)
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
     layers = lora_layers(peft_model)
     state, ranks, rows = adapter_state(peft_model), {}, []
     for name, layer in layers.items():
@@ -77,20 +82,26 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
             stacklevel=2,
         )
     old = peft_model.peft_config[ADAPTER]
+    settings, state, in_full = for_plain_peft(peft_model, state)
     config = LoraConfig(
-        target_modules=old.target_modules,
-        modules_to_save=old.modules_to_save,
         use_dora=old.use_dora,
         fan_in_fan_out=old.fan_in_fan_out,
         task_type=old.task_type,
         base_model_name_or_path=old.base_model_name_or_path,
-        **rank_settings(ranks, None),
+        **settings,
+        **rank_settings(
+            {name: rank for name, rank in ranks.items() if not lies_in(name, in_full)},
+            None,
+            settings.get("target_parameters", ()),
+        ),
     )
+    digests = weight_digests(peft_model, record)
+    digests = {name: digest for name, digest in digests.items() if not lies_in(name, in_full)}
     with replaced(folder, "adapter") as new:
         write_adapter(new, config, state)
         if moved:
             write_tensors(new / BUFFERS, moved)
-        write_record(new, "adapter", record, weight_digests(peft_model, record))
+        write_record(new, "adapter", record, digests)
     return pd.DataFrame(rows)
 
 
@@ -110,7 +121,8 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: ``adapted`` holds no window, or as :func:`save`.
     """
-    peft_model, record = ready_to_write(adapted)
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
     if not record.starts:
         raise InputError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
     state, digests = adapter_state(peft_model), {}
@@ -127,10 +139,9 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
                 residual.float(), start.b.float(), start.a.float(), alpha=layer.scaling[ADAPTER]
             )
             state[key] = torch.linalg.norm(whole, dim=1).reshape(state[key].shape).to(state[key].dtype)
-    for name, module in named_modules(peft_model.get_base_model()):
-        if isinstance(module, ModulesToSaveWrapper):
-            untrained = module.original_module.state_dict()
-            state |= {f"{PREFIX}{name}.{key}": tensor for key, tensor in untrained.items()}
+    for name, module in whole_modules(peft_model).items():
+        untrained = module.original_module.state_dict()
+        state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in untrained.items()}
 
     # Modules of its own around the same tensors, because taking the adapter off changes modules.
     tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}

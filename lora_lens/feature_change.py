@@ -14,6 +14,7 @@ from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.layers import classifier
 from lora_lens.readouts import Inputs
+from lora_lens.wrappers import named_modules
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def cka(x: Tensor, y: Tensor) -> float:
 def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) -> dict[str, Tensor]:
     """By layer what one pass in evaluation mode gives there, (batch, ...)."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    modules = dict(inner.named_modules())
+    modules = dict(named_modules(inner))
     if layers is None:
         head = classifier(inner, required=False)
         if head is None:

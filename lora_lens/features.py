@@ -15,6 +15,7 @@ from lora_lens.layers import LINEAR, weight_matrix
 from lora_lens.readouts import Inputs, real_positions
 from lora_lens.spectrum import Spectrum
 from lora_lens.window import Placement, Window
+from lora_lens.wrappers import submodule
 
 
 class _Shares:
@@ -128,11 +129,11 @@ def feature_split(
             fit, or ``spectrum`` is another weight's.
     """
     x = _tokens(model, layer, inputs)
-    check_belongs(spectrum, window, model.get_submodule(layer))
+    check_belongs(spectrum, window, submodule(model, layer))
     left, right = (factor.to(x.device) for factor in spectrum.vectors(window))
     part = window.select(spectrum.singular_values, spectrum.name)
     carried = x @ right.T * spectrum.singular_values[part].float().to(x.device) @ left.T
-    whole = x @ weight_matrix(model.get_submodule(layer)).float().T
+    whole = x @ weight_matrix(submodule(model, layer)).float().T
     return FeatureSplit(layer, carried.cpu(), (whole - carried).cpu())
 
 
@@ -149,7 +150,7 @@ def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: I
     """
     x = _tokens(model, layer, inputs)
     everything = Window(spectrum.k, start=0)
-    check_belongs(spectrum, everything, model.get_submodule(layer))
+    check_belongs(spectrum, everything, submodule(model, layer))
     right = spectrum.vectors(everything)[1].to(x.device)
     along = x @ right.T * spectrum.singular_values.float().to(x.device)
     return FeatureEnergies(spectrum, along.square().cpu())
@@ -209,7 +210,7 @@ def _share(part: Tensor, rest: Tensor) -> Tensor:
 
 def _module(model: nn.Module, name: str) -> nn.Module:
     try:
-        return model.get_submodule(name)
+        return submodule(model, name)
     except AttributeError:
         raise InputError(f"{type(model).__name__} has no layer {name!r}") from None
 
@@ -233,7 +234,7 @@ def layer_inputs(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict
         given[name] = arguments[0] if arguments else next(iter(options.values()))
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(
+        submodule(model, name).register_forward_pre_hook(
             lambda _module, arguments, options, name=name: keep(name, arguments, options), with_kwargs=True
         )
         for name in names

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.errors import InputError
 from lora_lens.fingerprint import digest_of
-from lora_lens.layers import set_weight_matrix, weight_matrix
+from lora_lens.layers import listed, set_weight_matrix, weight_matrix
 from lora_lens.methods import LoRA, Variant
+from lora_lens.peft_names import ADAPTER, PREFIX, saved_modules, target_settings
+from lora_lens.planned_layers import injected
 from lora_lens.weights import weights
 from lora_lens.window import Placement
+from lora_lens.wrappers import inner_model, named_modules, placed, submodule, unwrapped
 
-ADAPTER = "default"  # PEFT's name for the only adapter of a model
+AGAIN = "attach again, or undo that"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +108,10 @@ def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
     Raises:
         ValueError: it does not come from attach.
     """
-    inner = adapted
-    while not isinstance(inner, PeftModel):
-        wrapped = [getattr(inner, key, None) for key in ("_orig_mod", "module")]
-        inner = next((m for m in wrapped if isinstance(m, nn.Module)), None)
-        if inner is None:
-            break
-    if inner is None or not hasattr(inner, "attachment"):
+    inner = inner_model(adapted) if isinstance(adapted, nn.Module) else None
+    while not isinstance(inner, PeftModel) and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner_model(inner.module)  # in a wrapper that we do not know
+    if not isinstance(inner, PeftModel) or not hasattr(inner, "attachment"):
         raise InputError(
             f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; "
             "for an adapter that was made elsewhere, use PEFT's own functions"
@@ -121,13 +120,64 @@ def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
 
 
 def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
-    """The adapted layers by the names they have without PEFT."""
-    modules = peft_model.get_base_model().named_modules()
-    return {name: module for name, module in modules if isinstance(module, LoraLayer)}
+    """The adapted layers by the names they have without PEFT and without wrappers.
+
+    Raises:
+        ValueError: they are not those that attach adapted, each with the one adapter that it got.
+    """
+    planned = peft_model.planned_layers
+    found: dict[str, LoraLayer] = {}
+    for path, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            name = getattr(module, "planned_name", None)
+            if name not in planned or name in found:
+                raise InputError(f"{path} was adapted by something else after attach: {AGAIN}")
+            if set(module.lora_A) != {ADAPTER}:
+                others = sorted(set(module.lora_A) ^ {ADAPTER})
+                raise InputError(f"{name} does not have its one adapter any more ({listed(others)}): {AGAIN}")
+            found[name] = module
+    if missing := [name for name in planned if name not in found]:
+        raise InputError(f"{listed(missing, most=3)} lost the adapter that attach gave: {AGAIN}")
+    return {name: found[name] for name in planned}
 
 
 def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
-    return peft_model.get_base_model().get_submodule(name)
+    return submodule(peft_model.get_base_model(), name)
+
+
+def whole_modules(peft_model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
+    """What PEFT trains in full (modules_to_save), by the names that it has without PEFT and wrappers.
+
+    Raises:
+        ValueError: they are not those that attach wrapped.
+    """
+    wrapped = {
+        getattr(module, "planned_name", path): module
+        for path, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    if changed := sorted(wrapped.keys() ^ set(peft_model.planned_whole)):
+        raise InputError(f"{listed(changed, most=3)} was wrapped or unwrapped after attach: {AGAIN}")
+    return wrapped
+
+
+def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the keys that PEFT gives them in files; they share the model's memory.
+
+    Raises:
+        ValueError: the adapted layers are not those that attach adapted.
+    """
+    state = {}
+    for name, layer in lora_layers(peft_model).items():
+        for key in ("lora_A", "lora_B"):
+            state[f"{PREFIX}{name}.{key}.weight"] = getattr(layer, key)[ADAPTER].weight.detach()
+        if is_dora(layer):
+            length = layer.lora_magnitude_vector[ADAPTER].weight
+            state[f"{PREFIX}{name}.lora_magnitude_vector"] = length.detach()
+    for name, wrapper in whole_modules(peft_model).items():
+        own = wrapper.modules_to_save[ADAPTER].state_dict()
+        state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in own.items()}
+    return state
 
 
 def factor_matrix(factor: nn.ModuleDict) -> Tensor:
@@ -137,8 +187,16 @@ def factor_matrix(factor: nn.ModuleDict) -> Tensor:
 
 def note_pretrained(model: nn.Module) -> tuple[frozenset[str], dict[str, Tensor]]:
     """Which parameters require gradients, and copies of the buffers: to be called before :func:`inject`."""
-    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    return trainable, {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trainable = frozenset(name for name, p in tensors_by_name(model, "parameters") if p.requires_grad)
+    return trainable, {name: buffer.clone() for name, buffer in tensors_by_name(model, "buffers")}
+
+
+def tensors_by_name(model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """A model's "parameters" or "buffers" by the names that they have without PEFT and without wrappers."""
+    for name, module in named_modules(model):
+        parts = [part for part in name.split(".") if part not in ("", "base_layer", "original_module")]
+        for key, tensor in getattr(module, f"named_{kind}")(recurse=False):
+            yield ".".join([*parts, key]), tensor
 
 
 def is_dora(layer: LoraLayer) -> bool:
@@ -154,12 +212,14 @@ def copy_around(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
 def inject(
     model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
 ) -> PeftModel:
-    """PEFT's layers in place of the named ones, ready for :func:`set_start`."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT minds mixed models
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=variant.dtype is None)
+    """PEFT's layers in place of exactly the named ones, ready for :func:`set_start`.
+
+    Raises:
+        ValueError: PEFT refuses a layer, or adapts others than these; then the model is as it was.
+    """
+    names, whole = tuple(names), saved_modules(model, config.modules_to_save or ())
+    adapted = injected(model, config, names, whole, autocast=variant.dtype is None, seed=seed)
+    adapted.planned_layers, adapted.planned_whole = names, whole
     for name in names:
         layer = lora_layer(adapted, name)
         if variant.dtype is not None:
@@ -213,38 +273,42 @@ def peft_config(
     variant: Variant,
     modules_to_save: Sequence[str],
 ) -> LoraConfig:
+    targets = target_settings(plan, model)
+    ranks = {name: placement.rank for name, placement in plan.items()}
     return LoraConfig(
-        target_modules=_only(plan, model),
+        **targets,
         init_lora_weights=any(isinstance(placement, LoRA) for placement in plan.values()),
         bias="none",
         use_rslora=variant.rslora,
         use_dora=variant.dora,
         lora_dropout=variant.dropout,
         modules_to_save=list(modules_to_save) or None,
-        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in plan),
-        **rank_settings({name: placement.rank for name, placement in plan.items()}, alpha),
+        fan_in_fan_out=any(isinstance(submodule(model, name), Conv1D) for name in plan),
+        **rank_settings(ranks, alpha, targets.get("target_parameters", ())),
     )
 
 
-def rank_settings(ranks: Mapping[str, int], alpha: float | None) -> dict[str, object]:
-    """PEFT's settings for these ranks by layer; alpha is the rank where None."""
+def rank_settings(
+    ranks: Mapping[str, int], alpha: float | None, parameters: Collection[str] = ()
+) -> dict[str, object]:
+    """PEFT's settings for these ranks by layer; alpha is the rank where None.
+
+    Args:
+        parameters: of :func:`lora_lens.peft_names.target_settings`: PEFT compares these with the patterns,
+            and the layers' names where lora_lens injects.
+    """
     most = max(ranks.values())
     settings: dict[str, object] = {"r": most, "lora_alpha": alpha or most}
     if len(set(ranks.values())) > 1:
         # PEFT takes the first pattern that ends a name, and one layer's name may end another's.
-        longest_first = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+        longest_first = {
+            re.escape(name) + r"(\.weight)?" * (f"{name}.weight" in parameters): ranks[name]
+            for name in sorted(ranks, key=len, reverse=True)
+        }
         settings["rank_pattern"] = longest_first
         if alpha is None:
             settings["alpha_pattern"] = dict(longest_first)
     return settings
-
-
-def _only(names: Mapping[str, object], model: nn.Module) -> list[str] | str:
-    """PEFT's target_modules for these layers alone: a list also takes layers whose names end in one of it."""
-    ends = tuple(f".{name}" for name in names)
-    if any(name not in names and name.endswith(ends) for name, _ in model.named_modules()):
-        return "|".join(re.escape(name) for name in names)
-    return list(names)
 
 
 def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
@@ -270,42 +334,58 @@ def require_unmerged(peft_model: PeftModel) -> None:
             raise InputError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
 
 
-def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
-    """The model's buffers by the names that they have without PEFT."""
-    named = peft_model.get_base_model().named_buffers()
-    return {n.replace(".base_layer.", ".").replace(".original_module.", "."): buffer for n, buffer in named}
-
-
 def moved_buffers(peft_model: PeftModel, record: Attachment) -> dict[str, Tensor]:
     """The buffers that are not as the pretrained model had them."""
     now, before = buffers_by_name(peft_model), record.buffers
     return {n: b for n, b in now.items() if n in before and not torch.equal(b, before[n].to(b.device))}
 
 
+def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
+    """The model's buffers by the names that they have without PEFT and wrappers."""
+    return dict(tensors_by_name(peft_model.get_base_model(), "buffers"))
+
+
 def taken_off(peft_model: PeftModel) -> nn.Module:
     """The base model without PEFT's modules, but with its own where PEFT trained copies; uses it up."""
-    modules = peft_model.get_base_model().named_modules()
-    own = {name: m.original_module for name, m in modules if isinstance(m, ModulesToSaveWrapper)}
-    base = peft_model.unload()
-    for name, module in own.items():  # PEFT leaves its copies there
-        base.set_submodule(name, module)
+    base = peft_model.get_base_model()
+    kinds = (LoraLayer, ModulesToSaveWrapper)
+    adapted = {path: module for path, module in base.named_modules() if isinstance(module, kinds)}
+    peft_model.unload()
+    for path, module in adapted.items():
+        if isinstance(module, ModulesToSaveWrapper):  # PEFT leaves its copies there
+            base.set_submodule(path, module.original_module)
+        placed(base, path)
     return base
 
 
-def matrices_of(source: nn.Module | str | Path, names: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+def matrices_of(
+    source: nn.Module | str | Path, names: Sequence[str], prefix: str = ""
+) -> dict[str, Callable[[], Tensor]]:
     """What reads each named weight of a model or file as a matrix.
+
+    Args:
+        prefix: the model's ``base_model_prefix``: transformers' from_pretrained also takes the file of a
+            model without its head, whose names lack it, or with a head, where they have it.
 
     Raises:
         ValueError: a name is missing there.
     """
     if not names:
         return {}
-    try:
-        found = {w.name: w.load for w in weights(source, list(names))}
-        return {name: found[name] for name in names}
-    except (ValueError, KeyError) as error:
-        where = source if isinstance(source, (str, Path)) else type(source).__name__
-        raise InputError(f"{where} is not the model that was adapted: {error}") from error
+    within = f"{prefix}." if prefix else ""
+    ways = dict.fromkeys(
+        tuple(there)
+        for there in (names, [n.removeprefix(within) for n in names], [f"{within}{n}" for n in names])
+    )
+    errors = []
+    for there in ways:
+        try:
+            found = {w.name: w.load for w in weights(source, list(there))}
+            return {name: found[other] for name, other in zip(names, there, strict=True)}
+        except (InputError, KeyError) as error:
+            errors.append(error)
+    where = source if isinstance(source, (str, Path)) else type(source).__name__
+    raise InputError(f"{where} is not the model that was adapted: {errors[0]}") from errors[0]
 
 
 def require_same(name: str, matrix: Tensor, digest: str) -> None:

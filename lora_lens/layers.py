@@ -15,7 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
+from lora_lens import validate
 from lora_lens.errors import InputError
+from lora_lens.wrappers import inner_model, named_modules, submodule
 
 Targets = str | Sequence[str] | None
 
@@ -48,10 +50,10 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
         ValueError: a pattern matches nothing, or a weight that cannot be adapted; the message has the
             reason: embeddings, tied weights, quantized values, grouped or dilated convolutions, ...
     """
-    modules = {name: m for name, m in model.named_modules() if name}
+    modules = {name: m for name, m in named_modules(model) if name}
     able, reasons = _adaptable(model)
     chosen: set[str] = set()
-    for pattern in ["all-linear"] if targets is None else [targets] if isinstance(targets, str) else targets:
+    for pattern in validate.patterns(targets) or ["all-linear"]:
         if pattern in GROUPS:
             found = _group(model, able, pattern)
             if not found:
@@ -100,18 +102,18 @@ def _group(model: nn.Module, able: Mapping[str, nn.Module], group: str) -> set[s
 def _adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The modules whose weight can be given a window, and why the other modules with a weight cannot."""
     places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         weight = module._parameters.get("weight")
         if weight is not None and not is_lazy(weight):
             places.setdefault(id(weight), []).append(name)
     able, reasons = {}, {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         weight = getattr(module, "weight", None)
         if not name or not isinstance(weight, Tensor) or is_lazy(weight) or weight.ndim < 2:
             continue
         parent, _, child = name.rpartition(".")
         others = [n for n in places.get(id(weight), []) if n != name]
-        reader = type(model.get_submodule(parent))
+        reader = type(submodule(model, parent))
         if _passed_by(reader, child):
             reasons[name] = f"is passed by: {reader.__name__} reads its weight without calling it"
         else:
@@ -205,7 +207,7 @@ def _empty_group(model: nn.Module, group: str, reasons: Mapping[str, str]) -> st
         "all-mlp": "linear layer whose name tells of an MLP",
     }[group]
     kin = _ConvNd if group == "all-conv" else LINEAR
-    said = [f"; {n} {why}" for n, why in reasons.items() if isinstance(model.get_submodule(n), kin)]
+    said = [f"; {n} {why}" for n, why in reasons.items() if isinstance(submodule(model, n), kin)]
     refused = said[0] if said else ""
     return f"{type(model).__name__} has no {what} that can be adapted{refused}"
 
@@ -219,12 +221,15 @@ def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:
     Raises:
         ValueError: ``required`` and the model has none.
     """
+    model = inner_model(model)
     ask = getattr(model, "get_classifier", getattr(model, "get_output_embeddings", lambda: None))
     found = ask()
     for name in ("head", "classifier", "score", "fc"):
+        found = inner_model(found) if isinstance(found, nn.Module) else found
         if isinstance(found, nn.Linear):
             return found
         found = getattr(model, name, None)
+    found = inner_model(found) if isinstance(found, nn.Module) else found
     if isinstance(found, nn.Linear):
         return found
     if required:

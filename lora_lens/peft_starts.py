@@ -6,17 +6,20 @@ needs data sees at most ``EXAMPLES`` training examples, drawn with the run's see
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from itertools import count
 
 import torch
 from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
+from lora_lens import validate
 from lora_lens.adapter import call, evaluating, planned
 from lora_lens.errors import InputError
 from lora_lens.features import layer_inputs
@@ -33,9 +36,11 @@ from lora_lens.injection import (
 )
 from lora_lens.layers import Targets, matrix_shape, weight_matrix
 from lora_lens.methods import LoRA, PeftStart, Variant
+from lora_lens.peft_names import target_settings
 from lora_lens.readouts import Inputs, ask, real_positions, to_device
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.tasks import Task
+from lora_lens.wrappers import inner_model, paths_of, submodule
 
 EXAMPLES, BATCH = 256, 64
 MOST_PASSES = 1000  # batches that eva may look at before its components stand still
@@ -80,17 +85,25 @@ def attach_start(
         ValueError: as :func:`lora_lens.attach`; a layer is no ``nn.Linear``, the rank is too large for
             the method, the task that it needs is missing, a target takes no part in the loss (lora_ga),
             too few inputs reach a layer or its components do not settle (eva).
+        TypeError: an argument is of another type than above.
     """
+    seed = validate.whole_number(seed, "seed", least=0, most=2**63)
     plan = planned_start(model, start, targets=targets, alpha=alpha)
+    for name, given in (("task", task), ("retain", retain)):
+        if given is not None:
+            validate.instance(given, Task, name, "an ll.Task")
+    model = inner_model(model)
     data = {"task": task, "retain": retain}.get(DATA.get(start.name))
     if start.name in DATA:
         _require_use(model, start, list(plan), data)
 
     trainable, buffers = note_pretrained(model)
-    originals = {name: model.get_submodule(name).weight.detach() for name in plan}
+    originals = {name: submodule(model, name).weight.detach() for name in plan}
     own = copy_around(model, [])
     config = peft_config(own, plan, alpha, Variant(), ())
     config.init_lora_weights = start.name
+    meant, paths = config.target_modules, paths_of(own, plan)
+    config.target_modules = "|".join(map(re.escape, paths.values()))  # PEFT's preparations look for these
     if start.name == "corda":
         config.corda_config = CordaConfig(corda_method="kpm")
         _measure_covariances(own, model, config, list(plan), data, seed)
@@ -99,16 +112,22 @@ def attach_start(
         _measure_gradients(own, config, list(plan), data, seed)
     elif start.name == "eva":
         config.eva_config = EvaConfig()
+    config.target_modules = meant
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
         adapted = inject(own, config, plan, Variant(), seed)
     if start.name == "eva":
         _fit_eva(adapted, start, data, seed)
+        base = adapted.get_base_model()
+        kept = tuple(name for name in plan if isinstance(submodule(base, name), LoraLayer))
+        adapted.planned_layers = kept
+        for key, value in target_settings(kept, model).items():
+            setattr(adapted.peft_config[ADAPTER], key, value)
 
     starts = {}
     for name, original in originals.items() if start.name in TAKEN_OUT else ():
         components = torch.arange(start.rank if start.name == "pissa" else 0)
-        digest = digest_of(weight_matrix(model.get_submodule(name)))
+        digest = digest_of(weight_matrix(submodule(model, name)))
         starts[name] = note_start(lora_layer(adapted, name), components, digest, original)
     _forget_recipe(adapted.peft_config[ADAPTER], start)
     adapted.attachment = Attachment(str(start), Variant(), starts, trainable, buffers)
@@ -127,13 +146,14 @@ def planned_start(
     """The start of each layer by name, after every check that needs no data. Copies and changes nothing.
 
     Raises:
-        ValueError: as :func:`attach_start`; or there is a variant, because PEFT builds these adapters.
+        ValueError, TypeError: as :func:`attach_start`; or there is a variant, and PEFT builds these.
     """
+    validate.instance(start, PeftStart, "start", "an ll.PeftStart, such as ll.PeftStart('pissa', 8)")
     if (variant or Variant()) != Variant():
         raise InputError(f"{start} is built by PEFT and takes no variant, not {variant}")
     plan = planned(model, LoRA(start.rank), targets=targets, alpha=alpha, spectra=spectra)
     for name in plan:
-        layer = model.get_submodule(name)
+        layer = submodule(model, name)
         if type(layer) is not nn.Linear:
             raise InputError(
                 f"{start} does not fit {name}, a {type(layer).__name__}: PEFT's starts are for nn.Linear; "
@@ -183,7 +203,7 @@ def _measure_covariances(
     passes of ``model`` and given to the layers of ``own`` one example at a time.
     """
     device = next(model.parameters()).device
-    layers = {name: own.get_submodule(name) for name in names}
+    layers = {name: submodule(own, name) for name in names}
 
     def run() -> None:
         for rows in _some_rows(len(retain.train), seed):
@@ -213,14 +233,14 @@ def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], tas
         if not given[0].requires_grad:
             given[0].requires_grad_()
 
-    handles = [own.get_submodule(name).register_forward_pre_hook(with_gradient) for name in names]
+    handles = [submodule(own, name).register_forward_pre_hook(with_gradient) for name in names]
     try:
         preprocess_loraga(own, config, train_step)
     finally:
         for handle in handles:
             handle.remove()
     for name in names:
-        if not hasattr(own.get_submodule(name), "_peft_loraga_grad"):
+        if not hasattr(submodule(own, name), "_peft_loraga_grad"):
             raise InputError(
                 f"{name} takes no part in the new task's loss, so lora_ga has no gradient of it; "
                 "leave it out of the targets"

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lens.adapter_files import PREFIX, Saved, read_saved, write_adapter, write_record, write_tensors
+from lora_lens.adapter_files import Saved, read_saved, write_adapter, write_record, write_tensors
 from lora_lens.errors import InputError
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
-    ADAPTER,
     Attachment,
+    adapter_state,
     attached,
     buffers_by_name,
     copy_around,
@@ -31,9 +31,10 @@ from lora_lens.injection import (
     set_start,
 )
 from lora_lens.layers import weight_matrix
+from lora_lens.peft_names import ADAPTER, PREFIX, saved_modules, target_settings
 from lora_lens.replacing import BUFFERS, ON_RESIDUAL, START, replaced
 from lora_lens.validate import flag, instance
-from lora_lens.wrappers import inner_model, named_modules, submodule
+from lora_lens.wrappers import inner_model, submodule, unwrapped
 
 
 def save(adapted: nn.Module, folder: str | Path) -> None:
@@ -62,7 +63,8 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
         TypeError: ``folder`` is no path.
         OSError: the folder cannot be written.
     """
-    peft_model, record = ready_to_write(adapted)
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
     starts = record.starts
     state, moved = adapter_state(peft_model), moved_buffers(peft_model, record)
     kind = "window" if starts else "adapter"
@@ -117,9 +119,11 @@ def load(
     state = _fitting(saved, shapes, model)
     factors = _fitting_start(saved, shapes)
 
-    originals = {name: model.get_submodule(name).weight for name in names}
+    originals = {name: submodule(model, name).weight for name in names}
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, originals.values() if factors else [])
+    for key, value in target_settings(names, model).items():
+        setattr(saved.config, key, value)
     adapted = inject(base, saved.config, names, saved.variant)
     starts = {}
     for name in names if factors else []:
@@ -138,34 +142,6 @@ def load(
     return adapted
 
 
-def ready_to_write(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
-    """The PEFT model inside wrappers and what attach noted, if what it writes would be what attach made.
-
-    Raises:
-        InputError: it does not come from attach, is merged, or other layers are adapted now.
-    """
-    peft_model, record = attached(adapted)
-    require_unmerged(peft_model)
-    made = set(record.starts) or set(peft_model.base_model.targeted_module_names)
-    if wrong := sorted(made ^ lora_layers(peft_model).keys()):
-        what = "has no adapter any more" if wrong[0] in made else "has an adapter that attach did not make"
-        raise InputError(f"{wrong[0]} {what}: save and export write what attach adapted, and nothing else")
-    return peft_model, record
-
-
-def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
-    """PEFT's tensors, the model's own, by the names they have without wrappers (compiled blocks, ...)."""
-    clean = {id(module): name for name, module in named_modules(peft_model)}
-    names = {path: clean.get(id(module), "") for path, module in peft_model.named_modules()}
-    state = {}
-    for key, tensor in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items():
-        place = key.rpartition(".")[0]
-        while place not in names:  # without the adapter's name, which PEFT takes out
-            place = place.rpartition(".")[0]
-        state[f"{names[place]}.{key.removeprefix(place).lstrip('.')}"] = tensor
-    return state
-
-
 def weight_digests(peft_model: PeftModel, record: Attachment) -> dict[str, str]:
     """Of the pretrained weight of each adapted layer; without a window that is the base's."""
     if record.starts:
@@ -182,10 +158,9 @@ def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Modu
         if saved.config.use_dora:
             expected[f"{key}magnitude_vector"] = (rows,)
     factors = dict.fromkeys(expected)
-    ends = tuple(f".{end}" for end in saved.config.modules_to_save or ())
-    for name, module in named_modules(model):
-        if f".{name}".endswith(ends):
-            expected |= {f"{PREFIX}{name}.{k}": tuple(t.shape) for k, t in module.state_dict().items()}
+    for name in saved_modules(model, saved.config.modules_to_save or ()):
+        own = submodule(model, name).state_dict()
+        expected |= {f"{PREFIX}{name}.{unwrapped(key)}": tuple(t.shape) for key, t in own.items()}
     found = {}
     for key, tensor in saved.state.items():
         if key not in expected and _is_in(model, key.removeprefix(PREFIX), tensor, saved.where):

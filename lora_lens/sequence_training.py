@@ -34,6 +34,7 @@ from lora_lens.tasks import Task
 from lora_lens.training import Training, finetune
 from lora_lens.window import Placement
 from lora_lens.window_survival import components_of, survival
+from lora_lens.wrappers import submodule
 
 SEEDS_APART = 1000  # between the seeds of two tasks of one sequence
 Point = tuple[Method, tuple[int, ...], float, int]  # method, order, learning rate, seed
@@ -298,7 +299,7 @@ def _measure_weights(experiment: Sequential, state: State, method: Method) -> No
     if not all(name in known and known[name].has_all_vectors for name in names):
         return
     for name in names:
-        layer = experiment.model.get_submodule(name)
+        layer = submodule(experiment.model, name)
         before = weight_matrix(layer).detach().cpu().double()
         now = _matrix(state.model, name)
         row = {"after": state.after, "layer": name}
@@ -316,4 +317,4 @@ def _matrix(model: nn.Module, name: str) -> Tensor:
     """The weight with its adapter, float64, on the CPU."""
     if isinstance(model, PeftModel):
         return effective_weight(lora_layer(model, name))
-    return weight_matrix(model.get_submodule(name)).detach().cpu().double()
+    return weight_matrix(submodule(model, name)).detach().cpu().double()

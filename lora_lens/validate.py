@@ -103,6 +103,26 @@ def sequence(value: object, name: str, of: str, one: type | tuple[type, ...] = (
     return tuple(value)
 
 
+def patterns(value: object, name: str = "targets") -> tuple[str, ...] | None:
+    """Names or patterns of layers: None, one string, or a sequence of at least one.
+
+    Raises:
+        InputTypeError: it is anything else.
+        InputError: it is empty.
+    """
+    if value is None:
+        return None
+    found = sequence(value, name, "names or patterns of layers", one=str)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise InputTypeError(f"{name} must hold names or patterns of layers, not {shown(pattern)}")
+    if not found or "" in found:
+        raise InputError(
+            f"{name} must name at least one layer, not {shown(value)}; None is for the usual ones"
+        )
+    return found
+
+
 def instance(value: T, kinds: type | tuple[type, ...], name: str, expected: str) -> T:
     """``value`` if it is of ``kinds``; ``expected`` says in the message what that is and where to get it."""
     if not isinstance(value, kinds):

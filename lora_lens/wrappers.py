@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -66,6 +66,24 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     for part in name.split(".") if name else ():
         module = inner_model(module.get_submodule(part))
     return module
+
+
+def paths_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Where the named modules lie for ``model.get_submodule``, with the segments of wrappers."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {name: paths[id(submodule(model, name))] for name in names}
+
+
+def placed(model: nn.Module, path: str) -> None:
+    """Put what lies at ``path`` in the place of wrappers around nothing else.
+
+    A compiled module keeps calling what it was made for, also when its child is replaced.
+    """
+    module, outer = model.get_submodule(path), path
+    while outer and _wrapped(model.get_submodule(outer.rpartition(".")[0])) == outer.rpartition(".")[2]:
+        outer = outer.rpartition(".")[0]
+    if outer and outer != path:
+        model.set_submodule(outer, module)
 
 
 def _wrapped(module: nn.Module) -> str | None:

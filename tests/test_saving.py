@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import BertModel
 
 import lora_lens as ll
-from lora_lens import saving
 from lora_lens.embedded import vision_architecture
 
 
@@ -198,9 +196,7 @@ def test_a_trainer_s_checkpoint_is_picked_up(model, spectra, inputs, tmp_path):
     assert ll.function_error(again, adapted, inputs) == 0
     other = trained(ll.attach(model, ll.Window.middle(8), spectra=spectra))
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(
-        ValueError, match="trained with r=8, and the adapter that was saved has 4"
-    ):
+    with pytest.raises(ValueError, match="trained with r=8, and the adapter that was saved has 4"):
         ll.load(model, tmp_path / "window", checkpoint=tmp_path / "other")
 
 
@@ -246,7 +242,7 @@ def test_an_adapter_for_another_base_is_refused(model, spectra, tmp_path):
 def test_damaged_and_foreign_folders_are_refused(model, spectra, tmp_path):
     adapted = ll.attach(model, ll.Window.middle(4), spectra=spectra)
     ll.save(adapted, tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         ll.load(model, tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no lora_lens.json.*PeftModel.from_pretrained"):
         ll.load(model, tmp_path)
