@@ -101,17 +101,17 @@ def test_what_others_put_into_the_folder_stays(write, tmp_path):
 
 
 def test_each_kind_takes_the_place_of_the_others(tmp_path):
-    folder = tmp_path / "run"
+    folder, names = tmp_path / "run", {}
+    for key, write in WRITERS.items():
+        write(adapted_model(1), tmp_path / key)
+        names[key] = content(tmp_path / key).keys()
     for before in WRITERS.values():
-        for after in WRITERS.values():
+        for key, after in WRITERS.items():
             before(adapted_model(0), folder)
             (folder / "notes.md").write_text("mine")
             after(adapted_model(1), folder)
-            after(adapted_model(1), tmp_path / "new")
-            assert content(folder).keys() == content(tmp_path / "new").keys() | {"notes.md"}
-            assert not {p for p in folder.rglob("*") if p.is_dir() and not any(p.iterdir())}
-            for name in content(tmp_path / "new"):
-                (tmp_path / "new" / name).unlink()
+            assert content(folder).keys() == names[key] | {"notes.md"}
+            assert not [p for p in folder.rglob("*") if p.is_dir() and not any(p.iterdir())]
 
 
 @pytest.mark.parametrize(
