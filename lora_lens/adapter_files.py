@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -45,7 +45,7 @@ from lora_lens.replacing import (
     unchanged,
     write_about,
 )
-from lora_lens.validate import flag, number, shown, whole_number
+from lora_lens.validate import choice, flag, number, shown, whole_number
 from lora_lens.wrappers import unwrapped
 
 FORMAT = 1
@@ -281,8 +281,8 @@ def _checked_settings(kept: dict[str, object]) -> dict[str, object]:
     saved = kept["modules_to_save"]
     if saved is not None and not (isinstance(saved, list) and all(isinstance(m, str) and m for m in saved)):
         raise InputError(f"modules_to_save must be a list of names, not {shown(saved)}")
-    if not isinstance(kept["task_type"], (str, type(None))):
-        raise InputError(f"task_type must be a text, not {shown(kept['task_type'])}")
+    if kept["task_type"] is not None:
+        choice(kept["task_type"], "task_type", [str(kind.value) for kind in TaskType])
     return kept
 
 
@@ -297,8 +297,8 @@ def _require_like(folder: Path, config: LoraConfig, kind: str) -> None:
     """Raise if a trainer's checkpoint was trained with other settings, or for another base."""
     if (folder / ABOUT).is_file() and (other := read_json(folder / ABOUT).get("kind")) != kind:
         raise InputError(
-            f"{folder} holds a {other} from ll.save or ll.export, which does not go on from this {kind}: "
-            "load it by itself"
+            f"{folder} holds what ll.save or ll.export wrote, kind {other!r}, which does not go on from this "
+            f"{kind}: load it by itself"
         )
     if not (folder / CONFIG).is_file():
         return
@@ -314,9 +314,11 @@ def _require_like(folder: Path, config: LoraConfig, kind: str) -> None:
 
 def _checkpoint(given: str | Path) -> Path:
     """The file with the tensors of a checkpoint, given that file or its folder."""
-    path = place_of(given)
+    path = place_of(given, "checkpoint")
     if path.is_file():
         return path
+    if not path.exists():
+        raise MissingFileError(f"there is no file or folder {path} to take the checkpoint from")
     for folder in (path, path / ADAPTER):
         if (folder / WEIGHTS).is_file():
             return folder / WEIGHTS

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import pandas as pd
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lora_lens.adapter_files import FORMAT, write_adapter, write_record, write_tensors
 from lora_lens.errors import InputError
@@ -158,14 +159,34 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
 
 
 def _write_base(folder: Path, base: nn.Module) -> None:
-    """A whole model; tensors that share memory in a way that the file's format cannot say, each in full."""
-    if not hasattr(base, "save_pretrained"):
-        try:
-            save_model(base, str(folder / "model.safetensors"))
-        except RuntimeError:
-            write_tensors(folder / "model.safetensors", base.state_dict())
-        return
-    base.save_pretrained(folder)
+    """A whole model, without what wraps its blocks; memory is shared only where reading ties it again."""
+    state = {unwrapped(key): tensor.detach() for key, tensor in base.state_dict().items()}
+    if isinstance(base, PreTrainedModel):
+        ties = base.get_expanded_tied_weights_keys(all_submodels=True)  # by its config
+        tied = {unwrapped(key) for key in [*ties, *ties.values()]}
+        base.save_pretrained(folder, state_dict=_own_memory(state, but=tied))
+    elif hasattr(base, "save_pretrained"):
+        base.save_pretrained(folder)
+    else:
+        write_tensors(folder / "model.safetensors", _without_aliases(state))
+
+
+def _own_memory(state: Mapping[str, Tensor], but: Set[str]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    own = {}
+    for key, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if place in seen and key not in but else tensor
+        seen.add(place)
+    return own
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One name for each tensor, as ``safetensors.torch.load_model`` expects it for tied weights."""
+    first: dict[tuple, str] = {}
+    for key, tensor in state.items():
+        first.setdefault((tensor.data_ptr() or key, tensor.shape, tensor.stride(), tensor.dtype), key)
+    return {key: state[key] for key in first.values()}
 
 
 def _truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor, float]:

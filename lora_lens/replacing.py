@@ -124,7 +124,7 @@ def settled(folder: Path) -> Iterator[Callable[[str], Path]]:
 
 def write_about(folder: Path, about: Mapping[str, object]) -> None:
     """Write ABOUT into a folder that is otherwise complete, with its list of all the files in it."""
-    about = {**about, "files": {name: _digest(folder / name) for name in _files_in(folder)}}
+    about = {**about, "files": {n: _digest(folder / n) for n in _files_in(folder) if n != ABOUT}}
     (folder / ABOUT).write_text(json.dumps({**about, "sha256": _digest_of(about)}, indent=1))
 
 
@@ -150,16 +150,16 @@ def changed_files(
     return {name for name, digest in files.items() if digest and _digest(find(name)) != digest}
 
 
-def place_of(folder: str | Path) -> Path:
+def place_of(folder: str | Path, name: str = "folder") -> Path:
     """A folder that may not exist yet, without links in its path."""
     if not isinstance(folder, (str, os.PathLike)):
-        raise InputTypeError(f"folder must be the path of a folder, not {shown(folder)}")
+        raise InputTypeError(f"{name} must be the path of a folder, not {shown(folder)}")
     if not str(folder).strip():
-        raise InputError("folder must be the path of a folder, not an empty text")
+        raise InputError(f"{name} must be the path of a folder, not an empty text")
     try:
         return Path(folder).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, no such home, a zero byte
-        raise InputError(f"folder must be the path of a folder, not {folder!r}: {error}") from error
+        raise InputError(f"{name} must be the path of a folder, not {folder!r}: {error}") from error
 
 
 def _finish(folder: Path, checked: bool = False) -> None:
