@@ -202,7 +202,7 @@ def test_checkpoints_in_the_forms_that_trainers_leave_them(adapted, model, folde
         with pytest.raises(LoraLensError, match=words):
             ll.load(model, folder, checkpoint=place)
     ll.export(adapted, tmp_path / "exported")
-    with pytest.raises(ValueError, match="holds what ll.save or ll.export wrote, kind 'adapter'"):
+    with pytest.raises(ValueError, match=r"holds what ll.save or ll.export wrote, kind 'adapter'"):
         ll.load(model, folder, checkpoint=tmp_path / "exported")
 
 
