@@ -74,7 +74,7 @@ class Saved:
         weights: by layer, the digest of the weight it was made for and the window's components.
         config: PEFT's.
         state: PEFT's tensors.
-        factors: of a window, its start: ``<layer>.A`` and ``<layer>.B``.
+        factors: of a window, its start: ``<layer>.A`` and ``<layer>.B``; None of another adapter.
         buffers: those that training moved.
         where: the folder of the tensors, for messages.
     """
@@ -84,7 +84,7 @@ class Saved:
     weights: dict[str, dict]
     config: LoraConfig
     state: dict[str, Tensor]
-    factors: dict[str, Tensor]
+    factors: dict[str, Tensor] | None
     buffers: dict[str, Tensor]
     where: Path
 
@@ -150,7 +150,7 @@ def read_saved(folder: str | Path, checkpoint: str | Path | None) -> Saved:
             raise InputError(f"{folder / min(own)} is not as lora_lens wrote it: save the adapter again")
         config = _config(find(f"{within}{CONFIG}"), folder)
         state = _adapter_tensors(elsewhere or find(f"{within}{WEIGHTS}"), folder)
-        factors = read_safetensors(find(START)) if window else {}
+        factors = read_safetensors(find(START)) if window else None
         moved = BUFFERS in about["files"] if "files" in about else find(BUFFERS).is_file()
         buffers = read_safetensors(find(BUFFERS)) if moved else {}
     if changed:

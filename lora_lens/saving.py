@@ -168,7 +168,11 @@ def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Modu
         if key not in factors:
             found[key] = tuple(tensor.shape)
         else:  # a magnitude is a vector, a factor a matrix, whatever the kind of layer makes of them
-            found[key] = (tensor.numel(),) if key.endswith("vector") else tuple(tensor.flatten(1).shape)
+            found[key] = (
+                (tensor.numel(),)
+                if key.endswith("vector")
+                else tuple(tensor.flatten(min(tensor.ndim - 1, 1)).shape)
+            )
     if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
         raise InputError(
             f"{saved.where} does not hold the adapter that was saved: {wrong[0]} has the shape "
@@ -205,7 +209,7 @@ def _is_in(model: nn.Module, name: str, tensor: Tensor, where: Path) -> bool:
 
 def _fitting_start(saved: Saved, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
     """A window's factors, if they are those of the layers; nothing for other adapters."""
-    if not saved.factors:
+    if saved.factors is None:
         return {}
     expected = {f"{n}.A": (saved.rank(n), shape[1]) for n, shape in shapes.items()}
     expected |= {f"{n}.B": (shape[0], saved.rank(n)) for n, shape in shapes.items()}

@@ -23,6 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_model
 
 warnings.simplefilter("ignore")
+os.fsync = lambda handle: None  # a killed process loses nothing that it wrote, and this takes long
 folder = Path(sys.argv[1])
 
 def small_model():
@@ -237,7 +238,7 @@ def test_folders_that_are_not_lora_lens_s_are_refused(tmp_path):
 
 KILLED = """
 write, inner = {
-    "save": (ll.save, ""), "export": (ll.export, ""), "residual": (ll.export_residual, "adapter")
+    "save": (ll.save, ""), "export": (ll.export, ""), "export_residual": (ll.export_residual, "adapter")
 }[sys.argv[2]]
 over_old = sys.argv[3] == "old"
 old, new = trained(1), trained(2, ll.Window(rank=4, start=2))
@@ -269,6 +270,8 @@ def ends(moment, place):
 
         def step(event, arguments):
             names = [str(a) for a in arguments[:2] if isinstance(a, (str, os.PathLike))]
+            if event == "open" and not set("wxa+") & set(arguments[1] or ""):
+                return  # only reads
             if event in EVENTS and any(n.startswith(str(place)) for n in names) and next(steps) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -298,17 +301,16 @@ print(*seen)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("there", ["new", "old"])
-@pytest.mark.parametrize("kind", ["save", "export", "residual"])
+@pytest.mark.parametrize("kind, there", [("save", "nothing"), *((kind, "old") for kind in WRITERS)])
 def test_a_kill_at_any_step_leaves_all_of_the_old_or_all_of_the_new(kind, there, tmp_path):
     seen = run_script(KILLED, tmp_path, kind, there).split()
     before = "old" if there == "old" else "None"
     assert seen == [before] * seen.count(before) + ["new"] * seen.count("new")  # one step decides
-    assert seen.count(before) > 5 and seen.count("new") > 5
+    assert seen.count(before) > 3 and seen.count("new") > 3
 
 
 FULL = """
-write = {"save": ll.save, "export": ll.export, "residual": ll.export_residual}[sys.argv[2]]
+write = {"save": ll.save, "export": ll.export, "export_residual": ll.export_residual}[sys.argv[2]]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails, as on a full disk
 old, new, place = trained(1), trained(2), folder / "run"
 
@@ -318,7 +320,7 @@ def files(place):
 write(old, place)
 (place / "notes.md").write_text("mine")
 before, refused = files(place), 0
-for most in range(0, 10**6, 250):
+for most in range(0, 10**6, 400):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
         write(new, place)
@@ -343,7 +345,7 @@ print(refused)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-@pytest.mark.parametrize("kind", ["save", "export", "residual"])
+@pytest.mark.parametrize("kind", WRITERS)
 def test_a_disk_that_is_full_at_any_byte_changes_nothing(kind, tmp_path):
     assert int(run_script(FULL, tmp_path, kind)) > 3
 
