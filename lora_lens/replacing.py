@@ -41,8 +41,15 @@ READY, STAGED = ".lora_lens.ready", re.compile(r"\.lora_lens\.[0-9a-f]{16}")
 ENTRIES = (CONFIG, "config.json")  # without which PEFT and transformers read nothing else
 
 # What may be written for each kind of folder; before lora_lens.json listed files, this told what was ours.
+SHARD = "model-?????-of-?????.safetensors"
 ADAPTER_FILES = (CONFIG, WEIGHTS, BUFFERS, ABOUT)
-BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+BASE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    SHARD,
+    "model.safetensors.index.json",
+)
 FILES = {
     "adapter": ADAPTER_FILES,
     "window": (f"{ON_RESIDUAL}/{CONFIG}", f"{ON_RESIDUAL}/{WEIGHTS}", START, BUFFERS, ABOUT),
@@ -69,7 +76,10 @@ def replaced(folder: str | Path, kind: str) -> Iterator[Path]:
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{folder} exists and was not written by lora_lens: it is no folder; choose another")
     created = not folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"{folder} cannot be made, because it would lie within a file: {error}") from error
     staged = folder / f".lora_lens.{secrets.token_hex(8)}"
     try:
         with _alone_in(folder) as sure:
@@ -96,7 +106,7 @@ def replaced(folder: str | Path, kind: str) -> Iterator[Path]:
             _finish(folder, checked=True)
     finally:
         if created:
-            with suppress(OSError):  # it is not empty, as it should
+            with suppress(OSError):  # all went well, so it is not empty
                 folder.rmdir()
 
 

@@ -85,6 +85,7 @@ def test_what_others_put_into_the_folder_stays(write, tmp_path):
         "checkpoint-10/adapter_model.safetensors": b"trained for days",
         "on_residual/notes.txt": b"a",
         "base/tokenizer.json": b"b",
+        "base/model-best.safetensors": b"d",
         ".git/HEAD": b"ref",
         ".lora_lens.0123456789abcdef/thesis.txt": b"c",
     }
@@ -223,6 +224,8 @@ def test_folders_that_are_not_lora_lens_s_are_refused(tmp_path):
                 write(adapted_model(), tmp_path / name)
         with pytest.raises(ValueError, match="folder must be the path of a folder"):
             write(adapted_model(), tmp_path / "circle")
+        with pytest.raises(ValueError, match="would lie within a file"):
+            write(adapted_model(), tmp_path / "file" / "run")
         with pytest.raises(TypeError, match="folder must be the path of a folder, not None"):
             write(adapted_model(), None)
         with pytest.raises(TypeError, match="folder must be the path of a folder, not 3"):
