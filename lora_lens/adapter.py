@@ -238,7 +238,8 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
             ``original`` is another model; then nothing was changed.
     """
     peft_model, record = attached(adapted)
-    found = {} if original is None else matrices_of(original, list(record.starts))
+    prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "")
+    found = {} if original is None else matrices_of(original, list(record.starts), prefix)
     for name, start in record.starts.items():
         if original is None:
             start.weight(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 import warnings
 import zlib
@@ -30,6 +31,9 @@ Factors = tuple[Tensor, Tensor, Tensor]
 FORMAT = "lora_lens spectrum 1"
 ENTRY = ".spectrum.safetensors"
 PARTIAL = ".spectrum.partial"
+# Anything else in the folder is somebody's, whatever its ending.
+OWN_ENTRY = re.compile(rf"[0-9a-f]{{64}}{re.escape(ENTRY)}")
+OWN_PARTIAL = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}")
 DAY = 24 * 60 * 60  # seconds
 DAMAGE = (SafetensorError, ValueError, RuntimeError)  # what reading a file that is no entry raises
 
@@ -151,10 +155,12 @@ class SpectrumCache:
         with os.scandir(self.folder) as files:
             for file in files:
                 with suppress(OSError):  # gone meanwhile, or another user's
-                    if file.name.endswith(ENTRY):
+                    if not file.is_file(follow_symlinks=False):
+                        continue
+                    if OWN_ENTRY.fullmatch(file.name):
                         stat = file.stat()
                         entries.append((stat.st_mtime_ns, stat.st_size, file.path))
-                    elif file.name.endswith(PARTIAL) and file.stat().st_mtime < time.time() - DAY:
+                    elif OWN_PARTIAL.fullmatch(file.name) and file.stat().st_mtime < time.time() - DAY:
                         os.unlink(file.path)
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):

@@ -21,5 +21,9 @@ class MissingFileError(LoraLensError, FileNotFoundError):
     """A file or folder that is not there."""
 
 
+class ExistingFileError(LoraLensError, FileExistsError):
+    """Something is where a file should be written, and it is not lora_lens's to replace."""
+
+
 class MissingPackageError(LoraLensError, ImportError):
     """An optional package that is needed and not installed."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import os
+import re
 from collections.abc import Callable, Collection, Iterable
 from html import escape
 from pathlib import Path
@@ -14,8 +17,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_lens.errors import InputError, MissingFileError
+from lora_lens.errors import ExistingFileError, InputError, MissingFileError
 from lora_lens.plot_style import house_style
+from lora_lens.validate import instance
 
 MISSING = "-"
 SHORT = 32  # characters of a row's name that stay on one line
@@ -121,13 +125,14 @@ def figure(draw: Callable[..., Axes], alt: str, caption: str, height: float = 4.
 
 def html_page(title: str, parts: Iterable[str], generator: str) -> str:
     """The whole document; ``generator`` says in its head what made it."""
-    return (
+    page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"{_generator(generator)}\n<title>{escape(title)}</title>\n<style>{LOOK}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
+    return page.replace("<title>", f"{_seal(page)}<title>", 1)  # tells a page that somebody edits later
 
 
 def page_path(path: str | Path, generator: str) -> Path:
@@ -136,19 +141,29 @@ def page_path(path: str | Path, generator: str) -> Path:
     Raises:
         ValueError: its name does not end in .html.
         FileNotFoundError: its folder does not exist.
-        FileExistsError: a folder is there, or a file that ``generator`` did not make.
+        FileExistsError: a folder is there, or a file that ``generator`` did not make, or not like that.
+        TypeError: it is no path.
     """
-    path = Path(path)
+    path = Path(instance(path, (str, os.PathLike), "path", "the name of the file to write"))
     if path.is_dir():
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{path} is a folder; give the name of a file in it, such as {path}/report.html"
         )
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"the page is an HTML file, so its name must end in .html, not {path.name!r}")
     if not path.parent.is_dir():
         raise MissingFileError(f"there is no folder {path.parent} to write {path.name} into; make it first")
-    if path.exists() and _generator(generator) not in path.read_text(encoding="utf-8", errors="replace"):
-        raise FileExistsError(f"{path} was not written by {generator}, so it stays; choose another name")
+    if path.exists():
+        page = path.read_text(encoding="utf-8", errors="replace")
+        if _generator(generator) not in page:
+            raise ExistingFileError(
+                f"{path} was not written by {generator}, so it stays; choose another name"
+            )
+        seal = re.search(r'<meta name="sha256" content="\w+">\n', page)
+        if seal and _seal(page.replace(seal[0], "", 1)) != seal[0]:
+            raise ExistingFileError(
+                f"{path} was edited since it was written, so it stays; choose another name"
+            )
     return path
 
 
@@ -173,6 +188,10 @@ def plain(value: float) -> str:
 def with_interval(value: float, low: float, high: float, show: Callable[[float], str] = points) -> str:
     """ "12.3 (11.0 to 13.9)", or the value alone where it has no interval."""
     return show(value) if pd.isna(low) else f"{show(value)} ({show(low)} to {show(high)})"
+
+
+def _seal(page: str) -> str:
+    return f'<meta name="sha256" content="{hashlib.sha256(page.encode()).hexdigest()}">\n'
 
 
 def _generator(name: str) -> str:

@@ -359,20 +359,34 @@ def taken_off(peft_model: PeftModel) -> nn.Module:
     return base
 
 
-def matrices_of(source: nn.Module | str | Path, names: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+def matrices_of(
+    source: nn.Module | str | Path, names: Sequence[str], prefix: str = ""
+) -> dict[str, Callable[[], Tensor]]:
     """What reads each named weight of a model or file as a matrix.
+
+    Args:
+        prefix: the model's ``base_model_prefix``: transformers' from_pretrained also takes the file of a
+            model without its head, whose names lack it, or with a head, where they have it.
 
     Raises:
         ValueError: a name is missing there.
     """
     if not names:
         return {}
-    try:
-        found = {w.name: w.load for w in weights(source, list(names))}
-        return {name: found[name] for name in names}
-    except (ValueError, KeyError) as error:
-        where = source if isinstance(source, (str, Path)) else type(source).__name__
-        raise InputError(f"{where} is not the model that was adapted: {error}") from error
+    within = f"{prefix}." if prefix else ""
+    ways = dict.fromkeys(
+        tuple(there)
+        for there in (names, [n.removeprefix(within) for n in names], [f"{within}{n}" for n in names])
+    )
+    errors = []
+    for there in ways:
+        try:
+            found = {w.name: w.load for w in weights(source, list(there))}
+            return {name: found[other] for name, other in zip(names, there, strict=True)}
+        except (InputError, KeyError) as error:
+            errors.append(error)
+    where = source if isinstance(source, (str, Path)) else type(source).__name__
+    raise InputError(f"{where} is not the model that was adapted: {errors[0]}") from errors[0]
 
 
 def require_same(name: str, matrix: Tensor, digest: str) -> None:

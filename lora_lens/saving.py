@@ -1,42 +1,18 @@
-"""Adapters on disk: to go on training, for anybody's PEFT, or with their residual base. Only safetensors.
-
-A folder holds what PEFT writes, adapter_config.json and adapter_model.safetensors, and
-
-lora_lens.json      which weights the adapter belongs to, by hash, and how it was made; its "kind" is
-                    "adapter" if it fits these weights as they are, "window" if it fits their residual
-start.safetensors   of a window: the factors that the residual lacks, <layer>.A and <layer>.B
-buffers.safetensors if training moved them: what is no parameter, such as batch norms' statistics
-
-PEFT's files of a window lie in the folder "on_residual", where PEFT does not find them by mistake:
-without the residual they would give a wrong function.
-"""
+"""Adapters on disk as they are, to go on training. See :mod:`lora_lens.adapter_files` for what is written."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from uuid import uuid4
 
-import pandas as pd
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file, save_model
+from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lens.checkpoint import read_json, read_safetensors
-from lora_lens.errors import InputError, MissingFileError
-from lora_lens.factorization import product_norm, product_svd
+from lora_lens.adapter_files import Saved, read_saved, write_adapter, write_record, write_tensors
+from lora_lens.errors import InputError
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
-    ADAPTER,
-    PREFIX,
     Attachment,
     adapter_state,
     attached,
@@ -49,25 +25,16 @@ from lora_lens.injection import (
     moved_buffers,
     note_pretrained,
     note_start,
-    rank_settings,
     require_same,
     require_unadapted,
     require_unmerged,
     set_start,
-    taken_off,
-    trained_update,
-    whole_modules,
 )
-from lora_lens.layers import listed, weight_matrix
-from lora_lens.methods import Variant
-from lora_lens.peft_names import lies_in
-from lora_lens.plain_peft import for_plain_peft
-from lora_lens.window import whole_rank
-from lora_lens.wrappers import submodule, unwrapped
-
-FORMAT = 1
-ABOUT, WEIGHTS, START = "lora_lens.json", "adapter_model.safetensors", "start.safetensors"
-BUFFERS, ON_RESIDUAL = "buffers.safetensors", "on_residual"
+from lora_lens.layers import weight_matrix
+from lora_lens.peft_names import ADAPTER, PREFIX, saved_modules, target_settings
+from lora_lens.replacing import BUFFERS, ON_RESIDUAL, START, replaced
+from lora_lens.validate import flag, instance
+from lora_lens.wrappers import inner_model, submodule, unwrapped
 
 
 def save(adapted: nn.Module, folder: str | Path) -> None:
@@ -77,27 +44,40 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
     forms the same residual without factorizing anything. For people without lora_lens, see
     :func:`export` and :func:`export_residual`.
 
+    Nothing of others is lost: in ``folder`` only files are replaced or removed that lora_lens wrote and
+    nobody changed since, by the list of names and hashes in lora_lens.json (folders of earlier versions have
+    no list: there by name). All else stays untouched, and a file in the way of a new one is refused before
+    anything is written. Until all new files are complete on the disk the old ones count, and then, in one
+    step, the new ones do: after a full disk or a kill at any moment :func:`load` reads either all the old
+    or all the new files. PEFT, in the milliseconds after that step or after a kill in them, may find no
+    adapter; the next :func:`load` or :func:`save` puts that right. Processes that save to one folder at the
+    same time wait for each other.
+
     Args:
         adapted: from :func:`lora_lens.attach`, trained or not.
-        folder: a new folder, or one that lora_lens wrote, which is replaced when all is written.
+        folder: a new or empty folder, or one that lora_lens wrote.
 
     Raises:
-        ValueError: ``adapted`` is none of attach's or merged; the folder holds something else.
+        ValueError: ``adapted`` is none of attach's or merged; the folder holds something else, or a file in
+            the way.
+        TypeError: ``folder`` is no path.
+        OSError: the folder cannot be written.
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
     starts = record.starts
-    with _replaced(folder) as new:
+    state, moved = adapter_state(peft_model), moved_buffers(peft_model, record)
+    kind = "window" if starts else "adapter"
+    with replaced(folder, kind) as new:
         place = new / ON_RESIDUAL if starts else new
         place.mkdir(exist_ok=True)
-        _write_adapter(place, peft_model.peft_config[ADAPTER], _state(peft_model))
+        write_adapter(place, peft_model.peft_config[ADAPTER], state)
         if starts:
             factors = {f"{name}.{key}": getattr(s, key.lower()) for name, s in starts.items() for key in "AB"}
-            _write_tensors(new / START, factors)
-        if moved := moved_buffers(peft_model, record):
-            _write_tensors(new / BUFFERS, moved)
-        digests = {name: start.digest for name, start in starts.items()} or _digests(peft_model)
-        _write_about(new, "window" if starts else "adapter", record, digests)
+            write_tensors(new / START, factors)
+        if moved:
+            write_tensors(new / BUFFERS, moved)
+        write_record(new, kind, record, weight_digests(peft_model, record))
 
 
 def load(
@@ -113,7 +93,8 @@ def load(
         model: the pretrained model, or for the adapter of :func:`export_residual` its residual base.
         folder: what lora_lens wrote.
         checkpoint: a folder that PEFT or a trainer wrote during training (with
-            adapter_model.safetensors), whose factors replace those of ``folder``.
+            adapter_model.safetensors), or that file, whose factors replace those of ``folder``. Embeddings
+            that PEFT put there, because they were resized, must be those of ``model``.
         inplace: adapt ``model`` itself instead of a copy.
 
     Returns:
@@ -121,277 +102,128 @@ def load(
 
     Raises:
         FileNotFoundError, ValueError: there is no such folder, it is damaged or not lora_lens's, or
-            a weight of the model is not the one that the adapter was made for.
+            a weight of the model is not the one that the adapter was made for; then nothing was changed.
+        TypeError: an argument is of another type.
+
+    Warns:
+        UserWarning: another program changed PEFT's files since, or a later PEFT wrote them.
     """
-    folder = Path(folder)
+    model = inner_model(instance(model, nn.Module, "model", "the pretrained model"))
+    inplace = flag(inplace, "inplace")
     require_unadapted(model)
-    about = _about(folder)
-    place = folder / ON_RESIDUAL if about["kind"] == "window" else folder
-    config = LoraConfig.from_pretrained(place)
-    config.inference_mode = False
-    state = read_safetensors(_checked(Path(checkpoint) if checkpoint else place) / WEIGHTS)
-    moved = read_safetensors(folder / BUFFERS) if (folder / BUFFERS).is_file() else {}
-    factors = read_safetensors(folder / START) if about["kind"] == "window" else {}
-    names, variant = list(about["weights"]), _variant(about["variant"])
-    read = matrices_of(model, names)
-    for name, known in about["weights"].items():
+    saved = read_saved(folder, checkpoint)
+    read = matrices_of(model, list(saved.weights))
+    for name, known in saved.weights.items():
         require_same(name, read[name](), known["digest"])
+    names, shapes = list(saved.weights), {name: tuple(read[name]().shape) for name in saved.weights}
+    state = _fitting(saved, shapes, model)
+    factors = _fitting_start(saved, shapes)
 
     originals = {name: submodule(model, name).weight for name in names}
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, originals.values() if factors else [])
-    adapted = inject(base, config, names, variant)
+    for key, value in target_settings(names, model).items():
+        setattr(saved.config, key, value)
+    adapted = inject(base, saved.config, names, saved.variant)
     starts = {}
     for name in names if factors else []:
         layer = lora_layer(adapted, name)
         set_start(layer, factors[f"{name}.B"], factors[f"{name}.A"], keep=not inplace)
         original = None if inplace else originals[name].detach()
-        known = about["weights"][name]
+        known = saved.weights[name]
         starts[name] = note_start(layer, torch.tensor(known["components"]), known["digest"], original)
-    _fill(adapted, state, checkpoint or folder)
-    adapted.attachment = Attachment(about["method"], variant, starts, trainable, buffers)
+    with torch.no_grad():
+        for key, tensor in adapter_state(adapted).items():  # these are the parameters' own values
+            tensor.copy_(state[key].reshape(tensor.shape))
+    adapted.attachment = Attachment(saved.method, saved.variant, starts, trainable, buffers)
     for name, buffer in buffers_by_name(adapted).items():
-        if name in moved:
-            buffer.copy_(moved[name])
+        if name in saved.buffers:
+            buffer.copy_(saved.buffers[name])
     return adapted
 
 
-def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
-    """Write an ordinary LoRA (or DoRA) for the untouched pretrained model; any PEFT loads it.
-
-    The trained function is W - scaling B_0 A_0 + scaling B A. Seen from W the update has rank 2r:
-    scaling (B A - B_0 A_0) = scaling [B - B_0, B_0] [A; A - A_0], and rank r if one of the factors
-    was not trained. A smaller ``rank`` keeps the largest singular components of each update.
-
-    Args:
-        adapted: from :func:`lora_lens.attach`.
-        folder: as for :func:`save`.
-        rank: None for the exact update; otherwise the largest rank to write.
-
-    Returns:
-        One row per layer: layer, rank (as written), update (Frobenius norm of the whole update),
-        lost (share of its squared Frobenius norm that truncation left out, in [0, 1]).
-
-    Raises:
-        ValueError: ``adapted`` is none of attach's, is merged or holds NaN; or as :func:`save`.
-
-    Warns:
-        UserWarning: training moved buffers, such as batch norms' statistics: an adapter has no place
-            for them, so only :func:`load` brings them back, and PEFT does not.
-    """
-    most = None if rank is None else whole_rank(rank)
-    peft_model, record = attached(adapted)
-    require_unmerged(peft_model)
-    layers = lora_layers(peft_model)
-    state, ranks, rows = _state(peft_model), {}, []
-    for name, layer in layers.items():
-        b, a, norm, lost = _truncated(*trained_update(layer, record.starts.get(name)), most)
-        if not torch.isfinite(norm):
-            raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
-        ranks[name] = len(a)
-        shapes = (layer.lora_B[ADAPTER].weight.shape, layer.lora_A[ADAPTER].weight.shape)
-        state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
-        state[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(len(a), *shapes[1][1:])
-        rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
-    if moved := moved_buffers(peft_model, record):
-        warnings.warn(
-            f"training moved {listed(moved, most=2)}, which an adapter cannot carry: with plain PEFT the "
-            "function differs; use merge_and_unload to keep it all, or train with the norms in eval mode",
-            stacklevel=2,
-        )
-    old = peft_model.peft_config[ADAPTER]
-    settings, state, in_full = for_plain_peft(peft_model, state)
-    config = LoraConfig(
-        use_dora=old.use_dora,
-        fan_in_fan_out=old.fan_in_fan_out,
-        task_type=old.task_type,
-        base_model_name_or_path=old.base_model_name_or_path,
-        **settings,
-        **rank_settings(
-            {name: rank for name, rank in ranks.items() if not lies_in(name, in_full)},
-            None,
-            settings.get("target_parameters", ()),
-        ),
-    )
-    digests = {name: start.digest for name, start in record.starts.items()} or _digests(peft_model)
-    digests = {name: digest for name, digest in digests.items() if not lies_in(name, in_full)}
-    with _replaced(folder) as new:
-        _write_adapter(new, config, state)
-        if moved:
-            _write_tensors(new / BUFFERS, moved)
-        _write_about(new, "adapter", record, digests)
-    return pd.DataFrame(rows)
-
-
-def export_residual(adapted: nn.Module, folder: str | Path) -> None:
-    """Write the residual model and the adapter as it was before training, for trainers that want both.
-
-    ``folder/base`` holds the residual model: of a transformers model with its configuration, for
-    ``from_pretrained``; of any other model its state in model.safetensors. ``folder/adapter`` holds
-    the window's factors as an ordinary PEFT adapter: load it trainable. To train over an 8- or 4-bit
-    base, load ``folder/base`` with that quantization: then only the residual is rounded, as in
-    QPiSSA (Meng et al. 2024).
-
-    Args:
-        adapted: from :func:`lora_lens.attach` with a window; what was trained since is left out.
-        folder: as for :func:`save`.
-
-    Raises:
-        ValueError: ``adapted`` holds no window, or as :func:`save`.
-    """
-    peft_model, record = attached(adapted)
-    require_unmerged(peft_model)
-    if not record.starts:
-        raise InputError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
-    state, digests = _state(peft_model), {}
-    for name, start in record.starts.items():
-        layer = lora_layer(peft_model, name)
-        for key, factor in (("B", start.b), ("A", start.a)):
-            like = getattr(layer, f"lora_{key}")[ADAPTER].weight
-            state[f"{PREFIX}{name}.lora_{key}.weight"] = factor.reshape(like.shape)
-        residual = weight_matrix(layer.get_base_layer())
-        digests[name] = digest_of(residual)
-        if record.variant.dora:
-            key = f"{PREFIX}{name}.lora_magnitude_vector"
-            whole = torch.addmm(
-                residual.float(), start.b.float(), start.a.float(), alpha=layer.scaling[ADAPTER]
-            )
-            state[key] = torch.linalg.norm(whole, dim=1).reshape(state[key].shape).to(state[key].dtype)
-    for name, module in whole_modules(peft_model).items():
-        untrained = module.original_module.state_dict()
-        state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in untrained.items()}
-
-    # Modules of its own around the same tensors, because taking the adapter off changes modules.
-    tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
-    now = buffers_by_name(peft_model)
-    before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
-    base = taken_off(copy.deepcopy(peft_model, tensors | before))
-    with _replaced(folder) as new:
-        (new / "base").mkdir()
-        (new / "adapter").mkdir()
-        if hasattr(base, "save_pretrained"):
-            base.save_pretrained(new / "base")
-        else:
-            save_model(base, str(new / "base" / "model.safetensors"))
-        _write_adapter(new / "adapter", peft_model.peft_config[ADAPTER], state)
-        _write_about(new / "adapter", "adapter", record, digests)
-        (new / ABOUT).write_text(
-            json.dumps({"format": FORMAT, "kind": "residual base and adapter"}, indent=1)
-        )
-
-
-def _truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The factors of at most ``rank``, the norm of the whole product, and the share of it left out."""
-    norm = product_norm(b, a)
-    if rank is None or rank >= len(a) or not torch.isfinite(norm):
-        return b, a, norm, 0.0
-    left, values, right = product_svd(b.double(), a.double())
-    root, squares = values[:rank].sqrt(), values.square()
-    lost = float(squares[rank:].sum() / squares.sum()) if squares.sum() > 0 else 0.0
-    return (left[:, :rank] * root).to(b.dtype), (root[:, None] * right[:rank]).to(a.dtype), norm, lost
-
-
-def _state(peft_model: PeftModel) -> dict[str, Tensor]:
-    return adapter_state(peft_model)
-
-
-def _fill(adapted: PeftModel, state: Mapping[str, Tensor], where: str | Path) -> None:
-    expected = {key: tuple(tensor.shape) for key, tensor in _state(adapted).items()}
-    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if expected != found:
-        wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))[0]
-        raise InputError(
-            f"{where} does not hold the adapter that was saved: {wrong} has the shape {found.get(wrong)}, "
-            f"expected {expected.get(wrong)}"
-        )
-    with torch.no_grad():
-        for key, tensor in _state(adapted).items():
-            tensor.copy_(state[key])
-
-
-def _digests(peft_model: PeftModel) -> dict[str, str]:
-    """Of base weights that no window has changed."""
+def weight_digests(peft_model: PeftModel, record: Attachment) -> dict[str, str]:
+    """Of the pretrained weight of each adapted layer; without a window that is the base's."""
+    if record.starts:
+        return {name: start.digest for name, start in record.starts.items()}
     return {n: digest_of(weight_matrix(x.get_base_layer())) for n, x in lora_layers(peft_model).items()}
 
 
-def _write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
-    config = copy.deepcopy(config)
-    config.inference_mode = True
-    config.save_pretrained(folder)
-    _write_tensors(folder / WEIGHTS, state)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(own, path, metadata={"format": "pt"})
-
-
-def _write_about(folder: Path, kind: str, record: Attachment, digests: Mapping[str, str]) -> None:
-    components = {name: start.components.tolist() for name, start in record.starts.items()}
-    about = {
-        "format": FORMAT,
-        "kind": kind,
-        "method": record.method,
-        "variant": {**asdict(record.variant), "dtype": str(record.variant.dtype).removeprefix("torch.")},
-        "weights": {n: {"digest": d, "components": components.get(n)} for n, d in digests.items()},
-    }
-    (folder / ABOUT).write_text(json.dumps(about, indent=1))
-
-
-def _checked(folder: Path) -> Path:
-    """The folder, if it holds adapter weights; otherwise an error that says where there are some."""
-    if not (folder / WEIGHTS).is_file():
-        inside = sorted(f.parent.name for f in folder.glob(f"*/{WEIGHTS}"))
-        hint = f"; give one of its folders: {listed(inside)}" if inside else ""
-        raise MissingFileError(f"{folder} holds no {WEIGHTS} (pickled files are not opened){hint}")
-    return folder
-
-
-def _about(folder: Path) -> dict:
-    if not (folder / ABOUT).is_file():
-        raise MissingFileError(
-            f"{folder} holds no {ABOUT}, so it was not written by lora_lens: "
-            "load an ordinary adapter with PEFT's PeftModel.from_pretrained"
-        )
-    about = read_json(folder / ABOUT)
-    if missing := {"format", "kind"} - about.keys():
-        raise InputError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
-    if about.get("kind") not in ("adapter", "window"):
-        raise InputError(f"{folder} holds a {about.get('kind')}: load what is in its folders")
-    if about.get("format") != FORMAT:
+def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the adapter, if they are those that this model's adapter will have."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in shapes.items():
+        key, rank = f"{PREFIX}{name}.lora_", saved.rank(name)
+        expected |= {f"{key}A.weight": (rank, columns), f"{key}B.weight": (rows, rank)}
+        if saved.config.use_dora:
+            expected[f"{key}magnitude_vector"] = (rows,)
+    factors = dict.fromkeys(expected)
+    for name in saved_modules(model, saved.config.modules_to_save or ()):
+        own = submodule(model, name).state_dict()
+        expected |= {f"{PREFIX}{name}.{unwrapped(key)}": tuple(t.shape) for key, t in own.items()}
+    found = {}
+    for key, tensor in saved.state.items():
+        if key not in expected and _is_in(model, key.removeprefix(PREFIX), tensor, saved.where):
+            continue
+        if key not in factors:
+            found[key] = tuple(tensor.shape)
+        else:  # a magnitude is a vector, a factor a matrix, whatever the kind of layer makes of them
+            found[key] = (
+                (tensor.numel(),)
+                if key.endswith("vector")
+                else tuple(tensor.flatten(min(tensor.ndim - 1, 1)).shape)
+            )
+    if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
         raise InputError(
-            f"{folder / ABOUT} has format {about.get('format')}, expected {FORMAT}: update lora_lens"
+            f"{saved.where} does not hold the adapter that was saved: {wrong[0]} has the shape "
+            f"{found.get(wrong[0])}, expected {expected.get(wrong[0])}"
         )
-    if missing := {"method", "variant", "weights"} - about.keys():
-        raise InputError(f"{folder / ABOUT} lacks {listed(sorted(missing))}: save the adapter again")
-    return about
+    for key in factors:
+        if not saved.state[key].is_floating_point():
+            raise InputError(
+                f"{saved.where} holds {key} as {saved.state[key].dtype}, expected floating point"
+            )
+    return {key: saved.state[key] for key in expected}
 
 
-def _variant(values: Mapping[str, object]) -> Variant:
-    dtype = values["dtype"]
-    return Variant(**{**values, "dtype": None if dtype == "None" else getattr(torch, dtype)})
-
-
-@contextmanager
-def _replaced(folder: str | Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` once all is written; until then that is untouched."""
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder / ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and was not written by lora_lens; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tag = uuid4().hex[:8]
-    new, old = (folder.with_name(f".{folder.name}.{tag}.{state}") for state in ("new", "old"))
+def _is_in(model: nn.Module, name: str, tensor: Tensor, where: Path) -> bool:
+    """Whether the model holds an embedding of a checkpoint: PEFT writes it along if it was resized."""
+    layers = [getattr(model, f"get_{side}put_embeddings", lambda: None)() for side in ("in", "out")]
+    module, _, key = name.rpartition(".")
     try:
-        new.mkdir()
-        yield new
-        if folder.exists():
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        layer = submodule(model, module)
+    except AttributeError:
+        return False
+    own = layer.state_dict().get(key)
+    if own is None or not any(layer is other for other in layers):
+        return False
+    if own.shape == tensor.shape and torch.equal(own.cpu(), tensor.to(own.dtype)):
+        return True
+    now = "other values than in" if own.shape == tensor.shape else f"{len(own)} in"
+    raise InputError(
+        f"{where} holds {name} with {len(tensor)} rows, {now} this model: the embeddings were resized before "
+        f"training. Make the model as it was then: model.resize_token_embeddings({len(tensor)}), and "
+        f"model.load_state_dict({{{name!r}: ...}}, strict=False) with the tensor {PREFIX}{name} of that file"
+    )
+
+
+def _fitting_start(saved: Saved, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """A window's factors, if they are those of the layers; nothing for other adapters."""
+    if saved.factors is None:
+        return {}
+    expected = {f"{n}.A": (saved.rank(n), shape[1]) for n, shape in shapes.items()}
+    expected |= {f"{n}.B": (shape[0], saved.rank(n)) for n, shape in shapes.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in saved.factors.items() if tensor.is_floating_point()}
+    for key in sorted(expected.keys() | saved.factors.keys()):
+        if expected.get(key) != found.get(key):
+            raise InputError(
+                f"{saved.where}: {key} of {START} has the shape {found.get(key)}, expected floats of "
+                f"{expected.get(key)}"
+            )
+    for name, shape in shapes.items():
+        components = saved.weights[name]["components"]
+        if components and (len(components) != saved.rank(name) or max(components) >= min(shape)):
+            raise InputError(
+                f"{saved.where}: the components of {name} are not {saved.rank(name)} of {min(shape)}"
+            )
+    return saved.factors

@@ -24,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from lora_lens.errors import InputError, MissingFileError
+from lora_lens.errors import ExistingFileError, InputError, MissingFileError
 from lora_lens.fingerprint import add_tensor
 from lora_lens.tasks import Task
 
@@ -54,20 +54,37 @@ def pack(store: str | Path, path: str | Path) -> Path:
 
     Args:
         store: the folder that ``sweep`` was given.
-        path: the file to write, ``.jsonl.xz``; it is replaced only when the new one is complete.
+        path: the file to write, ``.jsonl.xz``. An earlier pack there is replaced when the new one is
+            complete; nothing else is replaced.
 
     Returns:
         ``path``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`runs`.
+        FileExistsError: something else than a pack is at ``path``.
     """
     path, records = Path(path), all_records(store)
     if not records:
         raise InputError(f"{store} holds no finished runs")
+    _require_pack(path)
     lines = [json.dumps(record) for record in [experiment(store), *(records[run] for run in sorted(records))]]
     replace_file(path, lzma.compress("\n".join(lines).encode()))
     return path
+
+
+def _require_pack(path: Path) -> None:
+    """Raise if a file cannot be written there without harm to another one."""
+    if not path.parent.is_dir():
+        raise MissingFileError(f"there is no folder {path.parent} to write {path.name} into; make it first")
+    if not os.path.lexists(path):
+        return
+    try:
+        known = path.is_file() and "identity" in experiment(path)
+    except (InputError, LookupError, TypeError):  # not a pack, an empty one, JSON of another kind
+        known = False
+    if not known:
+        raise ExistingFileError(f"{path} was not written by ll.pack, so it stays; choose another name")
 
 
 def experiment(store: str | Path) -> dict[str, dict[str, str]]:

@@ -390,3 +390,18 @@ def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_LENS_CACHE", "~/mine")
     assert default_folder() == SpectrumCache().folder == tmp_path / "mine"
     assert names(tmp_path) == []  # made by the first put only
+
+
+def test_files_of_others_are_never_removed_to_make_room(tmp_path):
+    cache = SpectrumCache(tmp_path, max_bytes=4000)
+    names = ("mine.spectrum.safetensors", "mine.spectrum.partial", f"{'a' * 64}.spectrum.safetensors.bak")
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(5000))
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / f"{'b' * 64}.spectrum.safetensors").symlink_to(tmp_path / names[0])
+    factors = torch.eye(8), torch.ones(8), torch.eye(8)
+    for i in range(12):
+        cache.put(weight_key(torch.full((8, 8), float(i)), "test"), *factors)
+    assert all((tmp_path / name).stat().st_size == 5000 for name in names)
+    assert (tmp_path / f"{'b' * 64}.spectrum.safetensors").is_symlink()
+    assert 0 < len(list(tmp_path.iterdir())) - 4 < 12  # its own made room

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_weight import moved, one_layer, only_row, spectra_of, with_update
+from safetensors.torch import save_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +21,6 @@ from lora_lens.feature_change import feature_change
 from lora_lens.layers import set_weight_matrix, weight_matrix
 from lora_lens.placement import Components
 from lora_lens.rotation import turned
-from lora_lens.saving import save_model
 
 SHARES = ["inside", "above", "below", "mixed", "outside"]
 WINDOW = ll.Window(4, start=6)

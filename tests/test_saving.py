@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import BertModel
 
 import lora_lens as ll
-from lora_lens import saving
 from lora_lens.embedded import vision_architecture
 
 
@@ -198,9 +196,7 @@ def test_a_trainer_s_checkpoint_is_picked_up(model, spectra, inputs, tmp_path):
     assert ll.function_error(again, adapted, inputs) == 0
     other = trained(ll.attach(model, ll.Window.middle(8), spectra=spectra))
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(
-        ValueError, match=r"does not hold the adapter that was saved.*\(8, 96\), expected \(4, 96\)"
-    ):
+    with pytest.raises(ValueError, match="trained with r=8, and the adapter that was saved has 4"):
         ll.load(model, tmp_path / "window", checkpoint=tmp_path / "other")
 
 
@@ -213,7 +209,7 @@ def test_in_place_and_back_with_the_original_s_file(model, spectra, inputs, tmp_
         ValueError, match="was not kept, because the model was adapted in place; pass original="
     ):
         ll.detach(adapted)
-    saving.save_model(model, str(tmp_path / "original.safetensors"))
+    save_model(model, str(tmp_path / "original.safetensors"))
     assert ll.detach(adapted, original=tmp_path / "original.safetensors") is mine
     assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), model.parameters(), strict=True))
 
@@ -246,15 +242,17 @@ def test_an_adapter_for_another_base_is_refused(model, spectra, tmp_path):
 def test_damaged_and_foreign_folders_are_refused(model, spectra, tmp_path):
     adapted = ll.attach(model, ll.Window.middle(4), spectra=spectra)
     ll.save(adapted, tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match=r"holds no lora_lens.json.*PeftModel.from_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         ll.load(model, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds no lora_lens.json.*PeftModel.from_pretrained"):
+        ll.load(model, tmp_path)
     weights = tmp_path / "a" / "on_residual" / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="truncated or malformed"):
         ll.load(model, tmp_path / "a")
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="pickled files are not opened"):
+    with pytest.raises(FileNotFoundError, match=r"lacks on_residual/adapter_model.safetensors"):
         ll.load(model, tmp_path / "a")
     weights.write_bytes(content)
     about = tmp_path / "a" / "lora_lens.json"
@@ -270,41 +268,6 @@ def test_damaged_and_foreign_folders_are_refused(model, spectra, tmp_path):
     about.write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):
         ll.load(model, tmp_path / "a")
-
-
-def test_nothing_foreign_is_overwritten_and_nothing_is_lost_on_a_crash(model, spectra, tmp_path, monkeypatch):
-    adapted = ll.attach(model, ll.Window.middle(4), spectra=spectra)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for write in (ll.save, ll.export, ll.export_residual):
-        with pytest.raises(ValueError, match="mine exists and was not written by lora_lens"):
-            write(adapted, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-
-    ll.save(adapted, tmp_path / "a")
-    first = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
-    trained(adapted)
-
-    def full_disk(*_args: object, **_settings: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, "save_file", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            ll.save(adapted, tmp_path / "a")
-    kept = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
-    assert all(torch.equal(first[k], kept[k]) for k in first)
-    moves = iter([os.replace, full_disk, os.replace])  # aside, in its place, and back again
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *paths: next(moves)(*paths))
-        with pytest.raises(OSError, match="No space left"):
-            ll.save(adapted, tmp_path / "a")
-    kept = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
-    assert all(torch.equal(first[k], kept[k]) for k in first)
-    ll.save(adapted, tmp_path / "a")
-    replaced = load_file(tmp_path / "a" / "on_residual" / "adapter_model.safetensors")
-    assert not any(torch.equal(first[k], replaced[k]) for k in first)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "mine"]
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(model, spectra, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import lzma
 from dataclasses import replace
 
 import numpy as np
@@ -110,6 +111,28 @@ def test_a_folder_and_its_packed_file_tell_the_same(swept, tmp_path):
     assert runs["seed"].tolist()[:2] == [0, 1]
     for read in (ll.curves, ll.answers, ll.drifts):
         pd.testing.assert_frame_equal(read(packed, table), read(folder, table))
+
+
+def test_nothing_but_an_earlier_pack_is_replaced(swept, tmp_path):
+    folder, _ = swept
+    packed = ll.pack(folder, tmp_path / "packed.jsonl.xz")
+    assert ll.pack(folder, packed) == packed
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    others = {
+        "notes.txt": b"mine",
+        "empty": b"",
+        "other.xz": lzma.compress(b"mine"),
+        "3.xz": lzma.compress(b"3"),
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*others, "folder", "link"):
+        with pytest.raises(FileExistsError, match=f"{name} was not written by ll.pack, so it stays"):
+            ll.pack(folder, tmp_path / name)
+    assert {name: (tmp_path / name).read_bytes() for name in others} == others
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        ll.pack(folder, tmp_path / "nowhere" / "packed.xz")
 
 
 def test_a_sweep_s_runs_are_no_sequences(swept, tmp_path):

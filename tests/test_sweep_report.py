@@ -445,6 +445,13 @@ def test_nothing_but_an_earlier_report_is_replaced(tmp_path):
     with pytest.raises(FileExistsError, match="was not written by lora_lens report"):
         ll.report(table, other)
     assert other.read_text() == "<html>mine</html>"
+    notes = path.read_text().replace("</h1>", ", with my notes</h1>", 1)
+    path.write_text(notes)
+    with pytest.raises(FileExistsError, match="was edited since it was written"):
+        ll.report(table, path)
+    assert path.read_text() == notes
+    with pytest.raises(TypeError, match="path must be the name of the file to write, not None"):
+        ll.report(table, None)
 
 
 def test_places_that_cannot_be_written_to_are_named(table, tmp_path):
