@@ -13,33 +13,11 @@ from functools import lru_cache
 from torch import nn
 
 # What may be asked of a weight whatever its values are.
-HARMLESS = frozenset(
-    [
-        "dtype",
-        "device",
-        "shape",
-        "size",
-        "ndim",
-        "dim",
-        "numel",
-        "nbytes",
-        "itemsize",
-        "element_size",
-        "stride",
-        "layout",
-        "names",
-        "type",
-        "data_ptr",
-        "grad",
-        "requires_grad",
-        "is_cuda",
-        "is_meta",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "is_quantized",
-    ]
+_OF_VALUES = (
+    "dtype device layout type names data_ptr grad requires_grad is_floating_point is_complex is_quantized"
 )
+_OF_SHAPE = "shape size ndim dim numel nbytes itemsize element_size stride is_contiguous is_cuda is_meta"
+HARMLESS = frozenset([*_OF_VALUES.split(), *_OF_SHAPE.split()])
 Tree = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 

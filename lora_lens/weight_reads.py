@@ -30,20 +30,21 @@ def used_otherwise(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
         int, tuple[int, bool]
     ] = {}  # by id: a number for its structure, and whether layers are below
     known: dict[tuple, int] = {}
-    for module in reversed(list(modules.values())):  # children come after their parents
-        children = [(n, *shapes[id(c)]) for n, c in module._modules.items() if c is not None]
-        own = [v for v in module.__dict__.values() if isinstance(v, _CALLABLE)]
-        own += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        structure = (type(module), tuple(children), tuple(map(id, own)), id(module) in names)
-        shapes[id(module)] = (
-            known.setdefault(structure, len(known)),
-            id(module) in names or any(holds for *_, holds in children),
-        )
+
+    def shape(module: nn.Module) -> tuple[int, bool]:
+        if id(module) not in shapes:
+            children = [(n, *shape(c)) for n, c in module._modules.items() if c is not None]
+            own = [v for v in module.__dict__.values() if isinstance(v, _CALLABLE)]
+            own += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            structure = (type(module), tuple(children), tuple(map(id, own)), id(module) in names)
+            holds = id(module) in names or any(holds for *_, holds in children)
+            shapes[id(module)] = known.setdefault(structure, len(known)), holds
+        return shapes[id(module)]
 
     reasons: dict[str, str] = {}
     done: dict[int, dict[str, str] | None] = {}  # by structure, by name inside; None if it reached outside
     for path, module in modules.items():
-        structure, holds = shapes[id(module)]
+        structure, holds = shape(module)
         if not holds or id(module) in names:
             continue
         found = done.get(structure)
