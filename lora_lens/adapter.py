@@ -314,6 +314,8 @@ def _by_layer(
     left_out: dict[str, str] = {}
     if not isinstance(method, Mapping):
         layers, left_out = choose(able, targets, method.rank)
+        if targets is None and spectra is not None:
+            left_out = {name: why for name, why in left_out.items() if name in spectra}
         warn_left_out(left_out)
         return dict.fromkeys(_usual(layers, targets, spectra), method)
     allowed = None if targets is None else choose(able, targets)[0]
