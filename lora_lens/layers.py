@@ -163,7 +163,9 @@ def adaptable(model: nn.Module) -> Adaptable:
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_lazy(parameter):
-                places.setdefault(_memory(parameter), []).append(name if key == "weight" else f"{name}.{key}")
+                places.setdefault(_memory(parameter), []).append(
+                    name if key == "weight" else f"{name}.{key}".strip(".")
+                )
     modules = dict(model.named_modules())
     weighted = {
         name: module
