@@ -124,11 +124,19 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
     for name, why in left_out.items():
         by_reason.setdefault(why, []).append(name)
     said = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_lens."):
-        level, frame = level + 1, frame.f_back
     count = f"{len(left_out)} layer{'s' if len(left_out) > 1 else ''}"
-    warnings.warn(f"{count} of the targets left out, which cannot be adapted: {said}", stacklevel=level)
+    warnings.warn(
+        f"{count} of the targets left out, which cannot be adapted: {said}", stacklevel=frames_inside()
+    )
+
+
+def frames_inside() -> int:
+    """The stacklevel that shows a warning at the line outside lora_lens that led to it."""
+    level, frame = 0, sys._getframe(1)
+    inside = ("lora_lens.", "contextlib", "torch.")  # context managers and decorators are between
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -163,9 +171,8 @@ def adaptable(model: nn.Module) -> Adaptable:
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_lazy(parameter):
-                places.setdefault(_memory(parameter), []).append(
-                    name if key == "weight" else f"{name}.{key}".strip(".")
-                )
+                place = name if key == "weight" else f"{name}.{key}".strip(".")
+                places.setdefault(_memory(parameter), []).append(place)
     modules = dict(model.named_modules())
     weighted = {
         name: module

@@ -7,6 +7,7 @@ import torchvision
 import transformers
 from torch import nn
 
+import lora_lens as ll
 from lora_lens.heads import classifier, head_layers
 from lora_lens.layers import target_layers
 from lora_lens.weights import weights
@@ -100,3 +101,15 @@ def test_the_transform_of_a_masked_language_model_is_pretrained_and_stays():
 def test_a_model_without_a_classifier_is_refused():
     with pytest.raises(ValueError, match="Sequential has no linear classifier"):
         classifier(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_torchvision_s_vit_is_finetuned_on_what_its_head_reads():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5)
+    examples = ll.Examples(torch.randn(20, 3, 32, 32), torch.arange(20) % 4)
+    task = ll.Task("four", tuple("abcd"), examples, examples)
+    with pytest.warns(UserWarning, match="self_attention.out_proj: is bypassed"):
+        adapted = ll.attach(model, ll.Window.middle(4))
+    assert set(ll.summary(adapted)["kind"]) == {"mlp.0", "mlp.3"}
+    run = ll.finetune(adapted, task, steps=2, batch_size=4, evaluations=1, progress=False)
+    assert run.head.in_features == 32 and run.head.out_features == 4
