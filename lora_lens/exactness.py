@@ -17,6 +17,7 @@ from lora_lens.factorization import product_norm
 from lora_lens.injection import ADAPTER, Start, attached, lora_layers
 from lora_lens.layers import block_and_kind, weight_matrix
 from lora_lens.precision import as_double
+from lora_lens.uncalled import noting_uncalled
 
 
 def summary(adapted: nn.Module) -> pd.DataFrame:
@@ -70,11 +71,14 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
     Raises:
         ValueError: the outputs are no tensors, or of different shapes.
         TypeError: no models, or inputs of another type.
+
+    Warns:
+        UserWarning: adapted layers that were not called although the module that holds them ran.
     """
     for model_name, each in (("adapted", adapted), ("model", model)):
         validate.instance(each, nn.Module, model_name, "a model")
     validate.instance(inputs, (Tensor, Mapping), "inputs", "a batch or a mapping of keyword arguments")
-    with evaluating(adapted), evaluating(model):
+    with evaluating(adapted), evaluating(model), noting_uncalled(adapted):
         reference, now = (_first_output(m, inputs) for m in (model, adapted))
     if reference.shape != now.shape:
         raise InputError(

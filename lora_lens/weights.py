@@ -23,7 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lens.checkpoint import PACKED, Stored, problem_of, tensors_in
 from lora_lens.errors import InputError, InputTypeError
-from lora_lens.layers import GROUPS, Targets, block_and_kind, classifier, listed, matching, part_of
+from lora_lens.heads import head_layers
+from lora_lens.layers import GROUPS, Targets, block_and_kind, listed, part_of
+from lora_lens.patterns import matching, routers
 
 FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv"}  # not query_key_value and qkv_proj, which mix q, k, v by head
 
@@ -164,7 +166,7 @@ def _in_module(model: nn.Module) -> Iterator[Stored]:
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = dict(model.named_modules())
     wrappers = {n for n, m in modules.items() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-    head = classifier(model, required=False)
+    heads, choosing = head_layers(model), routers(modules)
     for path, module in modules.items():
         name = _unwrapped(path, wrappers)
         if name is None or path in wrappers:  # a wrapper shows its base layer's weight as its own
@@ -182,7 +184,7 @@ def _in_module(model: nn.Module) -> Iterator[Stored]:
                 key,
                 tuple(tensor.shape),
                 partial(_of_tensor, tensor),
-                usual=(linear and module is not head) or experts,
+                usual=(linear and module not in heads and path not in choosing) or experts,
                 problem=problem_of(tensor.is_floating_point(), str(tensor.dtype), scaled, tensor.is_meta),
                 experts=experts,
                 transposed=isinstance(module, Conv1D) or (experts and _has_transposed_experts(module)),
