@@ -38,11 +38,13 @@ from lora_lens.injection import (
 )
 from lora_lens.layers import (
     Targets,
+    adaptable,
     block_and_kind,
     check_finite,
+    choose,
     matrix_shape,
     set_weight_matrix,
-    target_layers,
+    warn_left_out,
     weight_matrix,
 )
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
@@ -99,7 +101,8 @@ def attach(
         TypeError: ``method`` is none of the above.
 
     Warns:
-        UserWarning: dropout over a window.
+        UserWarning: dropout over a window; a group of targets, or the default, leaves out layers that the
+            model does not only call, or that are smaller than the rank.
     """
     variant = variant or Variant()
     plan = planned(model, method, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
@@ -195,7 +198,12 @@ def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | Non
     Raises:
         ValueError: as :func:`lora_lens.layers.target_layers`, or nothing is left.
     """
-    layers = target_layers(model, targets)
+    return _usual(choose(adaptable(model), targets)[0], targets, spectra)
+
+
+def _usual(
+    layers: dict[str, nn.Module], targets: Targets, spectra: SpectrumSet | None
+) -> dict[str, nn.Module]:
     if targets is None and spectra is not None:
         layers = {name: layer for name, layer in layers.items() if name in spectra}
         if not layers:
@@ -302,13 +310,20 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
 def _by_layer(
     model: nn.Module, method: Method, targets: Targets, spectra: SpectrumSet | None
 ) -> dict[str, Placement | LoRA]:
+    able = adaptable(model)
+    left_out: dict[str, str] = {}
     if not isinstance(method, Mapping):
-        return dict.fromkeys(chosen_layers(model, targets, spectra), method)
-    allowed = None if targets is None else target_layers(model, targets)
+        layers, left_out = choose(able, targets, method.rank)
+        warn_left_out(left_out)
+        return dict.fromkeys(_usual(layers, targets, spectra), method)
+    allowed = None if targets is None else choose(able, targets)[0]
     plan: dict[str, Placement] = {}
     for pattern, placement in ByLayer(method).items():
-        for name in target_layers(model, pattern):
+        layers, without = choose(able, pattern, placement.rank)
+        left_out |= without
+        for name in layers:
             plan.setdefault(name, placement)
+    warn_left_out({name: why for name, why in left_out.items() if name not in plan})
     plan = {n: plan[n] for n, _ in model.named_modules() if n in plan and (allowed is None or n in allowed)}
     if not plan:
         raise InputError(f"no layer that targets={targets!r} selects has a placement: {ByLayer(method)}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
-from lora_lens.layers import classifier
+from lora_lens.heads import classifier
 from lora_lens.readouts import Inputs
 
 

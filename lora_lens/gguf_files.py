@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_lens.errors import InputError, MissingPackageError
 from lora_lens.factor_pairs import is_adapter_key, pairs_among, stored_pair
 from lora_lens.quantized import Signs, problem_of
-from lora_lens.roles import Stored, usual_name, weight_name
+from lora_lens.roles import Stored, aside_names, is_embedding, weight_name
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 INTEGERS = {"I8", "I16", "I32", "I64"}
@@ -50,17 +50,24 @@ def in_gguf(path: Path) -> list[Stored]:
         raise InputError(f"{path} is truncated or malformed ({error}); download it again") from error
     if about.get("general.type") == "adapter" or any(map(is_adapter_key, placed)):
         return _in_adapter(path, about, placed)
-    stored = []
-    for key, (shape, kind, problem, read) in placed.items():
-        if (name := weight_name(key, shape, NO_SIGNS)) is not None:
-            problem = problem or problem_of("F32" if kind not in INTEGERS else kind)
-            experts = len(shape) == 3 and "conv" not in name
-            usual = (
-                usual_name(name)
-                and "conv" not in name.rpartition(".")[2]
-                and (len(shape) < 4 or bool(problem))
+    named = {
+        k: name for k, found in placed.items() if (name := weight_name(k, found[0], NO_SIGNS)) is not None
+    }
+    aside, stored = aside_names({name: placed[key][0] for key, name in named.items()}), []
+    for key, name in named.items():
+        shape, kind, problem, read = placed[key]
+        problem = problem or problem_of(kind if kind in INTEGERS else "F32")
+        conv = "conv" in name.rpartition(".")[2]
+        stored.append(
+            Stored(
+                name,
+                shape,
+                read,
+                usual=not (name in aside or is_embedding(name) or conv) and (len(shape) < 4 or bool(problem)),
+                problem=problem,
+                experts=len(shape) == 3 and "conv" not in name,
             )
-            stored.append(Stored(name, shape, read, usual=usual, problem=problem, experts=experts))
+        )
     return stored
 
 

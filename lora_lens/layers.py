@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -16,6 +20,9 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.errors import InputError
+from lora_lens.heads import head_layers
+from lora_lens.patterns import matching, routers
+from lora_lens.weight_reads import used_otherwise
 
 Targets = str | Sequence[str] | None
 
@@ -29,38 +36,96 @@ MLP = re.compile(
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Adaptable:
+    """What :func:`adaptable` finds out about a model.
+
+    Attributes:
+        layers: those whose weight can be given a window, by name.
+        reasons: why each of the other modules with a weight cannot, in words that follow its name.
+        unexpected: the names among ``reasons`` whose kind could be adapted, if the model used it as usual.
+        groups: by group, the names of the layers of ``layers`` and of ``unexpected`` that belong to it.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    reasons: Mapping[str, str]
+    unexpected: Set[str]
+    groups: Mapping[str, Set[str]]
+
+
 def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
     """The layers that ``targets`` selects, by module name.
 
-    They are ``nn.Linear``, GPT-2's ``Conv1D``, and ``nn.Conv1d``, ``2d`` and ``3d`` themselves, not
-    subclasses, whose forward may do more.
+    They are ``nn.Linear``, GPT-2's ``Conv1D``, and ``nn.Conv1d``, ``2d`` and ``3d``, and subclasses that
+    compute the same.
 
     Args:
         targets: None for "all-linear"; or one or several of
 
             - a pattern, the end of a module name in whole dotted parts, with or without wildcards:
-              ``"qkv"``, ``"attn.proj"``, ``"blocks.[0-2].mlp.*"``;
-            - "all-linear": every linear layer but the classifier; "all-attention" and "all-mlp": those
-              of them that belong there by their names; "all-conv": every convolution. What cannot be
-              adapted is left out of these groups.
+              ``"qkv"``, ``"attn.proj"``, ``"blocks.[0-11].mlp.*"``, see
+              :func:`lora_lens.patterns.matching`;
+            - "all-linear": every linear layer but the head's and the routers of experts, see
+              :func:`lora_lens.heads.head_layers`; "all-attention" and "all-mlp": those of them that belong
+              there by their names; "all-conv": every convolution. What cannot be adapted is left out of
+              these groups.
 
     Raises:
-        ValueError: a pattern matches nothing, or a weight that cannot be adapted; the message has the
-            reason: embeddings, tied weights, quantized values, grouped or dilated convolutions, ...
+        InputError: a pattern matches nothing, or a weight that cannot be adapted; the message has the
+            reason: embeddings, tied weights, quantized values, a weight that its parent reads by itself,
+            grouped or dilated convolutions, ...
     """
+    return choose(adaptable(model), targets)[0]
+
+
+def choose(
+    found: Adaptable, targets: Targets = None, rank: int | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that ``targets`` selects, and the reasons by name of what groups leave out unexpectedly.
+
+    Args:
+        targets: as in :func:`target_layers`.
+        rank: groups leave out the layers with fewer components; named ones stay.
+    """
+    model, able, reasons = found.model, found.layers, found.reasons
     modules = {name: m for name, m in model.named_modules() if name}
-    able, reasons = _adaptable(model)
     chosen: set[str] = set()
+    left_out: dict[str, str] = {}
     for pattern in ["all-linear"] if targets is None else [targets] if isinstance(targets, str) else targets:
         if pattern in GROUPS:
-            found = _group(model, able, pattern)
-            if not found:
-                raise InputError(_empty_group(model, pattern, reasons))
+            members = found.groups[pattern]
+            sizes = {n: min(matrix_shape(able[n])) for n in members & able.keys()} if rank else {}
+            small = {
+                n: f"has {k} components, fewer than the rank {rank}" for n, k in sizes.items() if k < rank
+            }
+            why = {n: reasons[n] for n in members & found.unexpected} | small
+            out = {n: why[n] for n in modules if n in why}
+            if not members - out.keys():
+                raise InputError(_empty_group(model, pattern, out or reasons))
+            left_out |= out
+            chosen |= members - out.keys()
         else:
-            found = matching(modules, pattern)
-            _refuse(pattern, found, modules, able, reasons)
-        chosen |= found & able.keys()
-    return {name: m for name, m in able.items() if name in chosen}
+            named = matching(modules, pattern)
+            _refuse(pattern, named, modules, able, reasons)
+            chosen |= named & able.keys()
+    layers = {name: m for name, m in able.items() if name in chosen}
+    return layers, {name: why for name, why in left_out.items() if name not in chosen}
+
+
+def warn_left_out(left_out: Mapping[str, str]) -> None:
+    """One warning that names what groups leave out and why, at the line outside lora_lens that asked."""
+    if not left_out:
+        return
+    by_reason: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        by_reason.setdefault(why, []).append(name)
+    said = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_lens."):
+        level, frame = level + 1, frame.f_back
+    count = f"{len(left_out)} layer{'s' if len(left_out) > 1 else ''}"
+    warnings.warn(f"{count} of the targets left out, which cannot be adapted: {said}", stacklevel=level)
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -89,36 +154,106 @@ def part_of(name: str) -> str:
     return "attention" if ATTENTION.search(name) else "mlp" if MLP.search(name) else "other"
 
 
-def _group(model: nn.Module, able: Mapping[str, nn.Module], group: str) -> set[str]:
-    if group == "all-conv":
-        return {n for n, m in able.items() if isinstance(m, CONVOLUTIONS)}
-    output = classifier(model, required=False)
-    linear = {n for n, m in able.items() if isinstance(m, LINEAR) and m is not output}
-    return linear if group == "all-linear" else {n for n in linear if f"all-{part_of(n)}" == group}
-
-
-def _adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules whose weight can be given a window, and why the other modules with a weight cannot."""
-    places: dict[int, list[str]] = {}
+def adaptable(model: nn.Module) -> Adaptable:
+    """Which weights can be given a window, why the others cannot, and which groups they belong to."""
+    places: dict[object, list[str]] = {}  # by memory: what is tied by value is tied as well
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None and not is_lazy(weight):
-            places.setdefault(id(weight), []).append(name)
-    able, reasons = {}, {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not name or not isinstance(weight, Tensor) or is_lazy(weight) or weight.ndim < 2:
-            continue
-        parent, _, child = name.rpartition(".")
-        others = [n for n in places.get(id(weight), []) if n != name]
-        reader = type(model.get_submodule(parent))
-        if _passed_by(reader, child):
-            reasons[name] = f"is passed by: {reader.__name__} reads its weight without calling it"
-        else:
-            reasons[name] = _reason(module, others)
-        if not reasons[name]:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not is_lazy(parameter):
+                places.setdefault(_memory(parameter), []).append(name if key == "weight" else f"{name}.{key}")
+    weighted = {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and isinstance(weight := getattr(module, "weight", None), Tensor)
+        and not is_lazy(weight)
+        and weight.ndim > 1
+    }
+    layers = {n: m for n, m in weighted.items() if isinstance(m, LINEAR + CONVOLUTIONS)}
+    used = used_otherwise(model, layers)
+    able, reasons, unexpected = {}, {}, set()
+    for name, module in weighted.items():
+        others = [n for n in places.get(_memory(module.weight), []) if n != name]
+        kind = _reason(module, others)
+        reason = kind or used.get(name) or _touched(module) or _refused_by_peft(model, name)
+        if not reason:
             able[name] = module
-    return able, {name: reason for name, reason in reasons.items() if reason}
+            continue
+        reasons[name] = reason
+        if not kind:
+            unexpected.add(name)
+    aside = head_layers(model)
+    chooses = routers(name for name, _ in model.named_modules())
+    members = {n: weighted[n] for n in (*able, *unexpected) if n not in chooses}
+    members = {n: module for n, module in members.items() if module not in aside}
+    linear = {n for n, m in members.items() if isinstance(m, LINEAR)}
+    groups = {"all-linear": linear, "all-conv": members.keys() - linear}
+    groups |= {f"all-{part}": {n for n in linear if part_of(n) == part} for part in ("attention", "mlp")}
+    return Adaptable(model, able, reasons, unexpected, groups)
+
+
+def _memory(weight: Tensor) -> object:
+    plain = type(weight.data) is Tensor and not weight.is_meta and weight.numel()
+    return (weight.device, weight.data_ptr()) if plain else id(weight)
+
+
+def _touched(layer: nn.Module) -> str:
+    """What acts on this one layer besides its class, and would see the residual's output only."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "has forward hooks, which would be given the output of the residual alone; remove them first"
+    if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):  # accelerate's moves weights only
+        return "has been given a forward of its own, which PEFT's LoRA layer does not reproduce"
+    return ""
+
+
+def _refused_by_peft(model: nn.Module, name: str) -> str:
+    """Asks what PEFT asks before it adapts a layer: in Mamba it refuses some by name."""
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    if check is None or not hasattr(model, "config"):
+        return ""
+    try:
+        check(None, LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return f"is refused by PEFT in {model.config.model_type} models, whose kernels read its weight"
+    return ""
+
+
+def _adds_nothing(layer: nn.Module) -> bool:
+    """Whether a subclass computes what its base does, so that PEFT's layer around it is exact."""
+    kind = type(layer)
+    base = next((b for b in (*LINEAR, *CONVOLUTIONS) if issubclass(kind, b)), None)
+    if base is None or set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+        return False
+    ways = ("forward", "_conv_forward", "__call__", "_call_impl", "__getattr__")
+    if all(getattr(kind, way, None) is getattr(base, way, None) for way in ways):
+        return True
+    extra = vars(layer).keys() - vars(nn.Linear(1, 1)).keys()
+    return base is nn.Linear and not extra and _is_product(kind)
+
+
+@lru_cache(maxsize=256)
+def _is_product(kind: type[nn.Linear]) -> bool:
+    """Whether a class computes x W^T + b, tried in float64 on small numbers and large ones."""
+    tried = kind.__new__(kind)
+    nn.Linear.__init__(tried, 5, 3, dtype=torch.float64)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for training, bias, scale in itertools.product((True, False), (True, False), (1e-3, 1.0, 1e3)):
+            tried.train(training)
+            if not bias:
+                tried.bias = None
+            elif tried.bias is None:
+                tried.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+            x = scale * torch.randn(2, 4, 5, dtype=torch.float64)
+            expected = nn.functional.linear(x, tried.weight, tried.bias)
+            try:
+                found = tried(x)
+            except Exception:  # whatever a stranger's forward raises on plain input, it is no plain product
+                return False
+            same = isinstance(found, Tensor) and found.shape == expected.shape and found.dtype == x.dtype
+            if not same or not torch.allclose(found, expected, rtol=1e-10, atol=1e-12 * scale):
+                return False
+    return True
 
 
 def _reason(module: nn.Module, others: list[str]) -> str:
@@ -138,8 +273,11 @@ def _reason(module: nn.Module, others: list[str]) -> str:
         return f"shares its weight with {listed(others, most=3)} (tied weights): a residual would change both"
     if "weight" not in module._parameters:
         return f"computes its weight ({kind} under weight or spectral norm): remove the norm first"
-    if type(module) not in LINEAR + CONVOLUTIONS:
-        return f"is a {kind}, and a window fits nn.Linear, Conv1D and plain convolutions only"
+    if type(module) not in LINEAR + CONVOLUTIONS and not _adds_nothing(module):
+        return (
+            f"is a {kind}, and a window fits nn.Linear, Conv1D and plain convolutions only, and subclasses that "
+            "compute the same"
+        )
     if weight.is_meta:
         return "is on the meta device, with a shape but no values; load the model's weights first"
     if weight.dtype not in FLOATS:
@@ -154,21 +292,6 @@ def _reason(module: nn.Module, others: list[str]) -> str:
             value = getattr(module, setting)
             return f"is a convolution with {setting}={value!r}, which PEFT's LoRA layer does not reproduce"
     return ""
-
-
-@lru_cache(maxsize=4096)
-def _passed_by(parent: type[nn.Module], child: str) -> bool:
-    """Whether a forward hands its child's weight to a function, as attention with separate biases does."""
-    try:
-        source = inspect.getsource(parent.forward)
-    except (OSError, TypeError):
-        return False
-    return bool(
-        re.search(
-            rf"(linear|conv\dd|matmul|einsum|attention_forward|encoder_layer_fwd)\([^()]*self\.{re.escape(child)}\.weight\b",
-            source,
-        )
-    )
 
 
 def _refuse(
@@ -199,7 +322,7 @@ def _refuse(
 
 def _empty_group(model: nn.Module, group: str, reasons: Mapping[str, str]) -> str:
     what = {
-        "all-linear": "linear layer besides its classifier",
+        "all-linear": "linear layer besides its head",
         "all-conv": "convolution",
         "all-attention": "linear layer whose name tells of attention",
         "all-mlp": "linear layer whose name tells of an MLP",
@@ -208,36 +331,6 @@ def _empty_group(model: nn.Module, group: str, reasons: Mapping[str, str]) -> st
     said = [f"; {n} {why}" for n, why in reasons.items() if isinstance(model.get_submodule(n), kin)]
     refused = said[0] if said else ""
     return f"{type(model).__name__} has no {what} that can be adapted{refused}"
-
-
-def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:
-    """The linear layer that turns a model's features into its logits.
-
-    Asks timm's ``get_classifier`` or transformers' ``get_output_embeddings``,
-    else takes the usual attribute names (``head``, ``classifier``, ``score``, ``fc``).
-
-    Raises:
-        ValueError: ``required`` and the model has none.
-    """
-    ask = getattr(model, "get_classifier", getattr(model, "get_output_embeddings", lambda: None))
-    found = ask()
-    for name in ("head", "classifier", "score", "fc"):
-        if isinstance(found, nn.Linear):
-            return found
-        found = getattr(model, name, None)
-    if isinstance(found, nn.Linear):
-        return found
-    if required:
-        raise InputError(
-            f"{type(model).__name__} has no linear classifier: expected get_classifier() as in timm, "
-            "or an nn.Linear named head, classifier, score or fc"
-        )
-    return None
-
-
-def matching(names: Iterable[str], pattern: str) -> set[str]:
-    """The names that end in ``pattern``, in whole dotted parts; it may hold wildcards."""
-    return {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"*.{pattern}")}
 
 
 def block_and_kind(name: str) -> tuple[int, str]:
@@ -254,7 +347,7 @@ def check_finite(name: str, weight: Tensor) -> None:
     if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
         raise InputError(
             f"{name}.weight holds NaN or infinite values, so it has no spectrum; "
-            "load the model again or mend the checkpoint"
+            "load the model again or repair the checkpoint"
         )
 
 

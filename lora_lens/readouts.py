@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_lens.adapter import call
 from lora_lens.errors import InputError
-from lora_lens.layers import classifier
+from lora_lens.heads import classifier
 
 Inputs = Tensor | Mapping[str, Tensor]
 POOLINGS = ("model", "mean", "last")

@@ -15,15 +15,20 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_lens.heads import NAMES, NEW_HEADS
 from lora_lens.layers import listed
+from lora_lens.patterns import routers
 from lora_lens.quantized import NARROW, Signs, problem_of
 from lora_lens.wrappers import unwrapped
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-HEADS = {"head", "heads", "lm_head", "mlp_head", "classifier", "score", "embed_out", "qa_outputs"}
-WHOLE_HEADS = {"output", "fc", "proj_out", "cls", "objective"}  # heads where that is the whole name
-ROUTERS = {"gate", "router", "shared_expert_gate", "ffn_gate_inp", "ffn_gate_inp_shexp"}
+# Heads by their usual names: as the last part, as the whole name, and what lies in them.
+HEADS = {"lm_head", "lm_heads", "embed_out", "lm_loss", "generator_lm_head"}
+WHOLE_HEADS = {*NAMES, "output", "proj_out", "cls", "objective", "qa_outputs", "mlp_head"}
+OF_HEAD = re.compile(
+    r"(^|\.)head_dist(\.|$)|^(head\.(fc|l)|heads?\.head)(\.|$)|(lm_head|predictions)\.decoder$"
+)
 EMBEDDING = re.compile(
     r"(?!.*(dense|proj|projection|linear)$)(.*(embed|embd)|(wte|wpe|pe_k|shared|emb|relative_attention_bias)$)",
     re.IGNORECASE,
@@ -75,6 +80,7 @@ def weights_among(
     experts = {k for k in named if len(shapes[k]) == 3 and holds_experts(k)}
     turned = transposed_experts({named[k]: shapes[k] for k in experts}, facts, shapes)
     turned |= _transposed_conv1d({named[k]: shapes[k] for k in named if len(shapes[k]) == 2}, facts)
+    aside = aside_names({name: shapes[key] for key, name in named.items()}, facts)
     stored = []
     for key, name in named.items():
         shape, dtype = tensors[key]
@@ -86,7 +92,8 @@ def weights_among(
                 unwrapped(name),
                 shape,
                 partial(read, key),
-                usual=usual_name(name, f"{name}.bias" in tensors)
+                usual=name not in aside
+                and not is_embedding(name, f"{name}.bias" in tensors)
                 and (len(shape) == 2 or key in experts or bool(problem)),
                 problem=problem,
                 experts=key in experts,
@@ -113,16 +120,45 @@ def holds_experts(key: str) -> bool:
     return bool(EXPERTS.search(key)) and "conv" not in key
 
 
-def usual_name(name: str, has_bias: bool = False) -> bool:
-    """Whether a name is that of a linear layer rather than of a head, an embedding or a router."""
-    parts = [part for part in name.lower().split(".") if not part.isdecimal()] or [name]
-    return not (
-        HEADS & set(parts)
-        or name in WHOLE_HEADS
-        or parts[-1] in ROUTERS
-        or "router" in parts
-        or (EMBEDDING.match(parts[-1]) and not has_bias)  # an embedding has no bias
-    )
+def aside_names(shapes: Shapes, facts: Mapping[str, Any] | None = None) -> set[str]:
+    """Which names are those of heads and routers, by the same rules as in models.
+
+    Args:
+        shapes: of all weights of a file, by name.
+        facts: the config.json beside it.
+    """
+    names, facts = list(shapes), facts or {}
+    found = routers(names)
+    timm = facts.get("pretrained_cfg")
+    asked = timm.get("classifier") if isinstance(timm, Mapping) else None
+    found |= {asked} if isinstance(asked, str) else set(asked or ())
+    firsts: dict[str, list[str]] = {}
+    for name in names:
+        firsts.setdefault(name.partition(".")[0], []).append(name)
+        last = next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
+        if last in HEADS or name in WHOLE_HEADS or OF_HEAD.search(name):
+            found.add(name)
+    architectures = facts.get("architectures") or ()
+    if len(firsts) > 1 and any(NEW_HEADS.search(str(kind)) for kind in architectures):
+        base = max(firsts, key=lambda first: len(firsts[first]))
+        found |= {name for name in names if name.partition(".")[0] != base}
+    elif not (asked or architectures):  # of several layers the last one, as in torchvision's classifier.6,
+        for inside in (firsts[first] for first in NAMES if first in firsts):
+            if not found & set(inside):  # or all that give as many classes, as in timm's crossvit
+                classes = shapes[max(inside, key=numbers_counted)][0]
+                found |= {name for name in inside if shapes[name][0] == classes}
+    return found
+
+
+def is_embedding(name: str, has_bias: bool = False) -> bool:
+    """Whether a matrix is looked up row by row, by its name; an embedding has no bias."""
+    parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
+    return not has_bias and EMBEDDING.match(parts[-1]) is not None
+
+
+def numbers_counted(name: str) -> list[tuple[int, int, str]]:
+    """A sort key under which layer 10 comes after layer 9."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
 
 
 def transposed_experts(experts: Shapes, facts: Mapping[str, Any], shapes: Shapes | None = None) -> set[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lens.errors import InputError
 from lora_lens.fingerprint import Digest, add_tensor
-from lora_lens.layers import classifier
+from lora_lens.heads import classifier
 from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model
 
 EVALUATION_BATCH = 500

@@ -7,7 +7,6 @@ dropped before the next keeps memory flat however large the source is.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.errors import InputError, InputTypeError
-from lora_lens.layers import GROUPS, Targets, block_and_kind, classifier, listed, matching, part_of
+from lora_lens.heads import head_layers
+from lora_lens.layers import GROUPS, Targets, block_and_kind, listed, part_of
+from lora_lens.patterns import matching, routers
 from lora_lens.quantized import Signs, problem_in
-from lora_lens.roles import Stored, holds_experts, transposed_experts
+from lora_lens.roles import Stored, holds_experts, numbers_counted, transposed_experts
 from lora_lens.validate import flag, sequence, shown
 from lora_lens.weight_files import tensors_in
 from lora_lens.wrappers import inner_model, named_modules
@@ -90,7 +91,7 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
         source = inner_model(source)
         stored, where = list(_in_module(source)), type(source).__name__
     elif isinstance(source, (str, Path)):
-        stored, where = sorted(tensors_in(Path(source)), key=lambda s: _numbers_counted(s.name)), str(source)
+        stored, where = sorted(tensors_in(Path(source)), key=lambda s: numbers_counted(s.name)), str(source)
     else:
         raise InputTypeError(
             f"expected a model, or the path of a file or folder as a string or Path, not {shown(source)}"
@@ -188,16 +189,12 @@ def _factor_rows(
     return b[first : first + count], a
 
 
-def _numbers_counted(name: str) -> list[tuple[int, int, str]]:
-    """A sort key under which layer 10 comes after layer 9."""
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
-
-
 def _in_module(model: nn.Module) -> Iterator[Stored]:
     model = inner_model(model.get_base_model()) if isinstance(model, PeftModel) else model
     modules = dict(named_modules(model))
     wrappers = {n for n, m in modules.items() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-    head = classifier(model, required=False)
+    heads, choosing = head_layers(model), routers(modules)
+    looked_up = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     for path, module in modules.items():
         name = _unwrapped(path, wrappers)
         if name is None or path in wrappers:  # a wrapper shows its base layer's weight as its own
@@ -211,12 +208,14 @@ def _in_module(model: nn.Module) -> Iterator[Stored]:
         found = _tensors(module, name)
         experts = {key for key, (_, t) in found.items() if t.ndim == 3 and _may_hold_experts(module, key)}
         turned = _transposed_among(module, {key: tuple(found[key][1].shape) for key in experts}, model)
+        tied = linear and id(module.weight) in looked_up
         for key, (own, tensor) in found.items():
             yield Stored(
                 key,
                 tuple(tensor.shape),
                 partial(_of_tensor, tensor),
-                usual=(linear and module is not head) or key in experts,
+                usual=(linear and module not in heads and path not in choosing and not tied)
+                or key in experts,
                 problem=problem_in(module, tensor, own),
                 experts=key in experts,
                 transposed=isinstance(module, Conv1D) or key in turned,

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.layers import block_and_kind, classifier, part_of, target_layers
+from lora_lens.heads import classifier
+from lora_lens.layers import block_and_kind, part_of, target_layers
 
 
 def test_patterns_select_by_the_end_of_the_name_in_whole_parts(model):

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import lora_lens as ll
-from lora_lens.layers import classifier
+from lora_lens.heads import classifier
 from lora_lens.readouts import HeadReadout, features_of
 from lora_lens.tasks import shuffled_rows
 from lora_lens.training import Progress

@@ -1,0 +1,122 @@
+"""What a call in code does, as far as modules and weights go; see :mod:`lora_lens.code_reading`."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lora_lens.code_values import (
+    NOTHING,
+    InnerFunction,
+    Many,
+    MethodOf,
+    Row,
+    Super,
+    Value,
+    each,
+    holds,
+    matters,
+    union,
+)
+
+if TYPE_CHECKING:
+    from lora_lens.code_steps import Reading
+
+
+def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str, Value]) -> Value:
+    reader, given = reading.reader, (*args, *kwargs.values())
+    known = callee if isinstance(callee, (type, types.BuiltinFunctionType)) else None
+    if isinstance(callee, MethodOf):
+        return _method(reading, callee, args)
+    if isinstance(callee, InnerFunction):
+        return callee.call.of_inner(callee, args, kwargs)
+    if isinstance(callee, nn.Module):
+        if id(callee) not in reader.layers and any(map(matters, given)):
+            return reader.enter(types.MethodType(type(callee).forward, callee), args, kwargs)
+    elif known is super:
+        owner = next((kind for kind in args[0] if isinstance(kind, type)), None) if args else None
+        this = args[1] if len(args) > 1 else next(iter(reading.env.values()), NOTHING)
+        owner = owner or reading.outer.get("__class__")
+        return tuple(Super(owner, item) for item in this if owner)
+    elif known in (partial, map, filter) and args:
+        rest = args[1:] if known is partial else [each(value) for value in args[1:]]
+        found = union(*(called(reading, function, rest, kwargs) for function in args[0]))
+        return NOTHING if known is partial else (Many(rest[0] if known is filter and rest else found),)
+    elif known is vars:
+        for value in args:
+            reader.use(tuple(reader.weight_of(i) for i in value if id(i) in reader.layers), reading.where)
+    elif known in _PASSING:
+        return _PASSING[known](args)
+    elif known is getattr and len(args) > 1:
+        names = [n for n in args[1] if isinstance(n, str)]
+        found = [reader.attribute(item, name, reading.where) for item in args[0] for name in names]
+        if not names:
+            found = [tuple(i.children()) for i in args[0] if isinstance(i, nn.Module)]
+        return union(*found, *args[2:3])
+    elif known is hasattr and len(args) > 1:
+        for item in (i for i in args[0] if id(i) in reader.layers):
+            for name in (n for n in args[1] if isinstance(n, str)):
+                reader.attribute(item, name, reading.where)
+    elif known in _ASKING:
+        return NOTHING
+    elif isinstance(callee, (types.FunctionType, types.MethodType, partial)):
+        owner = getattr(callee, "__self__", None)
+        if holds(owner) or isinstance(callee, partial) or any(map(matters, given)):
+            return reader.enter(callee, args, kwargs)
+    elif known is None and isinstance(run := vars(type(callee)).get("__call__"), types.FunctionType):
+        return called(reading, types.MethodType(run, callee), args, kwargs)
+    else:
+        for value in given:
+            reader.hand_over(value, reading.where)
+    return NOTHING
+
+
+def _method(reading: Reading, of: MethodOf, args: list[Value]) -> Value:
+    """Calls of torch's own methods of modules, and of lists' and dicts'."""
+    reader, item, name = reading.reader, of.item, of.name
+    if isinstance(item, type):  # MyFunction.apply, a torch.autograd.Function
+        context = [NOTHING] if item.setup_context is torch.autograd.Function.setup_context else []
+        return reader.enter(item.forward, [*context, *args])
+    if not isinstance(item, nn.Module):
+        elements = each((item,))
+        if name == "items":
+            return (Many((Row((NOTHING, elements)),)),)
+        return elements if name in ("get", "pop", "__getitem__") else (Many(elements),)
+    if name in ("parameters", "named_parameters", "state_dict", "get_parameter"):
+        below = tuple(reader.weight_of(m) for m in item.modules() if id(m) in reader.layers)
+        if name == "get_parameter" and args:
+            names = [n.rpartition(".")[0] for n in args[0] if isinstance(n, str)]
+            known = dict(item.named_modules()) if names else {}
+            return tuple(w for w in below if not names or w.layer in [known.get(n) for n in names])
+        return (Many((Row((NOTHING, below)),) if name == "named_parameters" else below),)
+    if name == "get_submodule":
+        names = [n for n in args[0] if isinstance(n, str)] if args else []
+        known = dict(item.named_modules())
+        return tuple(known[n] for n in names if n in known) or tuple(item.modules())
+    if name in ("children", "named_children", "modules", "named_modules", "__iter__"):
+        some = tuple(item.modules() if "modules" in name else item.children())
+        return (Many((Row((NOTHING, some)),) if "named" in name else some),)
+    for value in args:
+        reader.hand_over(value, reading.where)
+    # to(), half() and the like return the module itself
+    return (item,) if name in ("to", "float", "half", "bfloat16", "double", "eval", "train") else NOTHING
+
+
+def _zipped(args: list[Value]) -> Value:
+    return (Many((Row(tuple(each(value) for value in args)),)),)
+
+
+_PASSING: dict[object, Callable[[list[Value]], Value]] = {
+    zip: _zipped,
+    enumerate: lambda args: (Many((Row((NOTHING, each(args[0]))),)),),
+    next: lambda args: each(args[0]),
+    **dict.fromkeys(
+        (list, tuple, set, reversed, iter, sorted), lambda args: (Many(each(args[0]) if args else NOTHING),)
+    ),
+}
+_ASKING = {isinstance, issubclass, type, len, id, callable, print, str, repr, bool, range, int, float}

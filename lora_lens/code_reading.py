@@ -1,0 +1,159 @@
+"""What a function's code does with the modules that it is given, by reading it instead of running it.
+
+A small abstract interpreter over syntax trees. A value is the set of real objects that an expression may
+be, as far as they matter here: modules, weights of layers, functions, and what holds them; of everything
+else nothing is known, and the value is empty. Both branches of every condition are followed.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from lora_lens.code_source import HARMLESS, inside_decorator
+from lora_lens.code_steps import Reading
+from lora_lens.code_values import (
+    NOTHING,
+    InnerFunction,
+    Many,
+    MethodOf,
+    Row,
+    Super,
+    Value,
+    Weight,
+    ids,
+    inside,
+    wrapped,
+)
+
+FORWARDED = {"weight", "bias", "in_features", "out_features"}  # PEFT's layer answers these as its base does
+COMMON = vars(nn.Module()).keys() - {"_parameters", "_buffers"}  # every module has them
+DEEPEST = 40
+
+
+class CodeReader:
+    """Follows functions from where a model's forward enters them.
+
+    Args:
+        layers: by the id of the module; only what is done with these is reported.
+        report: called with (layer, reason) for each use of a layer other than calling it.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module], report: Callable[[nn.Module, str], None]) -> None:
+        self.layers, self.report = layers, report
+        self.weights: dict[int, Weight] = {}
+        self.seen: dict[tuple, Value] = {}
+        self.depth = 0
+
+    def enter(
+        self, function: object, args: Sequence[Value], kwargs: Mapping[str, Value] | None = None
+    ) -> Value:
+        """What a call of a Python function returns; empty for any other callable."""
+        if isinstance(function, types.MethodType):
+            return self.enter(function.__func__, [(function.__self__,), *args], kwargs)
+        if (inner := inside_decorator(function)) is not None:
+            for value in (*args, *(kwargs or {}).values()):  # transformers' decorators swap kernels in
+                self.use(value, getattr(function, "__qualname__", "a function"))
+            return self.enter(inner, args, kwargs)
+        if isinstance(function, partial):
+            given = [wrapped(value) for value in function.args]
+            return self.enter(function.func, [*given, *args], kwargs)
+        if not isinstance(function, types.FunctionType) or is_of_torch(function) or self.depth > DEEPEST:
+            for value in (*args, *(kwargs or {}).values()):
+                self.hand_over(value, getattr(function, "__qualname__", "a function"))
+            return NOTHING
+        key = (function, tuple(ids(v) for v in args), tuple((k, ids(v)) for k, v in (kwargs or {}).items()))
+        if key not in self.seen:
+            self.seen[key] = NOTHING
+            self.depth += 1
+            self.seen[key] = Reading(self, function, args, kwargs or {}).result()
+            self.depth -= 1
+        return self.seen[key]
+
+    def weight_of(self, layer: nn.Module) -> Weight:
+        return self.weights.setdefault(id(layer), Weight(layer))
+
+    def use(self, value: Value, where: str) -> None:
+        """Note that the values of the weights in ``value`` count from here on."""
+        for item in value:
+            if isinstance(item, Weight):
+                self.report(item.layer, f"{where} reads its weight without calling it")
+            for inner in inside(item):
+                self.use(inner, where)
+
+    def hand_over(self, value: Value, where: str) -> None:
+        """Give ``value`` to something that cannot be read: it uses weights, and calls what can be called."""
+        self.use(value, where)
+        for item in value:
+            if isinstance(item, types.MethodType) and isinstance(item.__self__, nn.Module):
+                self.use(self.enter(item, []), where)
+            elif isinstance(item, InnerFunction):
+                self.use(item.call.of_inner(item, [], {}), where)
+
+    def attribute(self, item: object, name: str, where: str) -> Value:
+        """What ``item.name`` may be."""
+        if isinstance(item, Weight):
+            if name == "data":
+                return (item,)
+            if name not in HARMLESS:
+                self.use((item,), where)
+            return NOTHING
+        if isinstance(item, nn.Module) and id(item) in self.layers:
+            return self._of_layer(item, name, where)
+        if isinstance(item, nn.Module):
+            if name == "_modules":
+                return (Many(tuple(item._modules.values())),)
+            if name in item._modules:
+                return wrapped(item._modules[name])
+            if name in item._parameters or name in item._buffers:
+                return NOTHING
+        if isinstance(item, Super):
+            kin = type(item.of).__mro__
+            after = kin[kin.index(item.owner) + 1 :] if item.owner in kin else ()
+            return self._of_class(after, name, item.of)
+        if isinstance(item, types.ModuleType):
+            return wrapped(item.__dict__.get(name))
+        if isinstance(item, type) and issubclass(item, torch.autograd.Function) and name == "apply":
+            return (MethodOf(item, name),)
+        if isinstance(item, type):
+            return self._of_class(item.__mro__, name, item)
+        if isinstance(item, (Many, Row)):
+            return (MethodOf(item, name),)
+        own = getattr(item, "__dict__", {})
+        return wrapped(own[name]) if name in own else self._of_class(type(item).__mro__, name, item)
+
+    def _of_layer(self, layer: nn.Module, name: str, where: str) -> Value:
+        if name == "weight":
+            return (self.weight_of(layer),)
+        if hasattr(nn.Module, name):
+            return (MethodOf(layer, name),)
+        if name not in FORWARDED and name not in COMMON and hasattr(layer, name):
+            self.report(layer, f"{where} reads its {name}, which PEFT's layer around it does not have")
+        return NOTHING
+
+    def _of_class(self, kin: Iterable[type], name: str, of: object) -> Value:
+        found = next((vars(kind)[name] for kind in kin if name in vars(kind)), None)
+        if isinstance(of, nn.Module) and found is not None and found is vars(nn.Module).get(name):
+            return (MethodOf(of, name),)
+        if isinstance(found, (property, functools.cached_property)):
+            read = found.fget if isinstance(found, property) else found.func
+            return NOTHING if isinstance(of, type) else self.enter(read, [(of,)])
+        if isinstance(found, staticmethod):
+            return wrapped(found.__func__)
+        if isinstance(found, classmethod):
+            kind = of if isinstance(of, type) else type(of)
+            return (types.MethodType(found.__func__, kind),)
+        if isinstance(found, types.FunctionType) and not isinstance(of, type):
+            return (types.MethodType(found, of),)
+        return wrapped(found)
+
+
+def is_of_torch(function: types.FunctionType) -> bool:
+    """torch's own functions take what they are given; of its modules those with layers inside are read."""
+    module = function.__module__ or ""
+    return module.partition(".")[0] in ("torch", "torchgen") and not module.startswith("torch.nn.modules.")

@@ -1,0 +1,141 @@
+"""What an expression in code may be, as real objects: the values of :mod:`lora_lens.code_reading`."""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lora_lens.code_steps import Reading
+
+Value = tuple[object, ...]  # what an expression may be, no object twice
+NOTHING: Value = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """The weight of a layer."""
+
+    layer: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Many:
+    """Something to iterate over, each of whose elements is any of ``elements``."""
+
+    elements: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A tuple or list with known places."""
+
+    places: tuple[Value, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Super:
+    """``super()`` in a method of ``owner``."""
+
+    owner: type
+    of: object
+
+
+@dataclass(frozen=True, eq=False)
+class MethodOf:
+    """A method that torch or Python has for ``item``, such as ``children`` or ``values``."""
+
+    item: object
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class InnerFunction:
+    """A function or lambda that is defined inside ``call``."""
+
+    call: Reading
+    names: ast.arguments
+    body: list[ast.stmt] | ast.expr
+
+
+def each(value: Value) -> Value:
+    """What iterating over ``value`` gives."""
+    found: list[Value] = []
+    for item in value:
+        if isinstance(item, Many):
+            found.append(item.elements)
+        elif isinstance(item, Row):
+            found += item.places
+        elif isinstance(item, Weight):
+            found.append((item,))
+        elif isinstance(item, nn.Module):
+            found.append(tuple(item.children()))
+    return union(*found)
+
+
+def at_place(value: Value, at: int) -> Value:
+    found: list[Value] = []
+    for item in value:
+        if isinstance(item, Row):
+            found.append(item.places[at] if -len(item.places) <= at < len(item.places) else NOTHING)
+        else:
+            found.append(each((item,)))
+    return union(*found)
+
+
+def union(*values: Value) -> Value:
+    if len(values) == 1:
+        return values[0]
+    return tuple({id(item): item for value in values for item in value}.values())
+
+
+def inside(item: object) -> tuple[Value, ...]:
+    return item.places if isinstance(item, Row) else (item.elements,) if isinstance(item, Many) else ()
+
+
+def matters(value: Value) -> bool:
+    """Whether there is a module or a weight in it."""
+    return any(
+        isinstance(item, (nn.Module, Weight, types.MethodType, MethodOf, InnerFunction))
+        or any(map(matters, inside(item)))
+        for item in value
+    )
+
+
+def holds(owner: object) -> bool:
+    """Whether the methods of an object may reach modules."""
+    return isinstance(owner, nn.Module) or any(
+        isinstance(held, nn.Module) for held in getattr(owner, "__dict__", {}).values()
+    )
+
+
+def ids(value: Value) -> tuple:
+    """What tells values apart whose objects are made anew each time."""
+    return tuple(_identity(item) for item in value)
+
+
+def _identity(item: object) -> object:
+    if isinstance(item, (Many, Row)):
+        return (type(item), *map(ids, inside(item)))
+    if isinstance(item, types.MethodType):
+        return (id(item.__self__), id(item.__func__))
+    if isinstance(item, MethodOf):
+        return (_identity(item.item), item.name)
+    return item if isinstance(item, str) else id(item)
+
+
+def wrapped(found: object) -> Value:
+    """A real object as a value."""
+    if found is None or isinstance(found, (bool, int, float, Tensor, torch.dtype, torch.device)):
+        return NOTHING
+    if isinstance(found, (list, tuple)) and not hasattr(found, "_fields"):
+        return (Row(tuple(wrapped(item) for item in found[:64])),)
+    if isinstance(found, Mapping):
+        return (Many(union(*(wrapped(item) for item in list(found.values())[:64]))),)
+    return (found,)
