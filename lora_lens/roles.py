@@ -6,7 +6,6 @@ A file does not tell kinds of layers apart, so it goes by names, by shapes and b
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from lora_lens.heads import NAMES, NEW_HEADS
-from lora_lens.layers import listed
 from lora_lens.patterns import routers
 from lora_lens.quantized import NARROW, Signs, problem_of
 from lora_lens.wrappers import unwrapped
@@ -54,6 +52,7 @@ class Stored:
     problem: str = ""  # why it is no matrix of numbers
     experts: bool = False
     transposed: bool = False
+    doubtful: bool = False  # nothing says whether it is transposed
     thirds: bool = True  # if its name says q, k and v: they are one after the other
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
 
@@ -78,7 +77,7 @@ def weights_among(
     shapes = {key: shape for key, (shape, _) in tensors.items()}
     named = {key: name for key in tensors if (name := weight_name(key, shapes[key], signs)) is not None}
     experts = {k for k in named if len(shapes[k]) == 3 and holds_experts(k)}
-    turned = transposed_experts({named[k]: shapes[k] for k in experts}, facts, shapes)
+    turned, doubtful = transposed_experts({named[k]: shapes[k] for k in experts}, facts, shapes)
     turned |= _transposed_conv1d({named[k]: shapes[k] for k in named if len(shapes[k]) == 2}, facts)
     aside = aside_names({name: shapes[key] for key, name in named.items()}, facts)
     stored = []
@@ -98,6 +97,7 @@ def weights_among(
                 problem=problem,
                 experts=key in experts,
                 transposed=name in turned,
+                doubtful=name in doubtful,
             )
         )
     return stored
@@ -161,8 +161,10 @@ def numbers_counted(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
 
 
-def transposed_experts(experts: Shapes, facts: Mapping[str, Any], shapes: Shapes | None = None) -> set[str]:
-    """Those of the experts' tensors (experts, a, b) that hold (in, out) instead of (out, in), by name.
+def transposed_experts(
+    experts: Shapes, facts: Mapping[str, Any], shapes: Shapes | None = None
+) -> tuple[set[str], set[str]]:
+    """Which of the experts' tensors (experts, a, b) hold (in, out) instead of (out, in), and which may.
 
     Up projections take the hidden size and down projections return it; so do fused up projections, which
     are twice as wide as their down projections. Where all is square, known model types decide.
@@ -176,21 +178,15 @@ def transposed_experts(experts: Shapes, facts: Mapping[str, Any], shapes: Shapes
     for name, shape in experts.items():
         parent, _, last = name.rpartition(".")
         modules.setdefault(parent, {})[last] = shape
-    turned, open_ = set(), []
+    turned, doubtful = set(), set()
     for parent, inside in modules.items():
+        names = {f"{parent}.{last}" if parent else last for last in inside}
         votes = _votes(inside, _hidden_sizes(facts)) or _votes(inside, _routed(parent, inside, shapes or {}))
-        if len(votes) != 1:
-            votes = {bool(model_types(facts) & TRANSPOSED_EXPERTS)}
-            open_ += [] if votes == {True} else [parent]
-        turned |= {f"{parent}.{last}" if parent else last for last in inside if votes == {True}}
-    if open_:
-        warnings.warn(
-            f"the experts of {listed(open_, most=2)} are read as (experts, out, in): neither a config with "
-            "the hidden size nor their shapes say which way round they are; if they are (experts, in, out), "
-            "left and right singular vectors are exchanged",
-            stacklevel=2,
-        )
-    return turned
+        known = bool(model_types(facts) & TRANSPOSED_EXPERTS)
+        if len(votes) != 1 and not known:
+            doubtful |= names
+        turned |= names if votes == {True} or (len(votes) != 1 and known) else set()
+    return turned, doubtful
 
 
 def model_types(facts: Mapping[str, Any]) -> set[str]:

@@ -120,6 +120,13 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
     for tensor, _ in picked:
         if tensor.problem or 0 in tensor.shape:
             raise InputError(f"{tensor.name} {tensor.problem or f'is empty: its shape is {tensor.shape}'}")
+    if doubtful := {s.name for s, _ in picked if s.doubtful}:
+        warnings.warn(
+            f"the experts {listed(sorted(doubtful), most=2)} are read as (experts, out, in): neither a config "
+            "with the hidden size nor their shapes say so; if they are (experts, in, out), left and right "
+            "singular vectors are exchanged",
+            stacklevel=2,
+        )
     left = [s for s in stored if s.factors and s.problem and not s.usual] if patterns is None else []
     if left:
         warnings.warn(
@@ -207,7 +214,8 @@ def _in_module(model: nn.Module) -> Iterator[Stored]:
         mixed = getattr(modules[parent], "head_first", False) or hasattr(modules[parent], "val_dim")
         found = _tensors(module, name)
         experts = {key for key, (_, t) in found.items() if t.ndim == 3 and _may_hold_experts(module, key)}
-        turned = _transposed_among(module, {key: tuple(found[key][1].shape) for key in experts}, model)
+        shapes = {key: tuple(found[key][1].shape) for key in experts}
+        turned, doubtful = _transposed_among(module, shapes, model)
         tied = linear and id(module.weight) in looked_up
         for key, (own, tensor) in found.items():
             yield Stored(
@@ -219,6 +227,7 @@ def _in_module(model: nn.Module) -> Iterator[Stored]:
                 problem=problem_in(module, tensor, own),
                 experts=key in experts,
                 transposed=isinstance(module, Conv1D) or key in turned,
+                doubtful=key in doubtful,
                 thirds=linear and not mixed,
             )
 
@@ -246,12 +255,12 @@ def _may_hold_experts(module: nn.Module, key: str) -> bool:
 
 def _transposed_among(
     module: nn.Module, experts: dict[str, tuple[int, ...]], model: nn.Module
-) -> Collection[str]:
-    """Those of a module's experts that it multiplies as (in, out)."""
+) -> tuple[Collection[str], Collection[str]]:
+    """Those of a module's experts that it multiplies as (in, out), and those that it may."""
     if not experts:
-        return ()
+        return (), ()
     if isinstance(known := getattr(module, "is_transposed", None), bool):
-        return experts if known else ()
+        return (experts if known else ()), ()
     config = getattr(model, "config", None)
     return transposed_experts(experts, config.to_dict() if hasattr(config, "to_dict") else {})
 
