@@ -373,7 +373,7 @@ def _spectrum(
         return Spectrum(weight.name, weight.shape, singular_values(_placed(matrix, device)).cpu())
     k = min(weight.shape)
     large = k >= CACHED_FROM
-    key = weight_key(matrix, METHOD) if cache and large else ""
+    key = weight_key(matrix, _method(matrix, device)) if cache and large else ""
     if key and (known := cache.get(key)) is not None:
         return _packed(weight.name, weight.shape, known)
     if large and wanted is not True and WORTH_PICKING * sum(p.rank for p in wanted) <= k:
@@ -384,6 +384,12 @@ def _spectrum(
     if key:
         cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)
     return spectrum
+
+
+def _method(matrix: Tensor, device: torch.device | None) -> str:
+    """What the factors depend on besides the matrix: accelerators round them otherwise."""
+    kind = (matrix.device if device is None else device).type
+    return METHOD if kind in ("cpu", "mps") else f"{METHOD}, {kind}"
 
 
 def _placed(matrix: Tensor, device: torch.device | None) -> Tensor:

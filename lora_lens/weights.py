@@ -63,13 +63,18 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
             - a model: its linear and embedding layers, convolutions as (out, in * kh * kw), GPT-2's
               ``Conv1D`` transposed, each expert of a mixture of experts. Of a model under PEFT the
               base weights, by the names they have without PEFT;
-            - a ``.safetensors`` file, or a folder with one or with an index of shards. A file does
-              not tell kinds of layers apart, so everything named ``.weight`` and every 3-D tensor
-              with "expert" in its name counts, as stored; a ``config.json`` beside it tells which
-              models store matrices transposed (GPT-2, the experts of gpt-oss and Llama 4);
+            - a ``.safetensors`` file, or a folder with one, with shards or with an index of them. A file
+              does not tell kinds of layers apart, so everything named ``.weight`` and every 3-D tensor
+              of experts counts. Which matrices are stored transposed (GPT-2's, the experts of gpt-oss,
+              Llama 4 and Qwen3-VL) is read from their shapes and the ``config.json`` beside the file.
+              float8 without a scale is read; whatever is quantized is refused with the reason;
             - a ``.gguf`` file, dequantized with the gguf package; a split one is read whole. Its
               names are llama.cpp's, and q and k of Llama models have their rows permuted;
-            - a folder with a PEFT LoRA adapter: the update scaling * B @ A of each adapted layer.
+            - a LoRA adapter: PEFT's folder or file, a folder of :func:`lora_lens.save`, a file of kohya's
+              scripts, diffusers, MLX or llama.cpp that says how it is scaled: the update of each adapted
+              layer, scaling * B @ A, relative to the pretrained weight. Adapters whose base is a
+              residual (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, unless converted) and other methods than
+              LoRA are refused.
         targets: None for the linear layers and experts, without embeddings, output head and
             routers (in files: by their usual names); or patterns and groups as in
             :func:`lora_lens.layers.target_layers`, which choose among all of the above.
@@ -81,9 +86,13 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
 
     Raises:
         FileNotFoundError: no such file, no weights in a folder, a missing shard.
+        TypeError: an argument is of another type.
         ValueError: nothing matches; a file is damaged or unsafe to open; a chosen weight is empty,
             on the meta device or quantized.
         ImportError: the gguf package is needed.
+
+    Warns:
+        UserWarning: experts adapted as parameters are left out; nothing says which way round experts are.
     """
     split_qkv = flag(split_qkv, "split_qkv")
     patterns = patterns_of(targets)
@@ -122,9 +131,9 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
             raise InputError(f"{tensor.name} {tensor.problem or f'is empty: its shape is {tensor.shape}'}")
     if doubtful := {s.name for s, _ in picked if s.doubtful}:
         warnings.warn(
-            f"the experts {listed(sorted(doubtful), most=2)} are read as (experts, out, in): neither a config "
-            "with the hidden size nor their shapes say so; if they are (experts, in, out), left and right "
-            "singular vectors are exchanged",
+            f"the experts {listed(sorted(doubtful), most=2)} are read as (experts, out, in): neither a "
+            "config with the hidden size nor their shapes say so; if they are (experts, in, out), left and "
+            "right singular vectors are exchanged",
             stacklevel=2,
         )
     left = [s for s in stored if s.factors and s.problem and not s.usual] if patterns is None else []

@@ -330,7 +330,7 @@ def test_kills_leave_whole_entries_and_scraps_that_go_after_a_day(tmp_path, proc
     assert all(s.exists() for s in scraps)
     for s in scraps[1:]:
         os.utime(s, (time.time() - DAY - 60,) * 2)
-    cache.put(KEYS[0], *factors(0))
+    SpectrumCache(tmp_path).put(KEYS[0], *factors(0))  # its first look at the folder
     assert list(tmp_path.glob("*.partial")) == scraps[:1]
 
 
@@ -390,3 +390,17 @@ def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_LENS_CACHE", "~/mine")
     assert default_folder() == SpectrumCache().folder == tmp_path / "mine"
     assert names(tmp_path) == []  # made by the first put only
+
+
+def test_the_folder_is_looked_at_once_while_there_is_room(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(
+        SpectrumCache, "_tidy", lambda self, tidy=SpectrumCache._tidy: (looks.append(1), tidy(self))
+    )
+    cache = SpectrumCache(tmp_path)
+    for seed, key in enumerate(KEYS):
+        cache.put(key, *factors(seed))
+    assert len(looks) == 1
+    small = SpectrumCache(tmp_path, max_bytes=3 * entry(tmp_path, KEYS[0]).stat().st_size)
+    small.put(KEYS[0], *factors(0))
+    assert len(names(tmp_path)) == 3

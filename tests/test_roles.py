@@ -76,7 +76,6 @@ def matrices(source) -> dict[str, torch.Tensor]:
         "BertForQuestionAnswering",
         "AlbertForMaskedLM",  # embedding_hidden_mapping_in is linear
         "ModernBertForMaskedLM",
-        "SiglipVisionModel",
         "GptOssForCausalLM",  # experts stored (in, out)
         "JetMoeForCausalLM",
         "SwitchTransformersForConditionalGeneration",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import struct
@@ -244,7 +245,44 @@ def test_nothing_is_read_at_listing_and_weights_travel_to_other_processes(llama,
         found[0].load()
 
 
+# --- wrappers ---
+
+
+def test_compiled_and_parallel_models_have_the_names_and_values_of_the_model_inside(patch_vit, tmp_path):
+    expected = by_name(weights(patch_vit))
+    blocks = copy.deepcopy(patch_vit)
+    for i, block in enumerate(blocks.blocks):
+        blocks.blocks[i] = torch.compile(block)
+    save_file(dict(blocks.state_dict()), tmp_path / "compiled.safetensors")
+    whole = torch.compile(patch_vit)
+    for source in (whole, nn.DataParallel(patch_vit), nn.DataParallel(whole), blocks, tmp_path):
+        found = by_name(weights(source))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name].load(), expected[name].load()) for name in expected)
+
+
 # --- what people get wrong ---
+
+
+@pytest.mark.parametrize(
+    ("targets", "kind", "message"),
+    [
+        (3, TypeError, "targets must be a sequence of patterns, or one pattern"),
+        ([], ValueError, "targets is empty: give None"),
+        ([3], TypeError, "targets must hold patterns such as 'q_proj', not 3"),
+        ([""], TypeError, "targets must hold patterns"),
+        ({"qkv": 1}, TypeError, "targets must be a sequence"),
+    ],
+)
+def test_targets_that_are_no_patterns_are_refused_by_name(patch_vit, targets, kind, message):
+    with pytest.raises(kind, match=message):
+        weights(patch_vit, targets)
+
+
+@pytest.mark.parametrize("source", [None, [1], {"a.weight": torch.ones(2, 2)}, b"x", torch.ones(2, 2)])
+def test_what_is_neither_a_model_nor_a_path_is_refused(source):
+    with pytest.raises(TypeError, match="expected a model, or the path of a file or folder"):
+        weights(source)
 
 
 def test_what_is_no_source_says_what_to_do(tmp_path):
