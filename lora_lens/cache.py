@@ -70,13 +70,15 @@ class SpectrumCache:
 
     Attributes:
         folder: made by the first ``put``; other files in it are left alone.
-        max_bytes: how large all entries together may grow.
+        max_bytes: how large all entries together may grow. Between two looks at the folder, other
+            processes may write more than that.
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int = 20 * 2**30):
         self.folder = default_folder() if folder is None else Path(folder)
         self.max_bytes = max_bytes
         self._failed = False
+        self._room = -1.0  # bytes that may be written before the next look at the folder
         self._lock = Lock()  # for threads that fail at once
 
     def get(self, key: str) -> Factors | None:
@@ -124,7 +126,9 @@ class SpectrumCache:
             with open(partial, "xb") as stream:
                 stream.write(save(tensors, about))  # no fsync: what a power cut loses, the checksum tells
             os.replace(partial, self._path(key))
-            self._tidy()
+            self._room -= sum(t.nbytes for t in tensors.values())
+            if self._room < 0:
+                self._tidy()
         except OSError as error:
             self._give_up(error)
         finally:
@@ -173,6 +177,7 @@ class SpectrumCache:
             except PermissionError:
                 continue  # another user's
             total -= size
+        self._room = (self.max_bytes - total) / 2  # the other half is for other processes
 
 
 def _read(path: Path, key: str) -> Factors:

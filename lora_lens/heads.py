@@ -15,7 +15,7 @@ from lora_lens.errors import InputError
 NAMES = ("head", "heads", "classifier", "score", "fc")
 # transformers' classes whose layers outside the base model are made anew for the user's task.
 NEW_HEADS = re.compile(
-    r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|XVector)|DoubleHeads"
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|XVector|CTC)|DoubleHeads"
 )
 
 
@@ -57,6 +57,8 @@ def head_layers(model: nn.Module) -> set[nn.Module]:
     """
     asked = {module for part in _asked(model) for module in part.modules() if _is_layer(module)}
     found = asked | set(_new_layers(model).values())
+    # Language models in parts have one for each part, which the whole does not name.
+    found |= {m for n, m in model.named_modules() if n.rpartition(".")[2] == "lm_head" and _is_layer(m)}
     last = classifier(model, required=False)
     return found | ({last} if last is not None else set())
 

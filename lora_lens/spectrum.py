@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 
 from lora_lens import spectral_metrics
 from lora_lens.cache import SpectrumCache, weight_key
-from lora_lens.errors import InputError
+from lora_lens.devices import checked_device
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.factorization import Factors, product_svd, singular_values, some_components, thin_svd
 from lora_lens.layers import Targets, block_and_kind, check_finite, listed
 from lora_lens.progress import progress_bar
+from lora_lens.validate import flag, instance, sequence, suggestion
 from lora_lens.weights import Weight, weights
 from lora_lens.window import Placement, Window, require_fit
 
@@ -32,6 +35,7 @@ Vectors = bool | Sequence[Placement] | Mapping[str, Iterable[Placement]]
 METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
 CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
 WORTH_PICKING = 3  # computing some components pays when there are this many times more
+WINDOW = "a window or other placement, such as ll.Window.middle(8)"
 SIDE_BY_SIDE = 2**22  # entries from which on a matrix gets all threads, instead of one beside others
 
 
@@ -81,7 +85,7 @@ class Spectrum:
         """The share of the squared Frobenius norm, sum_w(s^2) / sum(s^2): in [0, 1]."""
         squares = self.singular_values.square()
         total = squares.sum()
-        part = window.select(self.singular_values, self.name)
+        part = self._part(window)
         return float(squares[part].sum() / total) if total > 0 else 0.0
 
     def components_of(self, window: Placement) -> Tensor:
@@ -90,7 +94,7 @@ class Spectrum:
         Raises:
             ValueError: the placement does not fit.
         """
-        return torch.arange(self.k)[window.select(self.singular_values, self.name)]
+        return torch.arange(self.k)[self._part(window)]
 
     def vectors(self, window: Placement) -> tuple[Tensor, Tensor]:
         """U_w, shape (out_features, rank), and V_w^T, shape (rank, in_features), float32.
@@ -98,7 +102,7 @@ class Spectrum:
         Raises:
             ValueError: the placement does not fit, or its vectors were not computed.
         """
-        part = window.select(self.singular_values, self.name)
+        part = self._part(window)
         if self.left is None or self.right is None:
             raise InputError(
                 f"the spectrum of {self.name} has no singular vectors; "
@@ -123,7 +127,10 @@ class Spectrum:
             ValueError: as :meth:`vectors`.
         """
         left, right = self.vectors(window)
-        return left * self.singular_values[window.select(self.singular_values, self.name)].float() @ right
+        return left * self.singular_values[self._part(window)].float() @ right
+
+    def _part(self, window: Placement) -> slice | Tensor:
+        return instance(window, Placement, "window", WINDOW).select(self.singular_values, self.name)
 
 
 def _named(components: Tensor) -> str:
@@ -136,8 +143,14 @@ def _named(components: Tensor) -> str:
 class SpectrumSet(Mapping[str, Spectrum]):
     """The spectra of a model's weights by module name, in the model's order."""
 
-    def __init__(self, spectra: Sequence[Spectrum]):
-        self._spectra = {s.name: s for s in spectra}
+    def __init__(self, spectra: Iterable[Spectrum]):
+        """Raises TypeError, ValueError: something else is among them, or one name twice."""
+        self._spectra: dict[str, Spectrum] = {}
+        for spectrum in sequence(spectra, "spectra", "Spectrum objects"):
+            instance(spectrum, Spectrum, "spectra", "a sequence of Spectrum objects")
+            if spectrum.name in self._spectra:
+                raise InputError(f"two spectra are of one weight, {spectrum.name}; a set has one of each")
+            self._spectra[spectrum.name] = spectrum
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self._spectra:
@@ -167,6 +180,9 @@ class SpectrumSet(Mapping[str, Spectrum]):
         takes longer for large weights. All are defined in
         :mod:`lora_lens.spectral_metrics`.
         """
+        flag(power_law, "power_law")
+        if window is not None:
+            instance(window, Placement, "window", WINDOW)
         rows = []
         for spectrum in self.values():
             block, kind = block_and_kind(spectrum.name)
@@ -203,7 +219,7 @@ def spectra(
     source: nn.Module | str | Path,
     targets: Targets = None,
     *,
-    vectors: bool | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
+    vectors: bool | Placement | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
     split_qkv: bool = False,
     device: torch.device | str | None = None,
     cache: bool = True,
@@ -230,11 +246,16 @@ def spectra(
         entries are factorized side by side, as many as ``torch.get_num_threads()``.
 
     Raises:
-        ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values, a
-            window does not fit, or as :func:`lora_lens.weights.weights`.
+        TypeError, ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values,
+            a window does not fit, ``device`` is not there, or as :func:`lora_lens.weights.weights`.
     """
-    chosen = vectors if isinstance(vectors, (bool, Mapping)) else list(vectors)
+    chosen, place = _checked_vectors(vectors), checked_device(device)
+    cache, progress = flag(cache, "cache"), flag(progress, "progress")
     found = weights(source, targets, split_qkv)
+    if isinstance(chosen, Mapping):
+        for name in chosen.keys() - {weight.name for weight in found}:
+            meant = suggestion(name, [weight.name for weight in found])
+            raise InputError(f"vectors names {name!r}, which is not among the weights{meant}")
     live = isinstance(source, nn.Module)
     for weight in found:  # meet what is wrong before the work starts
         wanted = _wanted(chosen, weight.name)
@@ -243,7 +264,7 @@ def spectra(
         if live:
             check_finite(weight.name, weight.load())
     kept = SpectrumCache() if cache and chosen else None
-    work = partial(_spectrum, vectors=chosen, device=device, cache=kept, checked=live)
+    work = partial(_spectrum, vectors=chosen, device=place, cache=kept, checked=live)
     done: dict[str, Spectrum] = {}
     with progress_bar(total=len(found), shown=progress, desc="spectra", unit="weight", delay=0.5) as bar:
         for spectrum in _side_by_side(work, found):
@@ -252,10 +273,30 @@ def spectra(
     return SpectrumSet([done[weight.name] for weight in found])
 
 
-def _wanted(vectors: Vectors, name: str) -> bool | Sequence[Placement]:
+def _checked_vectors(vectors: object) -> Vectors:
+    if isinstance(vectors, (bool, np.bool_)):
+        return bool(vectors)
     if isinstance(vectors, Mapping):
-        return list(vectors.get(name, ()))
-    return vectors
+        return {name: _placements(given, f"vectors[{name!r}]") for name, given in vectors.items()}
+    return _placements(vectors, "vectors")
+
+
+def _placements(given: object, name: str) -> tuple[Placement, ...]:
+    what = "windows or other placements"
+    if given is None or isinstance(given, (str, int)):
+        raise InputTypeError(
+            f"{name} must be True, False or {what}, such as [ll.Window.middle(8)], not {given!r}"
+        )
+    found = sequence(given, name, what, one=Placement)
+    for placement in found:
+        instance(placement, Placement, name, f"{what}, such as [ll.Window.middle(8)]")
+    if not found and name == "vectors":
+        raise InputError("vectors is empty: give False for the singular values alone, or windows")
+    return found
+
+
+def _wanted(vectors: Vectors, name: str) -> bool | Sequence[Placement]:
+    return vectors.get(name, ()) if isinstance(vectors, Mapping) else vectors
 
 
 def _require_room(placement: Placement, k: int, name: str) -> None:
@@ -312,7 +353,7 @@ def _in_workers(
 def _spectrum(
     weight: Weight,
     vectors: Vectors,
-    device: torch.device | str | None,
+    device: torch.device | None,
     cache: SpectrumCache | None,
     checked: bool,
 ) -> Spectrum:
@@ -332,7 +373,7 @@ def _spectrum(
         return Spectrum(weight.name, weight.shape, singular_values(_placed(matrix, device)).cpu())
     k = min(weight.shape)
     large = k >= CACHED_FROM
-    key = weight_key(matrix, METHOD) if cache and large else ""
+    key = weight_key(matrix, _method(matrix, device)) if cache and large else ""
     if key and (known := cache.get(key)) is not None:
         return _packed(weight.name, weight.shape, known)
     if large and wanted is not True and WORTH_PICKING * sum(p.rank for p in wanted) <= k:
@@ -345,6 +386,12 @@ def _spectrum(
     return spectrum
 
 
-def _placed(matrix: Tensor, device: torch.device | str | None) -> Tensor:
-    place = matrix.device if device is None else torch.device(device)
+def _method(matrix: Tensor, device: torch.device | None) -> str:
+    """What the factors depend on besides the matrix: accelerators round them otherwise."""
+    kind = (matrix.device if device is None else device).type
+    return METHOD if kind in ("cpu", "mps") else f"{METHOD}, {kind}"
+
+
+def _placed(matrix: Tensor, device: torch.device | None) -> Tensor:
+    place = matrix.device if device is None else device
     return matrix.cpu() if place.type == "mps" else matrix.to(place)

@@ -330,7 +330,7 @@ def test_kills_leave_whole_entries_and_scraps_that_go_after_a_day(tmp_path, proc
     assert all(s.exists() for s in scraps)
     for s in scraps[1:]:
         os.utime(s, (time.time() - DAY - 60,) * 2)
-    cache.put(KEYS[0], *factors(0))
+    SpectrumCache(tmp_path).put(KEYS[0], *factors(0))  # its first look at the folder
     assert list(tmp_path.glob("*.partial")) == scraps[:1]
 
 
@@ -405,3 +405,17 @@ def test_files_of_others_are_never_removed_to_make_room(tmp_path):
     assert all((tmp_path / name).stat().st_size == 5000 for name in names)
     assert (tmp_path / f"{'b' * 64}.spectrum.safetensors").is_symlink()
     assert 0 < len(list(tmp_path.iterdir())) - 4 < 12  # its own made room
+
+
+def test_the_folder_is_looked_at_once_while_there_is_room(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(
+        SpectrumCache, "_tidy", lambda self, tidy=SpectrumCache._tidy: (looks.append(1), tidy(self))
+    )
+    cache = SpectrumCache(tmp_path)
+    for seed, key in enumerate(KEYS):
+        cache.put(key, *factors(seed))
+    assert len(looks) == 1
+    small = SpectrumCache(tmp_path, max_bytes=3 * entry(tmp_path, KEYS[0]).stat().st_size)
+    small.put(KEYS[0], *factors(0))
+    assert len(names(tmp_path)) == 3

@@ -358,3 +358,33 @@ def test_vectors_by_weight_are_those_alone():
     found = ll.spectra(model, vectors={"0": [ll.Window.middle(8)]}, cache=False)
     assert found["0"].components.tolist() == list(range(136, 144))
     assert found["2"].left is None and found["2"].k == 270
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"vectors": None}, TypeError, "vectors must be True, False or windows"),
+        ({"vectors": 3}, TypeError, "vectors must be True, False or windows"),
+        ({"vectors": [3]}, TypeError, "vectors must be windows or other placements"),
+        ({"vectors": []}, ValueError, "vectors is empty: give False"),
+        ({"vectors": {"00": [ll.Window.first(1)]}}, ValueError, "vectors names '00', .*; did you mean '0'"),
+        ({"split_qkv": "yes"}, TypeError, "split_qkv must be True or False"),
+        ({"progress": 1}, TypeError, "progress must be True or False"),
+        ({"cache": "x"}, TypeError, "cache must be True or False"),
+        ({"device": "gpu"}, ValueError, "device must be one that torch has here, such as 'cpu', not 'gpu'"),
+        ({"device": "meta"}, ValueError, "device must be one that computes"),
+    ],
+)
+def test_settings_of_other_types_are_refused_by_name(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        ll.spectra(nn.Sequential(nn.Linear(4, 3)), **settings)
+
+
+def test_one_window_counts_as_a_list_of_one_and_a_set_has_each_weight_once():
+    model, window = nn.Sequential(nn.Linear(4, 3)), ll.Window.first(2)
+    (one,), (several,) = (ll.spectra(model, vectors=given).values() for given in (window, [window]))
+    assert torch.equal(one.left, several.left)
+    with pytest.raises(ValueError, match="two spectra are of one weight, 0"):
+        ll.SpectrumSet([one, several])
+    with pytest.raises(TypeError, match="window must be a window or other placement"):
+        one.energy(3)
