@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.placement import ByLayer
+from lora_lens.validate import number
 from lora_lens.window import Placement, whole_rank
 
 PEFT_STARTS = ("pissa", "olora", "orthogonal", "mica", "eva", "corda", "lora_ga")
@@ -90,9 +90,7 @@ class Penalty:
     share: ClassVar[float] = 0.0  # of each batch's examples, which the penalty spends on its own
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.strength) and self.strength >= 0):
-            raise InputError(f"a penalty's strength must be at least 0 and finite, not {self.strength!r}")
-        object.__setattr__(self, "strength", float(self.strength))
+        object.__setattr__(self, "strength", number(self.strength, "a penalty's strength", least=0))
 
     def begin(self, model: nn.Module, retain: Any, config: Any) -> Callable[[], Tensor | float]:
         """Note what must be known before the first step; the result gives the loss to add at each step.
