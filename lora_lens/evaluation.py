@@ -33,8 +33,9 @@ class Answers:
 
     @property
     def accuracy(self) -> float:
-        """The share of items that the model gets right, in [0, 1]."""
-        return metrics.accuracy(self.predicted, self.labels)
+        """The share of items that the model gets right, in [0, 1]; NaN is no answer, so it is wrong."""
+        answered = np.where(np.isnan(self.losses), -1, self.predicted)
+        return metrics.accuracy(answered, self.labels)
 
     @property
     def loss(self) -> float:

@@ -70,7 +70,7 @@ class FrozenPrefix:
                     block.forward = own
 
     def fits(self, precision: str) -> bool:
-        """Whether the states depend on the example alone, and what comes after the blocks on nothing else of them.
+        """Whether the states depend on the example alone, and the answer on the blocks through them alone.
 
         That must hold not only now but while the model is trained, and a way around the last block may begin
         at a gate of zero. So ways are looked for in the graph of a pass, where a product with zero is an edge
@@ -156,7 +156,9 @@ class FrozenPrefix:
     def _by_example(self, states: Tensor, rows: Tensor) -> list[Tensor]:
         """The states of each example of a batch, without those of padding."""
         real = real_positions(self._examples.batch(rows))
-        return list(states) if real is None else [s[r.to(s.device)] for s, r in zip(states, real, strict=True)]
+        return (
+            list(states) if real is None else [s[r.to(s.device)] for s, r in zip(states, real, strict=True)]
+        )
 
     def _reached(self, rows: Tensor) -> Tensor:
         """What the last block gives for a batch, (batch, tokens, features); the model goes no further.
@@ -230,8 +232,9 @@ def _moved(model: nn.Module) -> Iterator[None]:
 def _random_states(device: torch.device) -> list[object]:
     """Of all generators that a model may draw from."""
     there = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
-    ours = [state.numpy().tobytes() for state in (torch.get_rng_state(), *there)]
-    return [*ours, random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]]
+    of_torch = [state.numpy().tobytes() for state in (torch.get_rng_state(), *there)]
+    _, numbers, place, *rest = np.random.get_state()  # noqa: NPY002 - the one that other libraries draw from
+    return [*of_torch, random.getstate(), numbers.tobytes(), place, *rest]
 
 
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:

@@ -92,8 +92,8 @@ def advise(
         weight: of forgetting in the value, 0 or more.
         seed: of the held-out examples and of the short runs; the final ones have the three numbers after it.
         store: a folder that keeps the runs, as for ``sweep``; an interrupted pilot goes on from there.
-        settings: targets, alpha, variant, watch, jobs and progress as for :func:`lora_lens.sweep`, and those of
-            :class:`lora_lens.Training`, the same for all runs.
+        settings: targets, alpha, variant, watch, jobs and progress as for :func:`lora_lens.sweep`, and those
+            of :class:`lora_lens.Training`, the same for all runs.
 
     Returns:
         Advice whose evidence is, after a pilot, the table of all its runs as from ``sweep``, with rung

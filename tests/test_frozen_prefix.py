@@ -204,8 +204,8 @@ class Lateral(nn.Module):
 
 
 LATERAL = [
-    "skip", "two gates", "almost closed", "detached", "ladder", "shared inside", "input of the second", "choice",
-    "branch", "twice",
+    "skip", "two gates", "almost closed", "detached", "ladder", "shared inside", "input of the second",
+    "choice", "branch", "twice",
 ]  # fmt: skip
 
 
@@ -231,7 +231,7 @@ class OfTheBatch(nn.Linear):
 
 class Counts(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * np.random.rand()
+        return super().forward(x) * np.random.rand()  # noqa: NPY002 - as others do
 
 
 @pytest.mark.parametrize(("first", "kept"), [(nn.Linear, 2), (OfTheBatch, 0), (Counts, 0)])

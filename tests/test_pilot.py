@@ -109,12 +109,10 @@ def test_with_nothing_to_choose_from_only_the_final_runs_are_made(quick):
     assert "nothing else to choose from" in advice.words
 
 
-def test_without_a_budget_the_usual_choice_comes_and_the_model_does_not_run(experiment):
-    idle = experiment["model"].__class__(img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=32)
-    idle.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
-    with torch.device("meta"):  # without values there is nothing to factorize
-        idle = idle.to("meta")
-    advice = advise(**experiment | {"model": idle, "spectra": None}, rank=4)
+def test_without_a_budget_the_usual_choice_comes_and_the_model_does_not_run(experiment, patch_vit):
+    patch_vit.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    torch.nn.init.constant_(patch_vit.blocks[0].attn.qkv.weight, float("inf"))  # ll.spectra would refuse it
+    advice = advise(**experiment | {"model": patch_vit, "spectra": None}, rank=4)
     assert (advice.window, advice.lr) == (ll.Window.middle(4), 5e-3)
     assert (advice.rule, advice.spent) == ("fixed", 0)
     assert np.isnan([advice.value, *advice.interval]).all()
@@ -166,11 +164,11 @@ def test_what_cannot_be_advised_is_met_before_the_first_run(experiment, tmp_path
         asked(rates=[0, 0.01])
     with pytest.raises(ValueError, match="has 4 training examples: a pilot needs at least 5"):
         asked(task=digits.subset(4, 1))
-    with pytest.raises(TypeError, match="advise has no setting 'learning_rate'; did you mean 'lr'|there are"):
+    with pytest.raises(TypeError, match="advise has no setting 'learning_rate'; there are targets, alpha"):
         asked(learning_rate=1e-3)
     with pytest.raises(TypeError, match="advise has no setting 'batchsize'; did you mean 'batch_size'"):
         asked(batchsize=3)
-    with pytest.raises(TypeError, match="steps must be a whole number, not 1.5"):
+    with pytest.raises(TypeError, match=r"steps must be a whole number, not 1\.5"):
         asked(steps=1.5)
     with pytest.raises(TypeError, match="retain must be a task"):
         asked(retain=[1])
