@@ -242,9 +242,11 @@ def test_arguments_of_another_kind_are_refused_by_name(adapted, pair, given, mes
     assert isinstance(met.value, LoraLensError)
 
 
-def test_one_task_to_watch_needs_no_list(adapted, pair):
-    run = ll.finetune(adapted, pair[0], watch=pair[1], **SHORT | {"steps": 1})
+def test_one_task_to_watch_needs_no_list_and_what_is_tested_beside_changes_nothing(adapted, alone, pair):
+    run = ll.finetune(adapted, pair[0], watch=pair[1], **SHORT)
     assert run.watched["task"].tolist() == [pair[1].name]
+    learnt = ["step", "loss", "accuracy", "test_loss"]
+    pd.testing.assert_frame_equal(run.curve[learnt], alone.curve[learnt], check_exact=True)
 
 
 @pytest.mark.parametrize("role", ["task", "retain", "watch"])
