@@ -159,7 +159,7 @@ def smollm2() -> LlamaForCausalLM:
         ImportError: the package, or the gguf package that reads it, is not installed.
     """
     folder = _smollm2_folder()
-    # A progress bar that nothing turns off. One at a time, as the second would put back what the first had put.
+    # A progress bar that nothing turns off; one at a time, or the last would put back another's redirection
     with _redirecting, redirect_stderr(StringIO()):
         model = LlamaForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     # The weights are ordinary numbers now; still declared quantized, they could not be saved or trained.

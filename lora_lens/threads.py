@@ -39,19 +39,19 @@ def limited_threads(torch_threads: int, blas: int | None = None) -> Iterator[Non
     """
     global _users, _usual
     before, outer = thread_count(), getattr(_own, "limited", False)
-    with ExitStack() as undo:
-        if _blas.acquire(blocking=False):
-            undo.callback(_blas.release)
-            undo.enter_context(threadpool_limits(blas or torch_threads, user_api="blas"))
-        with _lock:
-            _users += 1
-            _usual = before if _users == 1 else _usual
-        _own.limited = True
-        torch.set_num_threads(torch_threads)
-        try:
+    with _lock:
+        _usual = _usual if _users else before
+        _users += 1
+    _own.limited = True
+    try:
+        with ExitStack() as undo:
+            if _blas.acquire(blocking=False):
+                undo.callback(_blas.release)
+                undo.enter_context(threadpool_limits(blas or torch_threads, user_api="blas"))
+            torch.set_num_threads(torch_threads)
             yield
-        finally:
-            _own.limited = outer
-            with _lock:
-                torch.set_num_threads(before)
-                _users -= 1
+    finally:
+        _own.limited = outer
+        with _lock:  # after threadpoolctl, which puts back OpenMP's threads as well
+            torch.set_num_threads(before)
+            _users -= 1
