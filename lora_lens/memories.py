@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isfinite
-from operator import index
 from typing import ClassVar
 
 import torch
@@ -18,12 +16,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter import evaluating
-from lora_lens.errors import InputError
 from lora_lens.injection import ADAPTER, factor_matrix, lora_layers
 from lora_lens.precision import autocast
 from lora_lens.readouts import Readout, ask
 from lora_lens.scenarios import Scenario
-from lora_lens.training import Training
+from lora_lens.training_settings import Training
+from lora_lens.validate import number, whole_number
 
 Kept = Mapping[str, Tensor]
 Term = Callable[[], Tensor | float]
@@ -61,9 +59,12 @@ class EWC(Memory):
 
     The term is strength / 2 * sum_i F_i (theta_i - theta_old_i)^2 over the trained parameters of the model
     and of a shared head (Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3). F is the diagonal of the
-    Fisher information, the mean squared gradient of log p(y | x) with y drawn from the model's own answers,
-    summed over the tasks so far; theta_old are the values after the last of them (as Huszar 2018, arXiv
-    1712.03847, recommends), so it takes twice the trained parameters however many tasks there were.
+    Fisher information, the mean over examples of the squared gradient of log p(y | x) with y drawn from the
+    model's own answers, summed over the tasks so far; theta_old are the values after the last of them (as
+    Huszar 2018, arXiv 1712.03847, recommends), so it takes twice the trained parameters however many tasks
+    there were. An example of a language task is a block, whose log p(y | x) is the sum over its tokens. The
+    loss that the term is added to is the mean over tokens there, so lambda / tokens of a block weighs a
+    language task as lambda weighs a classification.
 
     Attributes:
         strength: lambda.
@@ -114,8 +115,9 @@ class EWC(Memory):
                     logits, _ = ask(readout, model, task.train, row[None])
                 logs = logits.float().log_softmax(-1)
                 drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+                log_likelihood = logs.gather(-1, drawn).sum()  # of the example: all of its tokens
                 gradients = torch.autograd.grad(
-                    logs.gather(-1, drawn).mean(), list(parameters.values()), materialize_grads=True
+                    log_likelihood, list(parameters.values()), materialize_grads=True
                 )
                 for total, gradient in zip(fisher.values(), gradients, strict=True):
                     total += gradient.detach().cpu().square() / len(rows)
@@ -130,10 +132,11 @@ class EWC(Memory):
 class Replay(Memory):
     """A few examples of earlier tasks are trained on again: experience replay.
 
-    Of each batch half (rounded down) is taken from the buffer, whose examples are drawn evenly from all
-    tasks so far; each step replays one of these tasks, chosen at random, through its own readout. The term
-    is their cross-entropy, with the weight of the new examples' (Chaudhry et al. 2019, "On tiny episodic
-    memories in continual learning", arXiv 1902.10486).
+    Of each batch half (rounded down) is taken from the buffer, which holds as many examples of every task so
+    far; each step replays one of these tasks, chosen at random, through its own readout. The term is their
+    cross-entropy, with the weight of the new examples' (Chaudhry et al. 2019, "On tiny episodic memories in
+    continual learning", arXiv 1902.10486). Where there are more tasks than room, the buffer holds one example
+    of each of some tasks, and every task is as likely to be among them (reservoir sampling, Vitter 1985).
 
     Attributes:
         size: examples in the buffer, of all tasks together.
@@ -173,10 +176,14 @@ class Replay(Memory):
     ) -> dict[str, Tensor]:
         task, _ = scenario.trained(place)
         generator = torch.Generator().manual_seed(config.seed)
-        quota = max(1, self.size // (place + 1))
-        new = torch.randperm(len(task.train), generator=generator)[:quota]
-        # In the order drawn, so what is left of an earlier task is a smaller draw of it.
-        return {name: rows[:quota].clone() for name, rows in kept.items()} | {str(place): new}
+        rows = torch.randperm(len(task.train), generator=generator)
+        if place < self.size:
+            quota = self.size // (place + 1)
+            # In the order drawn, so what is left of an earlier task is a smaller draw of it.
+            return {name: old[:quota].clone() for name, old in kept.items()} | {str(place): rows[:quota]}
+        replaced = int(torch.randint(place + 1, (1,), generator=generator))
+        stay = {name: old.clone() for number, (name, old) in enumerate(kept.items()) if number != replaced}
+        return stay | ({str(place): rows[:1]} if replaced < len(kept) else {})
 
 
 @dataclass(frozen=True)
@@ -233,13 +240,8 @@ def _trained(model: nn.Module, shared: Readout | None) -> dict[str, nn.Parameter
 
 
 def _require_strength(memory: EWC | Orthogonal) -> None:
-    if not (isfinite(memory.strength) and memory.strength >= 0):
-        raise InputError(f"a memory's strength must be at least 0 and finite, not {memory.strength!r}")
-    object.__setattr__(memory, "strength", float(memory.strength))
+    object.__setattr__(memory, "strength", number(memory.strength, "a memory's strength", least=0))
 
 
 def _require_count(memory: EWC | Replay, name: str) -> None:
-    count = index(getattr(memory, name))
-    if count < 1:
-        raise InputError(f"{name} must be at least 1, not {count}")
-    object.__setattr__(memory, name, count)
+    object.__setattr__(memory, name, whole_number(getattr(memory, name), name, least=1))

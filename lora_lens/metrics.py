@@ -42,7 +42,7 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
 def seed_means(table: pd.DataFrame) -> pd.DataFrame:
     """One row per method (and variant, if the table has that column) and learning rate: means over seeds.
 
-    Columns: method, rank, position, start, lr, seeds (how many), accuracy,
+    Columns: method, rank, position, start, lr, seeds (how many have an accuracy), accuracy,
     retained_accuracy, forgetting (means), and each of the three with the
     suffix ``_std`` (sample standard deviation over seeds; NaN for one seed).
     """
@@ -51,7 +51,7 @@ def seed_means(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.groupby(keys, dropna=False, sort=False)
     means = groups[scores].mean()
     spread = groups[scores].std().add_suffix("_std")
-    return pd.concat([groups.size().rename("seeds"), means, spread], axis=1).reset_index()
+    return pd.concat([groups["accuracy"].count().rename("seeds"), means, spread], axis=1).reset_index()
 
 
 def ends_and_interior(table: pd.DataFrame) -> pd.DataFrame:
@@ -83,6 +83,11 @@ def ends_and_interior(table: pd.DataFrame) -> pd.DataFrame:
             raise InputError(
                 f"a comparison of ends and interior needs windows at positions 0, 1 and between; "
                 f"at learning rate {lr:g} there are {sorted(by_seed.columns)}"
+            )
+        by_seed = by_seed.dropna()  # or a mean would be over other seeds than its neighbour's
+        if by_seed.empty:
+            raise InputError(
+                f"no seed was run at every position at learning rate {lr:g}; run the missing ones"
             )
         interior = by_seed.drop(columns=[0.0, 1.0])
         best = interior.mean().idxmin()

@@ -24,7 +24,7 @@ from lora_lens.methods import Penalty
 from lora_lens.precision import autocast
 from lora_lens.readouts import Readout, ask
 from lora_lens.tasks import Examples, Task, shuffled_rows
-from lora_lens.training import Training
+from lora_lens.training_settings import Training
 
 MOST_ANSWERS = 5e8  # numbers that KLAnchor keeps: 2 GB
 

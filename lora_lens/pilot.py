@@ -15,20 +15,25 @@ from torch import nn
 from lora_lens.adapter import planned
 from lora_lens.advisor import Advice, check_weight, in_words, value_of
 from lora_lens.errors import InputError
-from lora_lens.foresight import foresee
 from lora_lens.layers import listed
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Task
 from lora_lens.tradeoffs import bootstrap_interval
-from lora_lens.window import Window
+from lora_lens.training_settings import SETTINGS
+from lora_lens.validate import instance, known_settings, number, sequence, whole_number
+from lora_lens.window import Placement, Window
 from lora_lens.window import windows as evenly_spaced
 
 USUAL_RATE = 5e-3  # with the middle window the best guess before any run; see data/measure_advisor.py
 RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 FINAL_SEEDS = 3
 HELD_OUT = 500  # examples of each task
+TAKEN = ("lr", "seed", "steps")  # by arguments of its own
+SETTINGS_OF_ALL = (
+    "targets", "alpha", "variant", "watch", "jobs", "progress", *(s for s in SETTINGS if s not in TAKEN),
+)  # fmt: skip
 
 
 def advise(
@@ -87,37 +92,44 @@ def advise(
         weight: of forgetting in the value, 0 or more.
         seed: of the held-out examples and of the short runs; the final ones have the three numbers after it.
         store: a folder that keeps the runs, as for ``sweep``; an interrupted pilot goes on from there.
-        settings: of :func:`lora_lens.sweep` and :class:`lora_lens.Training`, the same for all runs.
+        settings: targets, alpha, variant, watch, jobs and progress as for :func:`lora_lens.sweep`, and those
+            of :class:`lora_lens.Training`, the same for all runs.
 
     Returns:
         Advice whose evidence is, after a pilot, the table of all its runs as from ``sweep``, with rung
         (rates, windows or final), stands_for (the rate at full length; lr is that of the run) and value;
-        without training, the table of :func:`lora_lens.foresee`, which has no part in the choice.
+        without training, the windows: position, start and usual (whether it is the one that is advised).
+        What a gradient says of them is told by :func:`lora_lens.foresee`.
 
     Raises:
         ValueError: no retained task, a negative ``weight``, nothing to choose from, a rank or window that
             does not fit, too few examples to hold some out, or too small a budget; all before the first run.
     """
     check_weight(weight)
+    known_settings(settings, SETTINGS_OF_ALL, "advise")
+    steps = whole_number(steps, "steps", least=1)
+    seed = whole_number(seed, "seed", least=0)
+    budget = None if budget is None else whole_number(budget, "budget", least=0)
     if retain is None:
         raise InputError(
             "advice needs the task that the model knows: its forgetting is half of what is weighed"
         )
-    windows = list(windows) if windows is not None else evenly_spaced(rank, count=5)
-    rates = [float(rate) for rate in rates]
+    for name, given in (("task", task), ("retain", retain)):
+        instance(given, Task, name, "a task, such as from ll.folder_task or ll.text_task")
+    windows = evenly_spaced(rank, count=5) if windows is None else sequence(windows, "windows", "windows")
+    rates = [number(rate, "each rate", above=0) for rate in sequence(rates, "rates", "learning rates")]
     usual = _usual(windows, rates)
     short = _short_steps(budget, steps, len(rates) + len(windows) - 1)
     targets = settings.get("targets")
     checked = {key: settings[key] for key in ("targets", "alpha", "variant") if key in settings}
     for window in windows:
+        instance(window, Placement, "each of windows", "a window, such as those of ll.windows(rank=8)")
         planned(model, window, spectra=spectra, **checked)
-    judged = judged_on_training_examples(task, retain, seed) if short else {}
+    if not short:
+        return _untrained(usual, windows)
+    judged = judged_on_training_examples(task, retain, seed)
     if spectra is None:
         spectra = compute_spectra(model, targets, progress=False)
-    if not short:
-        known = retain.train.first(HELD_OUT)
-        evidence = foresee(model, task, known, windows, spectra=spectra, targets=targets, seed=seed)
-        return _untrained(usual, evidence)
     shared = {"model": model, "spectra": spectra, "store": store, "evaluations": 2, **settings, **judged}
     return _piloted(Pilot(windows, rates, usual, short, steps, weight, seed), shared)
 
@@ -232,10 +244,20 @@ def _how(pilot: Pilot, choice: Choice, spent: int) -> str:
     )
 
 
-def _untrained(usual: Choice, evidence: pd.DataFrame) -> Advice:
+def _untrained(usual: Choice, windows: Sequence[Window]) -> Advice:
     words = (
         f"Take {usual}. Nothing was trained: this is the usual choice, not one for this task, and its value "
-        "is unknown. The table tells how fast each window would start to learn, and what that would disturb."
+        "is unknown. ll.foresee tells how fast each window would start to learn, and what that would disturb."
+    )
+    evidence = pd.DataFrame(
+        [
+            {
+                "position": getattr(window, "position", None),
+                "start": getattr(window, "start", None),
+                "usual": window == usual.window,
+            }
+            for window in windows
+        ]
     )
     nothing = float("nan"), float("nan")
     return Advice(usual.window, usual.lr, float("nan"), nothing, words, evidence, "fixed")
@@ -271,8 +293,6 @@ def _usual(windows: Sequence[Window], rates: Sequence[float]) -> Choice:
     for name, values in (("windows", windows), ("rates", rates)):
         if len(set(values)) < len(values):
             raise InputError(f"{name} holds the same value twice: {listed(map(str, values))}")
-    if not all(rate > 0 for rate in rates):
-        raise InputError(f"rates must be positive, not {listed(map(str, rates))}")
     return Choice(windows[len(windows) // 2], min(rates, key=lambda rate: abs(log(rate / USUAL_RATE))))
 
 

@@ -9,6 +9,7 @@ from scipy.stats import rankdata
 
 from lora_lens.errors import InputError
 from lora_lens.tradeoffs import relative_updates, require_columns, resampled, window_columns
+from lora_lens.validate import whole_number
 
 WEIGHTED = (
     "inside", "above", "below", "mixed", "outside", "left_inside", "right_inside", "diagonal",
@@ -99,8 +100,7 @@ def predict_forgetting(
         ValueError: a column is missing, there are fewer than 3 windows and rates with a drift, all runs
             forgot the same, or ``folds`` or ``resamples`` is out of range.
     """
-    if not folds >= 2:
-        raise InputError(f"folds must be at least 2, not {folds!r}: one part is fitted, the other predicted")
+    folds = whole_number(folds, "folds", least=2)  # one part is fitted, the other predicted
     columns = list(dict.fromkeys(["run", *window_columns(table), *OUTSIDE, "forgetting"]))
     require_columns(table, columns)
     measured = by_run(drifts)
@@ -148,7 +148,8 @@ def _held_out_r2(
     drawn = resampled(len(cells), resamples, seed)
     wholes = whole[drawn].sum(1)
     some = wholes > 0  # not only windows and rates that forgot exactly what the others did
-    low, high = np.quantile(1 - residual[drawn].sum(1)[some] / wholes[some], [0.025, 0.975])
+    found = 1 - residual[drawn].sum(1)[some] / wholes[some]
+    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (np.nan, np.nan)
     r2 = 1 - residual.sum() / whole.sum()
     return {"r2": float(r2), "r2_low": float(low), "r2_high": float(high)}
 

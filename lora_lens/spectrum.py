@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from lora_lens import spectral_metrics
@@ -26,6 +25,7 @@ from lora_lens.errors import InputError, InputTypeError
 from lora_lens.factorization import Factors, product_svd, singular_values, some_components, thin_svd
 from lora_lens.layers import Targets, block_and_kind, check_finite, listed
 from lora_lens.progress import progress_bar
+from lora_lens.threads import limited_threads, thread_count
 from lora_lens.validate import flag, instance, sequence, suggestion
 from lora_lens.weights import Weight, weights
 from lora_lens.window import Placement, Window, require_fit
@@ -326,7 +326,7 @@ def _packed(
 
 def _side_by_side(work: Callable[[Weight], Spectrum], found: Sequence[Weight]) -> Iterator[Spectrum]:
     """In the order of completion. LAPACK gains little from threads on small matrices, so each gets one."""
-    threads = torch.get_num_threads()
+    threads = thread_count()
     small = [w for w in found if math.prod(w.shape) < SIDE_BY_SIDE]
     large = [w for w in found if math.prod(w.shape) >= SIDE_BY_SIDE]
     yield from _in_workers(work, small, workers=threads, blas=1)
@@ -339,15 +339,13 @@ def _in_workers(
     """BLAS shares a matrix among ``blas`` threads; torch's own, which would wait spinning, are off."""
     if not found:
         return
-    threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
-    try:
-        with threadpool_limits(blas, user_api="blas"):
+    with limited_threads(1, blas):
+        try:
             for finished in as_completed([pool.submit(work, weight) for weight in found]):
                 yield finished.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # threads to come take over what was set last
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _spectrum(

@@ -18,10 +18,12 @@ from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
 from lora_lens.errors import InputError
+from lora_lens.validate import choice, number, whole_number
 
 WINDOW = ["method", "rank", "position", "start"]
 SCORES = ["accuracy", "forgetting"]
 LEVEL = 0.05  # below this p value a U-shape is called one
+NO_CURVE = pd.DataFrame(columns=["step", "accuracy", "retained_accuracy"], dtype=float)
 FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
 
 
@@ -41,8 +43,7 @@ def bootstrap_interval(
     values = np.asarray(values, float).ravel()
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
-    if not 0 < level < 1:
-        raise InputError(f"level must be between 0 and 1, not {level!r}")
+    level = number(level, "level", above=0, below=1)
     if values.size == 1:
         return float("nan"), float("nan")
     means = values[resampled(len(values), resamples, seed)].mean(1)
@@ -54,9 +55,10 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
     """What every window gained and lost at each learning rate, all at the same number of steps.
 
     Returns:
-        One row per window and rate. Columns: method, rank, position, start, lr; seeds and diverged (how
-        many of them did); accuracy and forgetting (means over seeds), and each of the two with the
-        suffixes ``_low`` and ``_high``, its 95% interval (see :func:`bootstrap_interval`).
+        One row per window and rate. Columns: method, rank, position, start, lr; seeds (those with both
+        scores: a run that failed has none) and diverged (how many of them did); accuracy and forgetting
+        (means over seeds), and each of the two with the suffixes ``_low`` and ``_high``, its 95% interval
+        (see :func:`bootstrap_interval`).
 
     Raises:
         ValueError: a column is missing, or two runs share window, rate and seed.
@@ -85,8 +87,7 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
         ValueError: ``score`` is not accuracy or retained_accuracy, a column is missing, two runs share
             window, rate and seed, or no seed of a window was run at all its rates.
     """
-    if score not in ("accuracy", "retained_accuracy"):
-        raise InputError(f"score must be accuracy or retained_accuracy (larger is better), not {score!r}")
+    score = choice(score, "score", ("accuracy", "retained_accuracy"))
     rows = []
     for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
@@ -124,19 +125,20 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
         ValueError: ``accuracy`` is out of range, a column is missing, a run has no curve, or two runs
             share window, rate and seed.
     """
-    if not 0 <= accuracy <= 1:
-        raise InputError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
+    accuracy = number(accuracy, "accuracy (a share: 80% is 0.8)", least=0, most=1)
     require_columns(table, ["run"])
     require_columns(curves, ["run", "step", "accuracy", "retained_accuracy"])
     by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
-    without = [run for run in table["run"] if run not in by_run]
+    require_columns(table, ["retained_before"])
+    measured = table["retained_before"].notna()  # not of a run that failed
+    without = [run for run in table.loc[measured, "run"] if run not in by_run]
     if without:
         raise InputError(
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
     rows = []
     for names, group in groups(table, [*window_columns(table), "lr"], ["retained_before"]):
-        found = [_first_crossing(by_run[run], accuracy) for run in group["run"]]
+        found = [_first_crossing(by_run.get(run, NO_CURVE), accuracy) for run in group["run"]]
         step, retained = np.array(found, float).T
         there = ~np.isnan(step)
         forgotten = group["retained_before"].to_numpy(float) - retained
@@ -161,17 +163,22 @@ def relative_updates(drifts: pd.DataFrame) -> pd.Series:
     """How far each run moved its adapted weights, by run: sqrt(sum ||dW||_F^2 / sum ||W||_F^2) over layers.
 
     Args:
-        drifts: from :func:`lora_lens.drifts` (run, update, relative).
+        drifts: from :func:`lora_lens.drifts` (run, update, relative, and norm, which stores from before it
+            was kept lack: there a layer that a run left unmoved has the norm that it has in the other runs,
+            and is left out where none moved it).
 
     Raises:
         ValueError: a column is missing.
     """
     require_columns(drifts, ["run", "update", "relative"])
-    moved = drifts[drifts["update"] > 0]
-    squares = pd.DataFrame({"update": moved["update"], "weight": moved["update"] / moved["relative"]}) ** 2
-    sums = squares.groupby(moved["run"]).sum()
-    found = np.sqrt(sums["update"] / sums["weight"]).rename("update")
-    return found.reindex(drifts["run"].unique(), fill_value=0.0)
+    norms = drifts["norm"] if "norm" in drifts else pd.Series(np.nan, drifts.index)
+    norms = norms.fillna(drifts["update"] / drifts["relative"])
+    if "layer" in drifts:
+        norms = norms.fillna(norms.groupby(drifts["layer"]).transform("max"))
+    squares = pd.DataFrame({"update": drifts["update"], "weight": norms}) ** 2
+    sums = squares.groupby(drifts["run"], sort=False).sum()
+    still = sums["update"] == 0  # whatever its weights are
+    return np.sqrt(sums["update"] / sums["weight"].mask(still, 1.0)).rename("update")
 
 
 def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) -> pd.DataFrame:
@@ -204,8 +211,7 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
         ValueError: ``update`` is not positive, a column is missing, no run of the table has a drift, or two
             runs share window, rate and seed.
     """
-    if not update > 0:
-        raise InputError(f"update must be positive, a share of the weights' norm, not {update!r}")
+    update = number(update, "update (a share of the weights' norm)", above=0)
     require_columns(table, ["run"])
     require_columns(drifts, ["run"])
     if not table["run"].isin(drifts["run"]).any():
@@ -243,8 +249,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
         ValueError: ``tolerance`` is negative, a column is missing, two runs share window, rate and seed,
             or no seed of a window was run at all its rates.
     """
-    if not tolerance >= 0:
-        raise InputError(f"tolerance must be 0 or more, not {tolerance!r}")
+    tolerance = number(tolerance, "tolerance", least=0)
     rows = []
     for names, group in groups(table, window_columns(table), ["accuracy"]):
         by_seed = seeds_by_rate(group, "accuracy", names)
@@ -318,16 +323,16 @@ def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> 
 
 def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n) places of n values, drawn with replacement."""
-    if not resamples >= 1:
-        raise InputError(f"resamples must be at least 1, not {resamples!r}")
+    resamples = whole_number(resamples, "resamples", least=1)
     return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 
 def _summary(group: pd.DataFrame) -> dict[str, float]:
     """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate."""
-    row = {"seeds": len(group), "diverged": int(group["diverged"].sum())}
+    scored = group.dropna(subset=SCORES)
+    row = {"seeds": len(scored), "diverged": int(scored["diverged"].sum())}
     for score in SCORES:
-        row |= mean_and_interval(score, group[score])
+        row |= mean_and_interval(score, scored[score])
     return row
 
 
@@ -364,8 +369,11 @@ def groups(
 
 
 def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> pd.DataFrame:
-    """``score`` (seeds, rates), both ascending, of the seeds that were run at every rate."""
-    by_seed = group.pivot(index="seed", columns="lr", values=score).dropna()
+    """``score`` (seeds, rates), both ascending, of the seeds that were run at every rate.
+
+    A rate at which every run failed is no rate to choose.
+    """
+    by_seed = group.pivot(index="seed", columns="lr", values=score).dropna(axis=1, how="all").dropna()
     if by_seed.empty:
         raise InputError(
             f"no seed of {_named(names)} was run at all its rates {rates_in(group)}; "

@@ -2,83 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from operator import index
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens import metrics
-from lora_lens.errors import InputError
-from lora_lens.evaluation import Answers, evaluate
+from lora_lens.errors import InputError, InputTypeError
+from lora_lens.evaluation import Answers, check_examples, evaluate
 from lora_lens.frozen_prefix import frozen_prefix
 from lora_lens.methods import Penalty
-from lora_lens.precision import PRECISIONS, autocast
+from lora_lens.precision import autocast
+from lora_lens.processes import accelerator as accelerator_of_all
+from lora_lens.processes import average_gradients
 from lora_lens.progress import progress_bar
+from lora_lens.random_state import seeded
 from lora_lens.readouts import HeadReadout, Readout, ask
 from lora_lens.tasks import Task
+from lora_lens.training_settings import Training, training_with
+from lora_lens.validate import flag, instance, sequence, shown
 
 OWN_DROPOUT = 2**20  # between the seeds of two processes, whose dropout would be the same otherwise
-
-
-@dataclass(frozen=True)
-class Training:
-    """The settings of a run.
-
-    Attributes:
-        lr: AdamW's peak learning rate, for the adapter and the new head alike.
-        steps: optimizer steps.
-        batch_size: examples per step.
-        warmup: share of the steps in which the rate rises linearly from 0;
-            then it falls to 0 along a cosine.
-        weight_decay: AdamW's. 0 by default: decaying the factors of a window
-            would shrink pretrained components, which is forgetting by design.
-        evaluations: how many times both tasks are tested, evenly spaced from
-            before the first step to after the last; at least 2.
-        seed: of the new head, of the order of the examples and of the model's dropout.
-        precision: "float32", or "bfloat16" for matrix products in bfloat16, in training and in evaluation
-            (autocast; weights, gradients and the optimizer stay as they are). Processors with such units
-            are several times faster at it.
-    """
-
-    lr: float = 1e-3
-    steps: int = 150
-    batch_size: int = 64
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    evaluations: int = 5
-    seed: int = 0
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        checks = {
-            "lr": (self.lr > 0, "positive"),
-            "steps": (self.steps >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "evaluations": (self.evaluations >= 2, "at least 2"),
-            "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-        }
-        for name, (good, expected) in checks.items():
-            if not good:
-                raise InputError(f"{name} must be {expected}, not {getattr(self, name)!r}")
-        object.__setattr__(self, "seed", index(self.seed))
-
-    @property
-    def evaluation_steps(self) -> list[int]:
-        """The steps after which both tasks are tested, from 0 to ``steps``."""
-        return sorted({round(s) for s in np.linspace(0, self.steps, self.evaluations)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,10 +153,13 @@ def finetune(
 
     Raises:
         ValueError: there is nothing to train, a task does not fit the model (another tokenizer, texts that
-            are too long, no linear classifier, other classes than the model's head), the penalty does not
-            fit, or a batch has fewer examples than there are processes.
+            are too long, images of another size, no linear classifier, other classes than the model's head),
+            the penalty does not fit, or a batch has fewer examples than there are processes.
+        TypeError: an argument is of another type, or there is no such setting.
     """
-    config = replace(config or Training(), **settings)
+    config = training_with(settings, "finetune", config)
+    watch = _checked(model, task, retain, watch, penalty, readout, on_step)
+    progress = flag(progress, "progress")
     names = [t.name for t in watch]
     if len(set(names)) < len(names):
         raise InputError(f"two watched tasks have one name, and their rows could not be told apart: {names}")
@@ -213,7 +167,7 @@ def finetune(
     known = None if retain is None else retain.own_readout(model)
     watching = [(t, t.own_readout(model)) for t in watch]
     started = time.monotonic()
-    accelerator = _accelerator()
+    accelerator = accelerator_of_all()
     size = config.batch_size - int(config.batch_size * (penalty.share if penalty else 0))
     if size < accelerator.num_processes:
         raise InputError(
@@ -229,6 +183,8 @@ def finetune(
             f"there is nothing to train: {task.name} has no head of its own, and all of the model is frozen; "
             "attach an adapter first"
         )
+    for one, reading in [(task, readout), *([(retain, known)] if retain is not None else []), *watching]:
+        check_examples(model, one, reading, precision=config.precision)
     if accelerator.num_processes > 1:
         for p in parameters:  # all start as the main process does, whatever each has drawn or factorized
             p.data = broadcast(p.data)
@@ -272,7 +228,7 @@ def finetune(
     test(0)
     before = tested()
     diverged = stopped = False
-    with bar, _seeded(config.seed + OWN_DROPOUT * accelerator.process_index, device):
+    with bar, seeded(config.seed + OWN_DROPOUT * accelerator.process_index, device):
         batches = task.train.shuffled(size, config.seed)
         visits = config.steps * size
         prefix = frozen_prefix(model, readout, task.train, visits=visits, precision=config.precision)
@@ -291,7 +247,7 @@ def finetune(
             if not diverged:
                 optimizer.zero_grad()
                 loss.backward()
-                _average_gradients(accelerator, parameters)
+                average_gradients(accelerator, parameters)
                 optimizer.step()
                 schedule.step()
             if diverged or step in config.evaluation_steps:
@@ -323,28 +279,30 @@ def finetune(
     )
 
 
-def _accelerator() -> Accelerator:
-    """Several processes without a GPU share their work only if they are told that this is meant."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return Accelerator(cpu=several and not torch.accelerator.is_available())
-
-
-def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Every process steps with the mean of all gradients, sent as one vector."""
-    if accelerator.num_processes == 1:
-        return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    mean = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for parameter, part in zip(parameters, mean.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout follows the run's seed, and the global random state stays."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def _checked(
+    model: nn.Module,
+    task: Task,
+    retain: Task | None,
+    watch: Sequence[Task],
+    penalty: Penalty | None,
+    readout: Readout | None,
+    on_step: Callable[[Progress], object] | None,
+) -> tuple[Task, ...]:
+    """The watched tasks, after everything that :func:`finetune` is given was seen to be of its type."""
+    instance(model, nn.Module, "model", "a torch model, such as from ll.attach")
+    of_task = "a task, such as from ll.folder_task or ll.text_task"
+    instance(task, Task, "task", of_task)
+    instance(retain, (Task, type(None)), "retain", f"{of_task}, or None")
+    watch = sequence(watch, "watch", "tasks", one=Task)
+    for one in watch:
+        instance(one, Task, "each of watch", of_task)
+    expected = "a penalty such as ll.penalties.L2ToInitial(1.0), or None"
+    if penalty is not None and (isinstance(penalty, type) or not hasattr(penalty, "begin")):
+        raise InputTypeError(f"penalty must be {expected}, not {shown(penalty)}")
+    instance(readout, (nn.Module, type(None)), "readout", "what task.new_readout gives, or None")
+    if on_step is not None and not callable(on_step):
+        raise InputTypeError(f"on_step must be a function of a Progress, not {shown(on_step)}")
+    return watch
 
 
 def _train(model: nn.Module) -> None:

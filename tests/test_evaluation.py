@@ -32,6 +32,17 @@ def test_scores_by_hand():
     assert (found.accuracy, found.loss) == (0.5, 2.0)
 
 
+def test_nan_is_no_answer():
+    class Breaks(nn.Module):
+        def forward(self, model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor):
+            return torch.where(labels[:, None] == 0, float("nan"), torch.tensor([1.0, 5.0])), labels
+
+    labels = torch.tensor([0, 0, 1, 1])
+    examples = ll.Examples(torch.zeros(4, 2), labels)
+    answers = ll.evaluate(nn.Linear(2, 2), ll.Task("t", ("a", "b"), examples, examples), Breaks())
+    assert answers.accuracy == 0.5 and np.isnan(answers.loss)
+
+
 def test_a_classification_by_hand():
     model = nn.Sequential()
     model.head = nn.Linear(2, 2, bias=False)

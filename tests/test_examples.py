@@ -181,8 +181,8 @@ def test_processes_without_a_gpu_find_each_other(tmp_path):
     script = tmp_path / "processes.py"
     script.write_text(
         "import torch\n"
-        "from lora_lens.training import _accelerator\n"
-        "a = _accelerator()\n"
+        "from lora_lens.processes import accelerator\n"
+        "a = accelerator()\n"
         "mean = a.reduce(torch.tensor([float(a.process_index)]), 'mean').item()\n"
         "print(f'{a.process_index} of {a.num_processes}, mean {mean}\\n', end='', flush=True)\n"
     )

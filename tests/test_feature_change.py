@@ -28,6 +28,16 @@ def test_cka_is_one_for_features_that_are_turned_scaled_and_shifted(shape):
     assert cka(x.float(), y.float()) == pytest.approx(cka(x, y), abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 20), (50, 3)])
+def test_constant_features_have_no_cka_whatever_rounding_leaves(shape):
+    other = features(*shape, seed=0)
+    for value in (0.0, 0.1, 1e6 / 3):
+        constant = torch.full(shape, value, dtype=torch.float64) * torch.linspace(0.7, 1.3, shape[1])
+        assert math.isnan(cka(constant, other)) and math.isnan(cka(other, constant))
+    assert math.isnan(cka(other[:1], other[:1]))
+    assert cka(1e5 + other, other) == pytest.approx(1, abs=1e-6)
+
+
 def test_cka_of_independent_features_is_what_chance_gives():
     assert cka(features(20_000, 8, 0), features(20_000, 5, 1)) < 1e-3
     for n, p, q in [(400, 30, 60), (100, 300, 200)]:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.foresight import expected_change, first_gain, foresee
+from lora_lens.foresight import LayerSums, foresee
 from lora_lens.injection import lora_layers
 from lora_lens.probe import drawn, fitted_head
 from lora_lens.readouts import features_of
@@ -30,6 +31,13 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def linear(weight: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(*reversed(weight.shape), bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
 def test_the_expected_change_is_the_mean_over_all_signs():
     weight, inputs = matrix(3, 2, seed=0), matrix(5, 2, seed=1)
     spectrum = factorize("w", weight)
@@ -43,9 +51,11 @@ def test_the_expected_change_is_the_mean_over_all_signs():
             moved = torch.tensor(signs, dtype=torch.float64)
             update = moved[:3, None] @ a + b @ moved[None, 3:]
             changes.append(float((inputs @ update.T).square().sum(1).mean()))
-        change, output = expected_change(spectrum, window, inputs.T @ inputs / 5, weight)
-        assert change == pytest.approx(sum(changes) / len(changes), rel=1e-6)
-        assert output == pytest.approx(float((inputs @ weight.T).square().sum(1).mean()))
+        sums = LayerSums(linear(weight), spectrum, [window])
+        sums.add_inputs(inputs[:2])
+        sums.add_inputs(inputs[2:])
+        assert sums.change(window) == pytest.approx(sum(changes) / len(changes), rel=1e-5)
+        assert sums.output == pytest.approx(float((inputs @ weight.T).square().sum(1).mean()), rel=1e-5)
 
 
 def test_the_learning_is_the_size_of_the_adapter_s_own_gradient(model, task, spectra, table):
@@ -71,7 +81,42 @@ def test_a_first_gain_is_what_a_small_sign_step_gains():
     b, a, lr = left * roots, roots[:, None] * right, 1e-7
     after = (b - lr * (gradient @ a.T).sign()) @ (a - lr * (b.T @ gradient).sign())
     gain = float((gradient * (b @ a - after)).sum())
-    assert first_gain(spectrum, window, gradient) == pytest.approx(gain / lr, rel=1e-5)
+    sums = LayerSums(linear(weight), spectrum, [ll.Window(1, start=0), window])
+    sums.add_gradient(gradient - 1)
+    sums.add_gradient(torch.ones_like(gradient))
+    assert sums.learning(window) == pytest.approx(gain / lr, rel=1e-5)
+
+
+def test_a_layer_without_output_disturbs_nothing_and_gradients_are_left_alone(task, patch_vit):
+    dead = patch_vit.blocks[1].mlp.fc2
+    nn.init.zeros_(dead.weight)
+    patch_vit.head.weight.grad = marker = torch.ones_like(patch_vit.head.weight)
+    windows = ll.windows(rank=4, count=2)
+    few = task.train.first(16)
+    whole = foresee(patch_vit, task, few, windows, examples=16)
+    assert np.isfinite(whole[["learning", "disturbance", "ratio"]]).all(axis=None)
+    others = [name for name in ll.spectra(patch_vit, progress=False) if name != "blocks.1.mlp.fc2"]
+    assert (
+        whole["disturbance"].tolist()
+        == foresee(patch_vit, task, few, windows, examples=16, targets=others)["disturbance"].tolist()
+    )
+    alone = foresee(patch_vit, task, few, windows, examples=16, targets="blocks.1.mlp.fc2")
+    assert (alone["learning"] == 0).all() and alone[["disturbance", "ratio"]].isna().all(axis=None)
+    assert patch_vit.head.weight.grad is marker
+    assert all(p.grad is None for name, p in patch_vit.named_parameters() if name != "head.weight")
+
+
+def test_no_two_gradients_are_held_at_a_time(model, task, source, spectra):
+    held = []
+    weights = [model.get_submodule(name).weight for name in spectra]
+    handles = [
+        w.register_post_accumulate_grad_hook(lambda _: held.append(sum(p.grad is not None for p in weights)))
+        for w in weights
+    ]
+    foresee(model, task, source.train.first(8), WINDOWS, spectra=spectra, examples=8)
+    for handle in handles:
+        handle.remove()
+    assert len(held) == len(weights) and max(held) == 1
 
 
 def test_large_components_learn_faster_and_disturb_more(table):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from small_language import byte_tokenizer, part_of, small
@@ -157,6 +158,116 @@ def with_a_head_that_reads_every_block(_corpus: ll.Corpus) -> Trained:
     examples = ll.Examples(torch.randn(24, 8), torch.arange(24) % 2)
     task = ll.Task("two", ("a", "b"), examples, examples)
     return model, task.own_readout(model), task
+
+
+class Lateral(nn.Module):
+    """Four blocks and a way around the second, whose trained gate is closed; ``kind`` is how it is taken."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Lateral.Block() for _ in range(4))
+        self.head, self.kind = nn.Linear(8, 2), kind
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.matrix = nn.Linear(8, 8, bias=False)
+        nn.init.zeros_(self.matrix.weight)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
+            shared.setdefault("inside", self.linear(x))  # as keys and values that later blocks share
+            x += torch.tanh(self.linear(x))  # in place
+            return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, shared = [x.clone()], {}
+        for number, block in enumerate(self.blocks):
+            states.append(block(states[-1].clone(), shared))
+            if number == 1 and self.kind == "ladder":
+                shared["side"] = self.matrix(states[1].detach())
+        by_kind = {
+            "skip": lambda: self.gate * states[1],
+            "two gates": lambda: self.gate * self.matrix(states[1]),
+            "almost closed": lambda: torch.sigmoid(self.gate - 30) * states[1],
+            "detached": lambda: self.gate * states[1].detach(),
+            "ladder": lambda: shared["side"],
+            "shared inside": lambda: self.gate * shared["inside"],
+            "input of the second": lambda: self.gate * states[1].relu(),
+            "choice": lambda: self.gate * (states[1] > 0).float(),
+            "branch": lambda: states[1] if self.gate != 0 else 0.0,
+            "twice": lambda: 0 * self.blocks[1](states[3].clone(), shared),
+            "none": lambda: 0.0,
+        }
+        return self.head(states[-1] + by_kind[self.kind]())
+
+
+LATERAL = [
+    "skip", "two gates", "almost closed", "detached", "ladder", "shared inside", "input of the second",
+    "choice", "branch", "twice",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*LATERAL, "none"])
+def test_a_way_around_the_blocks_is_found_while_its_gate_is_closed(kind):
+    torch.manual_seed(0)
+    model = Lateral(kind).requires_grad_(False).train()
+    for part in (model.blocks[2], model.blocks[3], model.matrix):
+        part.requires_grad_(True)
+    model.gate.requires_grad_(True)
+    examples = ll.Examples(torch.randn(24, 8), torch.arange(24) % 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prefix = frozen_prefix(model, OwnHead(), examples, visits=OFTEN)
+    assert len(prefix.blocks) == (2 if kind == "none" else 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+class OfTheBatch(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / x.abs().max()
+
+
+class Counts(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * np.random.rand()  # noqa: NPY002 - as others do
+
+
+@pytest.mark.parametrize(("first", "kept"), [(nn.Linear, 2), (OfTheBatch, 0), (Counts, 0)])
+def test_states_that_depend_on_more_than_the_example_are_not_kept(first, kept):
+    torch.manual_seed(0)
+    model = nn.Sequential(first(8, 8), nn.Tanh(), nn.Linear(8, 2)).requires_grad_(False).train()
+    model[2].requires_grad_(True)
+    examples = ll.Examples(torch.randn(24, 8), torch.arange(24) % 2)
+    assert len(frozen_prefix(model, OwnHead(), examples, visits=OFTEN).blocks) == kept
+
+
+class Breaks(nn.Module):
+    """Between its blocks it counts on the first one's output."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 2)])
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        if x.shape[-1] != 6:
+            raise self.error
+        return self.blocks[2](self.blocks[1](x))
+
+
+def test_a_model_that_cannot_run_without_its_blocks_runs_with_them_but_memory_is_not_hidden():
+    examples = ll.Examples(torch.randn(24, 8), torch.arange(24) % 2)
+    for error, expected in ((ValueError("6 features"), None), (torch.OutOfMemoryError("full"), "full")):
+        model = Breaks(error).requires_grad_(False).train()
+        model.blocks[2].requires_grad_(True)
+        if expected is None:
+            assert not frozen_prefix(model, OwnHead(), examples, visits=OFTEN).blocks
+            continue
+        with pytest.raises(torch.OutOfMemoryError, match=expected):
+            frozen_prefix(model, OwnHead(), examples, visits=OFTEN)
 
 
 @pytest.mark.parametrize(

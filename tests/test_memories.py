@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
+from small_language import byte_tokenizer, part_of, small
 from small_sequences import LORA, SETTINGS, WINDOW, grid, pairs, retained, small_spectra, small_vit
 from torch import nn
 
 import lora_lens as ll
 from lora_lens.injection import lora_layers
 from lora_lens.memories import EWC, Orthogonal, Replay
+from lora_lens.readouts import ask
 from lora_lens.scenarios import ClassIncremental, DomainIncremental, TaskIncremental
 from lora_lens.strategies import Continued, Merged
 
@@ -81,6 +84,35 @@ def test_fisher_is_the_mean_squared_gradient_for_answers_that_the_model_draws():
             exact += log.exp().detach() * torch.autograd.grad(log, p, retain_graph=True)[0].square()
     assert len(task.train) == 40
     assert float((mean - exact / 40).norm() / (exact / 40).norm()) < 0.15
+
+
+def test_fisher_of_a_language_task_is_that_of_whole_examples():
+    """By hand: for each block the gradient of the sum of the drawn tokens' log-probabilities, squared."""
+    model = ll.attach(disturbed(small("llama"), 0.1), ll.LoRA(2))
+    corpus = ll.language_task(part_of("movies", 12, 4), byte_tokenizer(), block=24)
+    scenario = TaskIncremental([corpus, replace(corpus, name="other")])
+    scenario.prepare(model, 0)
+    scenario.begin(0, model, 0)
+    disturbed(model)
+    task, readout = scenario.trained(0)
+    kept = EWC(1, examples=2).learnt({}, model, scenario, 0, CONFIG)
+
+    generator = torch.Generator().manual_seed(CONFIG.seed)
+    expected = {name: torch.zeros_like(p) for name, p in trained(model).items()}
+    for row in torch.randperm(len(task.train), generator=generator)[:2]:
+        logs = ask(readout, model, task.train, row[None])[0].log_softmax(-1)
+        assert len(logs) == 23
+        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)[:, 0]
+        whole = {name: torch.zeros_like(p) for name, p in trained(model).items()}
+        for token, log in zip(drawn, logs, strict=True):
+            found = torch.autograd.grad(log[token], list(trained(model).values()), retain_graph=True)
+            for total, gradient in zip(whole.values(), found, strict=True):
+                total += gradient
+        for name, gradient in whole.items():
+            expected[name] += gradient.square() / 2
+    for name, value in expected.items():
+        torch.testing.assert_close(kept[f"fisher model.{name}"], value, rtol=1e-3, atol=1e-7)
+    assert sum(float(value.sum()) for value in expected.values()) > 0
 
 
 @pytest.mark.parametrize("kind", [TaskIncremental, DomainIncremental, ClassIncremental])
@@ -256,18 +288,30 @@ def filled(size: int, places: int, kind: type = TaskIncremental):
     return scenario, kept, history
 
 
-@pytest.mark.parametrize("size", [1, 7, 20, 200])
+@pytest.mark.parametrize("size", [4, 7, 20, 200])
 def test_the_buffer_is_even_within_its_size_and_keeps_what_it_drew_first(size):
     _, _, history = filled(size, 4)
     for after, kept in enumerate(history, start=1):
         assert list(kept) == [str(place) for place in range(after)]
         lengths = {len(rows) for rows in kept.values()}
-        assert lengths == {min(40, max(1, size // after))}  # 40 training examples in each
-        assert sum(len(rows) for rows in kept.values()) <= max(size, after)
+        assert lengths == {min(40, size // after)}  # 40 training examples in each
+        assert sum(len(rows) for rows in kept.values()) <= size
         assert all(len(set(rows.tolist())) == len(rows) for rows in kept.values())
     for earlier, later in itertools.pairwise(history):
         for name, rows in earlier.items():
             assert torch.equal(later[name], rows[: len(later[name])])
+
+
+def test_a_buffer_smaller_than_the_tasks_keeps_its_size_and_favours_none():
+    scenario, memory, seen = begun(TaskIncremental, 4), Replay(2), torch.zeros(4)
+    for seed in range(300):
+        kept: dict[str, torch.Tensor] = {}
+        for place in range(4):
+            kept = memory.learnt(kept, small_vit(), scenario, place, ll.Training(seed=1000 * place + seed))
+            assert sum(len(rows) for rows in kept.values()) == 2
+        assert len(kept) == 2
+        seen[[int(name) for name in kept]] += 1
+    assert ((seen / 300 - 0.5).abs() < 0.11).all()  # four standard errors
 
 
 class Watched(nn.Module):
@@ -348,8 +392,9 @@ def test_memories_are_plain_values():
         Replay(0)
     with pytest.raises(ValueError, match="examples must be at least 1, not 0"):
         EWC(1, examples=0)
-    with pytest.raises(TypeError):
-        Replay(2.5)
+    for wrong in (lambda: Replay(2.5), lambda: Replay(True), lambda: EWC("1")):
+        with pytest.raises(TypeError):
+            wrong()
 
 
 def test_learning_leaves_the_model_as_it_was():

@@ -62,6 +62,15 @@ def test_a_u_shape_is_found_and_a_slope_is_not():
     assert not slope["u_shape"]
 
 
+def test_a_seed_that_misses_a_window_takes_no_part():
+    table = swept({0.0: [0.3, 0.3], 0.5: [0.1, 0.2], 1.0: [0.3, np.nan]})
+    row = metrics.ends_and_interior(table).iloc[0]
+    assert (row["first"], row["best"], row["last"]) == pytest.approx((0.3, 0.1, 0.3))
+    table.loc[(table["position"] == 0) & (table["seed"] == 0), "forgetting"] = np.nan
+    with pytest.raises(ValueError, match="no seed was run at every position"):
+        metrics.ends_and_interior(table)
+
+
 def test_a_comparison_without_both_ends_is_refused():
     with pytest.raises(ValueError, match="needs windows at positions 0, 1 and between"):
         metrics.ends_and_interior(swept({0.0: [0.5], 0.5: [0.2]}))

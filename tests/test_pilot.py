@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_lens as ll
+from lora_lens import pilot
 from lora_lens.pilot import advise, judged_on_training_examples, unless_better
 
 SMALL = {"steps": 4, "batch_size": 16, "progress": False, "jobs": 1}
@@ -109,12 +110,17 @@ def test_with_nothing_to_choose_from_only_the_final_runs_are_made(quick):
     assert "nothing else to choose from" in advice.words
 
 
-def test_without_a_budget_the_usual_choice_comes_with_what_is_foreseen(experiment):
-    advice = advise(**experiment, rank=4)
+def test_without_a_budget_the_usual_choice_comes_and_the_model_does_not_run(
+    experiment, patch_vit, monkeypatch
+):
+    patch_vit.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    monkeypatch.setattr(pilot, "compute_spectra", lambda *_, **__: pytest.fail("weights were factorized"))
+    advice = advise(**experiment | {"model": patch_vit, "spectra": None}, rank=4)
     assert (advice.window, advice.lr) == (ll.Window.middle(4), 5e-3)
     assert (advice.rule, advice.spent) == ("fixed", 0)
     assert np.isnan([advice.value, *advice.interval]).all()
     assert advice.evidence["position"].tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert advice.evidence["usual"].tolist() == [False, False, True, False, False]
     assert "Nothing was trained" in advice.words
 
 
@@ -157,8 +163,16 @@ def test_what_cannot_be_advised_is_met_before_the_first_run(experiment, tmp_path
         asked(rates=[])
     with pytest.raises(ValueError, match=r"rates holds the same value twice: 0.01, 0.01"):
         asked(rates=[0.01, 0.01])
-    with pytest.raises(ValueError, match=r"rates must be positive, not 0.0, 0.01"):
+    with pytest.raises(ValueError, match=r"each rate must be positive and finite, not 0.0"):
         asked(rates=[0, 0.01])
     with pytest.raises(ValueError, match="has 4 training examples: a pilot needs at least 5"):
         asked(task=digits.subset(4, 1))
+    with pytest.raises(TypeError, match="advise has no setting 'learning_rate'; there are targets, alpha"):
+        asked(learning_rate=1e-3)
+    with pytest.raises(TypeError, match="advise has no setting 'batchsize'; did you mean 'batch_size'"):
+        asked(batchsize=3)
+    with pytest.raises(TypeError, match=r"steps must be a whole number, not 1\.5"):
+        asked(steps=1.5)
+    with pytest.raises(TypeError, match="retain must be a task"):
+        asked(retain=[1])
     assert not (tmp_path / "s").exists()

@@ -62,13 +62,34 @@ def test_one_value_has_no_interval_and_none_or_missing_ones_are_refused():
     for values in ([], [0.1, np.nan]):
         with pytest.raises(ValueError, match="none of them missing"):
             tradeoffs.bootstrap_interval(values)
-    with pytest.raises(ValueError, match="level must be between"):
+    with pytest.raises(ValueError, match="level must be in"):
         tradeoffs.bootstrap_interval([1, 2], level=95)
     with pytest.raises(ValueError, match="resamples must be at least 1"):
         tradeoffs.bootstrap_interval([1, 2], resamples=0)
 
 
 # at equal and at the best rates
+
+
+def test_a_run_that_failed_is_left_out_and_counted_nowhere():
+    table = runs({(p, lr): [0.8, 0.6, 0.7] for p in (0.0, 0.5, 1.0) for lr in (0.1, 0.2, 0.4)})
+    failed = (table["lr"] == 0.4) | ((table["lr"] == 0.2) & (table["seed"] == 0) & (table["position"] == 0.5))
+    measures = ["accuracy", "retained_before", "retained_accuracy", "forgetting", "diverged"]
+    table[measures] = table[measures].astype(object).where(~failed, None)
+    rows = tradeoffs.at_equal_rate(table).set_index(["position", "lr"])
+    assert rows.loc[(0.5, 0.2), ["seeds", "accuracy"]].tolist() == [2, pytest.approx(0.65)]
+    assert rows.loc[(0.0, 0.4), "seeds"] == 0 and np.isnan(rows.loc[(0.0, 0.4), "accuracy"])
+    best = tradeoffs.at_own_best_rate(table).set_index("position")
+    assert best["lr"].tolist() == [0.1] * 3 and best["seeds"].tolist() == [3, 2, 3]
+    assert best["rates"].tolist() == [2, 2, 2]
+    assert tradeoffs.rate_robustness(table)["highest"].tolist() == [0.2] * 3
+    steps = [
+        {"run": r, "step": s, "accuracy": s, "retained_accuracy": 0.5}
+        for r in table.loc[~failed, "run"]
+        for s in (0, 1)
+    ]
+    reached = tradeoffs.at_matched_accuracy(table, pd.DataFrame(steps), 0.5).set_index(["position", "lr"])
+    assert reached.loc[(0.5, 0.2), ["seeds", "reached"]].tolist() == [3, 2]
 
 
 def test_means_at_equal_rates_come_with_seeds_and_intervals():
@@ -216,6 +237,11 @@ def test_the_relative_update_of_a_run_is_over_all_its_layers():
     sizes = tradeoffs.relative_updates(table)
     assert sizes["a"] == pytest.approx(0.1) and sizes["c"] == 0
     other = drifts({"a": [0.3, 0.1]})
+    one_still = drifts({"a": [0.1, 0.0], "b": [0.1, 0.1]})  # norms 3 and 4; a's second layer never moved
+    assert tradeoffs.relative_updates(one_still)["a"] == pytest.approx(0.3 / 5)
+    assert tradeoffs.relative_updates(one_still[one_still["run"] == "a"].assign(norm=[3.0, 4.0]))["a"] == (
+        pytest.approx(0.3 / 5)
+    )
     assert tradeoffs.relative_updates(other)["a"] == pytest.approx(np.hypot(0.9, 0.4) / 5)
     with pytest.raises(ValueError, match="no column relative"):
         tradeoffs.relative_updates(table.drop(columns="relative"))
@@ -306,7 +332,7 @@ def test_runs_that_moved_nothing_or_have_no_drift_span_nothing_and_equally_far_o
 def test_matching_updates_refuses_what_is_no_size_and_the_drifts_of_other_runs():
     table, moved = updated({(0.5, 0.1): [0.1]}, accuracy={(0.5, 0.1): [0.8]})
     for size in (0, -0.1, np.nan):
-        with pytest.raises(ValueError, match="update must be positive"):
+        with pytest.raises(ValueError, match=r"update .* must be positive"):
             tradeoffs.at_matched_update(table, moved, size)
     with pytest.raises(ValueError, match="none of the table's runs has"):
         tradeoffs.at_matched_update(table, moved.assign(run="x"), 0.1)
@@ -332,7 +358,7 @@ def test_a_best_rate_at_the_end_of_the_grid_is_marked_and_has_no_collapse():
     row = tradeoffs.rate_robustness(runs({(0.5, 0.1): [0.2], (0.5, 0.2): [0.9]}), tolerance=0).iloc[0]
     assert row["at_grid_end"] and np.isnan(row["collapse"]) and row["octaves"] == 0
     assert np.isnan(row["octaves_low"]) and np.isnan(row["accuracy_low"])
-    with pytest.raises(ValueError, match="tolerance must be 0 or more"):
+    with pytest.raises(ValueError, match="tolerance must be at least 0"):
         tradeoffs.rate_robustness(runs({(0.5, 0.1): [0.2]}), tolerance=-1)
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -11,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import lora_lens as ll
+from lora_lens.errors import LoraLensError
 from lora_lens.heads import classifier
 from lora_lens.readouts import HeadReadout, features_of
 from lora_lens.tasks import shuffled_rows
@@ -182,16 +186,83 @@ def test_batches_visit_every_example_before_any_comes_again():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"lr": 0}, "lr must be positive, not 0"),
-        ({"lr": float("nan")}, "lr must be positive, not nan"),
+        ({"lr": 0}, "lr must be positive and finite, not 0"),
+        ({"lr": float("nan")}, "lr must be positive and finite, not nan"),
+        ({"lr": float("inf")}, "lr must be positive and finite, not inf"),
+        ({"lr": "1e-3"}, "lr must be a number, not '1e-3'"),
+        ({"steps": 1.5}, "steps must be a whole number, not 1.5"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite, not nan"),
+        ({"precision": "bfloat"}, "not 'bfloat'; did you mean 'bfloat16'"),
+        ({"precision": torch.bfloat16}, "precision must be one of 'float32', 'bfloat16', not dtype torch"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"warmup": 1.0}, "warmup must be in"),
         ({"evaluations": 1}, "evaluations must be at least 2"),
     ],
 )
 def test_impossible_settings_are_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message) as met:
         ll.Training(**setting)
+    assert isinstance(met.value, LoraLensError)
+
+
+def test_settings_are_plain_numbers_whatever_they_came_as():
+    given = {"steps": np.int64(3), "lr": np.float32(0.5), "seed": torch.tensor(7), "warmup": 0}
+    config = ll.Training(**given, batch_size=np.array(2))
+    assert config == ll.Training(steps=3, lr=0.5, seed=7, warmup=0.0, batch_size=2)
+    assert [type(getattr(config, n)) for n in ("steps", "lr", "seed", "warmup", "batch_size")] == [
+        int, float, int, float, int,
+    ]  # fmt: skip
+    assert json.loads(json.dumps(asdict(config))) == asdict(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": 1e-3}, "finetune has no setting 'learning_rate'; did you mean 'lr'"),
+        ({"step": 3}, "finetune has no setting 'step'; did you mean 'steps'"),
+        ({"config": {"lr": 1e-3}}, r"config must be an ll.Training, not \{'lr': 0.001\}"),
+        ({"model": None}, "model must be a torch model, .* not None"),
+        ({"task": None}, "task must be a task, .* not None"),
+        ({"retain": ["mnist"]}, r"retain must be a task, .* or None, not \['mnist'\]"),
+        ({"watch": "digits"}, "watch must be a sequence of tasks"),
+        ({"watch": [None]}, "each of watch must be a task, .* not None"),
+        ({"penalty": "l2"}, "penalty must be a penalty such as .* not 'l2'"),
+        ({"penalty": ll.penalties.L2ToInitial}, "penalty must be a penalty such as"),
+        ({"readout": "head"}, "readout must be what task.new_readout gives, or None, not 'head'"),
+        ({"on_step": 3}, "on_step must be a function of a Progress, not 3"),
+        ({"progress": "no"}, "progress must be True or False, not 'no'"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(adapted, pair, given, message):
+    with pytest.raises(TypeError, match=message) as met:
+        ll.finetune(**{"model": adapted, "task": pair[0]} | given)
+    assert isinstance(met.value, LoraLensError)
+
+
+def test_one_task_to_watch_needs_no_list_and_what_is_tested_beside_changes_nothing(adapted, alone, pair):
+    run = ll.finetune(adapted, pair[0], watch=pair[1], **SHORT)
+    assert run.watched["task"].tolist() == [pair[1].name]
+    learnt = ["step", "loss", "accuracy", "test_loss"]
+    pd.testing.assert_frame_equal(run.curve[learnt], alone.curve[learnt], check_exact=True)
+
+
+@pytest.mark.parametrize("role", ["task", "retain", "watch"])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 28, 28)])
+def test_images_that_the_model_cannot_take_are_met_before_the_first_step(adapted, pair, role, shape):
+    def unfit(examples: ll.Examples) -> ll.Examples:
+        return ll.Examples(torch.zeros(len(examples), *shape), examples.labels)
+
+    wrong = ll.Task("wrong", pair[0].classes, unfit(pair[0].train), unfit(pair[0].test))
+    tasks = {"task": pair[0], "retain": pair[1]} | {role: wrong}
+    message = re.escape(
+        f"VisionTransformer cannot take the train examples of wrong, each {shape} of float32: "
+    )
+    with pytest.raises(ValueError, match=message) as met:
+        ll.finetune(adapted, **tasks, **SHORT, on_step=lambda _: pytest.fail("it began"))
+    assert isinstance(met.value, LoraLensError)
 
 
 def test_a_retained_task_that_is_not_the_head_s_is_refused(model, small):
