@@ -115,7 +115,7 @@ def advise(
     if spectra is None:
         spectra = compute_spectra(model, targets, progress=False)
     if not short:
-        known = retain.train.first(HELD_OUT)
+        known = retain.train.sampled(HELD_OUT, seed)
         evidence = foresee(model, task, known, windows, spectra=spectra, targets=targets, seed=seed)
         return _untrained(usual, evidence)
     shared = {"model": model, "spectra": spectra, "store": store, "evaluations": 2, **settings, **judged}

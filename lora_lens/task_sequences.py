@@ -125,7 +125,7 @@ def split_fashion(train: int = 2000, test: int = 400) -> list[Task]:
         ValueError: there are not as many examples; a file is damaged.
         FileNotFoundError: a file is missing.
     """
-    return [task.subset(train, test) for task in split(embedded.fashion())]
+    return [task.first(train, test) for task in split(embedded.fashion())]
 
 
 def fashion_digits_corrupted_rotated(train: int = 2000, test: int = 400) -> list[Task]:
@@ -141,7 +141,7 @@ def fashion_digits_corrupted_rotated(train: int = 2000, test: int = 400) -> list
         ValueError: there are not as many examples; a file is damaged.
         FileNotFoundError: a file is missing.
     """
-    fashion, digits = (whole.subset(train, test) for whole in (embedded.fashion(), embedded.digits()))
+    fashion, digits = (whole.first(train, test) for whole in (embedded.fashion(), embedded.digits()))
     return [fashion, digits, corrupted(digits, "gaussian_noise", 3), rotated(fashion, 90)]
 
 
@@ -163,4 +163,4 @@ def text_corpora(
         FileNotFoundError: a file is missing.
     """
     corpora = map(embedded_texts.sentiment, embedded_texts.CORPORA)
-    return [text_task(corpus, tokenizer, pooling=pooling).subset(train, test) for corpus in corpora]
+    return [text_task(corpus, tokenizer, pooling=pooling).first(train, test) for corpus in corpora]

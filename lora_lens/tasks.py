@@ -7,7 +7,8 @@ the model can do already. So the same loop serves images, texts and language mod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,8 @@ from lora_lens.errors import InputError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.layers import classifier
 from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model
+from lora_lens.sampling import sampled_rows
+from lora_lens.validate import whole_number
 
 EVALUATION_BATCH = 500
 
@@ -62,6 +65,10 @@ class Examples:
     def first(self, count: int) -> Examples:
         """The first ``count`` examples; all of them if there are fewer."""
         return self.take(torch.arange(min(count, len(self))))
+
+    def sampled(self, count: int, seed: int = 0) -> Examples:
+        """``count`` examples that stand for all, see :func:`lora_lens.sampling.sampled_rows`."""
+        return self if count >= len(self) else self.take(sampled_rows(self.labels, count, seed))
 
     def batch(self, rows: Tensor) -> Tensor:
         """Some examples' inputs, as the model takes them."""
@@ -162,16 +169,57 @@ class Task:
         for examples in (self.train, self.test):
             examples.check_fit(inner_model(model))
 
-    def subset(self, train: int | None = None, test: int | None = None) -> Task:
-        """The same task with the first ``train`` training and ``test`` test examples."""
-        for asked, examples in ((train, self.train), (test, self.test)):
-            if asked is not None and not 1 <= asked <= len(examples):
-                raise InputError(f"{self.name} has {len(examples)} examples there; asked for {asked}")
-        return replace(
-            self,
-            train=self.train if train is None else self.train.first(train),
-            test=self.test if test is None else self.test.first(test),
-        )
+    def subset(self, train: int | None = None, test: int | None = None, *, seed: int = 0) -> Task:
+        """The same task with fewer examples, drawn at random; every class keeps its share.
+
+        Each class keeps at least one example where as many are asked for. The examples keep their order; a
+        smaller subset is part of a larger one with the same seed.
+
+        Args:
+            train, test: how many training and test examples; None for all.
+            seed: of the draw.
+
+        Raises:
+            ValueError: there are not as many examples, or a number is out of range.
+            TypeError: a number is not whole.
+        """
+        seed = whole_number(seed, "seed", least=0)
+        return self._fewer(train, test, lambda examples, count: examples.sampled(count, seed))
+
+    def first(self, train: int | None = None, test: int | None = None) -> Task:
+        """The same task with its first ``train`` training and ``test`` test examples, whatever their classes.
+
+        For data in an order without meaning, as the embedded tasks are; :meth:`subset` draws. It warns where
+        examples sorted by class lose some of their classes.
+
+        Raises:
+            ValueError, TypeError: as :meth:`subset`.
+        """
+        return self._fewer(train, test, self._first_of)
+
+    def _fewer(
+        self, train: int | None, test: int | None, chosen: Callable[[Examples, int], Examples]
+    ) -> Task:
+        parts = {}
+        for part, count in (("train", train), ("test", test)):
+            if count is None:
+                continue
+            examples, count = getattr(self, part), whole_number(count, part, least=1)
+            if count > len(examples):
+                raise InputError(f"{self.name} has {len(examples)} {part} examples; asked for {count}")
+            parts[part] = chosen(examples, count)
+        return replace(self, **parts)
+
+    def _first_of(self, examples: Examples, count: int) -> Examples:
+        found, labels = examples.first(count), examples.labels
+        lost = len(labels.unique()) - len(found.labels.unique())
+        if lost and bool((labels.diff() >= 0).all()):
+            warnings.warn(
+                f"the examples of {self.name} are sorted by class, and the first {count} lack {lost} of the "
+                "classes; subset draws from all",
+                stacklevel=4,
+            )
+        return found
 
     def fingerprint(self) -> str:
         """A hash of the classes, all examples and the readout, equal exactly when the tasks are."""

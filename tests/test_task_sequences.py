@@ -20,7 +20,7 @@ from lora_lens.task_sequences import (
 
 @pytest.fixture(scope="module")
 def small(digits) -> ll.Task:
-    return digits.subset(train=400, test=100)
+    return digits.first(train=400, test=100)
 
 
 def test_a_split_has_every_example_once_with_its_class(small):
