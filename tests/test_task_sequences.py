@@ -128,7 +128,7 @@ def test_fashion_is_split_into_five_pairs_of_the_size_asked_for():
     assert {(len(t.classes), len(t.train), len(t.test)) for t in tasks} == {(2, 2000, 400)}
     assert all(150 <= n <= 250 for t in tasks for n in t.test.labels.bincount().tolist())
     assert {(len(t.train), len(t.test)) for t in split_fashion(train=50, test=20)} == {(50, 20)}
-    with pytest.raises(ValueError, match="only T-shirt, trouser has 2000 examples there; asked for 2001"):
+    with pytest.raises(ValueError, match="only T-shirt, trouser has 2000 train examples; asked for 2001"):
         split_fashion(train=2001)
 
 
