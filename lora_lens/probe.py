@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lens.errors import InputError
 from lora_lens.evaluation import example_features
 from lora_lens.tasks import Examples, Task, fresh_head
-from lora_lens.validate import whole_number
+from lora_lens.validate import instance, whole_number
 
 DECAY = 1e-3  # of the head's weights, so that separable classes have a head of finite size
 ITERATIONS = 100
@@ -32,6 +32,7 @@ def probed(model: nn.Module, task: Task, examples: int | None = None) -> Task:
     Raises:
         ValueError: the task is no classification by a head, or does not fit the model.
     """
+    instance(task, Task, "task", "a Task, as lora_lens.text_task and folder_task make them")
     if type(task) is not Task:
         raise InputError(
             f"{task.name} is read from the model's own words, so no head is fitted to it; retain it as it is"

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lora_lens.errors import InputError
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.layers import classifier
-from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model
+from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_runs
 from lora_lens.sampling import sampled_rows
-from lora_lens.validate import whole_number
+from lora_lens.validate import choice, instance, sequence, shown, whole_number
 
 EVALUATION_BATCH = 500
 
@@ -37,7 +37,13 @@ class Examples:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if len(self.inputs) == 0 or len(self.inputs) != len(self.labels):
+        for name in ("inputs", "labels"):
+            instance(getattr(self, name), Tensor, name, "a tensor (torch.as_tensor makes one of an array)")
+        if not self.inputs.is_floating_point():
+            raise InputError(
+                f"inputs must be floating point, as the model takes them, not {self.inputs.dtype}"
+            )
+        if self.inputs.ndim == 0 or len(self.inputs) == 0 or len(self.inputs) != len(self.labels):
             raise InputError(
                 f"expected as many labels as inputs, not {len(self.inputs)} inputs "
                 f"and {len(self.labels)} labels"
@@ -85,6 +91,10 @@ class Examples:
     def check_fit(self, model: nn.Module) -> None:
         """What can be said before the model has seen a batch; nothing of images."""
 
+    def trial(self) -> Tensor:
+        """A batch to try whether a model takes it."""
+        return self.inputs[:1]
+
     def add_to(self, digest: Digest) -> None:
         """Hash all that they hold."""
         for tensor in (self.inputs, self.labels):
@@ -105,6 +115,7 @@ class Task:
 
     Raises:
         ValueError: a label outside ``classes``, another pooling, or a head of another size.
+        TypeError: an attribute of another type.
     """
 
     name: str
@@ -115,6 +126,7 @@ class Task:
     head: nn.Linear | None = None
 
     def __post_init__(self) -> None:
+        self._check_parts()
         for part in ("train", "test"):
             labels = getattr(self, part).labels
             low, high = int(labels.min()), int(labels.max())
@@ -123,12 +135,27 @@ class Task:
                     f"{self.name}: {part} labels run from {low} to {high}, outside the head's "
                     f"{len(self.classes)} classes (0 to {len(self.classes) - 1})"
                 )
-        if self.pooling not in POOLINGS:
-            raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+        choice(self.pooling, "pooling", POOLINGS)
+        if self.head is not None:
+            instance(self.head, nn.Linear, "head", "an nn.Linear, as lora_lens.probed fits it")
         if self.head is not None and self.head.out_features != len(self.classes):
             raise InputError(
                 f"{self.name} has {len(self.classes)} classes, but its head has {self.head.out_features}"
             )
+
+    def _check_parts(self) -> None:
+        instance(self.name, str, "name", "a string")
+        classes = sequence(self.classes, "classes", "names")
+        for name in classes:
+            instance(name, str, "a class's name", "a string")
+        object.__setattr__(self, "classes", classes)
+        for part in ("train", "test"):
+            examples = getattr(self, part)
+            if not hasattr(examples, "in_batches"):
+                raise InputTypeError(
+                    f"{self.name}: {part} must be lora_lens.Examples, or texts from lora_lens.text_task, not "
+                    f"{shown(examples)}"
+                )
 
     def new_readout(self, model: nn.Module, seed: int) -> Readout:
         """What is to be trained beside the model: a new head, which ``seed`` determines.
@@ -165,9 +192,14 @@ class Task:
         return OwnHead()
 
     def check_fit(self, model: nn.Module) -> None:
-        """Raises ValueError where the examples cannot be this model's inputs."""
+        """Raises ValueError where the examples cannot be this model's inputs, of which it sees one or two."""
+        inner, seen = inner_model(instance(model, nn.Module, "model", "a torch model")), set()
         for examples in (self.train, self.test):
-            examples.check_fit(inner_model(model))
+            examples.check_fit(inner)
+            shape = examples.inputs.shape[1:] if isinstance(examples, Examples) else None
+            if self.pooling == "model" and shape not in seen:
+                require_runs(inner, examples.trial(), self.name)
+                seen.add(shape)
 
     def subset(self, train: int | None = None, test: int | None = None, *, seed: int = 0) -> Task:
         """The same task with fewer examples, drawn at random; every class keeps its share.

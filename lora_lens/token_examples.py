@@ -141,6 +141,10 @@ class TokenExamples:
                 f"{positions}; make the task with most_tokens={positions} or less"
             )
 
+    def trial(self) -> dict[str, Tensor]:
+        """A batch to try whether a model takes it: the two shortest texts."""
+        return self.batch(self.lengths.argsort(stable=True)[:2])
+
     def add_to(self, digest: Digest) -> None:
         """Hash all that they hold."""
         for tensor in (self.tokens, self.lengths, self.labels):

@@ -62,7 +62,7 @@ def window_explorer(
         model: the pretrained model; it is only read.
         spectra: its spectra. The layers to look at are those whose inputs are an image's tokens on a
             square grid, or a text's tokens: linear layers, no convolutions.
-        task: what the model can do, by itself or with the head of :func:`lora_lens.probed`; some test
+        task: what the model can do, by itself or with the head of :func:`lora_lens.probed`; its first test
             examples are shown, images (n, channels, height, width) or texts.
         rank: of the window at first.
         images: how many test images or texts to show with their predictions.
@@ -73,7 +73,7 @@ def window_explorer(
             model cannot do the task.
     """
     require_spectra(spectra)
-    examples = task.test.sampled(images)
+    examples = task.test.first(images)
     look = _look_of(task, examples)
     device = next(model.parameters()).device
     before = _logits(model, task, examples)

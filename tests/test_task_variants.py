@@ -80,7 +80,7 @@ def test_blur_and_contrast_keep_each_image_s_mean_and_need_no_seed(small):
 
 
 def test_corruptions_that_do_not_exist_are_refused(small):
-    with pytest.raises(ValueError, match="one of gaussian_noise, gaussian_blur, contrast, not 'fog'"):
+    with pytest.raises(ValueError, match=r"kind must be one of 'gaussian_noise', .*, not 'fog'"):
         corrupted(small, "fog", 3)
     for severity in (0, 6):
         with pytest.raises(ValueError, match=f"severity must be 1 to 5, not {severity}; for clean inputs"):
@@ -236,7 +236,7 @@ def test_classes_that_make_no_task_are_refused(classes, message):
 
 
 def test_classes_must_be_a_list_and_their_names_unambiguous():
-    with pytest.raises(TypeError, match="not the one string 'ab'"):
+    with pytest.raises(TypeError, match=r"must be a sequence of names or indices.*not 'ab'"):
         only_classes(labelled([0, 1, 2], [0, 2]), "ab")
     with pytest.raises(ValueError, match="several classes called 'a'; give an index"):
         only_classes(labelled([0, 1, 2], [0, 1, 2], ("a", "a", "c")), ["a", "c"])
