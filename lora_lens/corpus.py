@@ -33,7 +33,8 @@ class Texts:
             if not isinstance(text, str):
                 raise InputTypeError(f"text {row} must be a string, not {text!r}")
             whole_number(label, f"the label of text {row}")
-        object.__setattr__(self, "labels", tuple(map(int, self.labels)))  # numpy's as Python's
+        object.__setattr__(self, "texts", tuple(map(str, self.texts)))  # numpy's as Python's
+        object.__setattr__(self, "labels", tuple(map(int, self.labels)))
         empty = [row for row, text in enumerate(self.texts) if not text.strip()]
         if empty:
             raise InputError(

@@ -88,9 +88,60 @@ def test_a_label_outside_the_head_is_refused_before_training():
         (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), "0 inputs"),
         (torch.zeros(3, 2), torch.zeros(2, dtype=torch.long), "3 inputs and 2 labels"),
         (torch.zeros(3, 2), torch.zeros(3), "one whole number each"),
+        (torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3).long(), "floating point.*not torch.uint8"),
         (torch.full((1, 2), torch.nan), torch.zeros(1, dtype=torch.long), "NaN or infinite"),
     ],
 )
 def test_bad_examples_are_refused(inputs, labels, message):
     with pytest.raises(ValueError, match=message):
         ll.Examples(inputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": None}, TypeError, "name must be a string, not None"),
+        ({"classes": "ab"}, TypeError, "classes must be a sequence of names"),
+        ({"classes": [0, 1]}, TypeError, "a class's name must be a string, not 0"),
+        ({"train": None}, TypeError, r"t: train must be lora_lens\.Examples, or texts"),
+        ({"test": torch.zeros(2)}, TypeError, "t: test must be"),
+        ({"pooling": "means"}, ValueError, "pooling must be .* did you mean 'mean'"),
+        ({"head": 3}, TypeError, r"head must be an nn\.Linear"),
+    ],
+)
+def test_what_makes_no_task_is_refused(change, error, message):
+    given = {"name": "t", "classes": ["a", "b"], "train": examples([0, 1]), "test": examples([1, 0])}
+    assert ll.Task(**given).classes == ("a", "b")
+    with pytest.raises(error, match=message):
+        ll.Task(**given | change)
+
+
+@pytest.mark.parametrize("inputs", [np.zeros((2, 3)), [[0.0], [1.0]], None])
+def test_examples_are_tensors(inputs):
+    with pytest.raises(TypeError, match=r"inputs must be a tensor \(torch\.as_tensor makes one"):
+        ll.Examples(inputs, torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="labels must be a tensor"):
+        ll.Examples(torch.zeros(2, 3), [0, 1])
+
+
+@pytest.mark.parametrize("given", [None, "digits", torch.zeros(3)])
+def test_what_is_no_task_or_model_is_refused(given):
+    task = ll.Task("t", ("a", "b"), examples([0, 1]), examples([1, 0]))
+    model = torch.nn.Linear(1, 2)
+    variants = ll.task_variants
+    for ask in (
+        lambda: ll.evaluate(model, given),
+        lambda: ll.probed(model, given),
+        lambda: variants.rotated(given, 90),
+        lambda: variants.permuted(given, 0),
+        lambda: variants.corrupted(given, "contrast", 1),
+        lambda: variants.few_shot(given, 1),
+        lambda: variants.only_classes(given, [0, 1]),
+        lambda: ll.task_sequences.split(given),
+        lambda: ll.task_sequences.rotations(given, [0]),
+    ):
+        with pytest.raises(TypeError, match="task must be a Task"):
+            ask()
+    for ask in (lambda: ll.evaluate(given, task), lambda: ll.probed(given, task)):
+        with pytest.raises(TypeError, match="model must be a torch model"):
+            ask()
