@@ -23,6 +23,7 @@ from lora_lens.layers import classifier
 
 Inputs = Tensor | Mapping[str, Tensor]
 POOLINGS = ("model", "mean", "last")
+MODEL_CHECKS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # of inputs that do not fit
 
 
 class HeadReadout(nn.Module):
@@ -200,11 +201,14 @@ def require_runs(model: nn.Module, inputs: Inputs, name: str) -> None:
     Raises:
         ValueError: the model does not take them, with its own reason.
     """
+    model = getattr(model, "_orig_mod", model)  # else torch.compile would compile for this batch's size
     device = next(model.parameters()).device
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        return  # which of them the inputs are to be of, only the run's own precision decides
     if isinstance(inputs, Tensor):
         described = f"inputs of shape {tuple(inputs.shape[1:])}"
-        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        inputs = inputs.to(dtypes.pop())
         remedy = "a transform gives images the model's size and channels, see folder_task"
     else:
         described, remedy = "texts", "the model's own tokenizer and settings are needed"
@@ -213,13 +217,7 @@ def require_runs(model: nn.Module, inputs: Inputs, name: str) -> None:
             call(model, own_padding(model, to_device(inputs, device)))
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError,
-        AssertionError,
-        ValueError,
-        TypeError,
-        IndexError,
-    ) as error:  # its checks
+    except MODEL_CHECKS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"{type(model).__name__} does not take {name}, which holds {described}: {reason}; {remedy}"

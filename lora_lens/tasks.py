@@ -93,7 +93,7 @@ class Examples:
 
     def trial(self) -> Tensor:
         """A batch to try whether a model takes it."""
-        return self.inputs[:1]
+        return self.inputs[:2]
 
     def add_to(self, digest: Digest) -> None:
         """Hash all that they hold."""
