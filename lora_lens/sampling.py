@@ -17,7 +17,7 @@ def sampled_rows(labels: Tensor, count: int, seed: int) -> Tensor:
         labels: (n,), whole numbers; ``count`` is at most n.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    _, of_class, sizes = np.unique(labels.numpy()[shuffled], return_inverse=True, return_counts=True)
+    _, of_class, sizes = np.unique(labels.cpu().numpy()[shuffled], return_inverse=True, return_counts=True)
     by_class = np.argsort(of_class, kind="stable")
     place = np.empty(len(labels), dtype=np.int64)  # among the examples of the same class, from 0
     place[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
