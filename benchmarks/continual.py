@@ -57,7 +57,7 @@ class Result:
 def measure(name: str, count: int, steps: int, test: int) -> None:
     strategy, method = CASES[name]
     model, _ = ll.embedded.vision()
-    digits = ll.embedded.digits().subset(train=1000, test=test)
+    digits = ll.embedded.digits().first(train=1000, test=test)
     tasks = [rotated(digits, 360 * number / count) for number in range(count)]
     windows = isinstance(method, ll.Window)
     grid = ll.Grid([method] if windows else [], lr=[1e-3], baselines=[] if windows else [method])

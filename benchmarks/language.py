@@ -124,7 +124,7 @@ class Peer(nn.Module):
 
 def finetune(case: Case, precision: str, steps: int) -> float:
     adapted = ll.attach(case.model, ll.LoRA(RANK))
-    task = case.task.subset(test=4)
+    task = case.task.first(test=4)
     settings = {"steps": steps, "batch_size": case.batch_size, "precision": precision, "evaluations": 2}
     return cpu_seconds(lambda: ll.finetune(adapted, task, progress=False, **settings))
 

@@ -35,12 +35,12 @@ def quantized(model: nn.Module) -> nn.Module:
 
 
 def tasks_of(case: Case) -> Iterator[ll.Task]:
-    movies = case.task.subset(train=1000, test=200)
+    movies = case.task.first(train=1000, test=200)
     if case.name == "MiniLM":
         yield ll.probed(case.model, movies)
     else:
         yield movies
-        yield ll.language_task(ll.embedded_texts.articles(), case.tokenizer).subset(test=24)
+        yield ll.language_task(ll.embedded_texts.articles(), case.tokenizer).first(test=24)
 
 
 def ways_of(case: Case) -> dict[str, Callable[[ll.Task], Answers]]:

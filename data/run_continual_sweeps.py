@@ -47,7 +47,7 @@ class Setting:
 def split_fashion(kind: str = "task-incremental") -> Setting:
     model, digits = ll.embedded.vision_of_digits()
     tasks = ll.task_sequences.split_fashion(test=200)
-    return Setting(model, tasks, kind, digits.subset(test=300), ll.spectra(model, progress=False))
+    return Setting(model, tasks, kind, digits.first(test=300), ll.spectra(model, progress=False))
 
 
 def split_fashion_classes() -> Setting:
@@ -57,15 +57,13 @@ def split_fashion_classes() -> Setting:
 def images() -> Setting:
     model, known, _ = ll.embedded.vision_of_known_classes()
     tasks = ll.task_sequences.fashion_digits_corrupted_rotated(test=300)
-    return Setting(
-        model, tasks, "task-incremental", known.subset(test=300), ll.spectra(model, progress=False)
-    )
+    return Setting(model, tasks, "task-incremental", known.first(test=300), ll.spectra(model, progress=False))
 
 
 def texts() -> Setting:
     model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
     tasks = ll.task_sequences.text_corpora(tokenizer, test=150)
-    genres = ll.text_task(ll.embedded_texts.genres(), tokenizer).subset(test=200)
+    genres = ll.text_task(ll.embedded_texts.genres(), tokenizer).first(test=200)
     retain = ll.probed(model, genres, examples=2000)
     return Setting(model, tasks, "domain-incremental", retain, None)
 

@@ -47,7 +47,7 @@ def minilm() -> Setting:
     model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
 
     def task(corpus: ll.Corpus, test: int) -> ll.Task:
-        return ll.text_task(corpus, tokenizer).subset(test=test)
+        return ll.text_task(corpus, tokenizer).first(test=test)
 
     known = [task(ll.embedded_texts.sentiment(name), 400) for name in OTHERS]
     return Setting(
@@ -64,9 +64,9 @@ def smollm2() -> Setting:
     model.set_attn_implementation("eager")  # on short texts a quarter faster than the fused one, on a CPU
 
     def task(name: str, test: int) -> ll.Task:
-        return ll.label_word_task(ll.embedded_texts.sentiment(name), tokenizer).subset(test=test)
+        return ll.label_word_task(ll.embedded_texts.sentiment(name), tokenizer).first(test=test)
 
-    running_text = ll.language_task(ll.embedded_texts.articles(), tokenizer).subset(test=24)
+    running_text = ll.language_task(ll.embedded_texts.articles(), tokenizer).first(test=24)
     return Setting(model, task("movies", 300), running_text, [task(name, 150) for name in OTHERS])
 
 

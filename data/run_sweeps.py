@@ -30,26 +30,26 @@ def after_fashion(task: Callable[[ll.Task], ll.Task]) -> Callable[[], Setting]:
 
     def setting() -> Setting:
         model, fashion = ll.embedded.vision()
-        return model, task(fashion), fashion.subset(test=EXAMPLES["test"])
+        return model, task(fashion), fashion.first(test=EXAMPLES["test"])
 
     return setting
 
 
 def known_classes() -> Setting:
     model, known, new = ll.embedded.vision_of_known_classes()
-    return model, new.subset(**EXAMPLES), known.subset(test=EXAMPLES["test"])
+    return model, new.first(**EXAMPLES), known.first(test=EXAMPLES["test"])
 
 
 def digits(_fashion: ll.Task) -> ll.Task:
-    return ll.embedded.digits().subset(**EXAMPLES)
+    return ll.embedded.digits().first(**EXAMPLES)
 
 
 def few_digits(_fashion: ll.Task) -> ll.Task:
-    return ll.task_variants.few_shot(ll.embedded.digits(), 20).subset(test=EXAMPLES["test"])
+    return ll.task_variants.few_shot(ll.embedded.digits(), 20).first(test=EXAMPLES["test"])
 
 
 def noisy(fashion: ll.Task) -> ll.Task:
-    return ll.task_variants.corrupted(fashion.subset(**EXAMPLES), "gaussian_noise", 5)
+    return ll.task_variants.corrupted(fashion.first(**EXAMPLES), "gaussian_noise", 5)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import listed
+from lora_lens.validate import instance, sequence, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +23,8 @@ class Texts:
     labels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "texts", tuple(self.texts))
-        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "texts", sequence(self.texts, "texts", "strings"))
+        object.__setattr__(self, "labels", sequence(self.labels, "labels", "whole numbers"))
         if not self.texts or len(self.texts) != len(self.labels):
             raise InputError(
                 f"expected as many labels as texts, not {len(self.texts)} texts and {len(self.labels)} labels"
@@ -31,8 +32,9 @@ class Texts:
         for row, (text, label) in enumerate(zip(self.texts, self.labels, strict=True)):
             if not isinstance(text, str):
                 raise InputTypeError(f"text {row} must be a string, not {text!r}")
-            if isinstance(label, bool) or not isinstance(label, int):
-                raise InputTypeError(f"the label of text {row} must be a whole number, not {label!r}")
+            whole_number(label, f"the label of text {row}")
+        object.__setattr__(self, "texts", tuple(map(str, self.texts)))  # numpy's as Python's
+        object.__setattr__(self, "labels", tuple(map(int, self.labels)))
         empty = [row for row, text in enumerate(self.texts) if not text.strip()]
         if empty:
             raise InputError(
@@ -50,6 +52,7 @@ class Corpus:
 
     Raises:
         ValueError: a label outside ``classes``, or a test text that is also a training text.
+        TypeError: an attribute of another type.
     """
 
     name: str
@@ -58,8 +61,12 @@ class Corpus:
     test: Texts
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))
+        instance(self.name, str, "name", "a string")
+        object.__setattr__(self, "classes", sequence(self.classes, "classes", "names"))
+        for name in self.classes:
+            instance(name, str, "a class's name", "a string")
         for part in ("train", "test"):
+            instance(getattr(self, part), Texts, part, "Texts")
             labels = getattr(self, part).labels
             if min(labels) < 0 or max(labels) >= max(len(self.classes), 1):
                 raise InputError(

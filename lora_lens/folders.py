@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 from lora_lens.errors import InputError, InputTypeError, MissingFileError
+from lora_lens.images import as_rgb, has_white
 from lora_lens.layers import listed
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
+from lora_lens.validate import instance, number, shown, whole_number
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 Transform = Callable[[Image.Image], Tensor]
 Files = dict[str, list[Path]]  # of every class, in the order of the labels
 LISTED = 5  # names in an error
@@ -31,7 +32,7 @@ def folder_task(
     train: str = "train",
     test: str | None = None,
     test_share: float | None = None,
-    limit: int | tuple[int, int] | None = None,
+    limit: int | tuple[int | None, int | None] | None = None,
     seed: int = 0,
     name: str | None = None,
     progress: bool = True,
@@ -40,8 +41,10 @@ def folder_task(
 
     With ``test_share``, from one folder without such parts,
     ``path/<class>/*.jpg``: that share of every class, drawn at random, is for
-    testing. Files end in .jpg, .jpeg or .png, in any case; others, and what is
-    hidden, are left out. Classes are sorted by name. That is the order of
+    testing. Files end in one of ``SUFFIXES``, in any case; others, and what is
+    hidden, are left out. Images are read as people see them, see
+    :func:`lora_lens.images.as_rgb`: turned by their EXIF data, on white where they
+    are transparent, of several frames the first. Classes are sorted by name. That is the order of
     ImageNet's heads if its folders are called by their WordNet numbers, n01440764
     and so on.
 
@@ -69,8 +72,8 @@ def folder_task(
         test: the subfolder of the test images; by default "val", or "test" if there is no "val".
         test_share: in (0, 1), instead of the two subfolders. It is rounded to whole images, and every
             class keeps at least one image on either side.
-        limit: images per class, at most, in each part; or a pair, for training and for testing. They
-            are drawn at random.
+        limit: images per class, at most, in each part; or a pair, for training and for testing, of
+            which None is no limit. They are drawn at random.
         seed: of the split and of the images drawn.
         name: of the task; by default the folder's.
         progress: show a bar while checking and loading.
@@ -78,22 +81,21 @@ def folder_task(
     Raises:
         FileNotFoundError: the folder or a part of it is missing.
         ValueError: there are fewer than two classes, a class without images,
-            or one that is in one part only; a file is no readable image;
+            or one that is in one part only; a file is no readable image, or one of 32-bit numbers;
             tensors of different shapes; a share, limit or seed out of range.
-        TypeError: the transform does not return floating-point tensors.
+        TypeError: the transform does not return floating-point tensors; an argument of another type.
     """
-    path = Path(path)
+    path = Path(instance(path, (str, Path), "path", "a folder's path"))
+    if transform is not None and not callable(transform):
+        raise InputTypeError(f"transform must be a function of an image, not {shown(transform)}")
     limits = _limits(limit)
-    if index(seed) < 0:
-        raise InputError(f"seed must be at least 0, not {seed}")
-    random = np.random.default_rng(index(seed))
+    random = np.random.default_rng(whole_number(seed, "seed", least=0))
     if test_share is None:
         parts = _parts(path, train, test)
     else:
         if test is not None:
             raise InputError(f"give either test={test!r} or test_share={test_share}, not both")
-        if not 0 < test_share < 1:
-            raise InputError(f"test_share must be between 0 and 1, not {test_share}")
+        test_share = number(test_share, "test_share", above=0, below=1)
         parts = _split(_files(path), test_share, random)
     parts = [
         {c: _drawn(files, most, random) for c, files in part.items()}
@@ -127,16 +129,14 @@ def timm_transform(model: nn.Module) -> Transform:
     return create_transform(**resolve_model_data_config(model, args=own), is_training=False)
 
 
-def _limits(limit: int | tuple[int, int] | None) -> list[int | None]:
+def _limits(limit: int | tuple[int | None, int | None] | None) -> list[int | None]:
     """For training and for testing."""
     if limit is None:
         return [None, None]
-    limits = [index(x) for x in (limit if isinstance(limit, (tuple, list)) else (limit, limit))]
-    if len(limits) != 2 or min(limits) < 1:
-        raise InputError(
-            f"limit must be at least 1 image per class, or a pair of such numbers, not {limit!r}"
-        )
-    return limits
+    pair = limit if isinstance(limit, (tuple, list)) else (limit, limit)
+    if len(pair) != 2:
+        raise InputError(f"limit must be a number of images per class, or a pair of them, not {limit!r}")
+    return [None if most is None else whole_number(most, "limit", least=1) for most in pair]
 
 
 def _parts(path: Path, train: str, test: str | None) -> list[Files]:
@@ -205,15 +205,24 @@ def _drawn(files: list[Path], most: int | None, random: np.random.Generator) -> 
 
 def _check(files: list[Path], progress: bool) -> None:
     """Open every file before the long work of decoding; damage beyond the header may show only there."""
-    broken = []
+    broken, deep = [], []
     for file in progress_bar(files, shown=progress, desc="checking images", unit="image"):
         try:
             with Image.open(file) as image:
+                if not has_white(image):
+                    deep.append(str(file))
                 image.verify()
+        except MemoryError:
+            raise
         except Exception:  # Pillow's formats raise many kinds
             broken.append(str(file))
     if broken:
         raise InputError(f"not readable as images, restore or remove them: {listed(broken, most=LISTED)}")
+    if deep:
+        raise InputError(
+            "images of 32-bit numbers, of which none is known to be white; save them with 8 or 16 bits: "
+            f"{listed(deep, most=LISTED)}"
+        )
 
 
 def _loaded(part: Files, transform: Transform, progress: bool) -> Examples:
@@ -239,6 +248,8 @@ def _loaded(part: Files, transform: Transform, progress: bool) -> Examples:
 def _rgb(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return as_rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:  # a file may be cut off after a sound header
         raise InputError(f"not readable as an image, restore or remove it: {file} ({error})") from error

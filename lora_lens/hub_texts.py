@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from lora_lens.corpus import Corpus
 from lora_lens.corpus_checks import (
+    CONFLICTS,
     Part,
     check_texts,
     corpus_of,
@@ -21,6 +21,7 @@ from lora_lens.corpus_checks import (
     require,
 )
 from lora_lens.errors import InputError, InputTypeError, MissingPackageError
+from lora_lens.validate import choice, instance, whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,6 +38,7 @@ def hub_corpus(
     revision: str | None = None,
     most: int | None = None,
     seed: int = 0,
+    conflicts: str = "refuse",
 ) -> Corpus:
     """Texts from a data set of the Hugging Face hub, or a local folder that ``datasets.load_dataset`` reads::
 
@@ -44,7 +46,8 @@ def hub_corpus(
         sst2 = hub_corpus("nyu-mll/glue", "sst2", text="sentence", test="validation")
 
     Nothing in a data set is executed: those that are Python scripts are refused. To leave out
-    texts first, or to mend labels, load the data set yourself and pass its parts to :func:`dataset_corpus`.
+    texts first, or to correct labels, load the data set yourself and pass its parts to
+    :func:`dataset_corpus`.
 
     Args:
         dataset: its name, or a folder.
@@ -53,7 +56,7 @@ def hub_corpus(
         text: the column of the texts.
         label: that of the labels; None for plain text.
         revision: a commit or tag, for the same texts next year.
-        most, seed: as in :func:`dataset_corpus`.
+        most, seed, conflicts: as in :func:`dataset_corpus`.
 
     Raises:
         ImportError: datasets 4 or newer is not installed.
@@ -62,8 +65,13 @@ def hub_corpus(
         datasets.exceptions.DatasetNotFoundError: there is no such data set.
         RuntimeError: it is a Python script.
     """
-    random = generator(seed)
-    _check_most(most)
+    most, random = _checked(text, label, most, seed, conflicts)
+    instance(
+        dataset,
+        (str, Path),
+        "dataset",
+        "the name of a data set, or a folder; dataset_corpus takes a loaded one",
+    )
     try:
         import datasets
     except ImportError as error:
@@ -79,11 +87,8 @@ def hub_corpus(
             f"{dataset} has no split {quoted(missing)}; it has {quoted(loaded)}, so pass train= and test="
         )
     name = Path(dataset).absolute().name + (f" {config}" if config else "")
-    (classes, to_train), (_, to_test) = (
-        _drawn(loaded[split], f"{name} (split {split!r})", text, label, most, random)
-        for split in (train, test)
-    )
-    return corpus_of(name, classes, to_train, to_test)
+    sources = {f"{name} (split {split!r})": loaded[split] for split in (train, test)}
+    return _corpus(name, sources, text, label, most, random, conflicts)
 
 
 def dataset_corpus(
@@ -95,6 +100,7 @@ def dataset_corpus(
     label: str | None = "label",
     most: int | None = None,
     seed: int = 0,
+    conflicts: str = "refuse",
 ) -> Corpus:
     """Texts from two loaded data sets of the ``datasets`` package, such as filtered ones::
 
@@ -113,6 +119,7 @@ def dataset_corpus(
         most: texts of each part, at most. They are drawn at random; the fewer are among the more. Repeated
             ones are left out after that.
         seed: of that draw.
+        conflicts: what is done with texts that have several labels, as in :func:`lora_lens.text_corpus`.
 
     Raises:
         ValueError: no such column, no rows; texts, labels and classes as in :func:`lora_lens.text_corpus`;
@@ -120,18 +127,36 @@ def dataset_corpus(
         TypeError: a part is no ``datasets.Dataset``, a text no string, or a label neither a string nor a
             number.
     """
-    random = generator(seed)
-    _check_most(most)
-    (classes, to_train), (_, to_test) = (
-        _drawn(part, f"{name} ({which})", text, label, most, random)
-        for part, which in ((train, "train"), (test, "test"))
+    most, random = _checked(text, label, most, seed, conflicts)
+    instance(name, str, "name", "the name of the corpus")
+    return _corpus(
+        name, {f"{name} (train)": train, f"{name} (test)": test}, text, label, most, random, conflicts
     )
-    return corpus_of(name, classes, to_train, to_test)
 
 
-def _check_most(most: int | None) -> None:
-    if most is not None and index(most) < 1:
-        raise InputError(f"most must be at least 1 text per part, not {most}")
+def _checked(
+    text: str, label: str | None, most: int | None, seed: int, conflicts: str
+) -> tuple[int | None, np.random.Generator]:
+    instance(text, str, "text", "the name of a column")
+    if label is not None:
+        instance(label, str, "label", "the name of a column, or None for plain text")
+    choice(conflicts, "conflicts", CONFLICTS)
+    return None if most is None else whole_number(most, "most", least=1), generator(seed)
+
+
+def _corpus(
+    name: str,
+    sources: dict[str, Dataset],
+    text: str,
+    label: str | None,
+    most: int | None,
+    random: np.random.Generator,
+    conflicts: str,
+) -> Corpus:
+    (classes, to_train), (_, to_test) = (
+        _drawn(part, source, text, label, most, random) for source, part in sources.items()
+    )
+    return corpus_of(name, classes, to_train, to_test, conflicts, stacklevel=4)
 
 
 def _drawn(

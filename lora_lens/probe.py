@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lens.errors import InputError
 from lora_lens.evaluation import example_features
 from lora_lens.tasks import Examples, Task, fresh_head
+from lora_lens.validate import instance, whole_number
 
 DECAY = 1e-3  # of the head's weights, so that separable classes have a head of finite size
 ITERATIONS = 100
@@ -25,19 +26,21 @@ def probed(model: nn.Module, task: Task, examples: int | None = None) -> Task:
     Args:
         model: the pretrained model; it is left as it was.
         task: a classification.
-        examples: how many training examples to fit it to, the first ones; default all.
+        examples: how many training examples to fit it to, drawn as :meth:`lora_lens.Task.subset` does;
+            default all.
 
     Raises:
         ValueError: the task is no classification by a head, or does not fit the model.
     """
+    instance(task, Task, "task", "a Task, as lora_lens.text_task and folder_task make them")
     if type(task) is not Task:
         raise InputError(
             f"{task.name} is read from the model's own words, so no head is fitted to it; retain it as it is"
         )
-    if examples is not None and examples < 1:
-        raise InputError(f"examples must be at least 1, not {examples}")
+    if examples is not None:
+        examples = whole_number(examples, "examples", least=1)
     task.check_fit(model)
-    some = task.train if examples is None else task.train.first(examples)
+    some = task.train if examples is None else task.train.sampled(examples)
     return replace(
         task, head=fitted_head(example_features(model, task, some), some.labels, len(task.classes))
     )

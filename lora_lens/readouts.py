@@ -17,12 +17,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lens.adapter import call
+from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.heads import classifier
 
 Inputs = Tensor | Mapping[str, Tensor]
 POOLINGS = ("model", "mean", "last")
+MODEL_CHECKS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # of inputs that do not fit
 
 
 class HeadReadout(nn.Module):
@@ -44,7 +45,7 @@ class OwnHead(nn.Module):
     """The model's own classifier, as it is: what the model gives for a batch, (batch, classes)."""
 
     def forward(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return logits_of(call(model, inputs)), labels
+        return logits_of(call(model, own_padding(model, inputs))), labels
 
 
 class LabelWords(nn.Module):
@@ -181,6 +182,46 @@ def lengths_of(inputs: Mapping[str, Tensor]) -> Tensor:
     """How many tokens each text of a batch has, (batch,); padding is on the right."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     return torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
+
+
+def own_padding(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The batch padded with the model's own token, by which some models find where each text ends."""
+    config = getattr(inner_model(model), "config", None)
+    pad = getattr(
+        config.get_text_config() if hasattr(config, "get_text_config") else None, "pad_token_id", None
+    )
+    if pad is None or not isinstance(inputs, Mapping) or "attention_mask" not in inputs:
+        return inputs
+    return {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)}
+
+
+def require_runs(model: nn.Module, inputs: Inputs, name: str) -> None:
+    """One pass over a few of a task's inputs, before work begins.
+
+    Raises:
+        ValueError: the model does not take them, with its own reason.
+    """
+    model = getattr(model, "_orig_mod", model)  # else torch.compile would compile for this batch's size
+    device = next(model.parameters()).device
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1:
+        return  # which of them the inputs are to be of, only the run's own precision decides
+    if isinstance(inputs, Tensor):
+        described = f"inputs of shape {tuple(inputs.shape[1:])}"
+        inputs = inputs.to(dtypes.pop())
+        remedy = "a transform gives images the model's size and channels, see folder_task"
+    else:
+        described, remedy = "texts", "the model's own tokenizer and settings are needed"
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, own_padding(model, to_device(inputs, device)))
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_CHECKS as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"{type(model).__name__} does not take {name}, which holds {described}: {reason}; {remedy}"
+        ) from error
 
 
 def real_positions(inputs: Inputs, x: Tensor | None = None) -> Tensor | None:

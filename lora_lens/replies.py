@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import index
 
 import pandas as pd
 import torch
@@ -14,6 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lora_lens.adapter import evaluating
 from lora_lens.errors import InputError, InputTypeError
+from lora_lens.tokenizing import bare_tokens, check_tokenizer, special_tokens
+from lora_lens.validate import instance, sequence, whole_number
 
 # Small models know these, so what training takes from them shows: SmolLM2-135M-Instruct answers all.
 QUESTIONS = (
@@ -49,7 +50,8 @@ def replies(
         model: a causal language model of transformers, or one with adapters from :func:`lora_lens.attach`.
             It runs in evaluation mode and is left as it was.
         tokenizer: the model's. If it has a chat template, each question is a user's message; if not, the
-            question itself is what the model continues. It needs no pad token.
+            question itself is what the model continues. Either way it begins as the tokenizer begins a text
+            by itself, such as with one beginning of text. It needs no pad token.
         questions: by default 6 facts, 4 instructions and 2 sums.
         most_tokens: of a reply, which ends earlier at an end token of the model or of the tokenizer.
 
@@ -65,6 +67,7 @@ def replies(
             "transformers' AutoModelForCausalLM gives"
         )
     _check(questions, most_tokens)
+    check_tokenizer(tokenizer)
     prompts = [_prompt(tokenizer, question) for question in questions]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     room = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
@@ -90,6 +93,7 @@ def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFr
         ValueError: a column is missing, or the questions are not the same in the same order.
     """
     for when, table in (("before", before), ("after", after)):
+        instance(table, pd.DataFrame, f"the table {when} training", "what replies returned")
         if missing := [column for column in ("question", "reply") if column not in table]:
             raise InputError(
                 f"the table {when} training has no column {', '.join(missing)}; pass what replies returned"
@@ -109,22 +113,24 @@ def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFr
 def _check(questions: Sequence[str], most_tokens: int) -> None:
     if isinstance(questions, str):
         raise InputTypeError(f"questions must be several strings, not one; write [{questions!r}]")
-    if len(questions) == 0:
+    if len(sequence(questions, "questions", "strings")) == 0:
         raise InputError("there is no question; pass at least one, or leave questions out for the usual ones")
     for row, question in enumerate(questions):
         if not isinstance(question, str):
             raise InputTypeError(f"question {row} must be a string, not {question!r}")
         if not question.strip():
             raise InputError(f"question {row} is empty; leave it out")
-    if index(most_tokens) < 1:
-        raise InputError(f"most_tokens must be at least 1, not {most_tokens}")
+    whole_number(most_tokens, "most_tokens", least=1)
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """What the model goes on from: without what a tokenizer adds at the end, which would stop it."""
+    before, _ = special_tokens(tokenizer, question)
     if tokenizer.chat_template is None:
-        return tokenizer(question)["input_ids"]
+        return before + bare_tokens(tokenizer, [question])[0]
     message = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    return ids if ids[: len(before)] == before else before + ids  # most templates write it themselves
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -311,7 +311,7 @@ def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> di
         moved = drift_between(experiment.model, adapted, spectra)
     else:
         return {}
-    some = experiment.retain.test.first(EXAMPLES_OF_FEATURES)
+    some = experiment.retain.test.sampled(EXAMPLES_OF_FEATURES)
     before, after = (example_features(m, experiment.retain, some) for m in (experiment.model, adapted))
     return {
         "drift": {column: [short(v) for v in values] for column, values in moved.to_dict("list").items()},

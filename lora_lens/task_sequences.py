@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import factorial
-from operator import index
 
 import numpy as np
 
@@ -12,7 +11,9 @@ from lora_lens import embedded, embedded_texts
 from lora_lens.errors import InputError
 from lora_lens.task_variants import checked_seed, class_index, corrupted, only_classes, rotated
 from lora_lens.tasks import Task
-from lora_lens.text_tasks import Tokenizer, text_task
+from lora_lens.text_tasks import text_task
+from lora_lens.tokenizing import Tokenizer
+from lora_lens.validate import instance, sequence, whole_number
 
 
 def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size: int = 2) -> list[Task]:
@@ -34,8 +35,9 @@ def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size:
             none that :func:`lora_lens.task_variants.only_classes` takes.
         TypeError: ``size`` is not a whole number, or a group is no list of names or indices.
     """
+    instance(task, Task, "task", "a Task, as lora_lens.folder_task and text_task make them")
     if groups is None:
-        size = index(size)
+        size = whole_number(size, "size")
         if size < 2:
             raise InputError(f"{task.name}: a task needs at least two classes, so size cannot be {size}")
         count = len(task.classes)
@@ -45,7 +47,8 @@ def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size:
                 "be left over; use another size or give the groups"
             )
         groups = np.arange(count).reshape(-1, size).tolist()
-    if not len(groups):
+    groups = sequence(groups, "groups", "lists of classes")
+    if not groups:
         raise InputError(f"{task.name}: give at least one group of classes")
     parts = [only_classes(task, group) for group in groups]
     numbers = [class_index(task, given) for group in groups for given in group]
@@ -68,7 +71,9 @@ def rotations(task: Task, angles: Sequence[float]) -> list[Task]:
         ValueError: there is no angle, or two turn the images alike; as ``rotated``.
         TypeError: an angle is no number.
     """
-    if not len(angles):
+    instance(task, Task, "task", "a Task, as lora_lens.folder_task makes it")
+    angles = sequence(angles, "angles", "numbers")
+    if not angles:
         raise InputError(f"{task.name}: give at least one angle")
     tasks = [rotated(task, angle) for angle in angles]
     turns = [float(angle) % 360 for angle in angles]
@@ -99,7 +104,7 @@ def orders(count: int, number: int, seed: int = 0) -> list[tuple[int, ...]]:
             than there are, the seed is negative.
         TypeError: an argument is not a whole number.
     """
-    count, number, seed = index(count), index(number), checked_seed(seed)
+    count, number, seed = whole_number(count, "count"), whole_number(number, "number"), checked_seed(seed)
     if count < 1 or number < 1:
         raise InputError(f"expected at least one task and one order, not {count} tasks and {number} orders")
     if number > factorial(count):
@@ -125,7 +130,7 @@ def split_fashion(train: int = 2000, test: int = 400) -> list[Task]:
         ValueError: there are not as many examples; a file is damaged.
         FileNotFoundError: a file is missing.
     """
-    return [task.subset(train, test) for task in split(embedded.fashion())]
+    return [task.first(train, test) for task in split(embedded.fashion())]
 
 
 def fashion_digits_corrupted_rotated(train: int = 2000, test: int = 400) -> list[Task]:
@@ -141,7 +146,7 @@ def fashion_digits_corrupted_rotated(train: int = 2000, test: int = 400) -> list
         ValueError: there are not as many examples; a file is damaged.
         FileNotFoundError: a file is missing.
     """
-    fashion, digits = (whole.subset(train, test) for whole in (embedded.fashion(), embedded.digits()))
+    fashion, digits = (whole.first(train, test) for whole in (embedded.fashion(), embedded.digits()))
     return [fashion, digits, corrupted(digits, "gaussian_noise", 3), rotated(fashion, 90)]
 
 
@@ -163,4 +168,4 @@ def text_corpora(
         FileNotFoundError: a file is missing.
     """
     corpora = map(embedded_texts.sentiment, embedded_texts.CORPORA)
-    return [text_task(corpus, tokenizer, pooling=pooling).subset(train, test) for corpus in corpora]
+    return [text_task(corpus, tokenizer, pooling=pooling).first(train, test) for corpus in corpora]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isfinite
-from operator import index
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, gaussian_blur, rotate
 
-from lora_lens.errors import InputError, InputTypeError
+from lora_lens.errors import InputError
 from lora_lens.tasks import Examples, Task
+from lora_lens.validate import choice, instance, number, sequence, suggestion, whole_number
 
 # Hendrycks and Dietterich's contrasts; their noise (0.08 to 0.38 of the pixel range) and blur (1 to 6 of 224
 # pixels) suit photographs. These grade the embedded model on its own 28 x 28 images.
@@ -60,10 +59,8 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
             negative, the inputs are no images or too small to be blurred.
         TypeError: the severity or seed is not a whole number.
     """
-    if kind not in SEVERITIES:
-        raise InputError(f"corruption must be one of {', '.join(SEVERITIES)}, not {kind!r}")
-    strengths = SEVERITIES[kind]
-    severity, seed = index(severity), checked_seed(seed)
+    strengths = SEVERITIES[choice(kind, "kind", SEVERITIES)]
+    severity, seed = whole_number(severity, "severity"), checked_seed(seed)
     if not 1 <= severity <= len(strengths):
         raise InputError(
             f"severity must be 1 to {len(strengths)}, not {severity}; for clean inputs take the task itself"
@@ -94,11 +91,7 @@ def rotated(task: Task, degrees: float) -> Task:
         ValueError: the angle is not finite, or the inputs are no images.
         TypeError: the angle is no number.
     """
-    if isinstance(degrees, str | bool) or not hasattr(degrees, "__float__"):
-        raise InputTypeError(f"degrees must be a number, not {degrees!r}")
-    degrees = float(degrees)
-    if not isfinite(degrees):
-        raise InputError(f"degrees must be finite, not {degrees}")
+    degrees = number(degrees, "degrees")
     _require_images(task)
     if degrees % 360 == 0:
         return task
@@ -156,9 +149,8 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
             below 1, the seed is negative.
         TypeError: ``per_class`` or the seed is not a whole number.
     """
-    per_class, seed = index(per_class), checked_seed(seed)
-    if per_class < 1:
-        raise InputError(f"per_class must be at least 1, not {per_class}")
+    _require_task(task)
+    per_class, seed = whole_number(per_class, "per_class", least=1), checked_seed(seed)
     counts = torch.bincount(task.train.labels, minlength=len(task.classes)).tolist()
     for name, count in zip(task.classes, counts, strict=True):
         if count < per_class:
@@ -191,8 +183,8 @@ def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
             examples; the task is read from the model's own words.
         TypeError: classes is one string, or a class is neither a name nor an index.
     """
-    if isinstance(classes, str):
-        raise InputTypeError(f"classes must be a list of names or indices, not the one string {classes!r}")
+    _require_task(task)
+    classes = sequence(classes, "classes", "names or indices")
     if type(task) is not Task:
         raise InputError(
             f"{task.name} is read from the model's own words, which belong to all of its classes; make a "
@@ -236,14 +228,14 @@ def class_index(task: Task, given: str | int) -> int:
     known += f" and {len(task.classes) - 20} more" if len(task.classes) > 20 else ""
     if isinstance(given, str):
         if given not in task.classes:
-            raise InputError(f"unknown class {given!r}: {known}")
+            raise InputError(f"unknown class {given!r}{suggestion(given, task.classes)}: {known}")
         if task.classes.count(given) > 1:
             raise InputError(f"{task.name} has several classes called {given!r}; give an index")
         return task.classes.index(given)
-    number = index(given)
-    if not 0 <= number < len(task.classes):
-        raise InputError(f"unknown class {number}, expected 0 to {len(task.classes) - 1}: {known}")
-    return number
+    place = whole_number(given, "a class that is not given by its name")
+    if not 0 <= place < len(task.classes):
+        raise InputError(f"unknown class {place}, expected 0 to {len(task.classes) - 1}: {known}")
+    return place
 
 
 def _relabelled(examples: Examples, new: Tensor) -> Examples:
@@ -253,7 +245,12 @@ def _relabelled(examples: Examples, new: Tensor) -> Examples:
     return replace(examples.take(rows), labels=labels[rows])
 
 
+def _require_task(task: Task) -> None:
+    instance(task, Task, "task", "a Task, as lora_lens.folder_task and text_task make them")
+
+
 def _require_images(task: Task) -> None:
+    _require_task(task)
     if not isinstance(task.train, Examples):
         raise InputError(f"{task.name} holds texts, and only images can be changed like that")
     for part in ("train", "test"):
@@ -277,10 +274,7 @@ def _with_images(task: Task, what: str, train: Tensor, test: Tensor) -> Task:
 
 def checked_seed(seed: int) -> int:
     """The seed as an int; raises ValueError where it is negative, TypeError where it is no whole number."""
-    seed = index(seed)
-    if seed < 0:
-        raise InputError(f"seed must be at least 0, not {seed}")
-    return seed
+    return whole_number(seed, "seed", least=0)
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

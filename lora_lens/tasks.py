@@ -7,16 +7,19 @@ the model can do already. So the same loop serves images, texts and language mod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lora_lens.errors import InputError
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.heads import classifier
-from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model
+from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_runs
+from lora_lens.sampling import sampled_rows
+from lora_lens.validate import choice, instance, sequence, shown, whole_number
 
 EVALUATION_BATCH = 500
 
@@ -34,7 +37,13 @@ class Examples:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if len(self.inputs) == 0 or len(self.inputs) != len(self.labels):
+        for name in ("inputs", "labels"):
+            instance(getattr(self, name), Tensor, name, "a tensor (torch.as_tensor makes one of an array)")
+        if not self.inputs.is_floating_point():
+            raise InputError(
+                f"inputs must be floating point, as the model takes them, not {self.inputs.dtype}"
+            )
+        if self.inputs.ndim == 0 or len(self.inputs) == 0 or len(self.inputs) != len(self.labels):
             raise InputError(
                 f"expected as many labels as inputs, not {len(self.inputs)} inputs "
                 f"and {len(self.labels)} labels"
@@ -63,6 +72,10 @@ class Examples:
         """The first ``count`` examples; all of them if there are fewer."""
         return self.take(torch.arange(min(count, len(self))))
 
+    def sampled(self, count: int, seed: int = 0) -> Examples:
+        """``count`` examples that stand for all, see :func:`lora_lens.sampling.sampled_rows`."""
+        return self if count >= len(self) else self.take(sampled_rows(self.labels, count, seed))
+
     def batch(self, rows: Tensor) -> Tensor:
         """Some examples' inputs, as the model takes them."""
         return self.inputs[rows]
@@ -77,6 +90,10 @@ class Examples:
 
     def check_fit(self, model: nn.Module) -> None:
         """What can be said before the model has seen a batch; nothing of images."""
+
+    def trial(self) -> Tensor:
+        """A batch to try whether a model takes it."""
+        return self.inputs[:2]
 
     def add_to(self, digest: Digest) -> None:
         """Hash all that they hold."""
@@ -98,6 +115,7 @@ class Task:
 
     Raises:
         ValueError: a label outside ``classes``, another pooling, or a head of another size.
+        TypeError: an attribute of another type.
     """
 
     name: str
@@ -108,6 +126,7 @@ class Task:
     head: nn.Linear | None = None
 
     def __post_init__(self) -> None:
+        self._check_parts()
         for part in ("train", "test"):
             labels = getattr(self, part).labels
             low, high = int(labels.min()), int(labels.max())
@@ -116,12 +135,27 @@ class Task:
                     f"{self.name}: {part} labels run from {low} to {high}, outside the head's "
                     f"{len(self.classes)} classes (0 to {len(self.classes) - 1})"
                 )
-        if self.pooling not in POOLINGS:
-            raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {self.pooling!r}")
+        choice(self.pooling, "pooling", POOLINGS)
+        if self.head is not None:
+            instance(self.head, nn.Linear, "head", "an nn.Linear, as lora_lens.probed fits it")
         if self.head is not None and self.head.out_features != len(self.classes):
             raise InputError(
                 f"{self.name} has {len(self.classes)} classes, but its head has {self.head.out_features}"
             )
+
+    def _check_parts(self) -> None:
+        instance(self.name, str, "name", "a string")
+        classes = sequence(self.classes, "classes", "names")
+        for name in classes:
+            instance(name, str, "a class's name", "a string")
+        object.__setattr__(self, "classes", classes)
+        for part in ("train", "test"):
+            examples = getattr(self, part)
+            if not hasattr(examples, "in_batches"):
+                raise InputTypeError(
+                    f"{self.name}: {part} must be lora_lens.Examples, or texts from lora_lens.text_task, not "
+                    f"{shown(examples)}"
+                )
 
     def new_readout(self, model: nn.Module, seed: int) -> Readout:
         """What is to be trained beside the model: a new head, which ``seed`` determines.
@@ -158,20 +192,66 @@ class Task:
         return OwnHead()
 
     def check_fit(self, model: nn.Module) -> None:
-        """Raises ValueError where the examples cannot be this model's inputs."""
+        """Raises ValueError where the examples cannot be this model's inputs, of which it sees one or two."""
+        inner, seen = inner_model(instance(model, nn.Module, "model", "a torch model")), set()
         for examples in (self.train, self.test):
-            examples.check_fit(inner_model(model))
+            examples.check_fit(inner)
+            shape = examples.inputs.shape[1:] if isinstance(examples, Examples) else None
+            if self.pooling == "model" and shape not in seen:
+                require_runs(inner, examples.trial(), self.name)
+                seen.add(shape)
 
-    def subset(self, train: int | None = None, test: int | None = None) -> Task:
-        """The same task with the first ``train`` training and ``test`` test examples."""
-        for asked, examples in ((train, self.train), (test, self.test)):
-            if asked is not None and not 1 <= asked <= len(examples):
-                raise InputError(f"{self.name} has {len(examples)} examples there; asked for {asked}")
-        return replace(
-            self,
-            train=self.train if train is None else self.train.first(train),
-            test=self.test if test is None else self.test.first(test),
-        )
+    def subset(self, train: int | None = None, test: int | None = None, *, seed: int = 0) -> Task:
+        """The same task with fewer examples, drawn at random; every class keeps its share.
+
+        Each class keeps at least one example where as many are asked for. The examples keep their order; a
+        smaller subset is part of a larger one with the same seed.
+
+        Args:
+            train, test: how many training and test examples; None for all.
+            seed: of the draw.
+
+        Raises:
+            ValueError: there are not as many examples, or a number is out of range.
+            TypeError: a number is not whole.
+        """
+        seed = whole_number(seed, "seed", least=0)
+        return self._fewer(train, test, lambda examples, count: examples.sampled(count, seed))
+
+    def first(self, train: int | None = None, test: int | None = None) -> Task:
+        """The same task with its first ``train`` training and ``test`` test examples, whatever their classes.
+
+        For data in an order without meaning, as the embedded tasks are; :meth:`subset` draws. It warns where
+        examples sorted by class lose some of their classes.
+
+        Raises:
+            ValueError, TypeError: as :meth:`subset`.
+        """
+        return self._fewer(train, test, self._first_of)
+
+    def _fewer(
+        self, train: int | None, test: int | None, chosen: Callable[[Examples, int], Examples]
+    ) -> Task:
+        parts = {}
+        for part, count in (("train", train), ("test", test)):
+            if count is None:
+                continue
+            examples, count = getattr(self, part), whole_number(count, part, least=1)
+            if count > len(examples):
+                raise InputError(f"{self.name} has {len(examples)} {part} examples; asked for {count}")
+            parts[part] = chosen(examples, count)
+        return replace(self, **parts)
+
+    def _first_of(self, examples: Examples, count: int) -> Examples:
+        found, labels = examples.first(count), examples.labels
+        lost = len(labels.unique()) - len(found.labels.unique())
+        if lost and bool((labels.diff() >= 0).all()):
+            warnings.warn(
+                f"the examples of {self.name} are sorted by class, and the first {count} lack {lost} of the "
+                "classes; subset draws from all",
+                stacklevel=4,
+            )
+        return found
 
     def fingerprint(self) -> str:
         """A hash of the classes, all examples and the readout, equal exactly when the tasks are."""

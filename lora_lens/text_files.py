@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
-import csv
 import gzip
-import io
 import json
+import lzma
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from lora_lens.corpus import Corpus
 from lora_lens.corpus_checks import (
+    CONFLICTS,
     Part,
     check_texts,
     corpus_of,
-    found_classes,
     generator,
     labels_by_name,
     once,
     require,
     short,
 )
-from lora_lens.errors import InputError, MissingFileError, MissingPackageError
+from lora_lens.delimited import DELIMITERS, read_table
+from lora_lens.errors import InputError, LoraLensError, MissingFileError, MissingPackageError
+from lora_lens.validate import choice, flag, instance, number, sequence
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+UNPACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+EXAMPLE = '{"text": "...", "label": "..."}'
 JSON_LINES = (".jsonl", ".json")
 SUFFIXES = (*JSON_LINES, *DELIMITERS, ".parquet")
 
@@ -43,11 +48,14 @@ def text_corpus(
     classes: Sequence[str] | None = None,
     test_share: float = 0.2,
     seed: int = 0,
+    quoting: bool | None = None,
+    conflicts: str = "refuse",
 ) -> Corpus:
-    """Texts from a file: JSON lines (.jsonl, .json), .csv, .tsv or .parquet.
+    """Texts from a file: JSON lines or an array of objects (.jsonl, .json), .csv, .tsv or .parquet.
 
-    All but Parquet may be compressed (.csv.gz). Files are UTF-8; tables begin with the names of their
-    columns. Texts are taken as they stand: "NA", "null" and "001" are texts. Nothing in a file is executed::
+    All but Parquet may be compressed (.gz, .bz2, .xz). Files are UTF-8; tables begin with the names of their
+    columns, and are delimited by commas or tabs, or by whatever else gives the columns asked for. Texts are
+    taken as they stand: "NA", "null" and "001" are texts. Nothing in a file is executed::
 
         reviews = text_corpus("reviews.csv", text="review", label="stars")
         plain = text_corpus("chapters.jsonl", label=None)
@@ -59,37 +67,46 @@ def text_corpus(
         train: the file to train on; without ``test`` also to test on.
         test: the file to test on.
         text: the column, or JSON key, of the texts.
-        label: that of the labels, which are strings or whole numbers; None for plain text.
+        label: that of the labels, which are strings, whole numbers or true and false; None for plain text.
+            White space around them does not count, and 1.0 is 1.
         name: of the corpus; by default the training file's, without its suffix.
         classes: their names, in the order of the labels. Names that are no numbers may also stand for
             the labels 0, 1, 2 and so on. By default what the training file holds, sorted; numbers by size.
         test_share: without ``test``, the share of every class to test on, in (0, 1), drawn at random. It is
             rounded to whole texts, and every class keeps at least one on either side.
         seed: of that draw.
+        quoting: of .csv and .tsv, whether quotation marks around a cell enclose it (True) or belong to its
+            text (False). By default found out: a file that would be another table under the other reading
+            is refused if nothing tells which is meant.
+        conflicts: what is done with texts that have several labels in one part: "refuse" raises, "drop"
+            leaves all their copies out, "majority" keeps the label that most copies have, and drops ties.
 
     Raises:
         FileNotFoundError, IsADirectoryError: no such file, or a folder.
         ValueError: another suffix, a file that is empty, damaged or not UTF-8, no such column; empty texts,
-            missing labels, labels of both kinds or not whole; one text with two labels in one part; fewer
+            missing labels, labels of several kinds or not whole; one text with two labels in one part; fewer
             than two classes, one that is not among ``classes`` or in the test part only; an argument out of
             range.
         TypeError: a text that is no string, or a label that is neither a string nor a number.
         ImportError: reading Parquet needs pyarrow.
     """
-    if not 0 < test_share < 1:
-        raise InputError(f"test_share must be between 0 and 1, not {test_share}")
+    test_share = number(test_share, "test_share", above=0, below=1)
     random = generator(seed)
+    choice(conflicts, "conflicts", CONFLICTS)
+    if quoting is not None:
+        quoting = flag(quoting, "quoting")
+    instance(text, str, "text", "the name of a column")
+    if label is not None:
+        instance(label, str, "label", "the name of a column, or None for plain text")
     names = _class_names(classes, label)
     files = [_file(train)] if test is None else [_file(train), _file(test)]
-    parts = [_read(file, text, label) for file in files]
+    parts = [_read(file, text, label, quoting) for file in files]
     if name is None:
         name = _unpacked(files[0]).stem
-    if names is None:
-        names = found_classes(parts[0].labels)
     if test is not None:
-        return corpus_of(name, names, *parts)
-    whole, repeated = once(parts[0])
-    return corpus_of(name, names, *_split(whole, test_share, random), repeated)
+        return corpus_of(name, names, *parts, conflicts)
+    whole = once(parts[0], conflicts, left := Counter())
+    return corpus_of(name, names, *_split(whole, test_share, random), conflicts, left)
 
 
 def _class_names(classes: Sequence[str] | None, label: str | None) -> tuple[str, ...] | None:
@@ -100,13 +117,14 @@ def _class_names(classes: Sequence[str] | None, label: str | None) -> tuple[str,
         return ()
     if classes is None:
         return None
-    names = (classes,) if isinstance(classes, str) else tuple(classes)
+    names = sequence(classes, "classes", "at least two different strings")
     if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
         raise InputError(f"classes must be at least two different strings, not {classes!r}")
     return names
 
 
 def _file(path: str | Path) -> Path:
+    instance(path, (str, Path), "a file", "a path")
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give one file, {', '.join(SUFFIXES)}")
@@ -115,14 +133,14 @@ def _file(path: str | Path) -> Path:
     suffix = _suffix(path)
     if suffix not in SUFFIXES or (suffix == ".parquet" and _is_compressed(path)):
         raise InputError(
-            f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, or in .gz after one of these but "
-            ".parquet"
+            f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, or in {', '.join(UNPACKED)} after "
+            "one of these but .parquet"
         )
     return path
 
 
 def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
+    return path.suffix.lower() in UNPACKED
 
 
 def _unpacked(path: Path) -> Path:
@@ -133,15 +151,20 @@ def _suffix(path: Path) -> str:
     return _unpacked(path).suffix.lower()
 
 
-def _read(path: Path, text: str, label: str | None) -> Part:
+def _read(path: Path, text: str, label: str | None, quoting: bool | None) -> Part:
     columns = [text] if label is None else [text, label]
     suffix = _suffix(path)
     if suffix == ".parquet":
         unit, (numbers, *values) = "row", _parquet(path, columns)
     elif suffix in JSON_LINES:
-        unit, (numbers, *values) = "line", _json_lines(path, columns)
+        unit, numbers, values = _json(path, columns)
     else:
-        unit, (numbers, *values) = "line", _table(path, columns, DELIMITERS[suffix])
+        table = read_table(str(path), _decoded(path), DELIMITERS[suffix], columns, quoting)
+        header, *rows = table.rows or [[]]
+        require(str(path), columns, header, len(rows))
+        places = [header.index(column) for column in columns]
+        unit, numbers = "line", table.lines[1:]
+        values = [[row[place] for row in rows] for place in places]
     part = Part(str(path), unit, numbers, values[0], None if label is None else values[1])
     check_texts(part)
     return replace(part, labels=labels_by_name(part))
@@ -150,10 +173,16 @@ def _read(path: Path, text: str, label: str | None) -> Part:
 def _decoded(path: Path) -> str:
     data = path.read_bytes()
     if _is_compressed(path):
+        suffix = path.suffix.lower()
         try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path} is damaged: not readable as gzip ({error})") from error
+            data = UNPACKED[suffix](data)
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise InputError(f"{path} is damaged: not readable as {suffix[1:]} ({error})") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # Excel's "Unicode text"
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is damaged: not readable as UTF-16 ({error})") from error
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0  # which Excel writes
     try:
         return data[start:].decode()
@@ -168,64 +197,70 @@ def _decoded(path: Path) -> str:
         ) from error
 
 
-def _json_lines(path: Path, columns: list[str]) -> list[list]:
-    """The numbers of the lines, and the values of each column; None where a line lacks it."""
-    numbers, values, found = [], [[] for _ in columns], {}
-    for number, line in enumerate(_decoded(path).split("\n"), 1):  # splitlines would cut at U+2028 as well
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            in_line = isinstance(error, json.JSONDecodeError)
-            where = f"{error.msg} at character {error.colno}" if in_line else error
-            raise InputError(
-                f"{path}, line {number}, is no JSON: {where}; expected one object on every line, "
-                'such as {"text": "...", "label": "..."}'
-            ) from error
+def _json(path: Path, columns: list[str]) -> tuple[str, list[int], list[list]]:
+    """What the records' numbers count, these, and the values of each column; None where a record lacks it."""
+    unit, numbers, values, found = "line", [], [[] for _ in columns], {}
+    records = _json_array(path, content := _decoded(path))
+    if records is None:
+        records = _json_lines(path, content)
+    else:
+        unit, records = "row", enumerate(records, 1)
+    for place, record in records:
         if not isinstance(record, dict):
             raise InputError(
-                f"{path}, line {number}: expected a JSON object on every line, such as "
-                f'{{"text": "...", "label": "..."}}, not {short(line.strip())}'
+                f"{path}, {unit} {place}: expected a JSON object{' on every line' * (unit == 'line')}, such "
+                f"as {EXAMPLE}, not {short(json.dumps(record))}"
             )
         found.update(dict.fromkeys(record))
-        numbers.append(number)
+        numbers.append(place)
         for column, of_column in zip(columns, values, strict=True):
             of_column.append(record.get(column))
     require(str(path), columns, found, len(numbers))
-    return [numbers, *values]
+    return unit, numbers, values
 
 
-def _table(path: Path, columns: list[str], delimiter: str) -> list[list]:
-    """The numbers of the lines on which rows begin, and the values of each column."""
-    content = _decoded(path)
-    numbers, rows, before = [], [], 0
-    # pandas would leave out what is beyond the last column, and take quotes within a text out of it
-    limit = csv.field_size_limit(min(max(len(content), csv.field_size_limit()), 2**31 - 1))
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+def _json_array(path: Path, content: str) -> list | None:
+    """The items of a file that is one JSON array; None for any other, such as lines of JSON."""
+    if not content.lstrip().startswith("["):
+        return None
     try:
-        for row in reader:
-            if row:
-                numbers.append(before + 1)
-                rows.append(row)
-            before = reader.line_num
-    except csv.Error as error:
-        raise InputError(
-            f"{path}: the row that begins on line {before + 1} is damaged ({error}); a text with quotation "
-            "marks, delimiters or line breaks must be in quotation marks, and those within it doubled"
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    header = rows[0] if rows else []
-    require(str(path), columns, header, max(len(rows) - 1, 0))
-    for number, row in zip(numbers, rows, strict=True):
-        if len(row) != len(header):
+        return json.loads(content, object_pairs_hook=partial(_object, str(path)))
+    except LoraLensError:
+        raise
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":  # after the end of a first line's array
+            return None
+        where = f"{error.msg} on line {error.lineno}" if isinstance(error, json.JSONDecodeError) else error
+        raise InputError(f"{path} begins as a JSON array, but is none: {where}") from error
+
+
+def _json_lines(path: Path, content: str) -> Iterator[tuple[int, object]]:
+    for place, line in enumerate(content.split("\n"), 1):  # splitlines would cut at U+2028 as well
+        if not line.strip():
+            continue
+        where = f"{path}, line {place}"
+        try:
+            record = json.loads(line, object_pairs_hook=partial(_object, where))
+        except LoraLensError:
+            raise
+        except (ValueError, RecursionError) as error:
+            in_line = isinstance(error, json.JSONDecodeError)
+            what = f"{error.msg} at character {error.colno}" if in_line else error
             raise InputError(
-                f"{path}, line {number}, has {len(row)} cells, but the first line names {len(header)} "
-                f"columns; a text with {'commas' if delimiter == ',' else 'tabs'} must be in quotation marks"
-            )
-    places = [header.index(column) for column in columns]
-    return [numbers[1:], *([row[place] for row in rows[1:]] for place in places)]
+                f"{where}, is no JSON: {what}; expected one object on every line, such as {EXAMPLE}, or one "
+                "array of such objects"
+            ) from error
+        yield place, record
+
+
+def _object(source: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, whose keys must differ: json would keep the last of the same."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f"{source}: an object has the key {twice!r} twice; which of the values is meant?")
+    return found
 
 
 def _parquet(path: Path, columns: list[str]) -> list[Sequence]:

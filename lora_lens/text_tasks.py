@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from lora_lens.corpus import Corpus, Texts
 from lora_lens.errors import InputError
-from lora_lens.readouts import LabelWords, NextTokens, Readout, inner_model
+from lora_lens.readouts import POOLINGS, LabelWords, NextTokens, Readout, inner_model
 from lora_lens.tasks import Task
 from lora_lens.token_examples import TokenExamples
+from lora_lens.tokenizing import (
+    Tokenizer,
+    bare_tokens,
+    check_tokenizer,
+    continuations,
+    shortened,
+    special_tokens,
+)
+from lora_lens.validate import choice, instance, sequence, whole_number
 
 NO_LIMIT = 10**9  # transformers' tokenizers without a limit have a larger number
 PROMPT = "{text}\nSentiment:"
-
-
-class Tokenizer(Protocol):
-    """transformers' tokenizers."""
-
-    def __call__(self, text: list[str], **options: object) -> dict[str, list[list[int]]]: ...
+SAMPLE = 16  # texts on which is seen how the label words are tokenized after a prompt
+CORPUS = "a Corpus, such as lora_lens.text_corpus makes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,7 @@ class LanguageTask(Task):
     """Next-token prediction on blocks of text; its accuracy is the share of tokens that are the likeliest."""
 
     def __post_init__(self) -> None:
+        self._check_parts()
         for part in (self.train, self.test):
             if len(part.lengths.unique()) > 1:
                 raise InputError(f"{self.name}: the blocks of a language task must all be of one length")
@@ -82,6 +87,9 @@ def text_task(
 ) -> Task:
     """Classification of texts by a head on the model's features.
 
+    Texts have the special tokens that the tokenizer adds by itself, such as [CLS] and [SEP] or a beginning
+    of text.
+
     Args:
         corpus: texts with classes.
         tokenizer: the model's.
@@ -92,12 +100,31 @@ def text_task(
 
     Raises:
         ValueError: the corpus has fewer than two classes, ``most_tokens`` is below 1 or above what the
-            tokenizer allows, or a text has no tokens.
+            tokenizer allows, another pooling, or a text has no tokens.
+        TypeError: an argument of another type.
     """
     _require_classes(corpus)
+    choice(pooling, "pooling", POOLINGS)
     limit = _limit(tokenizer, most_tokens)
-    parts = (_tokenized(name, part, tokenizer, limit) for name, part in _parts(corpus))
-    return Task(corpus.name, corpus.classes, *parts, pooling=pooling)
+    before, after = special_tokens(tokenizer, corpus.train.texts[0])
+    room = limit - len(before) - len(after)
+    if room < 1:
+        around = len(before) + len(after)
+        raise InputError(
+            f"the tokenizer puts {around} special tokens around each text, so most_tokens={around + 1} or "
+            f"more is needed, not {limit}"
+        )
+
+    def tokenized(name: str, texts: Texts) -> TokenExamples:
+        found = tokenizer(list(texts.texts), add_special_tokens=True, verbose=False)["input_ids"]
+        longer = [row for row, ids in enumerate(found) if len(ids) > limit]
+        for row, ids in zip(
+            longer, bare_tokens(tokenizer, [texts.texts[row] for row in longer]), strict=True
+        ):
+            found[row] = [*before, *ids[:room], *after]
+        return _examples(name, texts, found, tokenizer, len(longer), limit)
+
+    return Task(corpus.name, corpus.classes, *_of_parts(corpus, tokenized), pooling=pooling)
 
 
 def label_word_task(
@@ -110,26 +137,38 @@ def label_word_task(
 ) -> WordTask:
     """Classification of texts by the words that a causal language model expects next.
 
+    Prompt and text are tokenized as one, after the special tokens with which the tokenizer begins a text by
+    itself, such as Llama's beginning of text. The words' tokens are those that they have after the prompt.
+
     Args:
         corpus: texts with classes.
         tokenizer: the model's.
-        prompt: what the model is given, with "{text}" where the text goes; it should not end in a space,
-            since the words begin with one.
+        prompt: what the model is given, with "{text}" where the text goes. If it ends in a space that is part
+            of the words' first tokens, the model is given what comes before.
         words: one for each class; default the classes' names with a space before each.
         most_tokens: of the prompt with its text; of longer ones the text loses its end, with a warning that
             counts them; default what the tokenizer allows.
 
     Raises:
         ValueError: as :func:`text_task`; the prompt has no "{text}", there are not as many different words as
-            classes, or one begins with another's tokens.
+            classes, one begins with another's tokens, or they depend on the text before.
+        TypeError: an argument of another type.
     """
     _require_classes(corpus)
-    words = [f" {name}" for name in corpus.classes] if words is None else list(words)
-    if prompt.count("{text}") != 1:
+    limit = _limit(tokenizer, most_tokens)
+    words = [f" {name}" for name in corpus.classes] if words is None else sequence(words, "words", "strings")
+    for word in words:
+        if not instance(word, str, "a word", "a string"):
+            raise InputError("the word '' has no tokens; choose another one")
+    if instance(prompt, str, "prompt", "a string").count("{text}") != 1:
         raise InputError(f"the prompt must hold {{text}} once, where the text goes, not {prompt!r}")
     if len(words) != len(corpus.classes):
         raise InputError(f"{corpus.name} has {len(corpus.classes)} classes, and there are {len(words)} words")
-    ids = [tuple(found) for found in tokenizer(words, add_special_tokens=False)["input_ids"]]
+    head, tail = prompt.split("{text}")
+    texts = corpus.train.texts + corpus.test.texts
+    # Words go on from the prompt's end, which is each text's own end in a prompt that ends with the text.
+    some = texts[:SAMPLE] if tail.strip() else texts
+    end, ids = continuations(tokenizer, [f"{head}{text}{tail}" for text in some], words)
     for place, (word, own) in enumerate(zip(words, ids, strict=True)):
         if not own:
             raise InputError(f"the word {word!r} has no tokens; choose another one")
@@ -138,59 +177,86 @@ def label_word_task(
                 f"the tokens of {word!r} begin those of {twin[0]!r}, so their likelihoods cannot be told "
                 "apart; choose other words"
             )
-    limit = _limit(tokenizer, most_tokens) - max(len(word) for word in ids)
-    parts = (
-        _tokenized(name, part, tokenizer, limit, *prompt.split("{text}")) for name, part in _parts(corpus)
-    )
-    return WordTask(corpus.name, corpus.classes, *parts, pooling="mean", words=tuple(ids))
+    before, _ = special_tokens(tokenizer, texts[0])
+    limit -= max(len(word) for word in ids)
+
+    def contexts(texts: Sequence[str]) -> list[list[int]]:
+        found = bare_tokens(tokenizer, [f"{head}{text}{tail}" for text in texts])
+        return [[*before, *ids[: len(ids) - len(end)]] for ids in found]
+
+    def tokenized(name: str, texts: Texts) -> TokenExamples:
+        found = contexts(texts.texts)
+        longer = [row for row, ids in enumerate(found) if len(ids) > limit]
+        if longer and (alone := len(contexts([""])[0])) >= limit:
+            raise InputError(f"the prompt alone has {alone} tokens, and {limit} are allowed in all")
+        shorter = shortened(
+            [texts.texts[row] for row in longer], lambda some: [len(ids) <= limit for ids in contexts(some)]
+        )
+        for row, ids in zip(longer, contexts(shorter), strict=True):
+            found[row] = ids
+        return _examples(name, texts, found, tokenizer, len(longer), limit)
+
+    parts = _of_parts(corpus, tokenized)
+    return WordTask(corpus.name, corpus.classes, *parts, pooling="mean", words=tuple(map(tuple, ids)))
 
 
 def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> LanguageTask:
     """Next-token prediction on a corpus, whose classes play no part.
 
     The texts of each part are joined, with the tokenizer's end of text after each, and cut into blocks; the
-    rest of the last block is left out. A block may begin within a text: its first tokens are predicted with
-    little before them, so the loss is above that of whole documents. What is compared is its rise.
+    rest of the last block is left out. Each block begins with the special tokens with which the tokenizer
+    begins a text by itself, such as Llama's and Gemma's beginning of text, without which such models predict
+    badly; GPT-2's and Qwen's tokenizers have none. A block may begin within a text: its first tokens are
+    predicted with little before them, so the loss is above that of whole documents. What is compared is its
+    rise.
 
     Args:
         corpus: training and test texts; long ones make fewer seams.
         tokenizer: the model's.
-        block: tokens per block, of which all but the first are predicted.
+        block: tokens per block, a beginning of text included, of which all but the first are predicted.
 
     Raises:
-        ValueError: ``block`` is below 2, or a part has fewer tokens than one block.
+        ValueError: ``block`` has no room for a token to predict, or a part has fewer tokens than one block.
+        TypeError: an argument of another type.
     """
-    if block < 2:
-        raise InputError(f"a block must have at least 2 tokens, one to predict the other, not {block}")
+    instance(corpus, Corpus, "corpus", CORPUS)
+    check_tokenizer(tokenizer)
+    before, _ = special_tokens(tokenizer, corpus.train.texts[0])
+    block = whole_number(block, "block")
+    if block < (least := max(2, len(before) + 1)):
+        raise InputError(f"a block must have at least {least} tokens, one to predict the other, not {block}")
+    room = block - len(before)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts = []
     for part, texts in (("training", corpus.train), ("test", corpus.test)):
-        # The tokenizer would warn of texts beyond its limit; they are cut into blocks below.
-        found = tokenizer(list(texts.texts), add_special_tokens=False, verbose=False)["input_ids"]
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = [token for text in found for token in [*text, *end]]
-        count = len(ids) // block
+        ids = [token for text in bare_tokens(tokenizer, texts.texts) for token in [*text, *end]]
+        count = len(ids) // room
         if count == 0:
             raise InputError(
                 f"the {part} texts of {corpus.name} have {len(ids)} tokens, less than one block of {block}; "
                 "use a smaller block or more text"
             )
-        ids = ids[: count * block]
+        tokens = [t for i in range(count) for t in (*before, *ids[i * room : (i + 1) * room])]
         parts.append(
             TokenExamples(
-                torch.tensor(ids, dtype=torch.int32),
+                torch.tensor(tokens, dtype=torch.int32),
                 torch.full((count,), block),
                 torch.zeros(count, dtype=torch.long),
-                words=_words(tokenizer, ids),
+                words=_words(tokenizer, tokens),
             )
         )
     return LanguageTask(corpus.name, (), *parts, pooling="mean")
 
 
-def _parts(corpus: Corpus) -> list[tuple[str, Texts]]:
-    return [(f"{corpus.name}, training", corpus.train), (f"{corpus.name}, test", corpus.test)]
+def _of_parts(corpus: Corpus, tokenized: Callable[[str, Texts], TokenExamples]) -> list[TokenExamples]:
+    found = []
+    for part, texts in (("training", corpus.train), ("test", corpus.test)):
+        found.append(tokenized(f"{corpus.name}, {part}", texts))  # no comprehension: warnings count frames
+    return found
 
 
 def _require_classes(corpus: Corpus) -> None:
+    instance(corpus, Corpus, "corpus", CORPUS)
     if len(corpus.classes) < 2:
         raise InputError(
             f"{corpus.name} has {len(corpus.classes)} classes, and a classification needs at least two; "
@@ -199,9 +265,11 @@ def _require_classes(corpus: Corpus) -> None:
 
 
 def _limit(tokenizer: Tokenizer, most_tokens: int | None) -> int:
+    check_tokenizer(tokenizer)
     allowed = min(tokenizer.model_max_length, NO_LIMIT)
     if most_tokens is None:
         return allowed
+    most_tokens = whole_number(most_tokens, "most_tokens")
     if not 1 <= most_tokens <= allowed:
         raise InputError(
             f"most_tokens must be 1 to {allowed}, which is what the tokenizer allows, not {most_tokens}"
@@ -209,53 +277,25 @@ def _limit(tokenizer: Tokenizer, most_tokens: int | None) -> int:
     return most_tokens
 
 
-def _tokenized(
-    name: str, texts: Texts, tokenizer: Tokenizer, limit: int, before: str = "", after: str = ""
+def _examples(
+    name: str, texts: Texts, found: list[list[int]], tokenizer: Tokenizer, truncated: int, limit: int
 ) -> TokenExamples:
-    """The texts' tokens, between those of the prompt's two ends; special tokens only without a prompt."""
-    head, tail = (
-        tokenizer([part], add_special_tokens=False)["input_ids"][0] if part else []
-        for part in (before, after)
-    )
-    special = not (before or after)
-    around = tokenizer.num_special_tokens_to_add() if special else 0
-    if limit <= around:
-        raise InputError(
-            f"the tokenizer puts {around} special tokens around each text, so most_tokens={around + 1} or "
-            f"more is needed, not {limit}"
-        )
-    room = limit - len(head) - len(tail)
-    if room < 1:
-        raise InputError(
-            f"the prompt alone has {len(head) + len(tail)} tokens, and {limit} are allowed in all"
-        )
-    found = tokenizer(list(texts.texts), add_special_tokens=special, verbose=False)["input_ids"]
-    longer = [number for number, ids in enumerate(found) if len(ids) > room]
-    if longer:
-        # Cut by the tokenizer, which keeps its own end of text; a prompt's tokens are added after the cut.
-        shorter = tokenizer(
-            [texts.texts[number] for number in longer],
-            add_special_tokens=special,
-            truncation=True,
-            max_length=room,
-        )["input_ids"]
-        for number, ids in zip(longer, shorter, strict=True):
-            found[number] = ids
+    """The texts with their tokens, of which ``truncated`` have lost their end."""
+    if truncated:
         warnings.warn(
-            f"{name}: {len(longer)} of {len(found)} texts have more than {room} tokens and lost their end",
-            stacklevel=4,
+            f"{name}: {truncated} of {len(found)} texts have more than {limit} tokens and lost their end",
+            stacklevel=5,
         )
-    whole = [[*head, *ids, *tail] for ids in found]
-    if empty := [number for number, ids in enumerate(whole) if not ids]:
+    if empty := [number for number, ids in enumerate(found) if not ids]:
         raise InputError(f"{name}: text {empty[0]} ({texts.texts[empty[0]]!r}) has no tokens; leave it out")
     pad = getattr(tokenizer, "pad_token_id", None)
-    tokens = [token for ids in whole for token in ids]
+    tokens = [token for ids in found for token in ids]
     return TokenExamples(
         torch.tensor(tokens, dtype=torch.int32),
-        torch.tensor([len(ids) for ids in whole]),
+        torch.tensor([len(ids) for ids in found]),
         torch.tensor(texts.labels),
         pad=0 if pad is None else pad,  # any token will do, because the mask hides it
-        truncated=len(longer),
+        truncated=truncated,
         texts=texts.texts,
         words=_words(tokenizer, tokens),
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lens.errors import InputError
 from lora_lens.fingerprint import Digest, add_tensor
+from lora_lens.sampling import sampled_rows
 from lora_lens.tasks import shuffled_rows
 
 EVALUATION_TOKENS = 2048  # per batch, padding included: with a vocabulary of 50,000 the logits take 0.4 GB
@@ -80,6 +81,10 @@ class TokenExamples:
         """The first ``count`` texts; all of them if there are fewer."""
         return self.take(torch.arange(min(count, len(self))))
 
+    def sampled(self, count: int, seed: int = 0) -> TokenExamples:
+        """``count`` texts that stand for all, see :func:`lora_lens.sampling.sampled_rows`."""
+        return self if count >= len(self) else self.take(sampled_rows(self.labels, count, seed))
+
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """input_ids and, unless all are of one length, attention_mask: (batch, tokens), padded right."""
         lengths = self.lengths[rows]
@@ -135,6 +140,10 @@ class TokenExamples:
                 f"the longest text has {longest} tokens, and {type(model).__name__} takes at most "
                 f"{positions}; make the task with most_tokens={positions} or less"
             )
+
+    def trial(self) -> dict[str, Tensor]:
+        """A batch to try whether a model takes it: the two shortest texts."""
+        return self.batch(self.lengths.argsort(stable=True)[:2])
 
     def add_to(self, digest: Digest) -> None:
         """Hash all that they hold."""

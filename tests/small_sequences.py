@@ -47,21 +47,21 @@ def small_spectra() -> ll.SpectrumSet:
 @cache
 def retained() -> ll.Task:
     """Ten classes for the model's own head."""
-    return ll.embedded.digits().subset(10, 30)
+    return ll.embedded.digits().first(10, 30)
 
 
 @cache
 def pairs() -> list[ll.Task]:
     """Digits in four tasks of two classes each."""
-    whole = ll.embedded.digits().subset(400, 200)
+    whole = ll.embedded.digits().first(400, 200)
     parts = [only_classes(whole, [2 * i, 2 * i + 1]) for i in range(4)]
-    return [task.subset(train=40, test=20) for task in parts]
+    return [task.first(train=40, test=20) for task in parts]
 
 
 @cache
 def turned() -> list[ll.Task]:
     """Two digits at twenty angles."""
-    task = only_classes(ll.embedded.digits().subset(300, 100), [3, 8]).subset(train=30, test=8)
+    task = only_classes(ll.embedded.digits().first(300, 100), [3, 8]).first(train=30, test=8)
     return [rotated(task, 9 * i) for i in range(20)]
 
 

@@ -191,7 +191,7 @@ def test_the_foreseen_window_and_its_scaled_rate(measure):
 
 
 def test_every_rule_recommends_a_window_of_the_grid(measure, patch_vit, source, digits, tmp_path):
-    setting = (patch_vit, digits.subset(40, 10), source.subset(40, 10))
+    setting = (patch_vit, digits.first(40, 10), source.first(40, 10))
     found = list(measure.recommendations(setting, [100], tmp_path, steps=1, jobs=1))
     assert [rule for rule, *_ in found] == [
         *(f"{name}, fixed rate" for name in ("first", "middle", "last", "random")),

@@ -29,7 +29,7 @@ FORGETTING, ACCURACY = "forgetting (%) [95% interval]", "accuracy (%) [95% inter
 def store(tmp_path_factory) -> Path:
     """Few short real runs, with their curves and drifts."""
     model = narrow_vit(0)
-    small = ll.embedded.digits().subset(64, 40)
+    small = ll.embedded.digits().first(64, 40)
     folder = tmp_path_factory.mktemp("sweeps") / "runs"
     grid = ll.Grid(window=ll.windows(4, 3), lr=RATES, seed=(0, 1), baselines=[ll.LoRA(4)])
     fast = {"steps": 4, "evaluations": 3, "batch_size": 16, "jobs": 1, "progress": False}

@@ -56,8 +56,8 @@ def test_merging_and_attaching_again_keep_the_function(window, model, digits):
 
 
 def digits_in_pairs(digits: ll.Task) -> list[ll.Task]:
-    whole = digits.subset(200, 100)
-    return [ll.task_variants.only_classes(whole, [2 * i, 2 * i + 1]).subset(test=1) for i in range(3)]
+    whole = digits.first(200, 100)
+    return [ll.task_variants.only_classes(whole, [2 * i, 2 * i + 1]).first(test=1) for i in range(3)]
 
 
 def test_so_they_do_with_texts():
@@ -332,7 +332,7 @@ def with_names(*names: str) -> list[ll.Task]:
 
 
 def three_classes() -> ll.Task:
-    return ll.task_variants.only_classes(ll.embedded.digits().subset(100, 60), [0, 1, 2])
+    return ll.task_variants.only_classes(ll.embedded.digits().first(100, 60), [0, 1, 2])
 
 
 def words() -> list[ll.Task]:

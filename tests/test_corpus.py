@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import lora_lens as ll
@@ -12,6 +13,9 @@ def test_texts_and_classes_are_kept_as_tuples():
     corpus = ll.Corpus("c", ["bad", "good"], GOOD, BAD)
     assert corpus.classes == ("bad", "good")
     assert (corpus.train.texts, corpus.train.labels, len(corpus.train)) == (("fine", "poor"), (1, 0), 2)
+    of_numpy = ll.Texts(np.array(["fine", "poor"]), np.array([1, 0]))
+    assert of_numpy.labels == (1, 0) and type(of_numpy.labels[0]) is int
+    assert ll.Corpus("c", ("bad", "good"), of_numpy, BAD).fingerprint() == corpus.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -19,6 +23,8 @@ def test_texts_and_classes_are_kept_as_tuples():
     [
         ([], [], ValueError, "not 0 texts and 0 labels"),
         (["a", "b"], [0], ValueError, "as many labels as texts, not 2 texts and 1 labels"),
+        ("ab", [0, 1], TypeError, "texts must be a sequence of strings, such as a list, not 'ab'"),
+        (["a"], 0, TypeError, "labels must be a sequence of whole numbers, such as a list, not 0"),
         (["a", None], [0, 0], TypeError, "text 1 must be a string, not None"),
         (["a", "b"], [0, "1"], TypeError, "label of text 1 must be a whole number, not '1'"),
         (["a", "b"], [0, 1.0], TypeError, "label of text 1 must be a whole number, not 1.0"),
@@ -66,3 +72,17 @@ def test_the_fingerprint_tells_any_two_corpora_apart():
     ]
     assert len({corpus.fingerprint() for corpus in [first, *others]}) == 6
     assert first.fingerprint() == ll.Corpus("renamed", ["bad", "good"], GOOD, BAD).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, ("a", "b"), GOOD, BAD), "name must be a string"),
+        (("c", "ab", GOOD, BAD), "classes must be a sequence of names"),
+        (("c", (0, 1), GOOD, BAD), "a class's name must be a string, not 0"),
+        (("c", ("a", "b"), ["fine"], BAD), "train must be Texts"),
+    ],
+)
+def test_what_makes_no_corpus_is_refused(given, message):
+    with pytest.raises(TypeError, match=message):
+        ll.Corpus(*given)

@@ -71,10 +71,48 @@ def test_clean_files_warn_of_nothing(tmp_path):
 
 def test_one_text_with_two_labels_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [*GOOD, ("Bad ONE", "pos")])
-    message = r"a\.jsonl: the same text has two labels, 'neg' \(line 2\) and 'pos' \(line 5\): 'Bad ONE'"
+    message = (
+        r"a\.jsonl: one text has several labels: 'bad one' \(lines 2, 5: 'neg', 'pos'\); .*conflicts=\"drop\""
+    )
     for test in (None, held_out(tmp_path)):
         with pytest.raises(ValueError, match=message):
             text_corpus(path, test)
+    many = [(f"{i % 9} text", "ab"[i // 9]) for i in range(18)]
+    with pytest.raises(ValueError, match=r"9 texts have several labels: '0 text' .* and 6 more; keep"):
+        text_corpus(write(tmp_path / "many.csv", many))
+
+
+def test_texts_with_several_labels_are_dropped_or_keep_the_majority_s(tmp_path):
+    torn = [("so so", "pos"), ("So so", "neg"), ("SO SO", "pos"), ("tie", "neg"), ("tie", "pos")]
+    path = write(tmp_path / "a.csv", [*torn, *GOOD])
+    with pytest.warns(UserWarning, match="^a: left out 5 rows whose texts have several labels$"):
+        corpus = text_corpus(path, held_out(tmp_path), conflicts="drop")
+    assert corpus.train.texts == tuple(text for text, _ in GOOD)
+    with pytest.warns(UserWarning, match="^a: left out 3 rows whose .* labels and 1 repeated texts$"):
+        corpus = text_corpus(path, held_out(tmp_path), conflicts="majority")
+    assert corpus.train.texts[0] == "so so" and corpus.train.labels[0] == 1 and len(corpus.train) == 5
+    only = write(tmp_path / "only.csv", torn)
+    with pytest.raises(ValueError, match="every text has several labels, so none is left"):
+        text_corpus(only, conflicts="drop")
+
+
+def test_the_same_number_is_one_class_however_it_is_written(tmp_path):
+    test = write(tmp_path / "t.jsonl", [("d", 1)])
+    path = write(tmp_path / "a.csv", [("a", "1.0"), ("b", " 0"), ("c", "1 ")])
+    assert text_corpus(path, test).classes == ("0", "1")
+    path = write(tmp_path / "b.csv", [("a", "01"), ("b", "0"), ("c", "1")])
+    with pytest.raises(ValueError, match=r"labels '01' \(line 2\) and '1' \(line 4\) are the same number"):
+        text_corpus(path, test)
+
+
+def test_true_and_false_are_labels_in_every_kind_of_file(tmp_path):
+    rows = [("a", True), ("b", False), ("c", True)]
+    for train, test in ((".csv", ".jsonl"), (".jsonl", ".csv")):
+        corpus = text_corpus(
+            write(tmp_path / f"a{train}", rows), write(tmp_path / f"t{test}", [("d", True), ("e", False)])
+        )
+        assert corpus.classes == ("False", "True") and corpus.train.labels == (1, 0, 1)
+        assert corpus.test.labels == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +128,12 @@ def test_one_text_with_two_labels_is_refused(tmp_path):
         (
             "a.jsonl",
             '{"text": "a", "label": 0}\n{"text": "b", "label": "1"}\n',
-            r"strings \('1', line 2\) and some are numbers \(0, line 1\)",
+            r"numbers \(0, line 1\) and some are strings \('1', line 2\); write all",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": true}\n{"text": "b", "label": 1}\n',
+            r"some labels are booleans \(True, line 1\) and some are numbers \(1, line 2\)",
         ),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', r"1 labels are not whole, such as 0\.5 \(line 1\)"),
         ("a.csv", "text,label\na,1\nb,.5\nc,2.75\n", r"2 labels are not whole, such as \.5 \(lines 3, 4\)"),
@@ -115,7 +158,6 @@ def test_rows_that_make_no_corpus_are_refused(tmp_path, name, content, message):
     [
         ('{"text": 12, "label": 1}', "line 1: a text must be a string, not int 12"),
         ('{"text": ["a"], "label": 1}', r"line 1: a text must be a string, not list \['a'\]"),
-        ('{"text": "a", "label": true}', "line 1: a label must be a string or a whole number, not bool True"),
         ('{"text": "a", "label": [1, 2]}', r"line 1: a label must be .*, not list \[1, 2\]"),
     ],
 )

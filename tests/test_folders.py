@@ -137,7 +137,7 @@ def test_folders_that_make_no_task_are_refused(colours, tmp_path):
     with pytest.raises(ValueError, match="files in train, val; every subfolder is a class"):
         folder_task(colours, test_share=0.5)
     (colours / "train" / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no \.jpg, \.jpeg, \.png files in empty"):
+    with pytest.raises(ValueError, match=r"no \.jpg, .*, \.webp files in empty"):
         folder_task(colours)
     write(tmp_path / "single", {"red": 3})
     with pytest.raises(ValueError, match="has 1 subfolders; expected one for each of at least two"):
@@ -153,15 +153,43 @@ def test_folders_that_make_no_task_are_refused(colours, tmp_path):
     ("options", "message"),
     [
         ({"test_share": 0.5, "test": "val"}, "either test='val' or test_share=0.5"),
-        ({"test_share": 1}, "test_share must be between 0 and 1, not 1"),
-        ({"limit": 0}, "limit must be at least 1 image per class, .* not 0"),
-        ({"limit": (1, 2, 3)}, "limit must be .* a pair"),
+        ({"test_share": 1}, r"test_share must be in \(0, 1\), not 1"),
+        ({"limit": 0}, "limit must be at least 1, not 0"),
+        ({"limit": (1, 2, 3)}, "limit must be a number of images per class, or a pair"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(colours, options, message):
     with pytest.raises(ValueError, match=message):
         folder_task(colours, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"path": None}, {"limit": 2.5}, {"limit": "3"}, {"seed": 0.5}, {"test_share": "0.2"},
+        {"transform": "resize"},
+    ],
+)  # fmt: skip
+def test_settings_of_other_types_are_refused(colours, options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} must be"):
+        folder_task(**{"path": colours} | options)
+
+
+def test_images_without_a_known_white_are_named_before_anything_is_loaded(colours):
+    Image.fromarray(np.zeros((32, 32), dtype=np.float32)).save(colours / "val" / "red" / "deep.tif")
+    with pytest.raises(ValueError, match=r"images of 32-bit numbers.*8 or 16 bits: .*red.deep\.tif$"):
+        folder_task(colours)
+
+
+def test_a_photo_lies_as_its_camera_says(colours):
+    wide = Image.new("RGB", (32, 32), (255, 0, 0))
+    wide.paste((0, 0, 255), (0, 0, 16, 32))  # blue on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    wide.save(colours / "val" / "red" / "999.png", exif=exif)
+    pixels = folder_task(colours).test.inputs[-1]
+    assert pixels[:, 4, 28].tolist() == [0, 0, 1] and pixels[:, 28, 4].tolist() == [1, 0, 0]
 
 
 def test_a_transform_must_make_tensors_of_one_shape(colours):

@@ -19,7 +19,7 @@ WINDOWS = ll.windows(rank=8, count=3)
 
 @pytest.fixture(scope="module")
 def task(digits) -> ll.Task:
-    return digits.subset(64, 10)
+    return digits.first(64, 10)
 
 
 @pytest.fixture(scope="module")

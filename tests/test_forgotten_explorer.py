@@ -23,7 +23,7 @@ RATES = (1e-2, 1e-1)
 @pytest.fixture(scope="module")
 def known() -> ll.Task:
     """A task that the small model solves: its labels are the model's own answers."""
-    digits = ll.embedded.digits().subset(64, 100)
+    digits = ll.embedded.digits().first(64, 100)
     with torch.inference_mode():
         labels = narrow_vit(0)(digits.test.inputs).argmax(-1)
     return replace(digits, name="own answers", test=ll.Examples(digits.test.inputs, labels))
@@ -34,7 +34,7 @@ def store(known, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps") / "runs"
     grid = ll.Grid(window=ll.windows(4, 2), lr=RATES, seed=(0, 1), baselines=[ll.LoRA(4)])
     fast = {"steps": 4, "evaluations": 2, "batch_size": 16, "jobs": 1, "progress": False}
-    digits = ll.embedded.digits().subset(64, 40)
+    digits = ll.embedded.digits().first(64, 40)
     ll.sweep(grid, model=narrow_vit(0), task=digits, retain=known, store=folder, **fast)
     return folder
 
@@ -126,7 +126,7 @@ def test_runs_that_forgot_nothing_show_no_images(table, store, known, tmp_path):
     """The smallest rate of all moves no answer."""
     grid = ll.Grid(window=ll.windows(4, 2), lr=(1e-9,), seed=(0,))
     fast = {"steps": 2, "evaluations": 2, "batch_size": 16, "jobs": 1, "progress": False}
-    digits = ll.embedded.digits().subset(64, 40)
+    digits = ll.embedded.digits().first(64, 40)
     still = ll.sweep(grid, model=narrow_vit(0), task=digits, retain=known, store=tmp_path / "runs", **fast)
     explorer = ll.widgets.forgotten_explorer(still, tmp_path / "runs", known)
     assert "0 were forgotten in at least one of 2 runs" in sentence(explorer)
@@ -144,7 +144,7 @@ def test_the_store_is_read_once(table, store, known, tmp_path):
 def test_a_longer_test_set_will_do_and_another_one_is_refused(table, store, known):
     more = ll.Examples(known.test.inputs.repeat(2, 1, 1, 1), known.test.labels.repeat(2))
     ll.widgets.forgotten_explorer(table, store, replace(known, test=more))
-    for other in (known.subset(test=50), ll.embedded.digits()):
+    for other in (known.first(test=50), ll.embedded.digits()):
         with pytest.raises(ValueError, match="answers are to 100 other test images"):
             ll.widgets.forgotten_explorer(table, store, other)
 
@@ -152,7 +152,7 @@ def test_a_longer_test_set_will_do_and_another_one_is_refused(table, store, know
 def test_ranks_are_told_apart(table, store, known, tmp_path):
     grid = ll.Grid(window=[ll.Window(4, position=0.0), ll.Window(2, position=0.0)], lr=(1e-2,), seed=(0,))
     fast = {"steps": 2, "evaluations": 2, "batch_size": 16, "jobs": 1, "progress": False}
-    digits = ll.embedded.digits().subset(64, 40)
+    digits = ll.embedded.digits().first(64, 40)
     two = ll.sweep(grid, model=narrow_vit(0), task=digits, retain=known, store=tmp_path / "runs", **fast)
     explorer = ll.widgets.forgotten_explorer(two, tmp_path / "runs", known)
     assert set(control(explorer, "windows").options) == {"window at 0, rank 4", "window at 0, rank 2"}
@@ -187,7 +187,7 @@ def test_texts_are_shown_as_they_were_written(tmp_path):
         " ".join(known.test.texts[int(first["item"])].split()),
     ]
     with pytest.raises(ValueError, match="answers are to 40 other test texts"):
-        ll.widgets.forgotten_explorer(table, tmp_path / "runs", known.subset(test=20))
+        ll.widgets.forgotten_explorer(table, tmp_path / "runs", known.first(test=20))
 
 
 def test_a_task_of_tokens_has_no_examples_to_explore(table, store):

@@ -34,7 +34,7 @@ def word_task(corpus: ll.Corpus) -> ll.Task:
 def trained(kind: str, corpus: ll.Corpus, method: ll.methods.Method | None = None) -> Trained:
     """A model of four blocks, or of six images', with an adapter in the last two; and its readout."""
     if kind == "vision":
-        model, task, upper = ll.embedded.vision()[0], ll.embedded.digits().subset(24, 8), "blocks.[45].*"
+        model, task, upper = ll.embedded.vision()[0], ll.embedded.digits().first(24, 8), "blocks.[45].*"
     elif kind == "bert":
         model = small("bert", num_hidden_layers=4, **NO_DROPOUT)
         task, upper = ll.text_task(corpus, byte_tokenizer()), "*layer.[23].*"

@@ -68,7 +68,9 @@ def test_data_sets_are_checked_as_files_are(news):
         dataset_corpus(loaded(["a", "b", "A", "X"], [0, 1, 0, 0]), loaded(["x"], [1]), "n")
     assert caught[0].filename == __file__
     train = loaded(["a", "b"], [0, 1])
-    with pytest.raises(ValueError, match=r"n \(train\): the same text has two labels, '0' \(row 1\)"):
+    with pytest.raises(
+        ValueError, match=r"n \(train\): one text has several labels: 'a' \(rows 1, 2: '0', '1'\)"
+    ):
         dataset_corpus(loaded(["a", "A"], [0, 1]), news, "n")
     empty = loaded(["a", "", "b", None], [0, 1, 1, 1])
     with pytest.raises(ValueError, match=r"n \(train\): 2 of 4 .* empty \(rows 2, 4\); .*Dataset\.filter"):
@@ -86,8 +88,14 @@ def test_data_sets_are_checked_as_files_are(news):
         dataset_corpus(train.select([]), news, "n")
     with pytest.raises(TypeError, match=r"n \(train\) must be one datasets\.Dataset.*not DatasetDict"):
         dataset_corpus(pytest.importorskip("datasets").DatasetDict(train=train), news, "n")
-    with pytest.raises(ValueError, match="most must be at least 1 text per part, not 0"):
+    with pytest.raises(ValueError, match="most must be at least 1, not 0"):
         dataset_corpus(train, news, "n", most=0)
+    with pytest.raises(TypeError, match=r"most must be a whole number, not 10\.5"):
+        dataset_corpus(train, news, "n", most=10.5)
+    torn = loaded(["a", "A", "b", "c"], [0, 1, 0, 1])
+    with pytest.warns(UserWarning, match="2 rows whose texts have several labels") as caught:
+        corpus = dataset_corpus(torn, loaded(["x"], [0]), "n", conflicts="drop")
+    assert corpus.train.texts == ("b", "c") and caught[0].filename == __file__
 
 
 @pytest.fixture

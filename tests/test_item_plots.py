@@ -125,7 +125,7 @@ def test_images_refuse_what_they_cannot_show(answers, source):
     with pytest.raises(ValueError, match="count must be at least 1, not 0"):
         ll.plots.forgotten_examples(source, forgotten, 0)
     with pytest.raises(ValueError, match="item 3 is not among the 3 test images"):
-        ll.plots.forgotten_examples(source.subset(test=3), forgotten, 1)
+        ll.plots.forgotten_examples(source.first(test=3), forgotten, 1)
     with pytest.raises(ValueError, match="10 images need as many axes, not 1"):
         ll.plots.forgotten_examples(source, forgotten, 10, axes=plt.subplots()[1])
     with pytest.raises(ValueError, match="no column instead"):
@@ -152,7 +152,7 @@ def test_forgotten_texts_show_the_text_what_it_became_and_for_how_many_runs():
     assert ll.plots.forgotten_examples(movies, ll.items.forgotten_by(answers), 2, axes=own) is own
     assert [len(ax.texts) for ax in own] == [1, 1, 0] and not own[2].axison
     with pytest.raises(ValueError, match="not among the 3 test texts"):
-        ll.plots.forgotten_examples(movies.subset(test=3), ll.items.forgotten_by(answers), 1)
+        ll.plots.forgotten_examples(movies.first(test=3), ll.items.forgotten_by(answers), 1)
 
 
 def test_tokens_and_vectors_are_no_examples_to_show(answers, source):

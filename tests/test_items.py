@@ -202,9 +202,9 @@ def test_an_example_whose_first_answer_hangs_on_rounding_is_left_out():
 
 
 def test_a_sweep_keeps_the_answers_of_every_run(patch_vit, digits, source, tmp_path):
-    retain = source.subset(1, 30)
+    retain = source.first(1, 30)
     grid = ll.Grid(window=ll.windows(2, 2), lr=[1e-2])
-    settings = {"model": patch_vit, "task": digits.subset(64, 20), "retain": retain, "store": tmp_path / "s"}
+    settings = {"model": patch_vit, "task": digits.first(64, 20), "retain": retain, "store": tmp_path / "s"}
     table = ll.sweep(grid, steps=4, evaluations=2, progress=False, **settings)
     items = ll.answers(tmp_path / "s", table)
     assert len(items) == 2 * 30

@@ -25,7 +25,7 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 @pytest.fixture(scope="module")
 def articles(smollm2) -> ll.Task:
-    return ll.language_task(ll.embedded_texts.articles(), smollm2[1], block=64).subset(train=8, test=6)
+    return ll.language_task(ll.embedded_texts.articles(), smollm2[1], block=64).first(train=8, test=6)
 
 
 def running(name: str = "tweets", train: int = 40, test: int = 20) -> ll.Task:
@@ -87,7 +87,7 @@ def test_the_loss_rise_is_that_of_plain_transformers(smollm2, articles):
     tweets = ll.language_task(ll.embedded_texts.sentiment("tweets"), tokenizer, block=32)
     adapted = ll.attach(model, ll.Window.first(8), targets="layers.[0-1].mlp.*")
     run = ll.finetune(
-        adapted, tweets.subset(16, 2), articles, steps=2, batch_size=4, evaluations=2, lr=2e-2, progress=False
+        adapted, tweets.first(16, 2), articles, steps=2, batch_size=4, evaluations=2, lr=2e-2, progress=False
     )
     before, after = plain_loss(model, articles), plain_loss(adapted.merge_and_unload(), articles)
     assert run.loss_rise == pytest.approx(after - before, abs=2e-5)
@@ -100,8 +100,8 @@ def test_the_loss_rise_is_that_of_plain_transformers(smollm2, articles):
 
 def test_minilm_learns_the_sentiment_of_film_reviews():
     model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
-    task = ll.text_task(ll.embedded_texts.sentiment("movies"), tokenizer).subset(test=150)
-    known = ll.text_task(ll.embedded_texts.genres(), tokenizer).subset(test=100)
+    task = ll.text_task(ll.embedded_texts.sentiment("movies"), tokenizer).first(test=150)
+    known = ll.text_task(ll.embedded_texts.genres(), tokenizer).first(test=100)
     known = ll.probed(model, known, examples=200)
     adapted = ll.attach(model, ll.Window.middle(8), targets="layer.[3-5].*")
     run = ll.finetune(adapted, task, known, steps=20, batch_size=16, evaluations=2, lr=5e-3, progress=False)

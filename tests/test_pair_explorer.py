@@ -34,7 +34,7 @@ def table() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def fashion() -> ll.Task:
-    return ll.embedded.vision()[1].subset(test=1000)
+    return ll.embedded.vision()[1].first(test=1000)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_what_cannot_be_compared_is_refused(table, fashion):
         with pytest.raises(ValueError, match=words):
             pair_explorer(bad, DIGITS)
     with pytest.raises(ValueError, match="answers are to 1000 other test images"):
-        pair_explorer(table, DIGITS, ll.embedded.digits().subset(64, 1000))
+        pair_explorer(table, DIGITS, ll.embedded.digits().first(64, 1000))
     with pytest.raises(FileNotFoundError):
         pair_explorer(table, "nowhere")
 

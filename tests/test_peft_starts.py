@@ -25,7 +25,7 @@ NAMES = pytest.mark.parametrize("name", PEFT_STARTS)
 
 @pytest.fixture(scope="module")
 def tasks(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.subset(100, 50), source.subset(100, 50)
+    return digits.first(100, 50), source.first(100, 50)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_olora_starts_from_qr_and_mica_from_the_last_left_vectors(started, model
 
 def test_eva_s_rows_span_the_principal_components_of_the_inputs(model, source, digits):
     name = "blocks.0.mlp.fc1"
-    task = digits.subset(64, 10)
+    task = digits.first(64, 10)
     adapted = attach_start(model, PeftStart("eva", 4), task, targets=name)
     given = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, x: given.append(x[0]))
@@ -274,5 +274,5 @@ def test_layers_that_do_not_fit_are_named(vectors):
     with pytest.raises(ValueError, match="head takes no part in the new task's loss"):
         attach_start(model, PeftStart("lora_ga", 1), vectors, vectors, targets="head")
     with pytest.raises(ValueError, match="batches with at least 16 inputs for each layer; body gets 10"):
-        attach_start(model, PeftStart("eva", 4), vectors.subset(10, 10), targets="body")
+        attach_start(model, PeftStart("eva", 4), vectors.first(10, 10), targets="body")
     assert list(target_layers(model)) == ["body", "spare", "turned"]

@@ -20,7 +20,7 @@ ADAPTED = [ll.Window.first(4), ll.LoRA(4)]
 
 @pytest.fixture(scope="module")
 def tasks(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.subset(200, 100), source.subset(200, 300)
+    return digits.first(200, 100), source.first(200, 300)
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ CHOICE = {"windows": ll.windows(rank=8, count=3), "rates": [5e-3, 2e-2]}
 def experiment(model, source, digits, spectra) -> dict:
     return {
         "model": model,
-        "task": digits.subset(100, 50),
-        "retain": source.subset(100, 50),
+        "task": digits.first(100, 50),
+        "retain": source.first(100, 50),
         "spectra": spectra,
     }
 
@@ -143,7 +143,7 @@ def test_examples_are_held_out_of_the_training_set(digits, source):
     assert len(test) == 500 and len(train) == 7000
     assert not train & test
     assert len(held["retain"].test) == 500
-    few = judged_on_training_examples(digits.subset(44), source.subset(30), seed=3)
+    few = judged_on_training_examples(digits.first(44), source.first(30), seed=3)
     assert [len(few["task"].train), len(few["task"].test), len(few["retain"].test)] == [36, 8, 30]
 
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_advised_is_met_before_the_first_run(experiment, tmp_path
     with pytest.raises(ValueError, match=r"each rate must be positive and finite, not 0.0"):
         asked(rates=[0, 0.01])
     with pytest.raises(ValueError, match="has 4 training examples: a pilot needs at least 5"):
-        asked(task=digits.subset(4, 1))
+        asked(task=digits.first(4, 1))
     with pytest.raises(TypeError, match="advise has no setting 'learning_rate'; there are targets, alpha"):
         asked(learning_rate=1e-3)
     with pytest.raises(TypeError, match="advise has no setting 'batchsize'; did you mean 'batch_size'"):

@@ -189,7 +189,7 @@ def test_a_mapping_is_a_value():
 
 
 def test_a_sweep_runs_other_placements_beside_windows(patch_vit, digits, source):
-    task, retain = digits.subset(64, 20), source.subset(1, 20)
+    task, retain = digits.first(64, 20), source.first(1, 20)
     both = {"all-attention": ll.Window.middle(2), "all-mlp": ll.Window.last(2)}
     grid = ll.Grid(window=[ll.Window.middle(2)], baselines=[RandomComponents(2), both])
     table = ll.sweep(

@@ -353,7 +353,7 @@ def test_a_table_without_windows_is_refused(table):
 
 def test_the_curve_of_a_run(model, source, digits):
     run = ll.finetune(
-        ll.attach(model, ll.LinearProbe()), digits.subset(32, 20), source.subset(10, 20),
+        ll.attach(model, ll.LinearProbe()), digits.first(32, 20), source.first(10, 20),
         steps=2, batch_size=16, evaluations=3, progress=False,
     )  # fmt: skip
     ax = ll.plots.learning_curve(run)

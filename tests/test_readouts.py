@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from peft import PeftModel
 from small_language import VOCABULARY, byte_tokenizer, part_of, small
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 import lora_lens as ll
 from lora_lens.readouts import (
@@ -218,3 +225,46 @@ def test_a_classifier_that_reads_every_token_is_no_pooling(batch):
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, pad_token_id=3)
     with pytest.raises(ValueError, match=r'reads every token by itself.*pooling="last"'):
         pooled_features(GPT2ForSequenceClassification(config), batch, "model")
+
+
+def test_a_classifier_that_looks_for_padding_reads_each_text_s_own_end():
+    """transformers' decoders with a classifier take the last token that is not the model's pad token."""
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=3, num_labels=2, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    texts = [[5, 6, 7, 8, 9, 10], [11, 12]]
+    part = TokenExamples(
+        torch.tensor(texts[0] + texts[1], dtype=torch.int32),
+        torch.tensor([6, 2]),
+        torch.tensor([0, 1]),
+        pad=0,
+    )
+    task = ll.Task("t", ("a", "b"), part, part, pooling="model")
+    with torch.no_grad():
+        alone = [model(torch.tensor([ids])).logits[0] for ids in texts]
+        together, _ = task.own_readout(model)(model, part.batch(torch.tensor([0, 1])), part.labels)
+    assert torch.allclose(together, torch.stack(alone), atol=1e-5)
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="not take t, which holds texts: Cannot handle batch sizes"):
+        task.own_readout(model)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 9), (1, 8), (8, 8, 8, 8)], ids=str)
+def test_images_of_another_size_or_channels_are_refused_before_work_begins(shape):
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, depth=1, embed_dim=12, num_heads=1,
+        num_classes=2,
+    )  # fmt: skip
+    model.train()
+    fitting = ll.Examples(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]))
+    other = ll.Examples(torch.zeros(2, *shape), torch.tensor([0, 1]))
+    ll.Task("fine", ("a", "b"), fitting, fitting).own_readout(model)
+    for parts in ((other, fitting), (fitting, other)):
+        task = ll.Task("odd", ("a", "b"), *parts)
+        for ask in (task.own_readout, lambda model, task=task: task.new_readout(model, seed=0)):
+            with pytest.raises(ValueError, match=r"VisionTransformer does not take odd, .*shape \(\d"):
+                ask(model)
+    assert model.training

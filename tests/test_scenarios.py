@@ -115,7 +115,7 @@ def test_a_grown_head_gives_the_old_answers_and_the_new_ones():
 
 
 def unequal() -> list[ll.Task]:
-    whole = ll.embedded.digits().subset(200, 80)
+    whole = ll.embedded.digits().first(200, 80)
     groups = ([0, 1], [2, 3, 4], [5, 6])
     return [ll.task_variants.only_classes(whole, group) for group in groups]
 

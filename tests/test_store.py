@@ -76,7 +76,7 @@ def test_names_depend_on_every_setting_and_not_on_their_order():
 
 
 def test_the_identity_sees_every_weight_and_buffer(digits):
-    task = digits.subset(10, 10)
+    task = digits.first(10, 10)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = experiment_identity(model, task, task)
     assert before == experiment_identity(copy.deepcopy(model), task, task)
@@ -96,7 +96,7 @@ def swept(model, source, digits, spectra, tmp_path_factory):
         baselines=[ll.LoRA(8), ll.LinearProbe(), ll.FullFineTuning()],
     )
     settings = {"steps": 2, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
-    tasks = {"task": digits.subset(32, 50), "retain": source.subset(10, 60)}
+    tasks = {"task": digits.first(32, 50), "retain": source.first(10, 60)}
     return folder, ll.sweep(grid, model=model, **tasks, spectra=spectra, store=folder, **settings)
 
 
@@ -155,7 +155,7 @@ def test_drifts_are_those_of_the_trained_models(swept, model, source, digits, sp
     row = table[(table["position"] == 1) & (table["seed"] == 0)].iloc[0]
     adapted = ll.attach(model, ll.Window.last(8), spectra=spectra)
     settings = {"steps": 2, "batch_size": 8, "evaluations": 2, "lr": 5e-3, "progress": False}
-    ll.finetune(adapted, digits.subset(32, 50), source.subset(10, 60), **settings)
+    ll.finetune(adapted, digits.first(32, 50), source.first(10, 60), **settings)
     mine, here = found[found["run"] == row["run"]].set_index("layer"), ll.drift(adapted, spectra)
     here = here.set_index("layer")
     for column in ("update", "inside", "mixed"):
@@ -169,7 +169,7 @@ def test_drifts_are_measured_where_all_vectors_are_known(model, source, digits, 
         [replace(s, left=s.left[:, :8], right=s.right[:8], components=first) for s in spectra.values()]
     )
     settings = {"steps": 1, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
-    tasks = {"task": digits.subset(16, 20), "retain": source.subset(10, 20)}
+    tasks = {"task": digits.first(16, 20), "retain": source.first(10, 20)}
     grid, store = ll.Grid([ll.Window.first(8)]), tmp_path / "s"
     table = ll.sweep(grid, model=model, **tasks, spectra=few, store=store, **settings)
     with pytest.raises(ValueError, match=r"was kept with its drift; .* spectra=ll.spectra\(model\)"):

@@ -30,8 +30,8 @@ GRID = ll.Grid(
 def experiment(model, source, digits, spectra) -> dict:
     return {
         "model": model,
-        "task": digits.subset(64, 50),
-        "retain": source.subset(10, 50),
+        "task": digits.first(64, 50),
+        "retain": source.first(10, 50),
         "spectra": spectra,
     }
 
@@ -103,7 +103,7 @@ def test_a_folder_of_a_different_experiment_is_refused_and_left_alone(tmp_path, 
     grid = ll.Grid(window=[ll.Window.first(8)])
     ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
     before = {f: f.read_bytes() for f in (tmp_path / "s").rglob("*") if f.is_file()}
-    other = experiment | {"retain": source.subset(10, 49)}
+    other = experiment | {"retain": source.first(10, 49)}
     with pytest.raises(ValueError, match=r"holds a different experiment \(retain: there fashion_mnist"):
         ll.sweep(grid, **other, **SETTINGS, store=tmp_path / "s", jobs=1)
     assert before == {f: f.read_bytes() for f in (tmp_path / "s").rglob("*") if f.is_file()}
@@ -210,7 +210,7 @@ SCRIPT = """
 import sys
 import lora_lens as ll
 model, source = ll.embedded.vision()
-task, retain = ll.embedded.digits().subset(64, 200), source.subset(10, 200)
+task, retain = ll.embedded.digits().first(64, 200), source.first(10, 200)
 grid = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
 table = ll.sweep(grid, model=model, task=task, retain=retain, store=sys.argv[1], jobs=2,
                  steps=12, batch_size=16, evaluations=2, progress=False)

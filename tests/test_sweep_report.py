@@ -121,7 +121,7 @@ def page(table, tmp_path_factory) -> Page:
 def store(model, source, digits, spectra, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep") / "runs"
     grid = ll.Grid(ll.windows(rank=8, count=3), lr=[1e-2], seed=range(2), baselines=[ll.LinearProbe()])
-    given = {"model": model, "task": digits.subset(64, 50), "retain": source.subset(10, 60)}
+    given = {"model": model, "task": digits.first(64, 50), "retain": source.first(10, 60)}
     settings = {"steps": 3, "batch_size": 16, "evaluations": 2, "jobs": 1, "progress": False}
     ll.sweep(grid, **given, spectra=spectra, store=folder, **settings)
     return folder

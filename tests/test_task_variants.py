@@ -11,7 +11,7 @@ from lora_lens.task_variants import SEVERITIES, corrupted, few_shot, only_classe
 
 @pytest.fixture(scope="module")
 def small(digits) -> ll.Task:
-    return digits.subset(train=400, test=100)
+    return digits.first(train=400, test=100)
 
 
 def labelled(train: list[int], test: list[int], classes: tuple[str, ...] = ("a", "b", "c")) -> ll.Task:
@@ -35,7 +35,7 @@ def test_every_severity_takes_the_images_further_from_the_clean_ones(small, kind
 @pytest.mark.parametrize("kind", SEVERITIES)
 def test_each_severity_costs_the_pretrained_model_accuracy_but_leaves_it_above_chance(pretrained, kind):
     model, source = pretrained
-    source = source.subset(train=2000, test=1000)
+    source = source.first(train=2000, test=1000)
     with torch.inference_mode():
         scores = [
             float((model(t.test.inputs).argmax(-1) == t.test.labels).float().mean())
@@ -50,7 +50,7 @@ def test_noise_is_a_matter_of_the_seed_and_of_the_image_s_place_alone(small):
     torch.manual_seed(7)
     assert corrupted(small, "gaussian_noise", 3).fingerprint() == noisy.fingerprint()
     assert corrupted(small, "gaussian_noise", 3, seed=1).fingerprint() != noisy.fingerprint()
-    fewer = corrupted(small.subset(test=7), "gaussian_noise", 3)
+    fewer = corrupted(small.first(test=7), "gaussian_noise", 3)
     assert torch.equal(fewer.test.inputs, noisy.test.inputs[:7])
 
 
@@ -80,7 +80,7 @@ def test_blur_and_contrast_keep_each_image_s_mean_and_need_no_seed(small):
 
 
 def test_corruptions_that_do_not_exist_are_refused(small):
-    with pytest.raises(ValueError, match="one of gaussian_noise, gaussian_blur, contrast, not 'fog'"):
+    with pytest.raises(ValueError, match=r"kind must be one of 'gaussian_noise', .*, not 'fog'"):
         corrupted(small, "fog", 3)
     for severity in (0, 6):
         with pytest.raises(ValueError, match=f"severity must be 1 to 5, not {severity}; for clean inputs"):
@@ -145,7 +145,7 @@ def test_the_order_of_the_pixels_is_a_matter_of_the_seed_alone(small):
     torch.manual_seed(7)
     first = permuted(small, 3)
     assert permuted(small, 3).fingerprint() == first.fingerprint() != permuted(small, 4).fingerprint()
-    assert torch.equal(permuted(small.subset(test=7), 3).test.inputs, first.test.inputs[:7])
+    assert torch.equal(permuted(small.first(test=7), 3).test.inputs, first.test.inputs[:7])
 
 
 def test_angles_seeds_and_tasks_that_cannot_be_are_refused(small):
@@ -236,7 +236,7 @@ def test_classes_that_make_no_task_are_refused(classes, message):
 
 
 def test_classes_must_be_a_list_and_their_names_unambiguous():
-    with pytest.raises(TypeError, match="not the one string 'ab'"):
+    with pytest.raises(TypeError, match=r"must be a sequence of names or indices.*not 'ab'"):
         only_classes(labelled([0, 1, 2], [0, 2]), "ab")
     with pytest.raises(ValueError, match="several classes called 'a'; give an index"):
         only_classes(labelled([0, 1, 2], [0, 1, 2], ("a", "a", "c")), ["a", "c"])
@@ -260,7 +260,7 @@ def test_classes_cannot_be_taken_out_of_a_task_read_from_words():
 
 
 def test_variants_of_variants_can_be_learnt(model, digits):
-    task = corrupted(few_shot(only_classes(digits, [3, 8]), 20), "gaussian_noise", 2).subset(test=200)
+    task = corrupted(few_shot(only_classes(digits, [3, 8]), 20), "gaussian_noise", 2).first(test=200)
     assert task.name == "digits, only 3, 8, 20 per class, gaussian noise 2"
     adapted = ll.attach(model, ll.Window(rank=4, position=0.5))
     run = ll.finetune(adapted, task, steps=20, lr=3e-3, evaluations=2, progress=False)

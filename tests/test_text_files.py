@@ -25,7 +25,7 @@ ODD_LABELS = ["no", "yes"] * 4
 
 @pytest.mark.parametrize(
     "name",
-    ["a.csv", "a.tsv", "a.jsonl", "a.json", "A.CSV", "a.csv.gz", "a.tsv.gz", "a.jsonl.gz"],
+    ["a.csv", "a.tsv", "a.jsonl", "a.json", "A.CSV", "a.csv.gz", "a.tsv.bz2", "a.jsonl.xz"],
 )
 def test_texts_and_labels_come_out_as_they_were_written(tmp_path, name):
     test = write(tmp_path / "test.jsonl", [("other", "yes")])
@@ -60,6 +60,36 @@ def test_what_spreadsheets_and_pandas_write_is_read(tmp_path):
     before = csv.field_size_limit()
     corpus = text_corpus(write(tmp_path / "long.csv", [(long, "neg"), ("b", "pos")]), held_out(tmp_path))
     assert corpus.train.texts[0] == long and csv.field_size_limit() == before
+    (tmp_path / "unicode.tsv").write_bytes("text\tlabel\r\nÄrger\tneg\r\nFreude\tpos\r\n".encode("utf-16"))
+    corpus = text_corpus(tmp_path / "unicode.tsv", held_out(tmp_path))
+    assert corpus.train.texts == ("Ärger", "Freude")
+    (tmp_path / "german.csv").write_text("label;text\nneg;Ärger, viel\npos;Freude\n", encoding="utf-8")
+    corpus = text_corpus(tmp_path / "german.csv", held_out(tmp_path))
+    assert corpus.train.texts == ("Ärger, viel", "Freude") and corpus.train.labels == (0, 1)
+
+
+def test_an_array_of_objects_is_the_same_as_their_lines(tmp_path):
+    frame = pd.DataFrame(GOOD, columns=["text", "label"])
+    frame.to_json(tmp_path / "a.json", orient="records", indent=2)
+    frame.to_json(tmp_path / "b.json", orient="records", lines=True)
+    corpora = [text_corpus(tmp_path / name, held_out(tmp_path)) for name in ("a.json", "b.json")]
+    assert corpora[0].fingerprint() == corpora[1].fingerprint() and corpora[0].train.texts[0] == "good one"
+
+
+def test_parquet_of_categories_and_booleans_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    path = parquet(
+        tmp_path / "a.parquet",
+        text=pa.array([text for text, _ in GOOD]).dictionary_encode(),
+        label=pa.array([label for _, label in GOOD]).dictionary_encode(),
+        flag=[label == "pos" for _, label in GOOD],
+    )
+    corpus = text_corpus(path, held_out(tmp_path))
+    assert corpus.train.texts == tuple(text for text, _ in GOOD) and corpus.train.labels == (1, 0, 1, 0)
+    test = write(tmp_path / "t.csv", [("fine", "true"), ("poor", "FALSE")], ("text", "flag"))
+    truth = text_corpus(path, test, label="flag")
+    assert truth.classes == ("False", "True") and truth.train.labels == (1, 0, 1, 0)
+    assert truth.test.labels == (1, 0)
 
 
 def test_one_file_is_split_by_class_without_overlap(tmp_path):
@@ -96,21 +126,25 @@ def test_plain_text_has_no_classes(tmp_path):
         ("a.jsonl", "\n \n", "is empty: it has no rows$"),
         ("a.csv", "text,label\n", "is empty: it has no rows under its header$"),
         ("a.csv", "review;stars\na;1\n", "no column 'text'; its columns are 'review;stars', so pass text="),
+        ("a.csv", "text;label\na;x;\n", r"line 2, has 3 cells, .* a text with ';', line breaks"),
         ("a.tsv", "text\tstars\na\t1\n", "no column 'label'; its columns are 'text', 'stars'"),
         ("a.csv", "text,label,text\na,b,c\n", "has 2 columns 'text'"),
         ("a.jsonl", '{"body": "a", "stars": 1}\n', "no column 'text'; its columns are 'body', 'stars'"),
         ("a.csv", "text,label\na,x\nb,x,y\n", "line 3, has 3 cells, but the first line names 2 columns"),
         ("a.csv", "text,label\na,x\nb\n", "line 3, has 1 cells"),
-        ("a.csv", 'text,label\n"a\nb",x\n"c,y\nd,z\n', "row that begins on line 4 is damaged"),
-        ("a.csv", 'text,label\na,x\n"b" c,y\n', "row that begins on line 3 is damaged .* doubled"),
+        ("a.csv", 'text,label\n"a\nb",x\n"c,y\nd,z\n', r"line 4, is damaged: .* pass quoting=False\)"),
+        ("a.csv", 'text,label\na,x\n"b" c,y\n', "line 3, is damaged: .* doubled"),
         (
             "a.jsonl",
             '{"text": "a", "label": 1}\n{"text": "b", \n',
             r"line 2, is no JSON: .* at character 15; .* one object",
         ),
-        ("a.json", '[\n{"text": "a"}]\n', r"line 1, is no JSON"),
-        ("a.json", '[{"text": "a", "label": 1}]\n', r"line 1: expected a JSON object .*, not \[\{\"text\""),
-        ("a.jsonl", "[" * 100_000, "line 1, is no JSON"),
+        ("a.json", '[\n{"text": "a"]\n', r"begins as a JSON array, but is none: .* on line 2"),
+        ("a.json", '["a", "b"]\n', r"row 1: expected a JSON object, such as .*, not \"a\""),
+        ("a.jsonl", '["a", "b"]\n["c", "d"]', r"line 1: expected a JSON object on every line.*, not \[\"a\""),
+        ("a.jsonl", "[" * 100_000, "begins as a JSON array, but is none"),
+        ("a.json", '{"text": "a",\n"label": 1}', "line 1, is no JSON.*or one array of such objects"),
+        ("a.jsonl", '{"text": "a", "text": "b", "label": 1}', "line 1: an object has the key 'text' twice"),
         ("a.csv", "text,label\na,x\nb,x\nc,y\n", "class 'y' has 1 text, line 4; splitting takes at least 2"),
     ],
 )
@@ -130,8 +164,8 @@ def test_another_encoding_is_named_by_its_byte(tmp_path):
     path.write_bytes(b"\xef\xbb\xbftext,label\ngood,x\nK\xe4se,y\n")
     with pytest.raises(ValueError, match=r"byte 22 \(line 3\)"):
         text_corpus(path)
-    path.write_bytes("text,label\n".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"byte 0 \(line 1\) is 0xff"):
+    path.write_bytes("text,label\n".encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match=r"damaged: not readable as UTF-16"):
         text_corpus(path)
     packed = tmp_path / "latin.csv.gz"
     packed.write_bytes(gzip.compress(b"text,label\nK\xe4se,y\n"))
@@ -144,7 +178,7 @@ def test_damaged_archives_and_tables_are_named(tmp_path):
     whole = gzip.compress(b"text,label\na,x\n" * 100)
     for content in (b"text,label\na,x\n", whole[:-9], whole[:20] + b"\xff" * 9 + whole[29:]):
         packed.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.csv\.gz is damaged: not readable as gzip"):
+        with pytest.raises(ValueError, match=r"a\.csv\.gz is damaged: not readable as gz"):
             text_corpus(packed)
     table = parquet(tmp_path / "a.parquet", text=["a"], label=["x"])
     table.write_bytes(table.read_bytes()[:-10])
@@ -174,7 +208,7 @@ def test_paths_that_are_no_such_files_are_refused(tmp_path):
         text_corpus(held_out(tmp_path), tmp_path / "nowhere.csv")
     with pytest.raises(IsADirectoryError, match=r"is a folder; give one file, \.jsonl, "):
         text_corpus(tmp_path)
-    for name in ("a.txt", "a.pkl", "a", "a.parquet.gz", "a.gz"):
+    for name in ("a.txt", "a.pkl", "a", "a.parquet.gz", "a.gz", "a.csv.zst"):
         (tmp_path / name).write_text("text,label\n")
         with pytest.raises(ValueError, match=r"expected a file that ends in \.jsonl, "):
             text_corpus(tmp_path / name)
@@ -183,9 +217,9 @@ def test_paths_that_are_no_such_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"test_share": 1}, "test_share must be between 0 and 1, not 1"),
+        ({"test_share": 1}, r"test_share must be in \(0, 1\), not 1"),
+        ({"conflicts": "droop"}, "conflicts must be one of 'refuse', .* did you mean 'drop'"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
-        ({"classes": "pos"}, "at least two different strings, not 'pos'"),
         ({"classes": ["pos"]}, "at least two different strings"),
         ({"classes": ["pos", "pos"]}, "at least two different strings"),
         ({"classes": [0, 1]}, r"at least two different strings, not \[0, 1\]"),
@@ -194,6 +228,20 @@ def test_paths_that_are_no_such_files_are_refused(tmp_path):
 def test_settings_out_of_range_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         text_corpus(write(tmp_path / "a.csv", GOOD), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"classes": "pos"}, {"test_share": "0.2"}, {"seed": 1.5}, {"quoting": "no"}, {"text": None},
+        {"label": ["label"]}, {"conflicts": None},
+    ],
+)  # fmt: skip
+def test_settings_of_other_types_are_refused(tmp_path, options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} must be"):
+        text_corpus(write(tmp_path / "a.csv", GOOD), **options)
+    with pytest.raises(TypeError, match="a file must be a path, not None"):
+        text_corpus(None)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

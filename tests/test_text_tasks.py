@@ -107,18 +107,10 @@ def test_a_word_task_puts_the_text_into_the_prompt():
     task = ll.label_word_task(FILMS, tokenizer, prompt="Film: {text} It was")
     assert type(task) is WordTask and task.classes == ("bad", "good")
     assert task.words == tuple(tuple(tokenizer(word)["input_ids"]) for word in (" bad", " good"))
-    before, after = (tokenizer(part)["input_ids"] for part in ("Film: ", " It was"))
-    assert rows(task.test) == [[*before, *tokenizer(text)["input_ids"], *after] for text in FILMS.test.texts]
+    whole = [tokenizer(f"Film: {text} It was")["input_ids"] for text in FILMS.test.texts]
+    assert rows(task.test) == whole  # " no" is one token, " " and "no" would be two
     usual = ll.label_word_task(FILMS, tokenizer)
     assert tokenizer.decode(usual.test.batch(torch.tensor([1]))["input_ids"][0]) == "yes\nSentiment:"
-
-
-def test_special_tokens_come_without_a_prompt_only(minilm_tokenizer):
-    special = {minilm_tokenizer.cls_token_id, minilm_tokenizer.sep_token_id}
-    task = ll.label_word_task(FILMS, minilm_tokenizer, prompt="{text} is", words=["poor", "good"])
-    assert not special & set(task.train.tokens.tolist())
-    assert not special & {token for word in task.words for token in word}
-    assert special <= set(ll.text_task(FILMS, minilm_tokenizer).train.tokens.tolist())
 
 
 def test_a_long_text_in_a_prompt_loses_its_own_end():
@@ -201,8 +193,8 @@ def test_a_subset_keeps_the_kind_of_task():
     words = ll.label_word_task(FILMS, byte_tokenizer())
     part = words.subset(train=2, test=1)
     assert type(part) is WordTask and part.words == words.words
-    assert (len(part.train), len(part.test)) == (2, 1) and rows(part.train) == rows(words.train)[:2]
-    running = ll.language_task(FILMS, byte_tokenizer(), block=4).subset(test=1)
+    assert (len(part.train), len(part.test)) == (2, 1) and part.train.texts[1] == "fine"
+    running = ll.language_task(FILMS, byte_tokenizer(), block=4).first(test=1)
     assert type(running) is LanguageTask and running.test.lengths.tolist() == [4]
 
 

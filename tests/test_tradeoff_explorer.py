@@ -33,13 +33,13 @@ def kept() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def fashion() -> ll.Task:
-    return ll.embedded.vision()[1].subset(test=1000)
+    return ll.embedded.vision()[1].first(test=1000)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """Few short real runs in a folder."""
-    digits = ll.embedded.digits().subset(64, 40)
+    digits = ll.embedded.digits().first(64, 40)
     folder = tmp_path_factory.mktemp("sweeps") / "runs"
     grid = ll.Grid(window=ll.windows(4, 3), lr=(1e-3, 1e-2), seed=(0,))
     model = narrow_vit(0)
@@ -332,7 +332,7 @@ def test_runs_that_the_store_lacks_or_kept_in_part_are_said_in_place(small, tmp_
     for key in ("drift", "features", "items"):
         record.pop(key, None)
     (partial / "runs" / f"{earlier}.json").write_text(json.dumps(record))
-    explorer = ll.widgets.tradeoff_explorer(table, partial, ll.embedded.digits().subset(64, 40))
+    explorer = ll.widgets.tradeoff_explorer(table, partial, ll.embedded.digits().first(64, 40))
     pick(explorer, lost)
     assert text(explorer).count(f"does not hold run {lost}") == 3 and shows_results(explorer)
     pick(explorer, earlier)
@@ -352,7 +352,7 @@ def test_a_plane_that_cannot_be_shown_is_refused(kept, small, fashion):
     with pytest.raises(ValueError, match="read from the store; give it along"):
         explore(kept, task=fashion)
     with pytest.raises(ValueError, match="answers are to 1000 other test images"):
-        explore(kept, DIGITS, fashion.subset(test=900))
+        explore(kept, DIGITS, fashion.first(test=900))
     with pytest.raises(ValueError, match="twice; give every run once"):
         explore(pd.concat([kept, kept]))
     with pytest.raises(ValueError, match="no column run"):

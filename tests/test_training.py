@@ -25,7 +25,7 @@ SHORT = {"steps": 12, "batch_size": 32, "evaluations": 3, "progress": False}
 
 @pytest.fixture(scope="module")
 def small(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.subset(400, 200), source.subset(100, 200)
+    return digits.first(400, 200), source.first(100, 200)
 
 
 def test_a_run_learns_and_tells_its_curve(model, spectra, small):
@@ -121,7 +121,7 @@ def adapted() -> nn.Module:
 @pytest.fixture(scope="module")
 def pair(digits) -> tuple[ll.Task, ll.Task]:
     """What to learn, and what the untrained narrow model has for a known task."""
-    return digits.subset(64, 40), digits.subset(64, 30)
+    return digits.first(64, 40), digits.first(64, 30)
 
 
 @pytest.fixture(scope="module")

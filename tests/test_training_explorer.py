@@ -36,7 +36,7 @@ def narrow_spectra(narrow) -> ll.SpectrumSet:
 
 @pytest.fixture(scope="module")
 def task(digits) -> ll.Task:
-    return digits.subset(train=64, test=40)
+    return digits.first(train=64, test=40)
 
 
 @pytest.fixture

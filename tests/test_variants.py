@@ -78,7 +78,7 @@ def test_a_factor_that_is_not_trained_stays(train, fixed, model, digits, source,
     names = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert names and not any(fixed in name for name in names)
     before = {n: p.clone() for n, p in adapted.named_parameters()}
-    ll.finetune(adapted, digits.subset(64, 10), source.subset(1, 10), steps=3, progress=False)
+    ll.finetune(adapted, digits.first(64, 10), source.first(1, 10), steps=3, progress=False)
     for name, now in adapted.named_parameters():
         assert torch.equal(now, before[name]) == (name not in names), name
 

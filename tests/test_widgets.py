@@ -29,7 +29,7 @@ def narrow_spectra(narrow) -> ll.SpectrumSet:
 @pytest.fixture(scope="module")
 def table(narrow, digits) -> pd.DataFrame:
     grid = ll.Grid(window=ll.windows(4, 3), lr=(1e-3, 1e-2), seed=(0, 1), baselines=[ll.LoRA(4)])
-    small = digits.subset(64, 40)
+    small = digits.first(64, 40)
     return ll.sweep(
         grid,
         model=narrow,

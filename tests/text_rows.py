@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ GOOD = [("good one", "pos"), ("bad one", "neg"), ("good two", "pos"), ("bad two"
 
 
 def write(path: Path, rows: list[tuple], columns: tuple[str, ...] = ("text", "label")) -> Path:
-    """Rows as CSV, TSV or JSON lines, by the suffix, compressed if it ends in .gz."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    """Rows as CSV, TSV or JSON lines, by the suffix, compressed if it ends in .gz, .bz2 or .xz."""
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
     with opened(path, "wt", encoding="utf-8", newline="") as file:
         if ".jsonl" in path.name or ".json" in path.name:
             for row in rows:

@@ -33,12 +33,12 @@ spectra = ll.spectra(model, progress=False)
 ll.widgets.window_explorer(model, spectra, clothes)
 """,
     """
-digits = ll.embedded.digits().subset(train=4000, test=500)
-ll.widgets.training_explorer(model, digits, clothes.subset(test=500), spectra)
+digits = ll.embedded.digits().first(train=4000, test=500)
+ll.widgets.training_explorer(model, digits, clothes.first(test=500), spectra)
 """,
     """
 store = "../data/results/digits.jsonl.xz"
-ll.widgets.tradeoff_explorer(ll.runs(store), store, clothes.subset(test=1000))
+ll.widgets.tradeoff_explorer(ll.runs(store), store, clothes.first(test=1000))
 """,
 )
 

@@ -13,9 +13,9 @@ PANEL = """
 import lora_lens as ll
 
 model, source = ll.embedded.vision()
-digits = ll.embedded.digits().subset(train=1000, test=200)
+digits = ll.embedded.digits().first(train=1000, test=200)
 panel = ll.widgets.training_explorer(
-    model, digits, source.subset(test=200), ll.spectra(model, progress=False), steps=400, evaluations=41
+    model, digits, source.first(test=200), ll.spectra(model, progress=False), steps=400, evaluations=41
 )
 panel
 """
