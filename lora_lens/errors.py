@@ -21,5 +21,9 @@ class MissingFileError(LoraLensError, FileNotFoundError):
     """A file or folder that is not there."""
 
 
+class StoreError(LoraLensError, OSError):
+    """A file or folder that cannot be written."""
+
+
 class MissingPackageError(LoraLensError, ImportError):
     """An optional package that is needed and not installed."""
