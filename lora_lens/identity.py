@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 from collections.abc import Mapping
@@ -29,7 +30,6 @@ METHOD_NAMES = {
 # The table's columns tell these apart to the last digit, so their runs keep the names that earlier versions
 # gave them. The text of any other method is for people, and may be the same for two.
 TOLD_BY_COLUMNS = (*METHOD_NAMES, PeftStart, RandomComponents, SpreadComponents, AtEffectiveRank)
-NOT_THE_USER_S = ("lora_lens", "builtins", "abc", "typing")  # whose classes have a version, not code
 
 
 def run_name(settings: Mapping[str, object], exact_parts: Mapping[str, object] | None = None) -> str:
@@ -112,7 +112,7 @@ def _code_of_class(kind: type, name: str) -> dict[str, object]:
     """A hash of the methods and plain class attributes that a user's class adds; nothing for our own."""
     told = []
     for base in kind.__mro__:
-        if base.__module__.partition(".")[0] in NOT_THE_USER_S:
+        if base.__module__.partition(".")[0] in ("lora_lens", "abc", "typing") or _is_builtin(base):
             continue
         for key, value in sorted(vars(base).items()):
             if key.startswith("__") and key != "__post_init__":  # also all that dataclass writes
@@ -123,6 +123,10 @@ def _code_of_class(kind: type, name: str) -> dict[str, object]:
             elif value is None or isinstance(value, (bool, int, float, str, tuple)):
                 told.append([key, exact(value, f"{key} of {name}")])
     return {"code": hashlib.sha256(json.dumps(told).encode()).hexdigest()} if told else {}
+
+
+def _is_builtin(kind: type) -> bool:
+    return getattr(builtins, kind.__name__, None) is kind
 
 
 def _code(code: CodeType) -> list[object]:

@@ -36,7 +36,7 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
     known = np.flatnonzero(~np.isnan(points).any(1))
     order = known[np.lexsort(-points[known].T[::-1])]  # x falls, and among equal x y falls
     xs, ys = points[order].T
-    first = np.diff(xs, prepend=np.nan) != 0  # of each x, which has its largest y
+    first = np.append(True, xs[1:] != xs[:-1])[: len(xs)]  # of each x, which has its largest y
     group = first.cumsum() - 1
     highest = ys[first]
     to_the_right = np.maximum.accumulate(np.append(-np.inf, highest))[:-1]  # the largest y of all larger x

@@ -21,11 +21,13 @@ NEEDED = frozenset(("method", "rank", "position", "start", "lr", "seed", "steps"
 NAMED = 3  # files in a warning
 
 
-def store_path(store: str | Path, expected: str = "the folder or packed file of a sweep") -> Path:
+def store_path(
+    store: str | Path, name: str = "store", expected: str = "the folder or packed file of a sweep"
+) -> Path:
     """The path of a store, or a TypeError that says what it is instead."""
     if not isinstance(store, (str, PathLike)):
         hint = "; give the store first, then the table" if isinstance(store, pd.DataFrame) else ""
-        raise InputTypeError(f"store must be {expected}, not {shown(store)}{hint}")
+        raise InputTypeError(f"{name} must be {expected}, not {shown(store)}{hint}")
     return Path(store)
 
 

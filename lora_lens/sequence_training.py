@@ -30,7 +30,7 @@ from lora_lens.sequence_checkpoint import State, keep, restored
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.strategies import Continued, Joint, Separate, Strategy, exact_strategy, method_of
-from lora_lens.sweep import all_finite, short
+from lora_lens.sweep import ended_without_numbers, short
 from lora_lens.tasks import Task
 from lora_lens.training import Training, finetune
 from lora_lens.window import Placement
@@ -228,7 +228,7 @@ def _train(
     run = finetune(
         adapted, task.subset(test=1), retain, config, penalty=penalty, readout=readout, progress=False
     )
-    return run.diverged or not all_finite(p for p in adapted.parameters() if p.requires_grad)
+    return ended_without_numbers(run)
 
 
 def examine(experiment: Sequential, state: State, order: Sequence[int], diverged: bool) -> None:

@@ -70,7 +70,7 @@ def pack(store: str | Path, path: str | Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: as :func:`runs`.
     """
-    path, records = store_path(path, "the path of the file to write"), all_records(store)
+    path, records = store_path(path, "path", "that of the file to write"), all_records(store)
     if not records:
         raise InputError(f"{store} holds no finished runs")
     lines = [json.dumps(record) for record in [experiment(store), *(records[run] for run in sorted(records))]]
@@ -210,7 +210,7 @@ def require_writable(store: str | Path | None) -> None:
     """
     if store is None:
         return
-    store = store_path(store, "a folder for the runs")
+    store = store_path(store, expected="a folder for the runs")
     there = next(path for path in (store, *store.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         where = "is a file" if there == store else f"lies within {there}, which is a file"

@@ -11,6 +11,7 @@ from itertools import product
 from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from peft import PeftModel
 from torch import nn
@@ -43,7 +44,7 @@ from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.store import experiment_identity, open_store, require_writable
 from lora_lens.tasks import Task
-from lora_lens.training import Training, finetune
+from lora_lens.training import Run, Training, finetune
 from lora_lens.validate import flag, instance, known_settings, number, sequence, shown, whole_number
 from lora_lens.window import Placement, Window
 
@@ -308,7 +309,7 @@ def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) 
     """The record of one run."""
     method, lr, seed = point
     adapted = _attached(experiment, method, seed)
-    trained = [p for p in adapted.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     run = finetune(
         adapted,
         experiment.task,
@@ -318,9 +319,9 @@ def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) 
         watch=experiment.watch,
         progress=False,
     )
-    diverged = run.diverged or not all_finite(trained)
+    diverged = ended_without_numbers(run)
     values = (
-        sum(p.numel() for p in trained),
+        trainable,
         float(run.curve["loss"].iloc[-1]),
         run.accuracy,
         run.retained_before,
@@ -340,9 +341,11 @@ def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) 
     }
 
 
-def all_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """False where the last step left NaN or infinite weights, which no loss has shown any more."""
-    return all(bool(p.isfinite().all()) for p in parameters)
+def ended_without_numbers(run: Run) -> bool:
+    """Whether it diverged, be it with the last step, which only the tests after it show."""
+    last = run.curve.iloc[-1]
+    losses = last[["test_loss"] if run.items is None else ["test_loss", "retained_loss"]]
+    return run.diverged or not np.isfinite(losses.to_numpy(float)).all()
 
 
 def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> dict[str, object]:
