@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from inspect import signature
+from dataclasses import dataclass, replace
 from math import ceil, log, sqrt
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +19,9 @@ from lora_lens.foresight import foresee
 from lora_lens.layers import listed
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
-from lora_lens.store import require_writable
-from lora_lens.sweep import A_TASK, Grid, sweep
+from lora_lens.sweep import Grid, sweep
 from lora_lens.tasks import Task
 from lora_lens.tradeoffs import bootstrap_interval
-from lora_lens.training import Training
-from lora_lens.validate import instance, known_settings, number, sequence, whole_number
 from lora_lens.window import Window
 from lora_lens.window import windows as evenly_spaced
 
@@ -108,19 +103,8 @@ def advise(
         raise InputError(
             "advice needs the task that the model knows: its forgetting is half of what is weighed"
         )
-    instance(model, nn.Module, "model", "a torch.nn.Module, the pretrained model")
-    for name, given in (("task", task), ("retain", retain)):
-        instance(given, Task, name, A_TASK)
-    steps, seed = whole_number(steps, "steps", least=1), whole_number(seed, "seed")
-    budget = None if budget is None else whole_number(budget, "budget", least=0)
-    require_writable(store)
-    windows = evenly_spaced(rank, count=5) if windows is None else windows
-    windows = list(sequence(windows, "windows", "windows", Window))
-    for window in windows:
-        instance(window, Window, "each of windows", "a lora_lens.Window, such as ll.Window(8, 0.5)")
-    rates = [number(rate, "rates", above=0) for rate in sequence(rates, "rates", "learning rates", Real)]
-    known = [*(f.name for f in fields(Training)), *signature(sweep).parameters, *signature(advise).parameters]
-    known_settings(settings, sorted({*known} - {"settings", "grid", "lr"}), "advise")
+    windows = list(windows) if windows is not None else evenly_spaced(rank, count=5)
+    rates = [float(rate) for rate in rates]
     usual = _usual(windows, rates)
     short = _short_steps(budget, steps, len(rates) + len(windows) - 1)
     targets = settings.get("targets")
@@ -210,7 +194,7 @@ def _piloted(pilot: Pilot, shared: dict[str, object]) -> Advice:
 
     def chosen(runs: pd.DataFrame, usual: int) -> int:
         examples = len(shared["task"].test), len(shared["retain"].test)
-        values = runs["value"].fillna(-np.inf).to_numpy()  # a run that failed is chosen in no case
+        values = runs["value"].fillna(-np.inf).to_numpy()  # a run that failed is never chosen
         errors = np.nan_to_num(_errors(runs, usual, pilot.weight, *examples))
         return unless_better(values, errors, usual)
 
@@ -226,7 +210,7 @@ def _piloted(pilot: Pilot, shared: dict[str, object]) -> Advice:
     fresh = range(pilot.seed + 1, pilot.seed + 1 + FINAL_SEEDS)
     final = run("final", [window], [rate], fresh, pilot.steps)
     evidence = pd.concat([*rungs, final], ignore_index=True)
-    values = final["value"].dropna()  # without seeds that failed, of which sweep has warned
+    values = final["value"].dropna()  # of seeds that failed the sweep has warned
     value, interval = float(values.mean()), bootstrap_interval(values)
     spent = int(evidence["steps"].sum())
     choice = Choice(window, rate)
@@ -290,6 +274,8 @@ def _usual(windows: Sequence[Window], rates: Sequence[float]) -> Choice:
     for name, values in (("windows", windows), ("rates", rates)):
         if len(set(values)) < len(values):
             raise InputError(f"{name} holds the same value twice: {listed(map(str, values))}")
+    if not all(rate > 0 for rate in rates):
+        raise InputError(f"rates must be positive, not {listed(map(str, rates))}")
     return Choice(windows[len(windows) // 2], min(rates, key=lambda rate: abs(log(rate / USUAL_RATE))))
 
 

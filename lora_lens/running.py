@@ -188,8 +188,8 @@ def by_itself() -> Iterator[None]:
         os.environ.update(before)
 
 
-class _Threads:
-    """How many are inside :func:`one_thread`: the limits are the process's, so the last one lifts them."""
+class _Blas:
+    """Its threads are the process's, so the last one inside :func:`one_thread` lifts the limit."""
 
     lock, inside = Lock(), 0
 
@@ -197,16 +197,17 @@ class _Threads:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread for torch and for numpy's and scipy's BLAS, so that numbers do not depend on the cores."""
-    with _Threads.lock:
-        if _Threads.inside == 0:
-            _Threads.torch, _Threads.others = torch.get_num_threads(), threadpool_limits(1)
-            torch.set_num_threads(1)
-        _Threads.inside += 1
+    with _Blas.lock:
+        if _Blas.inside == 0:
+            _Blas.limits = threadpool_limits(1, user_api="blas")
+        _Blas.inside += 1
+    before = torch.get_num_threads()  # this thread's own
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _Threads.lock:
-            _Threads.inside -= 1
-            if _Threads.inside == 0:
-                _Threads.others.restore_original_limits()
-                torch.set_num_threads(_Threads.torch)
+        torch.set_num_threads(before)
+        with _Blas.lock:
+            _Blas.inside -= 1
+            if _Blas.inside == 0:
+                _Blas.limits.restore_original_limits()

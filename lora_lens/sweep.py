@@ -87,7 +87,10 @@ class Grid:
             methods = tuple(ByLayer(m) if isinstance(m, Mapping) else m for m in given)
             for method in methods:
                 instance(
-                    method, METHODS, f"each of {name}", "a window, such as ll.Window(8, 0.5), or a method"
+                    method,
+                    METHODS,
+                    f"each of {name}",
+                    "a window, such as ll.Window(8, 0.5), or another method",
                 )
             object.__setattr__(self, name, methods)
         rates, seeds = (_one_or_more(getattr(self, name), name) for name in ("lr", "seed"))

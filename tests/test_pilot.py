@@ -157,7 +157,7 @@ def test_what_cannot_be_advised_is_met_before_the_first_run(experiment, tmp_path
         asked(rates=[])
     with pytest.raises(ValueError, match=r"rates holds the same value twice: 0.01, 0.01"):
         asked(rates=[0.01, 0.01])
-    with pytest.raises(ValueError, match=r"rates must be positive and finite, not 0"):
+    with pytest.raises(ValueError, match=r"rates must be positive, not 0.0, 0.01"):
         asked(rates=[0, 0.01])
     with pytest.raises(ValueError, match="has 4 training examples: a pilot needs at least 5"):
         asked(task=digits.subset(4, 1))

@@ -6,14 +6,14 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import joblib
 import pandas as pd
 import pytest
 import torch
 from small_sequences import learn, pairs, retained, small_spectra, small_vit
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import lora_lens as ll
 from lora_lens.methods import Penalized, Penalty
@@ -167,21 +167,27 @@ def test_runs_do_not_hear_of_torchrun(monkeypatch):
 
 
 def test_one_thread_holds_for_torch_and_blas_until_the_last_one_leaves():
-    def threads() -> set[int]:
-        return {pool["num_threads"] for pool in threadpool_info()} | {torch.get_num_threads()}
+    def blas() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
-    before = torch.get_num_threads()
+    def beside() -> None:
+        with one_thread():
+            here.set()
+            gone.wait()
+            found.append((torch.get_num_threads(), blas()))
+
+    here, gone, found, before = Event(), Event(), [], torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        first, second = one_thread(), one_thread()
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)  # not the one that was last to come
-        assert threads() == {1}
-        found: list[set[int]] = []
-        thread = Thread(target=lambda: found.append({p["num_threads"] for p in threadpool_info()}))
-        thread.start(), thread.join()
-        second.__exit__(None, None, None)
-        assert torch.get_num_threads() == 2
+        with threadpool_limits(2, user_api="blas"):
+            with one_thread():
+                assert torch.get_num_threads() == 1 and blas() == {1}
+                thread = Thread(target=beside)
+                thread.start()
+                here.wait()
+            assert torch.get_num_threads() == 2 and blas() == {1}  # the other one still computes
+            gone.set()
+            thread.join()
+            assert found == [(1, {1})] and blas() == {2}
     finally:
         torch.set_num_threads(before)

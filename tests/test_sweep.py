@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_impossible_grids_are_refused():
         ({"lr": ["1e-3"]}, "lr must be a number, not '1e-3'"),
         ({"lr": float("inf")}, "lr must be positive and finite, not inf"),
         ({"lr": None}, "lr must be a sequence of numbers"),
-        ({"lr": []}, "at least one lr"),
+        ({"lr": []}, "one lr and one seed"),
         ({"lr": [1e-3, np.float64(0.001)]}, "lr holds the same value twice"),
         ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
         ({"seed": [True]}, "seed must be a whole number, not True"),
