@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import joblib
@@ -188,26 +187,17 @@ def by_itself() -> Iterator[None]:
         os.environ.update(before)
 
 
-class _Blas:
-    """Its threads are the process's, so the last one inside :func:`one_thread` lifts the limit."""
-
-    lock, inside = Lock(), 0
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch and for numpy's and scipy's BLAS, so that numbers do not depend on the cores."""
-    with _Blas.lock:
-        if _Blas.inside == 0:
-            _Blas.limits = threadpool_limits(1, user_api="blas")
-        _Blas.inside += 1
-    before = torch.get_num_threads()  # this thread's own
-    torch.set_num_threads(1)
+    """One thread for torch and for numpy's and scipy's BLAS, so that numbers do not depend on the cores.
+
+    BLAS's threads are the process's. threadpoolctl lets the first thread that limits them do so and no other
+    (from 3.7 on), so in a process where several do this at once it holds for one of them; workers have one.
+    """
+    before = torch.get_num_threads()
     try:
-        yield
+        with threadpool_limits(1, user_api="blas"):
+            torch.set_num_threads(1)
+            yield
     finally:
-        torch.set_num_threads(before)
-        with _Blas.lock:
-            _Blas.inside -= 1
-            if _Blas.inside == 0:
-                _Blas.limits.restore_original_limits()
+        torch.set_num_threads(before)  # last, as threadpoolctl puts back OpenMP's threads as well

@@ -124,8 +124,8 @@ def _content(path: Path) -> dict[str, object]:
         raise InputError(str(error)) from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise InputError(str(error)) from None
+    except UnpicklingError:
+        raise InputError("it holds other things than tensors and numbers") from None
     if not isinstance(content, dict) or not content.keys() >= {"model", "heads", "kept", "window", *PLAIN}:
         raise InputError("it is another file of torch's")
     if content.get("run", path.stem) != path.stem:

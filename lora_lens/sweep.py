@@ -50,6 +50,7 @@ from lora_lens.window import Placement, Window
 
 EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
 METHODS = (Placement, ByLayer, LoRA, LinearProbe, FullFineTuning, PeftStart, Penalized)
+A_METHOD = "a window, such as ll.Window(8, 0.5), or another method"
 A_TASK = "a lora_lens.Task, such as those of ll.embedded, ll.folder_task or ll.text_task"
 RESULTS = (
     "trainable", "loss", "accuracy", "retained_before", "retained_accuracy", "forgetting", "retained_loss",
@@ -90,7 +91,7 @@ class Grid:
                     method,
                     METHODS,
                     f"each of {name}",
-                    "a window, such as ll.Window(8, 0.5), or another method",
+                    A_METHOD,
                 )
             object.__setattr__(self, name, methods)
         rates, seeds = (_one_or_more(getattr(self, name), name) for name in ("lr", "seed"))

@@ -6,7 +6,6 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 
 import joblib
 import pandas as pd
@@ -166,28 +165,19 @@ def test_runs_do_not_hear_of_torchrun(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_one_thread_holds_for_torch_and_blas_until_the_last_one_leaves():
+def test_one_thread_holds_for_torch_and_blas_and_is_undone():
     def blas() -> set[int]:
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
-    def beside() -> None:
-        with one_thread():
-            here.set()
-            gone.wait()
-            found.append((torch.get_num_threads(), blas()))
-
-    here, gone, found, before = Event(), Event(), [], torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with threadpool_limits(2, user_api="blas"):
-            with one_thread():
+            with pytest.raises(ZeroDivisionError), one_thread():
+                with one_thread():
+                    assert torch.get_num_threads() == 1 and blas() == {1}
                 assert torch.get_num_threads() == 1 and blas() == {1}
-                thread = Thread(target=beside)
-                thread.start()
-                here.wait()
-            assert torch.get_num_threads() == 2 and blas() == {1}  # the other one still computes
-            gone.set()
-            thread.join()
-            assert found == [(1, {1})] and blas() == {2}
+                raise ZeroDivisionError
+            assert torch.get_num_threads() == 2 and blas() == {2}
     finally:
         torch.set_num_threads(before)
