@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -13,18 +14,21 @@ import torch
 from torch import nn
 
 from lora_lens.adapter import chosen_layers, planned
-from lora_lens.continual_metrics import RESULTS
+from lora_lens.continual_metrics import ENDED, RESULTS
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import Targets, weight_matrix
 from lora_lens.methods import Method, Variant, inner_method, penalty_of
+from lora_lens.records import all_records, records_of, told_apart
+from lora_lens.running import checked_jobs, run_missing
 from lora_lens.scenarios import SCENARIOS, all_at_once
-from lora_lens.sequence_training import Sequential, learn
+from lora_lens.sequence_training import Sequential, checkpoint_of, learn
 from lora_lens.spectrum import SpectrumSet
-from lora_lens.store import all_records, model_fingerprint, open_store, read_run, run_first, run_name
+from lora_lens.store import model_fingerprint, open_store, require_writable, run_first
 from lora_lens.strategies import Joint, Moving, Strategy, method_of, require_method
-from lora_lens.sweep import Grid, run_missing
+from lora_lens.sweep import A_TASK, Grid, require_shared, shared_training
 from lora_lens.tasks import Task
-from lora_lens.training_settings import Training, training_with
+from lora_lens.training_settings import Training
+from lora_lens.validate import choice, flag, instance, sequence, whole_number
 from lora_lens.wrappers import submodule
 
 
@@ -67,7 +71,8 @@ def continual(
         targets, alpha, variant: as for :func:`lora_lens.attach`.
         spectra: of this model, if they are at hand. With all vectors, what became of the weights is measured
             after each task: see :func:`continual_drifts`.
-        jobs: processes; default all cores (one where there is a GPU). Every run computes with one thread.
+        jobs: processes; default all cores that may be used (one where there is a GPU). Every run computes
+            with one thread.
         settings: of :class:`lora_lens.Training`, for each task; steps are those of one task.
 
     Returns:
@@ -76,24 +81,34 @@ def continual(
         seed and the other settings; after (0 to the number of tasks: how many were trained); task (name);
         place (of the task in the order, from 0); accuracy (in [0, 1]) and loss (nats) on the task's test set,
         NaN where it has no head yet; retained_before and retained_accuracy (NaN without ``retain``);
-        diverged (such a sequence is not trained further, unless by ``Separate``). The accuracy matrix R[i, j]
+        diverged (such a sequence is not trained further, unless by ``Separate``); failed and reason (why,
+        else ""): such a sequence has rows without results, ends no other, and is tried again, from its last
+        finished task, by the next call. The accuracy matrix R[i, j]
         of the literature has after = i + 1 and place = j; see :mod:`lora_lens.continual_metrics`.
 
     Raises:
         ValueError: fewer than two tasks, an order that is no permutation, another setting, tasks that do not
-            fit the model or the setting, a window that does not fit, or ``store`` holds another experiment.
+            fit the model or the setting, a window that does not fit, ``store`` holds another experiment, or
+            all sequences failed, with the first one's reason (of an error that is not ours RuntimeError).
+        OSError: ``store`` cannot be written to.
         TypeError: a strategy, or a method that it cannot chain.
     """
-    tasks = list(tasks)
+    instance(grid, Grid, "grid", "a lora_lens.Grid of methods, learning rates and seeds")
+    tasks = sequence(tasks, "tasks", "tasks", Task)
+    for name, given in (("each of tasks", one) for one in tasks):
+        instance(given, Task, name, A_TASK)
+    if retain is not None:
+        instance(retain, Task, "retain", A_TASK)
     if not isinstance(strategy, Strategy):
         raise InputTypeError(f"expected a strategy such as Merged(), not {strategy!r}")
-    for taken in ("lr", "seed", "evaluations"):
-        if taken in settings:
-            where = "is the grid's" if taken != "evaluations" else "has no sense here, as tests follow tasks"
-            raise InputError(f"{taken} {where}: do not give it to continual")
-    orders = _orders(orders, len(tasks))
-    training = training_with(settings, "continual", Training(evaluations=2))
+    require_shared(model, variant, spectra)
+    if "evaluations" in settings:
+        raise InputError("evaluations has no sense here, as tests follow tasks: do not give it to continual")
+    training = shared_training("continual", continual, {**settings, "evaluations": 2})
     variant = variant or Variant()
+    jobs, progress = checked_jobs(jobs), flag(progress, "progress")
+    require_writable(store)
+    orders = _orders(orders, len(tasks))
     layers = _checked(
         model, tasks, strategy, grid, setting, retain, targets, alpha, spectra, variant, training
     )
@@ -102,14 +117,17 @@ def continual(
     )
     points = [(m, order, lr, s) for order in orders for m, lr, s in grid]
     with open_store(store, _identity(model, tasks, retain)) as folder:
-        plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in points]
+        plan = [(point, folder / f"{experiment.record(*point)['run']}.json") for point in points]
         bar = {"shown": progress, "desc": str(strategy), "unit": "sequence"}
-        run_missing(partial(learn, experiment), plan, jobs, **bar)
-        return _table([read_run(path) for _, path in plan])
+        records = run_missing(partial(learn, experiment), experiment.lost, plan, jobs, **bar)
+        for (_, path), record in zip(plan, records, strict=True):
+            if "failed" not in record:
+                checkpoint_of(path).unlink(missing_ok=True)
+        return _table(records)
 
 
 def continual_runs(store: str | Path) -> pd.DataFrame:
-    """All finished sequences of a results folder, or of a file from :func:`lora_lens.pack`.
+    """All sequences of a results folder, or of a file from :func:`lora_lens.pack`.
 
     Returns:
         The columns of :func:`continual`, by setting, strategy, method, rank, position, order, rate and seed.
@@ -137,9 +155,8 @@ def continual_drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: nothing was measured: ``continual`` had no spectra with all vectors.
     """
-    records = all_records(store)
-    wanted = [records[run] for run in table["run"].unique() if run in records]
-    parts = [pd.DataFrame(r["drift"]).assign(run=r["run"]) for r in wanted if r.get("drift")]
+    records = records_of(store, table)
+    parts = [pd.DataFrame(r["drift"]).assign(run=r["run"]) for r in records if r.get("drift")]
     if not parts:
         raise InputError(
             f"no sequence in {store} was kept with its drift; continual measures it when it is given "
@@ -169,8 +186,7 @@ def _checked(
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise InputError(f"two tasks have one name, and their rows could not be told apart: {names}")
-    if setting not in SCENARIOS:
-        raise InputError(f"setting must be one of {', '.join(SCENARIOS)}, not {setting!r}")
+    choice(setting, "setting", SCENARIOS)
     SCENARIOS[setting](tasks)
     for task in tasks:
         task.new_readout(model, seed=0)
@@ -178,8 +194,8 @@ def _checked(
         retain.own_readout(model)
     if isinstance(strategy, Joint):
         all_at_once(setting, tasks, model, seed=0)
-    for lr in grid.lr:
-        replace(training, lr=lr)
+    for lr, seed in product(grid.lr, grid.seed):
+        replace(training, lr=lr, seed=seed)
     memory = getattr(strategy, "memory", None)
     layers = {}
     for method in grid.methods:
@@ -203,7 +219,16 @@ def _checked(
 
 
 def _orders(orders: Sequence[Sequence[int]] | None, count: int) -> list[tuple[int, ...]]:
-    orders = [tuple(range(count))] if orders is None else [tuple(map(int, order)) for order in orders]
+    given = [range(count)] if orders is None else sequence(orders, "orders", "orders of the tasks")
+    orders = [
+        tuple(
+            whole_number(place, "a task's number in an order")
+            for place in sequence(one, "an order", "numbers")
+        )
+        for one in given
+    ]
+    if not orders:
+        raise InputError("orders is empty: give at least one, or None for the order of the tasks")
     for order in orders:
         if sorted(order) != list(range(count)):
             raise InputError(f"an order is a permutation of 0 to {count - 1}, not {order}")
@@ -221,14 +246,21 @@ def _identity(model: nn.Module, tasks: Sequence[Task], retain: Task | None) -> d
     }
 
 
-def _table(records: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+def _table(records: Iterable[dict]) -> pd.DataFrame:
     together = pd.DataFrame(
         [
-            {"run": record["run"], **record["settings"], **dict(zip(record["rows"], values, strict=True))}
-            for record in records
+            {
+                "run": record["run"],
+                **record["settings"],
+                **dict(zip(record["rows"], values, strict=True)),
+                "failed": "failed" in record,
+                "reason": record.get("failed", ""),
+            }
+            for record in told_apart(records)
             for values in zip(*record["rows"].values(), strict=True)
         ]
     )
     for name in ("rank", "position", "start", "alpha"):
         together[name] = pd.to_numeric(together[name])  # NaN, where all are None, too
-    return together[["run", *together.columns.drop(["run", *RESULTS]), *RESULTS]]
+    last = [*RESULTS, *ENDED]
+    return together[["run", *together.columns.drop(["run", *last]), *last]]

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from lora_lens.errors import InputError
 from lora_lens.tradeoffs import mean_and_interval, require_columns, window_columns
 
+ENDED = ["failed", "reason"]
 RESULTS = ["after", "task", "place", "accuracy", "loss", "retained_before", "retained_accuracy", "diverged"]
 SCORES = [
     "average_accuracy",
@@ -343,7 +344,7 @@ def _key(row: pd.Series, columns: list[str]) -> tuple[object, ...]:
 def _settings(table: pd.DataFrame) -> list[str]:
     """The columns that describe a run: no results, and one value in each run."""
     distinct = table.groupby("run", sort=False).nunique(dropna=False)
-    return ["run", *(c for c in distinct if c not in RESULTS and (distinct[c] <= 1).all())]
+    return ["run", *(c for c in distinct if c not in (*RESULTS, *ENDED) and (distinct[c] <= 1).all())]
 
 
 def _require_one_each(runs: pd.DataFrame, columns: list[str]) -> None:

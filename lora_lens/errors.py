@@ -25,5 +25,9 @@ class ExistingFileError(LoraLensError, FileExistsError):
     """Something is where a file should be written, and it is not lora_lens's to replace."""
 
 
+class StoreError(LoraLensError, OSError):
+    """A file or folder that cannot be written."""
+
+
 class MissingPackageError(LoraLensError, ImportError):
     """An optional package that is needed and not installed."""

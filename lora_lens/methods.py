@@ -195,6 +195,6 @@ class Variant:
         parts = [name for name in ("rslora", "dora") if getattr(self, name)]
         parts += [f"S in {self.split}"] if self.split != "balanced" else []
         parts += [f"only {self.train} trained"] if self.train != "both" else []
-        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += [f"dropout {float(self.dropout)!r}"] if self.dropout else []
         parts += [str(self.dtype).removeprefix("torch.")] if self.dtype else []
         return ", ".join(parts) or "plain"

@@ -33,9 +33,15 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
     Larger is better in both. Rows with a missing value are never on the front.
     """
     points = table[[x, y]].to_numpy(float)
-    as_good = (points[None] >= points[:, None]).all(-1)  # [i, j]: j at least as good as i in both
-    better = (points[None] > points[:, None]).any(-1)
-    front = ~(as_good & better).any(1) & ~np.isnan(points).any(1)
+    known = np.flatnonzero(~np.isnan(points).any(1))
+    order = known[np.lexsort(-points[known].T[::-1])]  # x falls, and among equal x y falls
+    xs, ys = points[order].T
+    first = np.append(True, xs[1:] != xs[:-1])[: len(xs)]  # of each x, which has its largest y
+    group = first.cumsum() - 1
+    highest = ys[first]
+    to_the_right = np.maximum.accumulate(np.append(-np.inf, highest))[:-1]  # the largest y of all larger x
+    front = np.zeros(len(points), bool)
+    front[order] = (ys == highest[group]) & ((ys > to_the_right[group]) | (group == 0))
     return pd.Series(front, index=table.index, name="pareto")
 
 

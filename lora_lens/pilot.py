@@ -206,7 +206,9 @@ def _piloted(pilot: Pilot, shared: dict[str, object]) -> Advice:
 
     def chosen(runs: pd.DataFrame, usual: int) -> int:
         examples = len(shared["task"].test), len(shared["retain"].test)
-        return unless_better(runs["value"].to_numpy(), _errors(runs, usual, pilot.weight, *examples), usual)
+        values = runs["value"].fillna(-np.inf).to_numpy()  # a run that failed is never chosen
+        errors = np.nan_to_num(_errors(runs, usual, pilot.weight, *examples))
+        return unless_better(values, errors, usual)
 
     window, rate, rungs = pilot.usual.window, pilot.usual.lr, []
     if pilot.chooses:
@@ -220,11 +222,12 @@ def _piloted(pilot: Pilot, shared: dict[str, object]) -> Advice:
     fresh = range(pilot.seed + 1, pilot.seed + 1 + FINAL_SEEDS)
     final = run("final", [window], [rate], fresh, pilot.steps)
     evidence = pd.concat([*rungs, final], ignore_index=True)
-    value, interval = float(final["value"].mean()), bootstrap_interval(final["value"])
+    values = final["value"].dropna()  # of seeds that failed the sweep has warned
+    value, interval = float(values.mean()), bootstrap_interval(values)
     spent = int(evidence["steps"].sum())
     choice = Choice(window, rate)
     words = (
-        f"Take {choice}: {in_words(value, interval, FINAL_SEEDS, pilot.weight)}, on training "
+        f"Take {choice}: {in_words(value, interval, len(values), pilot.weight)}, on training "
         f"examples that no run was trained on. {_how(pilot, choice, spent)}"
     )
     return Advice(window, rate, value, interval, words, evidence, "pilot", spent)

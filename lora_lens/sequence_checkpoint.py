@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import ZipFile
+from pickle import UnpicklingError
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from peft import PeftModel
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from lora_lens.errors import InputError
 from lora_lens.scenarios import Scenario
-from lora_lens.store import replace_file
+from lora_lens.store import write_bytes
 from lora_lens.window_survival import WindowComponents
+
+PLAIN = ("after", "own", "rows", "drift", "seconds")  # parts of a state that are numbers and words
 
 
 @dataclass(eq=False)
@@ -51,12 +55,12 @@ def keep(state: State, pretrained: nn.Module, path: Path) -> None:
         "heads": state.scenario.state(),
         "kept": dict(state.kept),
         "window": {name: (w.left, w.values, w.right) for name, w in state.window.items()},
-        **{name: getattr(state, name) for name in ("after", "own", "rows", "drift", "seconds")},
+        **{name: getattr(state, name) for name in PLAIN},
+        "run": path.stem,
     }
-    path.parent.mkdir(exist_ok=True)
     stream = io.BytesIO()
     torch.save(content, stream)
-    replace_file(path, stream.getvalue())
+    write_bytes(path, stream.getvalue())
 
 
 def _changed(pretrained: nn.Module, model: nn.Module) -> dict[str, Tensor]:
@@ -88,19 +92,42 @@ def restored(path: Path, fresh: Callable[[], State]) -> State | None:
     if not path.exists():
         return None
     try:
-        with ZipFile(path) as parts:  # torch.load does not compare the checksums
-            if broken := parts.testzip():
-                raise InputError(f"the checksum of {broken} is another")
-        content = torch.load(path, weights_only=True)
-        state = fresh()
-        with torch.no_grad():
-            state.model.load_state_dict(content["model"], strict=False)
-        state.scenario.restore(content["heads"], state.model)
-        state.kept = content["kept"]
-        state.window = {name: WindowComponents(*parts) for name, parts in content["window"].items()}
-        for name in ("after", "own", "rows", "drift", "seconds"):
-            setattr(state, name, content[name])
-        return state
-    except Exception as error:  # whatever is wrong with it, the sequence can start again
+        content = _content(path)
+    except InputError as error:
         warnings.warn(f"{path} is damaged ({error}); the sequence starts again", stacklevel=2)
         return None
+    state = fresh()
+    with torch.no_grad():
+        state.model.load_state_dict(content["model"], strict=False)
+    state.scenario.restore(content["heads"], state.model)
+    state.kept = content["kept"]
+    state.window = {name: WindowComponents(*parts) for name, parts in content["window"].items()}
+    for name in PLAIN:
+        setattr(state, name, content[name])
+    return state
+
+
+def _content(path: Path) -> dict[str, object]:
+    """What :func:`keep` wrote.
+
+    Raises:
+        InputError: the file is damaged or another one. Nothing else means that: running out of memory, say,
+            is no reason to lose hours of work.
+    """
+    try:
+        with ZipFile(path) as parts:  # torch.load does not compare the checksums
+            if not any(name.endswith("/data.pkl") for name in parts.namelist()):
+                raise InputError("it is no checkpoint")
+            if broken := parts.testzip():
+                raise InputError(f"the checksum of {broken} is another")
+    except (BadZipFile, zlib.error, EOFError, NotImplementedError) as error:  # of what is no zip any more
+        raise InputError(str(error)) from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise InputError("it holds other things than tensors and numbers") from None
+    if not isinstance(content, dict) or not content.keys() >= {"model", "heads", "kept", "window", *PLAIN}:
+        raise InputError("it is another file of torch's")
+    if content.get("run", path.stem) != path.stem:
+        raise InputError(f"it is that of {content['run']}")
+    return content

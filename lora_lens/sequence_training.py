@@ -16,8 +16,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter import attach
+from lora_lens.continual_metrics import RESULTS
 from lora_lens.drift import effective_weight
 from lora_lens.evaluation import evaluate
+from lora_lens.identity import exact, exact_method, named_method, named_record
 from lora_lens.injection import lora_layer
 from lora_lens.layers import weight_matrix
 from lora_lens.memories import Memory
@@ -27,11 +29,11 @@ from lora_lens.scenarios import SCENARIOS, TaskIncremental, all_at_once, one_of
 from lora_lens.sequence_checkpoint import State, keep, restored
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
-from lora_lens.store import write_atomically
-from lora_lens.strategies import Continued, Joint, Separate, Strategy, method_of
-from lora_lens.sweep import named_method, one_thread, short
+from lora_lens.strategies import Continued, Joint, Separate, Strategy, exact_strategy, method_of
+from lora_lens.sweep import ended_without_numbers, short
 from lora_lens.tasks import Task
-from lora_lens.training import Training, finetune
+from lora_lens.training import finetune
+from lora_lens.training_settings import Training
 from lora_lens.window import Placement
 from lora_lens.window_survival import components_of, survival
 from lora_lens.wrappers import submodule
@@ -55,11 +57,11 @@ class Sequential:
     spectra: SpectrumSet | None
     training: Training
 
-    def describe(self, method: Method, order: Sequence[int], lr: float, seed: int) -> dict[str, object]:
-        """The plain values that describe one sequence; their hash is its identity."""
-        settings = asdict(replace(self.training, lr=float(lr), seed=int(seed)))
-        del settings["evaluations"]
-        return {
+    def record(self, method: Method, order: Sequence[int], lr: float, seed: int) -> dict[str, object]:
+        """What is known of a sequence before it runs: its name, and its settings for people and exactly."""
+        training = asdict(replace(self.training, lr=lr, seed=seed))
+        del training["evaluations"]
+        settings = {
             "strategy": str(self.strategy),
             **named_method(method),
             "setting": self.setting,
@@ -67,8 +69,20 @@ class Sequential:
             "alpha": None if self.alpha is None else float(self.alpha),
             "targets": " ".join(self.layers[method]),
             **({} if self.variant == Variant() else {"variant": str(self.variant)}),
-            **settings,
+            **{name: exact(value, name) for name, value in training.items()},
         }
+        return named_record(settings, exact_method(method) | exact_strategy(self.strategy))
+
+    def lost(self, point: Point) -> dict[str, object]:
+        """The record of a sequence that has no results: rows without numbers."""
+        order, unknown = point[1], float("nan")
+        rows = [
+            (after, self.tasks[number].name, place, unknown, unknown, unknown, unknown, False)
+            for after in range(len(order) + 1)
+            for place, number in enumerate(order)
+        ]
+        columns = (list(column) for column in zip(*rows, strict=True))
+        return self.record(*point) | {"rows": dict(zip(RESULTS, columns, strict=True))}
 
 
 @dataclass(frozen=True)
@@ -91,28 +105,32 @@ class _Terms:
         return lambda: sum(term() for term in terms)
 
 
-def learn(experiment: Sequential, point: Point, path: Path) -> None:
-    """Train one sequence to its end, from its checkpoint if there is one, and write what came of it."""
-    checkpoint = path.parent / "unfinished" / f"{path.stem}.pt"
-    with one_thread():
-        if isinstance(experiment.strategy, Joint):
-            state = _joint(experiment, point)
-        else:
-            state = restored(checkpoint, partial(_fresh, experiment, point))
-            state = state or _started(experiment, point)
-            while state.after < len(experiment.tasks):
-                _next_task(experiment, point, state)
-                if state.after < len(experiment.tasks):
-                    keep(state, experiment.model, checkpoint)
-    record = {
-        "run": path.stem,
-        "settings": experiment.describe(*point),
+def learn(experiment: Sequential, point: Point, path: Path) -> dict[str, object]:
+    """The record of one sequence, trained to its end from its checkpoint, if ``path`` has one.
+
+    The checkpoint stays until the next call: the record is not on the disk yet.
+    """
+    checkpoint = checkpoint_of(path)
+    if isinstance(experiment.strategy, Joint):
+        state = _joint(experiment, point)
+    else:
+        state = restored(checkpoint, partial(_fresh, experiment, point))
+        state = state or _started(experiment, point)
+        while state.after < len(experiment.tasks):
+            _next_task(experiment, point, state)
+            if state.after < len(experiment.tasks):
+                keep(state, experiment.model, checkpoint)
+    return {
+        **experiment.record(*point),
         "rows": pd.DataFrame(state.rows).to_dict("list"),
         "drift": pd.DataFrame(state.drift).to_dict("list"),
         "seconds": state.seconds,
     }
-    write_atomically(path, record)
-    checkpoint.unlink(missing_ok=True)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Where an unfinished sequence is kept whose record will be at ``path``."""
+    return path.parent / "unfinished" / f"{path.stem}.pt"
 
 
 def _started(experiment: Sequential, point: Point) -> State:
@@ -212,7 +230,7 @@ def _train(
     run = finetune(
         adapted, task.subset(test=1), retain, config, penalty=penalty, readout=readout, progress=False
     )
-    return run.diverged
+    return ended_without_numbers(run)
 
 
 def examine(experiment: Sequential, state: State, order: Sequence[int], diverged: bool) -> None:

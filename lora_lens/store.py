@@ -1,7 +1,10 @@
 """The runs of a sweep on disk: one folder per experiment, one small file per finished run.
 
 experiment.json     which model and tasks the runs belong to, and the versions that made them
-runs/<run>.json     settings, results, curve, answers and drift of one run; <run> is the hash of the settings
+runs/<run>.json     settings, results, curve, answers and drift of one run; <run> is a hash of all that it
+                    was made with (lora_lens.identity), of which "exact" has what the settings do not tell
+
+A run that failed has the reason under "failed", and no results.
 
 Packed, all of it is one file to keep or to hand on: a line of JSON for the experiment, then one for each
 run, compressed with LZMA. What reads a folder reads such a file as well.
@@ -15,7 +18,6 @@ import lzma
 import os
 import secrets
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,13 +26,18 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from lora_lens.errors import ExistingFileError, InputError, MissingFileError
+from lora_lens.errors import ExistingFileError, InputError, LoraLensError, MissingFileError, StoreError
 from lora_lens.fingerprint import add_tensor
+from lora_lens.records import all_records, experiment_in, packed, records_of, row_of, store_path, told_apart
 from lora_lens.tasks import Task
+
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in a folder, as "._*"
 
 
 def runs(store: str | Path) -> pd.DataFrame:
-    """All finished runs of a results folder, or of a file from :func:`pack`, without running anything.
+    """All runs of a results folder, or of a file from :func:`pack`, without running anything.
+
+    Files in the folder that are damaged or no run of a sweep are passed over; a warning names them.
 
     Returns:
         One row per run with the columns of :func:`lora_lens.sweep`, by method, rank, position, rate and seed.
@@ -38,11 +45,12 @@ def runs(store: str | Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: there is no such folder or file.
         ValueError: it holds no runs, or is no such file.
+        TypeError: ``store`` is no path.
     """
     records = all_records(store).values()
     if any("result" not in record for record in records):
         raise InputError(f"{store} holds sequences of tasks; read them with ll.continual_runs")
-    table = pd.DataFrame([row_of(record) for record in records])
+    table = pd.DataFrame([row_of(record) for record in told_apart(records)])
     if table.empty:
         raise InputError(f"{store} holds no finished runs")
     order = ["method", "rank", "position", "start", "steps", "lr", "seed"]
@@ -64,7 +72,7 @@ def pack(store: str | Path, path: str | Path) -> Path:
         FileNotFoundError, ValueError: as :func:`runs`.
         FileExistsError: something else than a pack is at ``path``.
     """
-    path, records = Path(path), all_records(store)
+    path, records = store_path(path, "path", "that of the file to write"), all_records(store)
     if not records:
         raise InputError(f"{store} holds no finished runs")
     _require_pack(path)
@@ -96,15 +104,21 @@ def experiment(store: str | Path) -> dict[str, dict[str, str]]:
 
     Raises:
         FileNotFoundError: there is no such folder or file, or no experiment in the folder.
-        ValueError: it is no such file.
+        ValueError: it is no such file, or the folder's experiment.json is damaged.
     """
-    store = Path(store)
+    store = store_path(store)
     if not store.is_dir():
-        return _packed(store)[0]
+        return packed(store)[0]
     described = store / "experiment.json"
     if not described.exists():
         raise MissingFileError(f"the folder {store} holds no experiment; pass the store of a sweep")
-    return json.loads(described.read_text())
+    try:
+        return experiment_in(described.read_bytes())
+    except InputError as error:
+        raise InputError(
+            f"{described} is damaged or of another program ({error}), and without it nobody knows what the "
+            "runs beside it belong to; put the right one back, or choose another folder"
+        ) from None
 
 
 def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -118,7 +132,7 @@ def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         FileNotFoundError: a run is not in the store.
     """
-    parts = [pd.DataFrame(record["curve"]).assign(run=record["run"]) for record in _records(store, table)]
+    parts = [pd.DataFrame(record["curve"]).assign(run=record["run"]) for record in records_of(store, table)]
     return run_first(parts)
 
 
@@ -134,7 +148,7 @@ def answers(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
         ValueError: a run was kept by a version that did not note its answers.
     """
     parts = []
-    for record in _records(store, table):
+    for record in records_of(store, table):
         if "items" not in record:
             raise InputError(
                 f"run {record['run']} in {store} was kept without its answers, by an earlier version; "
@@ -161,7 +175,7 @@ def drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     """
     parts = [
         pd.DataFrame(record["drift"]).assign(run=record["run"], **record["features"])
-        for record in _records(store, table)
+        for record in records_of(store, table)
         if "drift" in record
     ]
     if not parts:
@@ -186,7 +200,7 @@ def watched(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
     """
     parts = [
         pd.DataFrame(record["watched"]).assign(run=record["run"])
-        for record in _records(store, table)
+        for record in records_of(store, table)
         if "watched" in record
     ]
     if not parts:
@@ -204,80 +218,113 @@ def run_first(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return together[["run", *together.columns.drop("run")]]
 
 
-def row_of(record: dict) -> dict[str, object]:
-    """A run's row in the table of a sweep."""
-    return {"run": record["run"], **record["settings"], **record["result"]}
+def require_writable(store: str | Path | None) -> None:
+    """Refuse early what cannot become a results folder; nothing is written.
 
-
-def _records(store: str | Path, table: pd.DataFrame) -> Iterator[dict]:
-    packed = None if Path(store).is_dir() else all_records(store)
-    for run in table["run"]:
-        record = read_run(Path(store) / "runs" / f"{run}.json") if packed is None else packed.get(run)
-        if record is None:
-            raise MissingFileError(f"{store} holds no run {run}")
-        yield record
-
-
-def all_records(store: str | Path) -> dict[str, dict]:
-    """The records of a folder or of a packed file by run."""
-    store = Path(store)
-    if store.is_dir():
-        found = [read_run(path) for path in sorted((store / "runs").glob("*.json"))]
-    else:
-        found = _packed(store)[1:]
-    return {record["run"]: record for record in found if record is not None}
-
-
-def _packed(file: Path) -> list[dict]:
-    """The experiment in a packed file, then its records."""
-    if not file.exists():
-        raise MissingFileError(f"there is no results folder or file {file}")
-    try:
-        return [json.loads(line) for line in lzma.decompress(file.read_bytes()).splitlines()]
-    except (lzma.LZMAError, ValueError) as error:
-        raise InputError(f"{file} is damaged or was not written by ll.pack: {error}") from None
+    Raises:
+        InputTypeError, InputError: it is no path, a file, or within a file.
+        StoreError: a folder there may not be written to.
+    """
+    if store is None:
+        return
+    store = store_path(store, expected="a folder for the runs")
+    there = next(path for path in (store, *store.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        where = "is a file" if there == store else f"lies within {there}, which is a file"
+        raise InputError(f"store must be a folder for the runs, and {store} {where}; choose another path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StoreError(f"the folder {there} may not be written to, so {store} cannot keep runs")
 
 
 @contextmanager
 def open_store(store: str | Path | None, identity: dict[str, str]) -> Iterator[Path]:
-    """The folder of the runs, after making sure that it holds this experiment or none."""
+    """The folder of the runs, after making sure that it holds this experiment or none.
+
+    Several processes may open a new one at the same time.
+
+    Raises:
+        InputError: it holds another experiment, or other files.
+        StoreError: it cannot be written to.
+    """
     if store is None:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    store = Path(store)
+    require_writable(store)
+    try:
+        folder = _opened(Path(store), identity)
+    except LoraLensError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot keep runs in {store}: {error}; choose another folder") from None
+    yield folder
+
+
+def _opened(store: Path, identity: dict[str, str]) -> Path:
     described = store / "experiment.json"
-    if described.exists():
-        found = json.loads(described.read_text())["identity"]
-        different = [key for key in identity | found if found.get(key) != identity.get(key)]
-        if different:
-            details = "; ".join(f"{k}: there {found.get(k)}, here {identity.get(k)}" for k in different)
-            raise InputError(
-                f"the results folder {store} holds a different experiment ({details}); "
-                "choose another folder, or remove this one if you no longer need it"
-            )
-    else:
-        store.mkdir(parents=True, exist_ok=True)
-        if any(not f.name.startswith(f".{described.stem}.") for f in store.iterdir()):  # left by a kill
+    store.mkdir(parents=True, exist_ok=True)
+    # Looked at before experiment.json is: another process that is as far as its runs has written that.
+    others = [file.name for file in store.iterdir() if not _of_no_matter(file.name)]
+    if not described.exists():
+        if others:
             raise InputError(f"the folder {store} is not empty and holds no experiment; choose another one")
         versions = {name: version(name) for name in ("torch", "timm", "peft", "accelerate")}
-        write_atomically(described, {"identity": identity, "versions": versions})
+        _create(described, json.dumps({"identity": identity, "versions": versions}, indent=1).encode())
+    found = experiment(store)["identity"]
+    different = [key for key in identity | found if found.get(key) != identity.get(key)]
+    if different:
+        details = "; ".join(f"{k}: there {found.get(k)}, here {identity.get(k)}" for k in different)
+        raise InputError(
+            f"the results folder {store} holds a different experiment ({details}); "
+            "choose another folder, or remove this one if you no longer need it"
+        )
     (store / "runs").mkdir(exist_ok=True)
-    yield store / "runs"
+    return store / "runs"
 
 
-def read_run(path: Path) -> dict | None:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
-        warnings.warn(f"{path} is damaged; the run is done again", stacklevel=2)
-        return None
+def _of_no_matter(name: str) -> bool:
+    """Left by a kill, or by a file manager."""
+    return name in LITTER or name.startswith(("._", ".experiment."))
 
 
 def write_atomically(path: Path, record: dict) -> None:
-    replace_file(path, json.dumps(record, indent=1).encode())
+    """Keep a record; as :func:`write_bytes`."""
+    write_bytes(path, json.dumps(record, indent=1).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file of a results folder, whole or not at all.
+
+    Raises:
+        StoreError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, content)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}; the runs that have ended are kept: start again "
+            "once there is room"
+        ) from None
+
+
+def _create(path: Path, content: bytes) -> None:
+    """The file appears whole, unless another process was first: then that one's stays."""
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not path.exists():
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -292,11 +339,6 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def run_name(settings: dict[str, object]) -> str:
-    """The identity of a run: a hash of the plain values that describe it."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def experiment_identity(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lora_lens.errors import InputError, InputTypeError
-from lora_lens.memories import EWC, Memory, Orthogonal
+from lora_lens.identity import exact
+from lora_lens.memories import EWC, Memory, Orthogonal, Replay
 from lora_lens.methods import FullFineTuning, LoRA, Method, Penalized, inner_method
 from lora_lens.window import Placement, Window, require_fit, whole_rank
 
@@ -104,6 +105,12 @@ class Joint:
 
 
 Strategy = Continued | Merged | Moving | Separate | Joint
+
+
+def exact_strategy(strategy: Strategy) -> dict[str, object]:
+    """What a sequence's name takes in place of the strategy's text; nothing where that is exact."""
+    told = type(getattr(strategy, "memory", None)) in (type(None), Replay)  # whose text is a whole number
+    return {} if told else {"strategy": exact(strategy, f"the strategy {strategy}")}
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from inspect import signature
+from itertools import product
+from numbers import Real
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pandas as pd
-import torch
-from joblib import Parallel, delayed
 from peft import PeftModel
 from torch import nn
 
 from lora_lens.adapter import attach, chosen_layers, planned
 from lora_lens.drift import drift, drift_between
-from lora_lens.errors import InputError, InputTypeError
+from lora_lens.errors import InputError, InputTypeError, LoraLensError
 from lora_lens.evaluation import example_features
 from lora_lens.feature_change import difference
+from lora_lens.identity import exact, exact_method, named_method, named_record
 from lora_lens.layers import Targets
 from lora_lens.methods import (
     FullFineTuning,
@@ -36,22 +37,25 @@ from lora_lens.methods import (
 from lora_lens.neighbours import neighbour_agreement
 from lora_lens.peft_starts import attach_start, planned_start
 from lora_lens.placement import ByLayer
-from lora_lens.progress import progress_bar
+from lora_lens.records import row_of, told_apart
 from lora_lens.rotation import rotations
+from lora_lens.running import by_itself, checked_jobs, run_missing
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
-from lora_lens.store import experiment_identity, open_store, read_run, row_of, run_name, write_atomically
+from lora_lens.store import experiment_identity, open_store, require_writable
 from lora_lens.tasks import Task
-from lora_lens.training import Training, finetune
+from lora_lens.training import Run, Training, finetune
+from lora_lens.validate import flag, instance, known_settings, number, sequence, shown, whole_number
 from lora_lens.window import Placement, Window
 
 EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
-METHOD_NAMES = {
-    Window: "window",
-    LoRA: "LoRA",
-    LinearProbe: "linear probe",
-    FullFineTuning: "full fine-tuning",
-}
+METHODS = (Placement, ByLayer, LoRA, LinearProbe, FullFineTuning, PeftStart, Penalized)
+A_METHOD = "a window, such as ll.Window(8, 0.5), or another method"
+A_TASK = "a lora_lens.Task, such as those of ll.embedded, ll.folder_task or ll.text_task"
+RESULTS = (
+    "trainable", "loss", "accuracy", "retained_before", "retained_accuracy", "forgetting", "retained_loss",
+    "loss_rise",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class Grid:
         seed: seeds.
         baselines: other methods to run beside the windows, also PEFT's own starts and methods under
             a penalty (:class:`lora_lens.methods.PeftStart`, :class:`lora_lens.methods.Penalized`).
+
+    Each may be a single value. A placement of your own must be a frozen dataclass: its fields and the code of
+    its methods are what its runs are found by in a store (what those methods read elsewhere is not).
+
+    Raises:
+        TypeError, ValueError: something else, a value twice, a rate that is not positive, or nothing to run.
     """
 
     window: Sequence[Window] = ()
@@ -73,16 +83,23 @@ class Grid:
     baselines: Sequence[Method] = ()
 
     def __post_init__(self) -> None:
+        for name in ("window", "baselines"):
+            given = sequence(getattr(self, name), name, "windows and other methods", (*METHODS, Mapping))
+            methods = tuple(ByLayer(m) if isinstance(m, Mapping) else m for m in given)
+            for method in methods:
+                instance(
+                    method,
+                    METHODS,
+                    f"each of {name}",
+                    A_METHOD,
+                )
+            object.__setattr__(self, name, methods)
+        rates, seeds = (_one_or_more(getattr(self, name), name) for name in ("lr", "seed"))
+        object.__setattr__(self, "lr", tuple(number(rate, "lr", above=0) for rate in rates))
+        object.__setattr__(self, "seed", tuple(whole_number(seed, "seed") for seed in seeds))
         for name in ("window", "lr", "seed", "baselines"):
-            value = getattr(self, name)
-            values = tuple(value) if isinstance(value, (Sequence, range)) else (value,)
-            values = tuple(ByLayer(v) if isinstance(v, Mapping) else v for v in values)
-            if len(set(values)) != len(values):
-                raise InputError(f"{name} holds the same value twice: {values}")
-            object.__setattr__(self, name, values)
-        for method in self.methods:
-            if not isinstance(method, (Placement, ByLayer, PeftStart, Penalized, *METHOD_NAMES)):
-                raise InputTypeError(f"a grid is made of windows and baselines, not {method!r}")
+            _require_different(getattr(self, name), name)
+        _require_different(self.methods, "window and baselines together")
         if not (self.methods and self.lr and self.seed):
             raise InputError("a grid needs at least one window or baseline, one lr and one seed")
 
@@ -112,19 +129,24 @@ class Experiment:
     spectra: SpectrumSet | None
     training: Training
 
-    def describe(self, method: Method, lr: float, seed: int) -> dict[str, object]:
-        """The plain values that describe one run; their hash is its identity."""
+    def record(self, method: Method, lr: float, seed: int) -> dict[str, object]:
+        """What is known of a run before it runs: its name, and its settings for people and exactly."""
         variant = {} if self.variant == Variant() else {"variant": str(self.variant)}
-        settings = asdict(replace(self.training, lr=float(lr), seed=int(seed)))
+        training = asdict(replace(self.training, lr=lr, seed=seed))
         if self.training.precision == Training.precision:  # so that earlier versions' runs are found
-            del settings["precision"]
-        return {
+            del training["precision"]
+        settings = {
             **named_method(method),
             "alpha": None if self.alpha is None else float(self.alpha),
             "targets": " ".join(self.layers[method]),
             **variant,
-            **settings,
+            **{name: exact(value, name) for name, value in training.items()},
         }
+        return named_record(settings, exact_method(method))
+
+    def lost(self, point: tuple[Method, float, int]) -> dict[str, object]:
+        """The record of a run that has no results."""
+        return self.record(*point) | {"result": dict.fromkeys(RESULTS, float("nan")) | {"diverged": False}}
 
 
 def sweep(
@@ -154,9 +176,12 @@ def sweep(
             Without it nothing is kept.
         spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
             kept, too: see :func:`lora_lens.drifts`.
-        jobs: processes; default all cores (one where there is a GPU). Every
+        jobs: processes; default all cores that may be used (one where there is a GPU). Every
             run computes with one thread, so the numbers do not depend on it.
         settings: of :class:`lora_lens.Training`, the same for all runs.
+
+    A run that fails, even one whose process is killed because memory ran out, ends no other: its row has the
+    reason and no results, a warning counts such runs, and the next call tries them again.
 
     Returns:
         One row per run in the grid's order. Columns: run (identity), method
@@ -166,28 +191,42 @@ def sweep(
         evaluation, without a penalty); accuracy, retained_before, retained_accuracy (in [0, 1]);
         forgetting (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise
         (its rise over the run, nats per example, of a language task per token; positive = forgot);
-        diverged.
+        diverged; failed and reason (why, else ""). Two methods that are described alike have a few digits of
+        their identity behind.
 
     Raises:
-        ValueError: as ``attach`` and ``finetune`` do, before the first run;
-            or ``store`` holds a different experiment.
+        ValueError, TypeError: as ``attach`` and ``finetune`` do, before the first run; ``store`` holds a
+            different experiment or is no folder; or all runs failed, with the first one's reason (of an error
+            that is not ours RuntimeError).
+        OSError: ``store`` cannot be written to.
     """
-    if {"lr", "seed"} & set(settings):
-        raise InputError("lr and seed are the grid's: give them to Grid, not to sweep")
-    training, watch = Training(**settings), tuple(watch)
+    instance(grid, Grid, "grid", "a lora_lens.Grid of windows, learning rates and seeds")
+    watch = sequence(watch, "watch", "tasks", Task)
+    if retain is None:
+        raise InputTypeError(
+            "retain must be the task that the model knows, as a sweep measures what is forgotten of it; to "
+            "train without one there is ll.finetune"
+        )
+    for name, given in (("task", task), ("retain", retain), *(("each of watch", one) for one in watch)):
+        instance(given, Task, name, A_TASK)
+    require_shared(model, variant, spectra)
+    training = shared_training("sweep", sweep, settings)
+    jobs, progress = checked_jobs(jobs), flag(progress, "progress")
+    require_writable(store)
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
     choices = {"targets": targets, "alpha": alpha, "spectra": spectra, "variant": variant}
     plans = {method: _planned(model, method, choices) for method in grid.methods}
-    for lr in grid.lr:
-        replace(training, lr=lr)  # raises for an impossible rate
+    for lr, seed in product(grid.lr, grid.seed):
+        replace(training, lr=lr, seed=seed)  # raises where they are impossible
     one, watched = (task.subset(1, 1), retain.subset(1, 1)), [t.subset(1, 1) for t in watch]
     once = {"steps": 1, "evaluations": 2, "watch": watched, "progress": False}
-    for penalty in {penalty_of(method) for method in grid.methods} | {None}:
-        rehearsal = attach(model, LoRA(1), targets=usual, variant=Variant(dora=variant.dora))
-        finetune(rehearsal, *one, penalty=penalty, batch_size=training.batch_size, **once)
-    if any(isinstance(method, LinearProbe) for method in grid.methods):
-        finetune(attach(model, LinearProbe()), *one, **once)
+    with by_itself():
+        for penalty in {penalty_of(method) for method in grid.methods} | {None}:
+            rehearsal = attach(model, LoRA(1), targets=usual, variant=Variant(dora=variant.dora))
+            finetune(rehearsal, *one, penalty=penalty, batch_size=training.batch_size, **once)
+        if any(isinstance(method, LinearProbe) for method in grid.methods):
+            finetune(attach(model, LinearProbe()), *one, **once)
 
     with open_store(store, experiment_identity(model, task, retain, watch)) as folder:
         if spectra is None:
@@ -197,41 +236,53 @@ def sweep(
             )
         layers = {method: list(plan) or usual for method, plan in plans.items()}
         experiment = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
-        plan = [(point, folder / f"{run_name(experiment.describe(*point))}.json") for point in grid]
-        run_missing(partial(_run_and_keep, experiment), plan, jobs, shown=progress, desc="sweep", unit="run")
-        return pd.DataFrame([row_of(read_run(path)) for _, path in plan])
+        plan = [(point, folder / f"{experiment.record(*point)['run']}.json") for point in grid]
+        bar = {"shown": progress, "desc": "sweep", "unit": "run"}
+        records = run_missing(partial(_run, experiment), experiment.lost, plan, jobs, **bar)
+        return pd.DataFrame([row_of(record) for record in told_apart(records)])
 
 
-def run_missing(
-    run: Callable[[Any, Path], None], plan: Sequence[tuple[Any, Path]], jobs: int | None, **bar: object
-) -> None:
-    """Run every point whose file is not there yet, in several processes.
+def require_shared(model: nn.Module, variant: Variant | None, spectra: SpectrumSet | None) -> None:
+    """What sweep and continual are given alike."""
+    instance(model, nn.Module, "model", "a torch.nn.Module, the pretrained model")
+    if variant is not None:
+        instance(variant, Variant, "variant", "a lora_lens.Variant, such as ll.Variant(rslora=True)")
+    if spectra is not None:
+        instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) returns")
 
-    Args:
-        run: does one point, and writes its file.
-        plan: points, with their files.
-        jobs: processes; default all cores, or one where there is a GPU.
-        bar: of :func:`lora_lens.progress.progress_bar`.
+
+def shared_training(name: str, function: Callable, settings: Mapping[str, object]) -> Training:
+    """The settings that all runs share.
+
+    Raises:
+        InputTypeError: there is no such setting.
+        InputError: it is one of the grid's, or has an impossible value.
     """
-    missing = [(point, path) for point, path in plan if read_run(path) is None]
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    workers = min(jobs or cores, max(1, len(missing)))
-    runs = Parallel(n_jobs=workers, return_as="generator_unordered")(
-        delayed(run)(point, path) for point, path in missing
-    )
-    with progress_bar(total=len(plan), initial=len(plan) - len(missing), **bar) as shown:
-        for _ in runs:
-            shown.update()
+    known = [*(f.name for f in fields(Training)), *list(signature(function).parameters)[:-1]]
+    known_settings(settings, known, name)
+    for taken in ("lr", "seed"):
+        if taken in settings:
+            raise InputError(f"lr and seed are the grid's: give them to Grid, not to {name}")
+    return Training(**settings)
 
 
-def named_method(method: Method) -> dict[str, object]:
-    """What tells a method apart in a table."""
-    return {
-        "method": METHOD_NAMES.get(type(method)) or str(method),
-        "rank": getattr(method, "rank", None),
-        "position": getattr(method, "position", None),
-        "start": getattr(method, "start", None),
-    }
+def _one_or_more(value: object, name: str) -> tuple[object, ...]:
+    """One number, or several."""
+    return (value,) if getattr(value, "ndim", None) == 0 else sequence(value, name, "numbers", Real)
+
+
+def _require_different(values: Sequence[object], name: str) -> None:
+    """By equality, and for methods also by content: two names for one run are one too many."""
+    try:
+        same = len(set(values)) < len(values)
+    except TypeError:  # from hash()
+        raise InputTypeError(
+            f"{name} holds something that cannot be hashed, and so cannot be told apart: {shown(values)}; a "
+            "placement of your own must be a frozen dataclass, with tuples for lists and arrays"
+        ) from None
+    contents = {json.dumps(exact(value, f"one of {name}")) for value in values}
+    if same or len(contents) < len(values):
+        raise InputError(f"{name} holds the same value twice: {values}")
 
 
 def _planned(
@@ -258,44 +309,47 @@ def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, lis
     return wanted
 
 
-def _run_and_keep(experiment: Experiment, point: tuple[Method, float, int], path: Path) -> None:
+def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) -> dict[str, object]:
+    """The record of one run."""
     method, lr, seed = point
-    with one_thread():
-        adapted = _attached(experiment, method, seed)
-        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        config = replace(experiment.training, lr=lr, seed=seed)
-        run = finetune(
-            adapted,
-            experiment.task,
-            experiment.retain,
-            config,
-            penalty=penalty_of(method),
-            watch=experiment.watch,
-            progress=False,
-        )
-        mechanism = {} if run.diverged else _mechanism(experiment, method, adapted)
-    result = {
-        "trainable": trainable,
-        "loss": float(run.curve["loss"].iloc[-1]),
-        "accuracy": run.accuracy,
-        "retained_before": run.retained_before,
-        "retained_accuracy": run.retained_accuracy,
-        "forgetting": run.forgetting,
-        "retained_loss": float(run.curve["retained_loss"].iloc[-1]),
-        "loss_rise": run.loss_rise,
-        "diverged": run.diverged,
-    }
-    record = {
-        "run": path.stem,
-        "settings": experiment.describe(*point),
-        "result": result,
+    adapted = _attached(experiment, method, seed)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    run = finetune(
+        adapted,
+        experiment.task,
+        experiment.retain,
+        replace(experiment.training, lr=lr, seed=seed),
+        penalty=penalty_of(method),
+        watch=experiment.watch,
+        progress=False,
+    )
+    diverged = ended_without_numbers(run)
+    values = (
+        trainable,
+        float(run.curve["loss"].iloc[-1]),
+        run.accuracy,
+        run.retained_before,
+        run.retained_accuracy,
+        run.forgetting,
+        float(run.curve["retained_loss"].iloc[-1]),
+        run.loss_rise,
+    )
+    return {
+        **experiment.record(*point),
+        "result": dict(zip(RESULTS, values, strict=True)) | {"diverged": diverged},
         "curve": run.curve.to_dict("list"),
         "items": run.items.to_dict("list"),
         **({} if run.watched is None else {"watched": run.watched.to_dict("list")}),
-        **mechanism,
+        **({} if diverged else _mechanism(experiment, method, adapted)),
         "seconds": run.seconds,
     }
-    write_atomically(path, record)
+
+
+def ended_without_numbers(run: Run) -> bool:
+    """Whether it diverged, be it with the last step, which only the tests after it show."""
+    last = run.curve.iloc[-1]
+    losses = last[["test_loss"] if run.items is None else ["test_loss", "retained_loss"]]
+    return run.diverged or not np.isfinite(losses.to_numpy(float)).all()
 
 
 def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> dict[str, object]:
@@ -313,22 +367,16 @@ def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> di
         return {}
     some = experiment.retain.test.sampled(EXAMPLES_OF_FEATURES)
     before, after = (example_features(m, experiment.retain, some) for m in (experiment.model, adapted))
+    try:
+        neighbours = neighbour_agreement(before, after)
+    except LoraLensError:  # too few examples, or features without a direction: one measure less
+        neighbours = float("nan")
     return {
         "drift": {column: [short(v) for v in values] for column, values in moved.to_dict("list").items()},
-        "features": difference(before, after) | {"neighbours": neighbour_agreement(before, after)},
+        "features": difference(before, after) | {"neighbours": neighbours},
     }
 
 
 def short(value: object) -> object:
     """Six digits are more than one run's noise, and half the space."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -187,7 +187,7 @@ def watched(
     require_score(score, LOST)
     require_columns(results, ["run", "task", score])
     require_columns(table, ["run", "method", "position", "lr"])
-    if without := [run for run in table["run"] if run not in set(results["run"])]:
+    if without := table.loc[~table["run"].isin(results["run"]), "run"].tolist():
         raise InputError(
             f"nothing was watched in {len(without)} runs, such as {without[0]}; pass ll.watched(store, table)"
         )

@@ -348,7 +348,10 @@ def other_words() -> list[ll.Task]:
 WRONG = {
     "one task": (lambda: {"tasks": pairs()[:1]}, "at least two tasks, not 1"),
     "one name": (lambda: {"tasks": with_names("a", "b", "a")}, "two tasks have one name"),
-    "a setting": (lambda: {"setting": "online"}, "setting must be one of task-incremental, .* not 'online'"),
+    "a setting": (
+        lambda: {"setting": "online"},
+        "must be one of 'task-incremental', .* not 'online'",
+    ),
     "an order": (lambda: {"orders": [(0, 1, 1)]}, r"a permutation of 0 to 2, not \(0, 1, 1\)"),
     "a short order": (lambda: {"orders": [(0, 1)]}, r"a permutation of 0 to 2, not \(0, 1\)"),
     "an order twice": (lambda: {"orders": [(0, 1, 2), (0, 1, 2)]}, "an order is given twice"),
@@ -389,8 +392,8 @@ WRONG = {
         lambda: {"strategy": Merged(Replay(9)), "batch_size": 1},
         "replay 9 needs half of each batch, and batch_size is 1",
     ),
-    "lr": (lambda: {"lr_": 1.0}, "lr is the grid's"),
-    "seed": (lambda: {"seed": 1}, "seed is the grid's"),
+    "lr": (lambda: {"lr_": 1.0}, "lr and seed are the grid's"),
+    "seed": (lambda: {"seed": 1}, "lr and seed are the grid's"),
     "evaluations": (lambda: {"evaluations": 3}, "evaluations has no sense here, as tests follow tasks"),
     "steps": (lambda: {"steps": 0}, "steps must be at least 1, not 0"),
 }
@@ -407,6 +410,26 @@ def test_what_cannot_be_is_refused_before_the_first_step(what, tmp_path):
     with pytest.raises(ValueError, match=message):
         learn(store=tmp_path / "s", **arguments)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tasks": "digits"}, "tasks must be a sequence of tasks"),
+        ({"tasks": [None, None]}, "each of tasks must be a lora_lens.Task"),
+        ({"model": None, "tasks": []}, "at least two tasks|model must be"),
+        ({"retain": "digits"}, "retain must be a lora_lens.Task"),
+        ({"orders": 3}, "orders must be a sequence"),
+        ({"orders": [(0, 1.0, 2)]}, "a task's number in an order must be a whole number"),
+        ({"orders": []}, "orders is empty"),
+        ({"learning_rate": 1e-3}, "continual has no setting 'learning_rate'; did you mean 'lr'"),
+        ({"jobs": 0}, "jobs, the number of processes"),
+        ({"spectra": 1}, "spectra must be what"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_in_words(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        learn(**wrong)
 
 
 def test_what_cannot_be_chained_is_refused():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from small_sequences import KILLED, LORA, learn, pairs, retained, small_spectra
 
 import lora_lens as ll
 from lora_lens.memories import EWC, Replay
+from lora_lens.scenarios import TaskIncremental
 from lora_lens.strategies import Continued, Merged
 
 
@@ -78,7 +80,25 @@ def replace_by_another(path: Path) -> None:
     torch.save({"after": 2}, path)
 
 
-@pytest.mark.parametrize("damage", [damage_end, damage_a_number, replace_by_another])
+def replace_by_a_model(path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+def replace_by_a_zip(path: Path) -> None:
+    with ZipFile(path, "w") as parts:
+        parts.writestr("notes.txt", "no checkpoint")
+
+
+def replace_by_text(path: Path) -> None:
+    path.write_text("no checkpoint")
+
+
+DAMAGES = [
+    damage_end, damage_a_number, replace_by_another, replace_by_a_model, replace_by_a_zip, replace_by_text,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_starts_the_sequence_again(damage, killed, tmp_path):
     shutil.copytree(killed / "orthogonal", tmp_path / "s")
     (checkpoint,) = checkpoints(tmp_path / "s")
@@ -86,6 +106,27 @@ def test_a_damaged_checkpoint_starts_the_sequence_again(damage, killed, tmp_path
     with pytest.warns(UserWarning, match=r"is damaged .* the sequence starts again"):
         table = KILLED["orthogonal"].run(tmp_path / "s")
     pd.testing.assert_frame_equal(table, KILLED["orthogonal"].run(None), check_exact=True)
+
+
+def test_a_bug_does_not_cost_the_sequence_its_checkpoint(killed, tmp_path, monkeypatch):
+    shutil.copytree(killed / "orthogonal", tmp_path / "s")
+    (checkpoint,) = checkpoints(tmp_path / "s")
+    content = checkpoint.read_bytes()
+    with monkeypatch.context() as changed:
+        changed.setattr(TaskIncremental, "restore", lambda *_: {}["a bug"])
+        with pytest.raises(RuntimeError, match="all runs failed, the first with: KeyError: 'a bug'"):
+            KILLED["orthogonal"].run(tmp_path / "s")
+    assert checkpoint.read_bytes() == content
+    table = KILLED["orthogonal"].run(tmp_path / "s")
+    assert not table["failed"].any() and not checkpoint.exists()
+
+
+def test_a_checkpoint_of_another_sequence_is_not_taken(killed, tmp_path):
+    shutil.copytree(killed / "orthogonal", tmp_path / "s")
+    (checkpoint,) = checkpoints(tmp_path / "s")
+    torch.save(torch.load(checkpoint, weights_only=True) | {"run": "another"}, checkpoint)
+    with pytest.warns(UserWarning, match="is damaged .it is that of another.; the sequence starts again"):
+        KILLED["orthogonal"].run(tmp_path / "s")
 
 
 def test_a_sequence_may_go_on_with_spectra_or_without(killed, tmp_path):

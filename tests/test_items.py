@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -214,7 +216,7 @@ def test_a_sweep_keeps_the_answers_of_every_run(patch_vit, digits, source, tmp_p
     with pytest.raises(FileNotFoundError, match="holds no run nothing"):
         ll.answers(tmp_path / "s", pd.DataFrame({"run": ["nothing"]}))
     for path in (tmp_path / "s" / "runs").iterdir():
-        record = ll.store.read_run(path)
+        record = json.loads(path.read_bytes())
         del record["items"]
         ll.store.write_atomically(path, record)
     with pytest.raises(ValueError, match="was kept without its answers, by an earlier version"):

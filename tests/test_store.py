@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import lzma
+import multiprocessing
+import os
+import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +16,9 @@ import torch
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.store import experiment_identity, open_store, read_run, run_name, write_atomically
+from lora_lens.identity import run_name
+from lora_lens.records import all_records
+from lora_lens.store import experiment_identity, open_store, write_atomically
 
 IDENTITY = {"lora_lens": "0", "model": "m", "task": "t", "retain": "r"}
 
@@ -62,9 +69,8 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one_and_no_scraps(tmp_pa
     write_atomically(path, {"run": "run"})
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_atomically(path, {"run": "run", "model": object()})
-    assert read_run(path) == {"run": "run"}
+    assert json.loads(path.read_bytes()) == {"run": "run"}
     assert [f.name for f in tmp_path.iterdir()] == ["run.json"]
-    assert read_run(tmp_path / "other.json") is None
 
 
 def test_names_depend_on_every_setting_and_not_on_their_order():
@@ -198,3 +204,154 @@ def test_what_is_no_store_is_refused(swept, tmp_path):
     with pytest.raises(ValueError, match="holds no finished runs"):
         ll.pack(tmp_path / "empty", packed)
     assert packed.read_bytes() == whole
+
+
+def in_processes(work, count: int) -> list[int]:
+    """The exit codes of ``count`` processes that do ``work(number)`` at the same time."""
+    context = multiprocessing.get_context("fork")  # nothing to import, so that they truly meet
+    barrier = context.Barrier(count)
+
+    def begin(number: int) -> None:
+        barrier.wait()
+        work(number)
+
+    processes = [context.Process(target=begin, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def test_processes_that_start_one_new_store_at_the_same_time_all_may(tmp_path):
+    for turn in range(10):
+
+        def work(number: int, store=tmp_path / str(turn)) -> None:
+            with open_store(store, IDENTITY) as runs:
+                write_atomically(runs / f"{number}.json", {"run": str(number)})
+
+        assert in_processes(work, 4) == [0] * 4
+        assert sorted(f.name for f in (tmp_path / str(turn)).iterdir()) == ["experiment.json", "runs"]
+        assert len(list((tmp_path / str(turn) / "runs").iterdir())) == 4
+
+
+def test_of_two_experiments_that_start_one_store_at_the_same_time_one_is_refused(tmp_path):
+    for turn in range(10):
+
+        def work(number: int, store=tmp_path / str(turn)) -> None:
+            try:
+                with open_store(store, IDENTITY | {"task": f"task {number}"}):
+                    pass
+            except ll.errors.InputError as error:
+                os._exit(3 if "holds a different experiment (task: " in str(error) else 1)
+
+        assert sorted(in_processes(work, 2)) == [0, 3]
+
+
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "run.json"
+    write_atomically(path, {"run": "old"})
+
+    def work(_number: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            write_atomically(path, {"run": "new" * 1000})
+        except ll.errors.StoreError as error:
+            os._exit(3 if "start again once there is room" in str(error) else 1)
+
+    assert in_processes(work, 1) == [3]
+    assert json.loads(path.read_bytes()) == {"run": "old"}
+    assert [f.name for f in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_what_cannot_be_a_store_is_refused_before_anything_runs(tmp_path, model, digits):
+    (tmp_path / "file").write_text("text")
+    same = {"model": model, "task": digits, "retain": digits, "grid": ll.Grid([ll.Window.first(8)])}
+    for store, message in (
+        (tmp_path / "file", "is a file; choose another path"),
+        (tmp_path / "file" / "s", "lies within .*, which is a file"),
+        (42, "store must be a folder for the runs, not 42"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            ll.sweep(store=store, **same)
+    with pytest.raises(OSError, match="cannot keep runs in /proc/s"), open_store("/proc/s", IDENTITY):
+        pass
+
+
+def test_what_a_file_manager_leaves_in_a_folder_does_not_fill_it(tmp_path):
+    (tmp_path / ".DS_Store").write_bytes(b"\0\1")
+    (tmp_path / "._experiment.json").write_bytes(b"\0\5\x16\7")
+    with open_store(tmp_path, IDENTITY) as runs:
+        assert runs.is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x05\x16\x07\xff", b'{"iden', b"[1]", b'{"identity": "x"}'])
+def test_a_damaged_experiment_is_named_and_nothing_is_changed(content, tmp_path):
+    with open_store(tmp_path, IDENTITY):
+        pass
+    (tmp_path / "experiment.json").write_bytes(content)
+    for read in (lambda: open_store(tmp_path, IDENTITY).__enter__(), lambda: ll.experiment(tmp_path)):
+        with pytest.raises(ValueError, match=r"experiment\.json is damaged or of another program"):
+            read()
+    assert (tmp_path / "experiment.json").read_bytes() == content
+
+
+def test_foreign_and_damaged_files_among_the_runs_are_named_and_passed_over(swept, tmp_path):
+    folder, table = swept
+    shutil.copytree(folder, tmp_path / "s")
+    places = tmp_path / "s" / "runs"
+    one, another, *_ = sorted(places.iterdir())
+    (places / f"._{one.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\xff\xfe")
+    (places / "notes.json").write_text('{"run": 1}')
+    (places / "list.json").write_text("[1, 2]")
+    (places / "deep.json").write_text("[" * 100_000)
+    (places / "folder.json").mkdir()
+    (places / ".DS_Store").write_bytes(b"\0\1")
+    (places / "copy.json").write_bytes(one.read_bytes())
+    another.write_bytes(another.read_bytes()[:50])
+    for read in (ll.runs, lambda store: ll.runs(ll.pack(store, tmp_path / "p.jsonl.xz"))):
+        with pytest.warns(
+            UserWarning, match=rf"7 files in .* passed over: \._{one.name} \(no whole JSON\)"
+        ) as said:
+            found = read(tmp_path / "s")
+        assert len(said) == 1
+        assert set(found["run"]) == set(table["run"]) - {another.stem}
+    with (
+        pytest.warns(UserWarning, match=f"1 file .* passed over: {another.name}"),
+        pytest.raises(FileNotFoundError, match=f"holds no run {another.stem}"),
+    ):
+        ll.curves(tmp_path / "s", table)
+
+
+def test_a_packed_file_is_parsed_once_and_again_when_it_has_changed(swept, tmp_path):
+    folder, table = swept
+    packed = ll.pack(folder, tmp_path / "packed.jsonl.xz")
+    assert all_records(packed)[table["run"][0]] is all_records(packed)[table["run"][0]]
+    shutil.copytree(folder, tmp_path / "fewer")
+    (tmp_path / "fewer" / "runs" / f"{table['run'][0]}.json").unlink()
+    ll.pack(tmp_path / "fewer", packed)
+    assert table["run"][0] not in all_records(packed)
+
+
+@pytest.mark.parametrize("read", [ll.curves, ll.answers, ll.drifts, ll.watched, ll.continual_drifts])
+def test_a_store_and_a_table_that_are_exchanged_or_missing_are_refused_in_words(read, swept):
+    folder, table = swept
+    for store, given, message in (
+        (table, folder, "give the store first, then the table"),
+        (None, table, "store must be the folder or packed file of a sweep, not None"),
+        (folder, None, r"table must be what ll\.sweep or ll\.runs returns, not None"),
+        (folder, [table], r"table must be what ll\.sweep or ll\.runs returns, not list \["),
+        (folder, table.drop(columns="run"), "the table has no column run; it has method, "),
+        (folder, table[:0], "the table has no runs"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            read(store, given)
+
+
+@pytest.mark.parametrize("read", [ll.runs, ll.experiment, ll.continual_runs, lambda s: ll.pack(s, "p")])
+def test_what_is_no_path_is_no_store(read):
+    for store in (None, 42, ["a"], pd.DataFrame({"run": ["a"]})):
+        with pytest.raises(TypeError, match="store must be the folder or packed file of a sweep, not"):
+            read(store)
