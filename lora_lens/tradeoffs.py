@@ -18,10 +18,13 @@ from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
 from lora_lens.errors import InputError
+from lora_lens.tables import checked
+from lora_lens.validate import choice, number, numbers, share, whole_number
 
 WINDOW = ["method", "rank", "position", "start"]
 SCORES = ["accuracy", "forgetting"]
 LEVEL = 0.05  # below this p value a U-shape is called one
+DRIFTS = ("the table of drifts", "ll.drifts(store, table)")
 FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
 
 
@@ -38,11 +41,10 @@ def bootstrap_interval(
     Raises:
         ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
     """
-    values = np.asarray(values, float).ravel()
+    values = numbers(values, "values").ravel()
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
-    if not 0 < level < 1:
-        raise InputError(f"level must be between 0 and 1, not {level!r}")
+    level = number(level, "level", above=0, below=1)
     if values.size == 1:
         return float("nan"), float("nan")
     means = values[resampled(len(values), resamples, seed)].mean(1)
@@ -61,6 +63,7 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, or two runs share window, rate and seed.
     """
+    table = _runs(table, *SCORES, "diverged")
     rows = [
         {**names, **_summary(group)}
         for names, group in groups(table, [*window_columns(table), "lr"], [*SCORES, "diverged"])
@@ -85,9 +88,8 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
         ValueError: ``score`` is not accuracy or retained_accuracy, a column is missing, two runs share
             window, rate and seed, or no seed of a window was run at all its rates.
     """
-    if score not in ("accuracy", "retained_accuracy"):
-        raise InputError(f"score must be accuracy or retained_accuracy (larger is better), not {score!r}")
-    rows = []
+    choice(score, "score", ("accuracy", "retained_accuracy"))
+    table, rows = _runs(table, score, *SCORES, "diverged"), []
     for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
         half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
@@ -124,10 +126,14 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
         ValueError: ``accuracy`` is out of range, a column is missing, a run has no curve, or two runs
             share window, rate and seed.
     """
-    if not 0 <= accuracy <= 1:
-        raise InputError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
-    require_columns(table, ["run"])
-    require_columns(curves, ["run", "step", "accuracy", "retained_accuracy"])
+    accuracy = share(accuracy, "accuracy")
+    table = _runs(table, "run", "retained_before")
+    curves = checked(
+        curves,
+        ["run", "step", "accuracy", "retained_accuracy"],
+        "the table of curves",
+        "ll.curves(store, table)",
+    )
     by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
     without = [run for run in table["run"] if run not in by_run]
     if without:
@@ -166,7 +172,7 @@ def relative_updates(drifts: pd.DataFrame) -> pd.Series:
     Raises:
         ValueError: a column is missing.
     """
-    require_columns(drifts, ["run", "update", "relative"])
+    drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     moved = drifts[drifts["update"] > 0]
     squares = pd.DataFrame({"update": moved["update"], "weight": moved["update"] / moved["relative"]}) ** 2
     sums = squares.groupby(moved["run"]).sum()
@@ -204,10 +210,9 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
         ValueError: ``update`` is not positive, a column is missing, no run of the table has a drift, or two
             runs share window, rate and seed.
     """
-    if not update > 0:
-        raise InputError(f"update must be positive, a share of the weights' norm, not {update!r}")
-    require_columns(table, ["run"])
-    require_columns(drifts, ["run"])
+    update = number(update, "update, a share of the weights' norm,", above=0)
+    table = _runs(table, "run", *SCORES)
+    drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     if not table["run"].isin(drifts["run"]).any():
         raise InputError("none of the table's runs has a drift; pass ll.drifts(store, table)")
     sized = table.assign(size=table["run"].map(relative_updates(drifts)))
@@ -243,9 +248,8 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
         ValueError: ``tolerance`` is negative, a column is missing, two runs share window, rate and seed,
             or no seed of a window was run at all its rates.
     """
-    if not tolerance >= 0:
-        raise InputError(f"tolerance must be 0 or more, not {tolerance!r}")
-    rows = []
+    tolerance = number(tolerance, "tolerance", least=0)
+    table, rows = _runs(table, "accuracy"), []
     for names, group in groups(table, window_columns(table), ["accuracy"]):
         by_seed = seeds_by_rate(group, "accuracy", names)
         rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
@@ -318,8 +322,7 @@ def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> 
 
 def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n) places of n values, drawn with replacement."""
-    if not resamples >= 1:
-        raise InputError(f"resamples must be at least 1, not {resamples!r}")
+    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
     return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 
@@ -348,9 +351,7 @@ def groups(
     table: pd.DataFrame, keys: list[str], columns: list[str]
 ) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
     """(the keys' values by name, their rows), in the table's order, after checking the table."""
-    require_columns(table, [*keys, "lr", "seed", *columns])
-    if table.empty:
-        raise InputError("the table has no runs; pass what sweep returned")
+    table = checked(table, [*keys, "lr", "seed", *columns])
     twice = table.duplicated([*window_columns(table), "lr", "seed"])
     if twice.any():
         # Two runs of one seed are not two seeds: their interval would be too narrow.
@@ -374,10 +375,9 @@ def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> 
     return by_seed
 
 
-def require_columns(table: pd.DataFrame, columns: list[str]) -> None:
-    missing = [column for column in dict.fromkeys(columns) if column not in table]
-    if missing:
-        raise InputError(f"the table has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+def _runs(table: object, *columns: str) -> pd.DataFrame:
+    """The runs of a sweep that did not fail."""
+    return checked(table, [*WINDOW, "lr", "seed", *columns])
 
 
 def _named(names: dict[str, object]) -> str:
