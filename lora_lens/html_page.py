@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from lora_lens.errors import InputError, MissingFileError
 from lora_lens.plot_style import house_style
+from lora_lens.validate import instance
 
 MISSING = "-"
 SHORT = 32  # characters of a row's name that stay on one line
@@ -138,7 +139,7 @@ def page_path(path: str | Path, generator: str) -> Path:
         FileNotFoundError: its folder does not exist.
         FileExistsError: a folder is there, or a file that ``generator`` did not make.
     """
-    path = Path(path)
+    path = Path(instance(path, (str, Path), "path", "the file to write, such as 'report.html'"))
     if path.is_dir():
         raise FileExistsError(
             f"{path} is a folder; give the name of a file in it, such as {path}/report.html"
