@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lora_lens.errors import InputError
+from lora_lens.errors import InputError, InputTypeError
 from lora_lens.tables import checked
-from lora_lens.validate import number
+from lora_lens.validate import numbers, shown
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -26,7 +26,11 @@ def forgetting(before: float, after: float) -> float:
     equation 3, for one earlier task whose best score is that of the
     pretrained model.
     """
-    return number(before, "before") - number(after, "after")
+    scores = {name: numbers(score, name) for name, score in (("before", before), ("after", after))}
+    for name, score in scores.items():
+        if score.ndim:
+            raise InputTypeError(f"{name} must be one score, not {shown(score)}")
+    return float(scores["before"] - scores["after"])
 
 
 def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_accuracy") -> pd.Series:
