@@ -18,7 +18,8 @@ from scipy import stats
 
 from lora_lens.errors import InputError
 from lora_lens.layers import listed
-from lora_lens.tradeoffs import FEWEST_SEEDS, WINDOW, bootstrap_interval, require_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import FEWEST_SEEDS, WINDOW, bootstrap_interval
 from lora_lens.window import Window
 
 SETTINGS = ["alpha", "targets", "variant", "steps", "batch_size", "warmup", "weight_decay"]
@@ -84,7 +85,7 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
             in another setting, two runs share window, rate and seed, or no seed was run everywhere.
     """
     check_weight(weight)
-    require_columns(table, [*WINDOW, "lr", "seed", "accuracy", "forgetting"])
+    table = checked(table, [*WINDOW, "lr", "seed", "accuracy", "forgetting"])
     if not (table["method"] == "window").any():
         raise InputError("the table has no windows to recommend; sweep some, such as ll.windows(rank=8)")
     cells, values = _cells(table, weight)

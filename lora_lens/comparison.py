@@ -19,7 +19,8 @@ from torch import Tensor
 from lora_lens.errors import InputError
 from lora_lens.layers import block_and_kind, listed
 from lora_lens.spectrum import Spectrum, SpectrumSet
-from lora_lens.window import Window
+from lora_lens.validate import choice, instance, number, whole_number
+from lora_lens.window import Placement, Window
 
 Side = Literal["left", "right"]
 
@@ -38,6 +39,7 @@ def principal_angles(before: Spectrum, after: Spectrum, window: Window, side: Si
         ValueError: shapes differ, the window does not fit, or vectors are missing.
     """
     _check_shapes(before, after)
+    _require_window(window)
     # Orthonormal to float64, not float32, or identical subspaces would be at an angle.
     a, b = (torch.linalg.qr(_vectors(s, window, side).double()).Q for s in (before, after))
     products = a.T @ b
@@ -151,6 +153,8 @@ def intruder_dimensions(
         ValueError: shapes differ, or vectors are missing.
     """
     _check_shapes(before, after)
+    threshold = number(threshold, "threshold", least=0, most=1)
+    count = None if count is None else whole_number(count, "count", least=1)
     asked = Window(after.k if count is None else min(count, after.k), start=0)
     cosines = _vectors(before, _all_of(before), side).T @ _vectors(after, asked, side)
     return (cosines.abs().amax(0) < threshold).nonzero().flatten()
@@ -177,6 +181,10 @@ def compare(
     Raises:
         ValueError: names or shapes differ, vectors are missing, or the window does not fit.
     """
+    for name, given in (("before", before), ("after", after)):
+        instance(given, (Spectrum, SpectrumSet), name, "what ll.spectra returns, or a Spectrum of it")
+    if window is not None:
+        instance(window, Window, "window", "a Window, such as ll.Window.middle(8)")
     before, after = (SpectrumSet([s]) if isinstance(s, Spectrum) else s for s in (before, after))
     if alone := sorted(set(before) ^ set(after)):
         raise InputError(
@@ -201,7 +209,13 @@ def _mean_squared_cosine(angles: Tensor) -> float:
     return float(angles.cos().square().mean())
 
 
+def _require_window(window: object) -> None:
+    instance(window, Placement, "window", "a Window, such as ll.Window.middle(8)")
+
+
 def _check_shapes(before: Spectrum, after: Spectrum) -> None:
+    for name, given in (("before", before), ("after", after)):
+        instance(given, Spectrum, name, "the Spectrum of one weight, such as ll.spectra(model)[layer]")
     if before.shape != after.shape:
         raise InputError(
             f"{before.name} has shape {before.shape} before and {after.name} has {after.shape} after; "
@@ -215,15 +229,14 @@ def _all_of(spectrum: Spectrum) -> Window:
 
 def _vectors(spectrum: Spectrum, window: Window, side: Side) -> Tensor:
     """The window's vectors as columns: (out_features or in_features, rank), float32."""
-    if side not in ("left", "right"):
-        raise InputError(f"side must be 'left' or 'right', not {side!r}")
+    choice(side, "side", ("left", "right"))
     left, right = spectrum.vectors(window)
     return left if side == "left" else right.T
 
 
 def _bands(spectrum: Spectrum, bins: int) -> np.ndarray:
     """The bounds of ``bins`` bands of nearly equal size: (bins + 1,), from 0 to k."""
-    if not 1 <= bins <= spectrum.k:
+    if not 1 <= whole_number(bins, "bins") <= spectrum.k:
         raise InputError(
             f"{bins} bins do not fit {spectrum.name}: its spectrum has {spectrum.k} components; "
             f"use 1 to {spectrum.k} bins"

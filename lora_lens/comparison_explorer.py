@@ -24,10 +24,10 @@ from lora_lens.explorer import (
     html_table,
     plain_texts,
     rate_choice,
-    require_sweep,
     table_box,
 )
 from lora_lens.store import curves, drifts
+from lora_lens.tables import require_store, sweep_table
 from lora_lens.u_shape import u_shape_test
 
 LONG = {"width": "36em", "max_width": "98%"}  # of sliders with long names
@@ -59,7 +59,9 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
             or no seed of a window was run at all its rates.
         FileNotFoundError: a run is not in the store.
     """
-    require_sweep(table)
+    table = sweep_table(table, "diverged", *(["run"] if store is not None else []))
+    if store is not None:
+        require_store(store)
     along = None if store is None else curves(store, table)
     moved = None if store is None else _drifts_in(store, table)
     rate = rate_choice(table)
@@ -125,7 +127,7 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
 def _drifts_in(store: str | Path, table: pd.DataFrame) -> pd.DataFrame | None:
     try:
         return drifts(store, table)
-    except LoraLensError:  # none was kept: a comparison fewer, not an error
+    except InputError:  # none was kept: a comparison fewer, not an error
         return None
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lora_lens import plots
 from lora_lens.continual_metrics import SCORES, continual_scores, score_means
-from lora_lens.continual_plots import method_names, name_of_windows, placed_windows
+from lora_lens.continual_plots import DRIFTS, method_names, name_of_windows, placed_windows
 from lora_lens.errors import InputError
 from lora_lens.explorer import (
     ALL,
@@ -25,7 +25,7 @@ from lora_lens.explorer import (
     offer_with_all,
     table_box,
 )
-from lora_lens.tradeoffs import require_columns
+from lora_lens.tables import checked
 
 DRIFT = ["run", "after", "layer", "update", "block_change"]
 
@@ -52,7 +52,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
     scores = continual_scores(table)
     scores = scores.assign(named=_named(scores))
     if drifts is not None:
-        require_columns(drifts, DRIFT)
+        drifts = checked(drifts, DRIFT, *DRIFTS)
         if not scores["run"].isin(drifts["run"]).any():
             raise InputError(
                 "none of the table's runs has a drift; pass ll.continual_drifts(store, table), or no drifts"

@@ -15,7 +15,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from lora_lens.errors import InputError
-from lora_lens.tradeoffs import mean_and_interval, require_columns, window_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import WINDOW, mean_and_interval, window_columns
+from lora_lens.validate import numbers
 
 ENDED = ["failed", "reason"]
 RESULTS = ["after", "task", "place", "accuracy", "loss", "retained_before", "retained_accuracy", "diverged"]
@@ -160,7 +162,7 @@ def accuracy_matrix(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         ValueError: the rows of several runs or of none, a column is missing, or the run has not exactly one
             row for every number of tasks trained and every task.
     """
-    require_columns(table, ["run", "after", "place", "accuracy"])
+    table = checked(table, ["run", "after", "place", "accuracy"], source="ll.continual")
     if table["run"].nunique() != 1:
         raise InputError(
             f"a matrix needs the rows of one run, not of {table['run'].nunique()}; "
@@ -204,9 +206,7 @@ def continual_scores(table: pd.DataFrame) -> pd.DataFrame:
             or two separate runs are alike in all that a reference is found by.
     """
     alike = ["setting", "lr", "order", "seed"]
-    require_columns(table, ["run", "strategy", *window_columns(table), *alike, *RESULTS])
-    if table.empty:
-        raise InputError("the table has no runs; pass what continual returned")
+    table = checked(table, ["run", "strategy", *WINDOW, *alike, *RESULTS], source="ll.continual")
     runs = [rows for _, rows in table.groupby("run", sort=False)]
     matrices = [accuracy_matrix(rows) for rows in runs]
     first = pd.DataFrame([rows.iloc[0] for rows in runs])
@@ -240,10 +240,9 @@ def score_means(scores: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, there are no runs, or two of a row share order and seed.
     """
+    columns = ["strategy", *WINDOW, "setting", "lr", "order", "seed", "diverged", *SCORES]
+    scores = checked(scores, columns, "the table of scores", "ll.continual_metrics.continual_scores")
     keys = ["strategy", *window_columns(scores), "setting", "lr"]
-    require_columns(scores, [*keys, "order", "seed", "diverged", *SCORES])
-    if scores.empty:
-        raise InputError("there are no runs to average; pass what continual_scores returned")
     _require_one_each(scores, [*keys, "order", "seed"])
     rows = []
     for values, group in scores.groupby(keys, dropna=False, sort=False):
@@ -258,7 +257,7 @@ def score_means(scores: pd.DataFrame) -> pd.DataFrame:
 
 def _matrix(accuracies: ArrayLike) -> np.ndarray:
     """R (T, T), float, after checking it."""
-    accuracies = np.asarray(accuracies, float)
+    accuracies = numbers(accuracies, "accuracies")
     if accuracies.ndim != 2 or accuracies.shape[0] != accuracies.shape[1] or not accuracies.size:
         raise InputError(
             f"accuracies must be square, one row per task trained and one column per task, "
@@ -269,7 +268,7 @@ def _matrix(accuracies: ArrayLike) -> np.ndarray:
 
 def _by_place(name: str, values: ArrayLike, accuracies: np.ndarray) -> np.ndarray:
     """(T,) as many values as there are tasks."""
-    values = np.asarray(values, float)
+    values = numbers(values, name)
     if values.shape != accuracies.shape[:1]:
         raise InputError(
             f"{name} must hold one accuracy for each of {len(accuracies)} tasks, not {values.shape}"

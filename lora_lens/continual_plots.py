@@ -6,7 +6,6 @@ seeds) by :func:`lora_lens.tradeoffs.bootstrap_interval`; a single run has none.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from itertools import cycle
 from textwrap import fill, shorten
 
@@ -22,9 +21,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lora_lens.errors import InputError
-from lora_lens.plot_style import colour_bar, styled
+from lora_lens.plot_style import colour_bar, literal, styled
 from lora_lens.sweep_plots import LONGEST_LABEL, PERCENT
-from lora_lens.tradeoffs import mean_and_interval, require_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import mean_and_interval
+from lora_lens.validate import choice
 
 METHOD = ["strategy", "method", "rank", "position", "start"]  # what tells the lines of a picture apart
 # Of which the runs of a line share one value each.
@@ -39,6 +40,7 @@ OTHERS, RETAINED = "#404040", "#202020"
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 OTHER_MARKERS = ("X", "P", "v", "<", ">", "*", "d", "p")
 LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 4)))
+DRIFTS = ("the table of drifts", "ll.continual_drifts(store, table)")
 GAP = 0.25  # cells between the tasks and the retained one
 
 
@@ -126,6 +128,7 @@ def _name_columns(ax: Axes, labels: list[tuple[float, str]], cells: float) -> No
     else:
         width = 24 if turned else most
         names = ["\n".join(fill(line, width) for line in label.split("\n")) for _, label in labels]
+    names = [literal(name) for name in names]
     ax.set_xticks([place for place, _ in labels], names, rotation=90 if turned else 0, fontsize=size)
 
 
@@ -184,7 +187,7 @@ def window_survival(
         ValueError: another ``measure``, a column is missing, no drift is of a window placed by position, or
             the runs of a strategy and method differ in a setting.
     """
-    require_one_of(measure, MEASURES, "measure")
+    choice(measure, "measure", MEASURES)
     runs = _drifts_by_run(drifts, table, measure)
     runs = runs[placed_windows(runs)].dropna(subset=[measure])
     if runs.empty:
@@ -269,15 +272,12 @@ def _line_in_band(ax: Axes, rows: pd.DataFrame, x: str, y: str, look: dict[str, 
 def _of_one_method(table: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
     """The rows of one run, or of the runs of one strategy and method on the same tasks, checked."""
     keys = ["run", "after", "place"]
-    require_columns(
-        table, [*keys, *METHOD, "order", "task", "accuracy", "retained_before", "retained_accuracy"]
-    )
-    if table.empty:
-        raise InputError("the table has no runs; pass what ll.continual returned")
+    columns = [*keys, *METHOD, "order", "task", "accuracy", "retained_before", "retained_accuracy"]
+    table = checked(table, columns, source="ll.continual")
     rows = table if run is None else table[table["run"] == run]
     if rows.empty:
         raise InputError(
-            f"the table has no run {run!r}; it has {shorten(', '.join(table['run'].unique()), 80)}"
+            f"the table has no run {run!r}; it has {shorten(', '.join(map(str, table['run'].unique())), 80)}"
         )
     if rows.duplicated(keys).any():
         raise InputError("some rows stand twice in the table; pass what ll.continual returned")
@@ -335,8 +335,8 @@ def _retained(rows: pd.DataFrame) -> pd.Series | None:
 
 def _drifts_by_run(drifts: pd.DataFrame, table: pd.DataFrame, measure: str) -> pd.DataFrame:
     """One row per run and number of tasks: the mean of a measure over layers, with what names the run."""
-    require_columns(drifts, ["run", "after", "layer", measure])
-    require_columns(table, ["run", *METHOD])
+    drifts = checked(drifts, ["run", "after", "layer", measure], *DRIFTS)
+    table = checked(table, ["run", *METHOD], source="ll.continual")
     named = table.drop_duplicates("run")
     require_one_setting(named[named["run"].isin(drifts["run"])])
     by_run = drifts.groupby(["run", "after"])[measure].mean().reset_index()
@@ -373,13 +373,9 @@ def _title(ax: Axes, rows: pd.DataFrame) -> str:
     runs = rows["run"].nunique()
     width = 72 * ax.get_window_extent().width / ax.figure.dpi  # points
     most = max(20, int(width / (0.55 * plt.rcParams["font.size"])))
-    return fill(name + (f", mean of {runs} runs" if runs > 1 else ""), most)
+    return literal(fill(name + (f", mean of {runs} runs" if runs > 1 else ""), most))
 
 
 def shortened(name: str) -> str:
-    return shorten(name, LONGEST_LABEL, placeholder=" ...")
-
-
-def require_one_of(value: str, choices: Collection[str], what: str = "score") -> None:
-    if value not in choices:
-        raise InputError(f"{what} must be one of {', '.join(choices)}, not {value!r}")
+    """As a label of a picture."""
+    return literal(shorten(name, LONGEST_LABEL, placeholder=" ..."))

@@ -27,14 +27,14 @@ from lora_lens.continual_plots import (
     method_names,
     name_of_windows,
     placed_windows,
-    require_one_of,
     require_one_setting,
     shortened,
 )
 from lora_lens.errors import InputError
-from lora_lens.plot_style import colour_bar, house_style, styled
+from lora_lens.plot_style import colour_bar, house_style, require_axes, styled
 from lora_lens.sweep_plots import PERCENT
-from lora_lens.tradeoffs import require_columns
+from lora_lens.tables import checked
+from lora_lens.validate import choice
 
 SCORES = {
     "average_accuracy": "average accuracy (%)",
@@ -73,7 +73,8 @@ def continual_tradeoff(
         ValueError: another ``score``, a column is missing, there are no runs, or those of a strategy and
             method differ in a setting.
     """
-    require_one_of(score, LOST)
+    choice(score, "score", LOST)
+    require_axes(ax)
     means = _means(scores, ["average_accuracy", score])
     windows = means[placed_windows(means)]
     others = means[~placed_windows(means)].sort_values(METHOD[:3], kind="stable")
@@ -161,7 +162,7 @@ def forgetting_by_position(scores: pd.DataFrame, score: str = "average_forgettin
     Raises:
         ValueError: as :func:`continual_tradeoff`, or no run of a window placed by position.
     """
-    require_one_of(score, SCORES)
+    choice(score, "score", SCORES)
     means = _means(scores, [score])
     windows, others = means[placed_windows(means)], means[~placed_windows(means)].dropna(subset=[score])
     if windows.empty:
@@ -202,10 +203,9 @@ def _legend_look(entries: int) -> dict[str, float]:
 
 def _means(scores: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """One row per strategy and method: the means over orders and seeds of some scores, with intervals."""
-    if "after" in scores:
+    if isinstance(scores, pd.DataFrame) and "after" in scores:
         scores = continual_scores(scores)
-    require_columns(scores, [*METHOD, *columns])
-    if scores.empty:
-        raise InputError("the table has no runs; pass what ll.continual returned, or its scores")
+    source = "ll.continual, or ll.continual_metrics.continual_scores,"
+    scores = checked(scores, [*METHOD, *columns], source=source)
     require_one_setting(scores)
     return score_means(scores)

@@ -15,10 +15,12 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from lora_lens.errors import InputError
-from lora_lens.plot_style import colour_bar, styled
+from lora_lens.plot_style import colour_bar, literal, styled
 from lora_lens.predictors import OUTSIDE
 from lora_lens.sweep_plots import PERCENT, RATE_MARKERS
-from lora_lens.tradeoffs import require_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import DRIFTS
+from lora_lens.validate import instance, numbers
 from lora_lens.window import Window
 
 SHARES = {
@@ -75,7 +77,13 @@ def rotation_matrix(turned: Tensor, window: Window | None = None, *, ax: Axes) -
     A bright diagonal is a basis that stayed; what lies off it turned. Colours are logarithmic from 0.001.
     Lines mark the window's components.
     """
-    matrix = turned.numpy()
+    matrix = numbers(turned, "turned")
+    if matrix.ndim != 2 or not matrix.size:
+        raise InputError(
+            f"turned must be a matrix of |cos|, from ll.rotation.turned, not of shape {matrix.shape}"
+        )
+    if window is not None:
+        instance(window, Window, "window", "a Window, such as ll.Window.middle(8)")
     image = ax.imshow(np.maximum(matrix, FAINTEST), cmap="magma", norm=LogNorm(FAINTEST, 1))
     if window is not None:
         part = window.slice(len(matrix))
@@ -102,7 +110,7 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
     Raises:
         ValueError: a column is missing, or no rows are left.
     """
-    require_columns(drifts, ["position", "update", *SHARES])
+    drifts = checked(drifts, ["position", "update", *SHARES], *DRIFTS)
     known = drifts[drifts["update"] > 0].dropna(subset=["position", *SHARES])
     if known.empty:
         raise InputError("no windows placed by position with a drift; merge position from the table of runs")
@@ -143,11 +151,10 @@ def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
     Raises:
         ValueError: a column is missing, or there are no rows.
     """
-    require_columns(result, ["measure", "r2", "spearman"])
-    if result.empty:
-        raise InputError("the result has no rows; pass what ll.predictors.predict_forgetting returned")
+    columns = ["measure", "r2", "spearman"]
+    result = checked(result, columns, "the result", "ll.predictors.predict_forgetting")
     rows = result.sort_values("r2")
-    names = [MEASURES.get(m, m) for m in rows["measure"]]
+    names = [literal(MEASURES.get(m, m)) for m in rows["measure"]]
     colours = [COLOURS.get(m, "C0") for m in rows["measure"]]
     ax.barh(names, rows["r2"].clip(lower=0), color=colours)
     size = _label_size(ax, len(rows), "height", 1.2)
@@ -182,8 +189,9 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
     Raises:
         ValueError: a column is missing, or no run of the table has a value of the measure.
     """
-    require_columns(table, ["run", "method", "position", "lr", "forgetting"])
-    require_columns(measures, ["run", measure])
+    table = checked(table, ["run", "method", "position", "lr", "forgetting"], once=True)
+    instance(measure, str, "measure", "a column of the measures, such as 'relative'")
+    measures = checked(measures, ["run", measure], "the table of measures", "ll.predictors.by_run", once=True)
     runs = table.merge(measures[["run", measure]].dropna(), on="run")
     if runs.empty:
         raise InputError(
@@ -205,11 +213,11 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
     if others:
         name = others[0] if len(others) == 1 else "other methods"
         hollow = {"markerfacecolor": "none", "markeredgecolor": "0.3"}
-        handles.append(Line2D([], [], marker="o", linestyle="", label=shorten(name, 24), **hollow))
+        handles.append(Line2D([], [], marker="o", linestyle="", label=literal(shorten(name, 24)), **hollow))
     if runs.loc[runs["method"] == "window", "position"].isna().any():
         handles.append(Line2D([], [], color=NO_POSITION, marker="o", linestyle="", label="no position"))
     ax.legend(handles=handles, title="learning rate", loc="best")
     colour_bar(scale, ax, "position of the window")
     ax.yaxis.set_major_formatter(PERCENT)
-    ax.set(xlabel=MEASURES.get(measure, measure), ylabel="forgetting (percentage points)", title="")
+    ax.set(xlabel=literal(MEASURES.get(measure, measure)), ylabel="forgetting (percentage points)", title="")
     return ax

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
@@ -27,27 +29,19 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lora_lens import plots
-from lora_lens.errors import InputError, LoraLensError
+from lora_lens.errors import LoraLensError
+from lora_lens.plot_style import DRAWING
+from lora_lens.validate import known_settings
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
-SWEEP_COLUMNS = (
-    "method",
-    "rank",
-    "position",
-    "start",
-    "lr",
-    "seed",
-    "accuracy",
-    "retained_accuracy",
-    "forgetting",
-)
 WIDE = 660  # pixels: on a phone, wider pictures are moved sideways rather than made too small to read
 BUSY_AFTER = 0.3  # seconds
 PAUSE = 0.15  # seconds without a change before slow parts begin
 BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
 DONE = object()
-DRAWING = RLock()  # matplotlib's settings are global, and pictures are drawn by several threads
+
+LOG = logging.getLogger(__name__)
 
 Parts = Iterator[tuple[HTML, str] | None]
 
@@ -134,8 +128,8 @@ class Explorer(VBox):
             else:
                 self._fill(parts or ())
         except Exception as error:
-            self._say(error)
-            if not isinstance(error, ValueError):
+            self._say(said(error, "this view", log=False))
+            if not isinstance(error, LoraLensError):
                 raise
         finally:
             self._drawing = False
@@ -153,8 +147,9 @@ class Explorer(VBox):
                 if view == self._view:
                     self._fill([part])
         except Exception as error:
+            words = said(error, "this view")
             if view == self._view:
-                self._say(error)
+                self._say(words)
         finally:
             if view == self._view:
                 self._busy.end()
@@ -167,10 +162,8 @@ class Explorer(VBox):
                 box.remove_class("ll-stale")
                 self._slow.add(box)
 
-    def _say(self, error: Exception) -> None:
-        known = isinstance(error, ValueError)  # what was asked for is wrong; all else is our fault
-        what = str(error) if known else f"this view failed: {type(error).__name__}: {error}"
-        self._message.value = f'<p role="alert"><b>{escape(what)}</b></p>'
+    def _say(self, words: str) -> None:
+        self._message.value = f'<p role="alert"><b>{escape(words)}</b></p>'
         self._results.layout.display = "none"  # a stale picture would answer another question
 
 
@@ -188,9 +181,14 @@ def explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[
 def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
     """Let a notebook show bad arguments of an explorer in one line, without the way that led there."""
 
+    parameters = inspect.signature(make).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
     @wraps(make)
     def made(*arguments: object, **options: object) -> VBox:
         try:
+            if not open_ended:
+                known_settings(options, list(parameters), make.__name__)
             return make(*arguments, **options)
         except LoraLensError as error:
             line = f"{type(error).__name__}: {error}"
@@ -198,6 +196,15 @@ def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
             raise
 
     return made
+
+
+def said(error: Exception, what: str, log: bool = True) -> str:
+    """An error in one line: a mistake in the input in its own words, a bug with its type, and in the log."""
+    if isinstance(error, LoraLensError):
+        return str(error)
+    if log:
+        LOG.error("%s failed", what, exc_info=error)
+    return f"{what} failed: {type(error).__name__}: {error}"
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -285,7 +292,7 @@ def drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] 
     Not ipywidgets' Image: that has no alternative text, and its view fails in some versions of
     JupyterLab. Drawn without pyplot, so that no figure stays open.
     """
-    with DRAWING, plots.house_style():
+    with plots.house_style():
         figure = Figure(figsize=size)
         draw(figure)
         canvas = FigureCanvasAgg(figure)
@@ -305,7 +312,7 @@ class Picture:
     def __init__(
         self, draw: Callable[[Figure], Iterable[Artist]], size: tuple[float, float] = (8, 4.2)
     ) -> None:
-        with DRAWING, plots.house_style():
+        with plots.house_style():
             figure = Figure(figsize=size)
             self._canvas = FigureCanvasAgg(figure)
             self._moving = list(draw(figure))
@@ -368,13 +375,3 @@ def counted(number: int, what: str) -> str:
 def plain_texts(values: pd.Series) -> list[str]:
     """Numbers and names as short as they can be said; nothing where there is nothing."""
     return ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-
-
-def require_sweep(table: pd.DataFrame) -> None:
-    if table.empty:
-        raise InputError("the table is empty: there are no runs to show")
-    absent = [column for column in SWEEP_COLUMNS if column not in table]
-    if absent:
-        raise InputError(
-            f"this is no table of a sweep: it lacks {', '.join(absent)}; use what ll.sweep returns"
-        )

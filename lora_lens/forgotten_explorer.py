@@ -15,24 +15,26 @@ from lora_lens import items, plots
 from lora_lens.errors import InputError
 from lora_lens.explorer import (
     ALL,
+    brief_errors,
     drawn,
     dropdown,
     explorer,
     html_table,
     plain_texts,
     rate_choice,
-    require_sweep,
     table_box,
 )
 from lora_lens.item_plots import shown_as
 from lora_lens.store import answers
+from lora_lens.tables import require_store, sweep_table
 from lora_lens.tasks import Task
 
 EXAMPLES, IN_A_ROW = 12, 6
 LETTERS = 400  # of a text
 
 
-def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VBox:
+@brief_errors
+def forgotten_explorer(table: pd.DataFrame, store: str | Path, retain: Task) -> VBox:
     """Which images or texts of the retained task were forgotten, and what they were taken for.
 
     Controls: windows and other methods (several may be chosen), learning rate, class. Shown: how many of
@@ -43,15 +45,16 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, task: Task) -> VB
     Args:
         table: the runs, from :func:`lora_lens.sweep` or :func:`lora_lens.runs`.
         store: the folder or file that keeps these runs with their answers.
-        task: the retained task, with its test examples in the order of the sweep; a longer test set that
+        retain: the retained task, with its test examples in the order of the sweep; a longer test set that
             starts with them will do.
 
     Raises:
-        ValueError: the table is empty or lacks columns of a sweep, the store has no answers, the task's
-            test examples are others, or are neither images nor texts with classes.
+        ValueError: the table is empty or lacks columns of a sweep, the store has no answers, or the test
+            examples of ``retain`` are others, or are neither images nor texts with classes.
         FileNotFoundError: a run is not in the store.
     """
-    require_sweep(table)
+    table, task = sweep_table(table, "run"), retain
+    require_store(store)
     kind = shown_as(task)
     table = table.assign(window=window_names(table))
     table = table.sort_values(["method", "position"], ascending=[False, True], kind="stable")

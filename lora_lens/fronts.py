@@ -13,7 +13,9 @@ from numpy.typing import ArrayLike
 
 from lora_lens.errors import InputError
 from lora_lens.metrics import pareto_front
-from lora_lens.tradeoffs import groups, mean_and_interval, resampled, seeds_by_rate, window_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import WINDOW, groups, mean_and_interval, resampled, seeds_by_rate, window_columns
+from lora_lens.validate import numbers
 
 
 def dominance(table: pd.DataFrame) -> pd.DataFrame:
@@ -31,6 +33,7 @@ def dominance(table: pd.DataFrame) -> pd.DataFrame:
         ValueError: a column is missing, two runs share window, rate and seed, or there is one window only.
     """
     both = ["accuracy", "retained_accuracy"]
+    table = checked(table, [*WINDOW, "lr", "seed", *both])
     found = [
         (names, group.set_index(["seed", "lr"])[both])
         for names, group in groups(table, window_columns(table), both)
@@ -61,12 +64,14 @@ def hypervolume(points: ArrayLike, reference: tuple[float, float] = (0, 0)) -> f
     Raises:
         ValueError: ``points`` are not pairs.
     """
-    points = np.asarray(points, float)
+    points, reference = numbers(points, "points"), numbers(reference, "reference")
+    if reference.shape != (2,):
+        raise InputError(f"reference must be a pair of accuracies, not of shape {reference.shape}")
     if points.size == 0:
         return 0.0
     if points.ndim != 2 or points.shape[1] != 2:
         raise InputError(f"points must be pairs, of shape (n, 2), not {points.shape}")
-    above = points - np.asarray(reference, float)
+    above = points - reference
     above = above[(above > 0).all(1)]  # also drops the missing
     above = above[np.argsort(-above[:, 0], kind="stable")]
     heights = np.maximum.accumulate(above[:, 1])
@@ -94,8 +99,8 @@ def front_by_method(
         ValueError: a column is missing, two runs share window, rate and seed, or no seed of a window was
             run at all its rates.
     """
-    both = ["accuracy", "retained_accuracy"]
-    rows = []
+    both, rows = ["accuracy", "retained_accuracy"], []
+    table = checked(table, [*WINDOW, "lr", "seed", *both])
     for names, group in groups(table, window_columns(table), both):
         scores = np.stack([seeds_by_rate(group, score, names).to_numpy(float) for score in both], axis=-1)
         means = scores.mean(0)  # (rates, 2), from (seeds, rates, 2)

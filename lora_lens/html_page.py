@@ -144,7 +144,7 @@ def page_path(path: str | Path, generator: str) -> Path:
         FileExistsError: a folder is there, or a file that ``generator`` did not make, or not like that.
         TypeError: it is no path.
     """
-    path = Path(instance(path, (str, os.PathLike), "path", "the name of the file to write"))
+    path = Path(instance(path, (str, os.PathLike), "path", "the file to write, such as 'report.html'"))
     if path.is_dir():
         raise ExistingFileError(
             f"{path} is a folder; give the name of a file in it, such as {path}/report.html"

@@ -11,10 +11,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from lora_lens.errors import InputError
-from lora_lens.plot_style import house_style, styled
+from lora_lens.plot_style import house_style, literal, some_axes, styled
+from lora_lens.tables import checked
 from lora_lens.tasks import Task
 from lora_lens.text_plots import show_text, text_axes
-from lora_lens.tradeoffs import require_columns
+from lora_lens.validate import instance, numbers, sequence, whole_number
 from lora_lens.window_plots import show_image
 
 IN_A_ROW = 8
@@ -34,7 +35,8 @@ def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
     Raises:
         ValueError: the shape of ``counts`` is not that of the classes.
     """
-    counts = np.asarray(counts, float)
+    counts = numbers(counts, "counts")
+    classes = [literal(name) for name in sequence(classes, "classes", "the classes' names")]
     if counts.shape != (len(classes), len(classes)):
         raise InputError(f"expected counts of shape {(len(classes),) * 2}, not {counts.shape}")
     with np.errstate(invalid="ignore"):
@@ -53,8 +55,8 @@ def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
         cbar=not annotated,
         cbar_kws=None if annotated else {"label": "% of the true class"},
         square=True,
-        xticklabels=list(classes),
-        yticklabels=list(classes),
+        xticklabels=classes,
+        yticklabels=classes,
     )
     ax.tick_params(axis="x", rotation=90)
     ax.tick_params(axis="y", rotation=0)
@@ -86,12 +88,17 @@ def forgotten_examples(
             few ``axes``, or the task is one of neither images nor classified texts.
     """
     kind = shown_as(task)
-    require_columns(forgotten, ["item", "label", "share", "instead"])
-    if not count >= 1:
-        raise InputError(f"count must be at least 1, not {count!r}")
-    rows = forgotten.head(count)
+    columns = ["item", "label", "share", "instead"]
+    source = "ll.items.forgotten_by"
+    forgotten = checked(forgotten, columns, "the table of forgotten examples", source, empty=True)
+    rows = forgotten.head(whole_number(count, "count", least=1))
     if rows.empty:
         raise InputError("the table has no examples: none was forgotten")
+    if not rows["label"].between(0, len(task.classes) - 1).all():
+        raise InputError(
+            f"some labels are not among the {len(task.classes)} classes of {task.name}; pass the "
+            "retained task of the sweep"
+        )
     if rows["item"].max() >= len(task.test):
         raise InputError(
             f"item {rows['item'].max()} is not among the {len(task.test)} test {kind} of {task.name}; "
@@ -104,9 +111,7 @@ def forgotten_examples(
             axes = plt.subplots(tall, wide, figsize=(1.35 * wide, 1.75 * tall), squeeze=False)[1]
         elif axes is None:
             axes = text_axes([task.test.texts[item] for item in rows["item"]])
-        flat = np.ravel(axes)
-        if len(flat) < len(rows):
-            raise InputError(f"{len(rows)} {kind} need as many axes, not {len(flat)}")
+        flat = some_axes(axes, len(rows), kind)
         for ax in flat:
             ax.axis("off")
         for ax, row in zip(flat, rows.itertuples(), strict=False):
@@ -117,7 +122,7 @@ def forgotten_examples(
                 show_text(ax, task.test.texts[int(row.item)], "  ".join(told))
             else:
                 show_image(ax, task.test.inputs[int(row.item)])
-                ax.set_title("\n".join(told), fontsize=8.5, loc="center")
+                ax.set_title(literal("\n".join(told)), fontsize=8.5, loc="center")
     return axes
 
 
@@ -127,6 +132,7 @@ def shown_as(task: Task) -> str:
     Raises:
         ValueError: they are neither, or have no classes.
     """
+    instance(task, Task, "the task", "a Task, such as the retained one of the sweep")
     if not task.classes:
         raise InputError(
             f"{task.name} has no classes: its items are the tokens that it predicts, which are no examples "

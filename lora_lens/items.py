@@ -12,6 +12,9 @@ import numpy as np
 import pandas as pd
 
 from lora_lens.errors import InputError
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import window_columns
+from lora_lens.validate import choice, number, sequence, whole_number
 
 COLUMNS = ("run", "item", "label", "before", "after")
 NEAR_TIES = 0.02  # of the examples, whose first answer may hang on rounding
@@ -32,8 +35,8 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
     Raises:
         ValueError: a column is missing.
     """
-    _require(items)
-    by = [by] if isinstance(by, str) else list(by)
+    by = list(sequence(by, "by", "columns", str))
+    items = _answers(items, *by)
     right, still = items["before"] == items["label"], items["after"] == items["label"]
     flags = pd.DataFrame(
         {
@@ -68,7 +71,7 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, or the runs do not start from the same answers.
     """
-    _require(items)
+    items = _answers(items)
     if by is not None and by not in items:
         raise InputError(f"the answers have no column {by!r}; merge it from the table of runs first")
     differ = items.groupby("item")["before"].nunique() > 1
@@ -101,8 +104,9 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
     Raises:
         ValueError: as :func:`forgotten_by`, or ``threshold`` out of range.
     """
-    if not 0 <= threshold < 1:
+    if not 0 <= number(threshold, "threshold") < 1:
         raise InputError(f"threshold must be a share in [0, 1), not {threshold!r}")
+    items = _answers(items)
     table = forgotten_by(items, by)
     forgot = table[sorted(items[by].dropna().unique())] > threshold
     alone = forgot.sum(axis=1) == 1
@@ -132,10 +136,10 @@ def forgetting_interval(
         ValueError: a column is missing, two runs share window, rate and seed, a run has no answers, or the
             runs do not share their examples.
     """
-    _require(items)
-    keys = ["method", "rank", "position", "start", *(["variant"] if "variant" in table else []), "lr"]
-    if missing := [column for column in ["run", "seed", *keys] if column not in table]:
-        raise InputError(f"the table has no column {', '.join(missing)}; pass what sweep returned")
+    items = _answers(items)
+    table = checked(table, ["run", "seed", "method", "rank", "position", "start", "lr"])
+    keys = [*window_columns(table), "lr"]
+    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
     if table.duplicated([*keys, "seed"]).any():
         raise InputError(
             "two runs share window, learning rate and seed, so they are no two seeds; pass the runs of one "
@@ -175,9 +179,8 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
     Raises:
         ValueError: a column is missing, another ``when``, or a class outside ``classes``.
     """
-    _require(items)
-    if when not in ("before", "after"):
-        raise InputError(f"when must be 'before' or 'after', not {when!r}")
+    items, classes = _answers(items), whole_number(classes, "classes", least=1)
+    choice(when, "when", ("before", "after"))
     label, predicted = items["label"].to_numpy(), items[when].to_numpy()
     for found in (label, predicted):
         if len(found) and not (found.min() >= 0 and found.max() < classes):
@@ -187,8 +190,5 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
     return counts
 
 
-def _require(items: pd.DataFrame) -> None:
-    if missing := [column for column in COLUMNS if column not in items]:
-        raise InputError(
-            f"this is no table of answers: it lacks {', '.join(missing)}; use ll.answers(store, table)"
-        )
+def _answers(items: object, *more: str) -> pd.DataFrame:
+    return checked(items, [*COLUMNS, *more], "the table of answers", "ll.answers(store, table)")

@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from lora_lens.errors import InputError
+from lora_lens.errors import InputError, InputTypeError
+from lora_lens.tables import checked
+from lora_lens.validate import numbers, shown
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """The share of predictions that equal their label, in [0, 1]."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    if predictions.shape != labels.shape or labels.size == 0:
+    if predictions.shape != labels.shape or labels.size == 0 or labels.ndim == 0:
         raise InputError(f"expected one prediction per label, not {predictions.shape} for {labels.shape}")
     return float((predictions == labels).mean())
 
@@ -24,7 +26,11 @@ def forgetting(before: float, after: float) -> float:
     equation 3, for one earlier task whose best score is that of the
     pretrained model.
     """
-    return before - after
+    scores = {name: numbers(score, name) for name, score in (("before", before), ("after", after))}
+    for name, score in scores.items():
+        if score.ndim:
+            raise InputTypeError(f"{name} must be one score, not {shown(score)}")
+    return float(scores["before"] - scores["after"])
 
 
 def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_accuracy") -> pd.Series:
@@ -32,7 +38,7 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
 
     Larger is better in both. Rows with a missing value are never on the front.
     """
-    points = table[[x, y]].to_numpy(float)
+    points = checked(table, [x, y], empty=True, keep_failed=True)[[x, y]].to_numpy(float)
     known = np.flatnonzero(~np.isnan(points).any(1))
     order = known[np.lexsort(-points[known].T[::-1])]  # x falls, and among equal x y falls
     xs, ys = points[order].T
@@ -52,8 +58,9 @@ def seed_means(table: pd.DataFrame) -> pd.DataFrame:
     retained_accuracy, forgetting (means), and each of the three with the
     suffix ``_std`` (sample standard deviation over seeds; NaN for one seed).
     """
-    keys = [key for key in ("method", "variant", "rank", "position", "start", "lr") if key in table]
     scores = ["accuracy", "retained_accuracy", "forgetting"]
+    table = checked(table, ["method", "lr", *scores], once=True)
+    keys = [key for key in ("method", "variant", "rank", "position", "start", "lr") if key in table]
     groups = table.groupby(keys, dropna=False, sort=False)
     means = groups[scores].mean()
     spread = groups[scores].std().add_suffix("_std")
@@ -76,6 +83,7 @@ def ends_and_interior(table: pd.DataFrame) -> pd.DataFrame:
         ValueError: no window between the ends, an end is missing, or the table
             mixes ranks or variants.
     """
+    table = checked(table, ["method", "position", "lr", "seed", "forgetting"])
     swept = table[table["method"] == "window"].dropna(subset=["position"])
     rows = []
     for lr, group in swept.groupby("lr"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lora_lens.errors import InputError
 from lora_lens.layers import listed
+from lora_lens.validate import numbers, sequence, whole_number
 
 CHUNK = 256  # rows of similarities in memory at once
 
@@ -63,10 +63,10 @@ def neighbour_table(
     Raises:
         ValueError: as :func:`neighbour_agreement`, there are not as many texts as rows, or count is below 1.
     """
-    if len(texts) != len(before):
+    count, texts = whole_number(count, "count", least=1), sequence(texts, "texts", "the examples' texts")
+    before = _features(before, "before")
+    if before.ndim == 2 and len(texts) != len(before):
         raise InputError(f"expected a text for each of the {len(before)} rows of features, not {len(texts)}")
-    if index(count) < 1:
-        raise InputError(f"count must be at least 1 row, not {count}")
     old, new = _nearest_before_and_after(before, after, k)
     shared = _shared(old, new)
     rows = shared.argsort(stable=True)[:count].tolist()
@@ -87,19 +87,22 @@ def neighbour_table(
 def _nearest_before_and_after(
     before: Tensor | np.ndarray, after: Tensor | np.ndarray, k: int
 ) -> tuple[Tensor, Tensor]:
-    # torch.tensor copies, as sharing an array that is read-only would warn
-    x, y = (f.detach() if isinstance(f, Tensor) else torch.tensor(np.asarray(f)) for f in (before, after))
+    x, y = _features(before, "before"), _features(after, "after")
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise InputError(
             f"features have shapes {tuple(x.shape)} and {tuple(y.shape)}: expected (n, p) and (n, q), "
             "one row for each of the same n examples"
         )
-    if not 1 <= index(k) < len(x):
+    if not 1 <= whole_number(k, "k") < len(x):
         raise InputError(
             f"k must be from 1 to {len(x) - 1}, as each of {len(x)} examples has that many others, not {k}"
         )
     x, y = _directions(x, "before"), _directions(y, "after")
     return _nearest(x, k), _nearest(y, k)
+
+
+def _features(features: object, name: str) -> Tensor:
+    return features.detach() if isinstance(features, Tensor) else torch.from_numpy(numbers(features, name))
 
 
 def _directions(features: Tensor, when: str) -> Tensor:

@@ -7,7 +7,9 @@ from html import escape
 
 from ipywidgets import HTML, Tab, VBox, Widget
 
-from lora_lens.errors import InputError
+from lora_lens.errors import InputError, InputTypeError
+from lora_lens.explorer import said
+from lora_lens.validate import instance, shown
 
 WAITING = "<p>making this page ...</p>"
 
@@ -22,8 +24,15 @@ def pages(explorers: Mapping[str, Callable[[], Widget]]) -> Tab:
     Raises:
         ValueError: there are none.
     """
+    instance(explorers, Mapping, "explorers", "a dict of functions by the names on their tabs")
     if not explorers:
         raise InputError("there are no explorers to show; give a name and a function for each")
+    for name, make in explorers.items():
+        if not callable(make):
+            raise InputTypeError(
+                f"{name!r} must be a function that makes an explorer, such as "
+                f"lambda: spectrum_explorer(spectra), not {shown(make)}"
+            )
     makers = list(explorers.values())
     places = [VBox([HTML(WAITING)]) for _ in makers]
     tabs = Tab(places, titles=list(explorers), selected_index=0)
@@ -36,8 +45,8 @@ def pages(explorers: Mapping[str, Callable[[], Widget]]) -> Tab:
             places[number].children = [makers[number]()]
             made.add(number)
         except Exception as error:  # whatever a maker meets, the other pages go on
-            words = f"{type(error).__name__}: {error}"
-            places[number].children = [HTML(f'<p role="alert"><b>{escape(words)}</b></p>')]
+            words = escape(said(error, "this page"))
+            places[number].children = [HTML(f'<p role="alert"><b>{words}</b></p>')]
 
     tabs.observe(lambda change: open_page(change["new"]), "selected_index")
     open_page(0)

@@ -31,7 +31,7 @@ Runs = tuple[tuple[str, tuple[str, ...]], ...]  # what A and B are, and the name
 
 
 @brief_errors
-def pair_explorer(table: pd.DataFrame, store: str | Path, task: Task | None = None) -> VBox:
+def pair_explorer(table: pd.DataFrame, store: str | Path, retain: Task | None = None) -> VBox:
     """Two windows or methods side by side.
 
     Controls: window or method A and B, and a learning rate for each; at first the first and the middle
@@ -44,20 +44,17 @@ def pair_explorer(table: pd.DataFrame, store: str | Path, task: Task | None = No
         table: from :func:`lora_lens.sweep` or :func:`lora_lens.runs`: the runs of one sweep, with one value
             of every setting but window, rate and seed.
         store: the folder or file that keeps these runs. What it does not keep of them is said in place.
-        task: the retained task, with its test examples in the order of the sweep; without it no examples
+        retain: the retained task, with its test examples in the order of the sweep; without it no examples
             are shown.
 
     Raises:
         ValueError: the table is empty or lacks columns of a sweep, there is one window only, two runs share
-            window, rate and seed, the store holds none of the runs, or the task's test examples are others or
-            are neither images nor texts with classes.
+            window, rate and seed, the store holds none of the runs, or the test examples of
+            ``retain`` are others or are neither images nor texts with classes.
         FileNotFoundError: there is no such store.
     """
-    table = named_runs(table)
-    tradeoffs.require_columns(table, ["run"])
-    tradeoffs.groups(
-        table, tradeoffs.window_columns(table), []
-    )  # refuses two runs of a window, rate and seed
+    table, task = named_runs(table, "run"), retain
+    tradeoffs.groups(table, tradeoffs.window_columns(table), [])  # no two runs of a window, rate and seed
     kept = KeptRuns(store, table["run"])
     require_task(kept, task)
     table = table.sort_values(["method", "position", "start"], ascending=[False, True, True], kind="stable")

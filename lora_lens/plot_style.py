@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from threading import RLock
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -14,13 +16,18 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 
+from lora_lens.errors import InputError
+from lora_lens.validate import instance, known_settings, sequence
+
 STYLE = str(Path(__file__).with_name("lora_lens.mplstyle"))
+DRAWING = RLock()  # matplotlib's settings belong to the process, and pictures are drawn by several threads
+NO_WIDTH = "\N{ZERO WIDTH SPACE}"
 
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Give figures that are made within it the look of all pictures here."""
-    with plt.style.context(STYLE):
+    """Give figures that are made within it the look of all pictures here; one thread at a time."""
+    with DRAWING, plt.style.context(STYLE):
         try:
             yield
         finally:
@@ -31,14 +38,56 @@ def house_style() -> Iterator[None]:
 
 
 def styled(draw: Callable[..., Axes]) -> Callable[..., Axes]:
-    """Draw in the house style, on the given ``ax`` or on a new pyplot figure."""
+    """Draw in the house style, on the given ``ax`` or on a new pyplot figure; none is left by bad input."""
+    known = list(inspect.signature(draw).parameters)
 
     @wraps(draw)
     def draw_styled(*arguments: object, ax: Axes | None = None, **options: object) -> Axes:
+        known_settings(options, known, f"plots.{draw.__name__}")
+        require_axes(ax)
         with house_style():
-            return draw(*arguments, ax=plt.subplots()[1] if ax is None else ax, **options)
+            if ax is not None:
+                return draw(*arguments, ax=ax, **options)
+            figure, ax = plt.subplots()
+            try:
+                return draw(*arguments, ax=ax, **options)
+            except Exception:
+                plt.close(figure)
+                raise
 
     return draw_styled
+
+
+def require_axes(ax: object) -> None:
+    """Refuse what cannot be drawn on; None stands for a new figure."""
+    if ax is not None:
+        instance(ax, Axes, "ax", "matplotlib Axes, such as plt.subplots()[1]")
+
+
+def some_axes(axes: object, least: int, what: str) -> np.ndarray:
+    """``axes`` as an array (n,) of at least ``least``, each for one of ``what``.
+
+    Raises:
+        InputTypeError: they are no Axes.
+        InputError: they are too few.
+    """
+    flat = sequence(axes.ravel() if isinstance(axes, np.ndarray) else axes, "axes", "matplotlib Axes", Axes)
+    for ax in flat:
+        instance(ax, Axes, "each of axes", "matplotlib Axes, such as those of plt.subplots(2, 3)[1]")
+    if len(flat) < least:
+        raise InputError(f"there are {least} {what} but only {len(flat)} axes to draw on")
+    found = np.empty(len(flat), object)
+    found[:] = flat
+    return found
+
+
+def literal(name: object) -> str:
+    """A name as a picture shall show it.
+
+    Matplotlib takes what stands between two $ for a formula, and leaves what begins with _ out of legends.
+    """
+    text = str(name).replace("$", r"\$")
+    return NO_WIDTH + text if text.startswith("_") else text
 
 
 def colour_bar(image: ScalarMappable, ax: Axes | np.ndarray, label: str) -> Colorbar:

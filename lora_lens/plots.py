@@ -10,6 +10,7 @@ from lora_lens.continual_score_plots import continual_tradeoff, forgetting_by_po
 from lora_lens.drift_plots import against_forgetting, predictors, rotation_matrix, shares
 from lora_lens.item_plots import confusion, forgotten_examples
 from lora_lens.plot_style import house_style
+from lora_lens.setting_plots import by_setting
 from lora_lens.spectrum_plots import (
     by_depth,
     cumulative_energy,
@@ -27,7 +28,7 @@ from lora_lens.sweep_plots import (
     watched,
 )
 from lora_lens.text_plots import token_shares
-from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, robustness, surface
+from lora_lens.tradeoff_plots import comparison, fronts_by_method, robustness, surface
 from lora_lens.window_plots import decomposition, feature_maps
 
 __all__ = [

@@ -8,7 +8,8 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata
 
 from lora_lens.errors import InputError
-from lora_lens.tradeoffs import relative_updates, require_columns, resampled, window_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import DRIFTS, WINDOW, relative_updates, resampled, window_columns
 from lora_lens.validate import whole_number
 
 WEIGHTED = (
@@ -40,7 +41,7 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing.
     """
-    require_columns(drifts, ["run", "update", "relative", "cka", "relative_change"])
+    drifts = checked(drifts, ["run", "update", "relative", "cka", "relative_change"], *DRIFTS)
     groups = drifts.groupby("run", sort=False)
     squares = drifts["update"] ** 2
     table = pd.DataFrame({"update": np.sqrt(squares.groupby(drifts["run"], sort=False).sum())})
@@ -101,8 +102,8 @@ def predict_forgetting(
             forgot the same, or ``folds`` or ``resamples`` is out of range.
     """
     folds = whole_number(folds, "folds", least=2)  # one part is fitted, the other predicted
+    table = checked(table, ["run", *WINDOW, *OUTSIDE, "forgetting"], once=True)
     columns = list(dict.fromkeys(["run", *window_columns(table), *OUTSIDE, "forgetting"]))
-    require_columns(table, columns)
     measured = by_run(drifts)
     runs = table[columns].merge(measured, on="run")
     cell = runs.groupby([*window_columns(table), "lr"], dropna=False).ngroup().to_numpy()

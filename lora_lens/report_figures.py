@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from lora_lens.errors import LoraLensError
 from lora_lens.html_page import figure, heading, paragraph, plain, points
 from lora_lens.report_words import Pieces, names_of, parts_by_rank, placed, titled
+from lora_lens.setting_plots import by_setting
 from lora_lens.sweep_plots import accuracy_curve, forgetting_curve, tradeoff
-from lora_lens.tradeoff_plots import by_setting, comparison, fronts_by_method, robustness, surface
+from lora_lens.tradeoff_plots import comparison, fronts_by_method, robustness, surface
 from lora_lens.tradeoffs import at_matched_accuracy, at_own_best_rate, rate_robustness
 
 

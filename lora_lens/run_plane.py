@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 
 from lora_lens.explorer import Picture
 from lora_lens.metrics import pareto_front
-from lora_lens.plot_style import colour_bar
+from lora_lens.plot_style import colour_bar, literal
 from lora_lens.sweep_plots import PERCENT, RATE_MARKERS, with_unit
 
 SCORES = ["accuracy", "retained_accuracy"]
@@ -119,7 +119,8 @@ class RunPlane:
         if len(named) < len(self._edges):
             named = dict.fromkeys(named, "other methods")
         handles += [
-            Line2D([], [], markeredgecolor=edge, label=name, **hollow) for edge, name in named.items()
+            Line2D([], [], markeredgecolor=edge, label=literal(name), **hollow)
+            for edge, name in named.items()
         ]
         handles.append(Line2D([], [], color="0.45", linewidth=1.3, label="front of the chosen runs"))
         figure.legend(handles=handles, loc="outside right center")

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from lora_lens.errors import InputError
-from lora_lens.plot_style import styled
-from lora_lens.tradeoffs import require_columns
+from lora_lens.plot_style import literal, styled
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import DRIFTS
 
 LOOKS = (
     {"color": "#0072B2", "marker": "o"},
@@ -35,12 +36,12 @@ def two_curves(curves: Mapping[str, pd.DataFrame], column: str = "accuracy", *, 
         ValueError: a column is missing.
     """
     for look, (name, curve) in zip(LOOKS, curves.items(), strict=False):
-        require_columns(curve, ["step", column])
+        curve = checked(curve, ["step", column], "the table of curves", "ll.curves(store, table)")
         along = curve.groupby("step")[column]
         ax.fill_between(
             along.mean().index, along.min(), along.max(), color=look["color"], alpha=0.2, linewidth=0
         )
-        ax.plot(along.mean(), label=name, markersize=5, **look)
+        ax.plot(along.mean(), label=literal(name), markersize=5, **look)
     ax.set(xlabel="step", ylabel="test accuracy", ylim=(0, 1.02), title=TITLES.get(column, column))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(loc="best")
@@ -58,15 +59,15 @@ def relative_updates(drifts: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
     Raises:
         ValueError: a column is missing, or there is no layer.
     """
-    for drift in drifts.values():
-        require_columns(drift, ["layer", "kind", "block", "relative"])
-    layers = _in_order(pd.concat(drifts.values())) if drifts else pd.DataFrame()
-    if layers.empty:
+    if not drifts:
         raise InputError("there is no layer to show; pass what ll.drifts returned")
+    columns = ["layer", "kind", "block", "relative"]
+    drifts = {name: checked(drift, columns, *DRIFTS) for name, drift in drifts.items()}
+    layers = _in_order(pd.concat(drifts.values()))
     for look, (name, drift) in zip(LOOKS, drifts.items(), strict=False):
         means = 100 * drift.groupby("layer")["relative"].mean()
         for number, (_, of_kind) in enumerate(layers.groupby("kind", sort=False)):
-            label = name if number == 0 else None
+            label = literal(name) if number == 0 else None
             ax.plot(
                 of_kind["place"],
                 means.reindex(of_kind["layer"]),
@@ -106,7 +107,7 @@ def _name_layers(ax: Axes, layers: pd.DataFrame) -> None:
     for number, (kind, places) in enumerate(kinds):
         below = (0, -20 - 11 * (number % rows))
         ax.annotate(
-            names[kind], (places.mean(), 0), below, xycoords=("data", "axes fraction"),
+            literal(names[kind]), (places.mean(), 0), below, xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="center", va="top", fontsize=size,
         )  # fmt: skip
     ax.set_xlabel("block, and kind of weight", labelpad=18 if rows == 1 else 29)

@@ -13,11 +13,12 @@ from ipywidgets import HTML, HBox, Layout
 
 from lora_lens import items, plots
 from lora_lens.errors import InputError, LoraLensError
-from lora_lens.explorer import Parts, drawn, html_table, plain_texts, require_sweep
+from lora_lens.explorer import Parts, drawn, html_table, plain_texts
 from lora_lens.forgotten_explorer import require_same_examples, shown_examples, window_names
 from lora_lens.item_plots import shown_as
 from lora_lens.run_plots import relative_updates
 from lora_lens.store import all_records
+from lora_lens.tables import require_store, sweep_table
 from lora_lens.tasks import Task
 from lora_lens.training import Run, Training
 
@@ -44,6 +45,7 @@ class KeptRuns:
     """
 
     def __init__(self, store: str | Path, runs: Iterable[str]) -> None:
+        require_store(store)
         self._store, wanted = store, set(runs)
         self._records = {run: record for run, record in all_records(store).items() if run in wanted}
         if not self._records:
@@ -169,14 +171,13 @@ class RunView:
         return told + shown_examples(self._task, some, title, shares=False)
 
 
-def named_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """A sweep's table with a plain index and the column window, a name for each window or method.
+def named_runs(table: object, *more: str) -> pd.DataFrame:
+    """A sweep's table, with ``more`` columns, a plain index and the column window: a name for each method.
 
     Raises:
         ValueError: it is empty or lacks columns of a sweep.
     """
-    require_sweep(table)
-    table = table.reset_index(drop=True)
+    table = sweep_table(table, *more, once=True).reset_index(drop=True)
     return table.assign(window=window_names(table))
 
 

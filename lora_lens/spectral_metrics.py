@@ -1,7 +1,8 @@
 """Numbers that describe a spectrum: pure functions of the singular values of one weight.
 
 Every function takes ``singular_values``, a float64 tensor of shape (k,), descending and not
-negative; k is at least 1. None of the measures of dimension depends on the weight's scale.
+negative; k is at least 1; anything else than a tensor of one axis raises InputTypeError or InputError.
+None of the measures of dimension depends on the weight's scale.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_lens.errors import InputError
+from lora_lens.validate import instance
+
 
 def effective_rank(singular_values: Tensor) -> float:
     """exp(H(p)) with p_i = s_i / sum(s): in [1, k], or 0 for a zero weight.
@@ -20,7 +24,7 @@ def effective_rank(singular_values: Tensor) -> float:
     Roy and Vetterli 2007, "The effective rank: a measure of effective
     dimensionality", definition 1.
     """
-    total = singular_values.sum()
+    total = _checked(singular_values).sum()
     return float(torch.special.entr(singular_values / total).sum().exp()) if total > 0 else 0.0
 
 
@@ -68,6 +72,7 @@ def spectral_gap(singular_values: Tensor) -> float:
 
 def condition_number(singular_values: Tensor) -> float:
     """s_0 / s_{k-1}: at least 1; inf if the smallest is zero, NaN for a zero weight."""
+    _checked(singular_values)
     return float(singular_values[0] / singular_values[-1])
 
 
@@ -102,7 +107,7 @@ def power_law(singular_values: Tensor) -> PowerLaw:
     authors' own program, so that exponents compare with published ones. All
     NaN and an empty tail for fewer than two distinct positive values.
     """
-    eigenvalues = singular_values.numpy()[::-1] ** 2
+    eigenvalues = _checked(singular_values).numpy()[::-1] ** 2
     x = eigenvalues[eigenvalues > 0]
     n, below = len(x), np.searchsorted(x, x)
     starts = np.unique(below)[:-1]  # a tail of equal values has no exponent
@@ -155,6 +160,7 @@ def marchenko_pastur(singular_values: Tensor, shape: tuple[int, int]) -> Marchen
     Components beyond the k given, as of an adapter's update, count as zero;
     if those are most, sigma is 0 and all others are above the edge.
     """
+    _checked(singular_values)
     smaller, larger = sorted(shape)
     values = np.zeros(smaller)
     values[: len(singular_values)] = singular_values.numpy()
@@ -178,7 +184,14 @@ def _median_of_law(ratio: float) -> float:
     return float(1 + ratio - 2 * np.sqrt(ratio) * np.cos(middle))
 
 
+def _checked(singular_values: object) -> Tensor:
+    instance(singular_values, Tensor, "singular_values", "a tensor, such as spectrum.singular_values")
+    if singular_values.ndim != 1 or not len(singular_values):
+        raise InputError(f"singular_values must have shape (k,), not {tuple(singular_values.shape)}")
+    return singular_values
+
+
 def _relative(singular_values: Tensor) -> Tensor:
     """s / s_0, whose squares neither over- nor underflow; zeros for a zero weight."""
-    largest = singular_values[0]
+    largest = _checked(singular_values)[0]
     return singular_values / largest if largest > 0 else torch.zeros_like(singular_values)

@@ -21,6 +21,8 @@ from lora_lens.explorer import (
 )
 from lora_lens.live_pictures import SpectrumPicture
 from lora_lens.spectrum import SpectrumSet
+from lora_lens.spectrum_plots import named_spectra, some_spectra
+from lora_lens.validate import whole_number
 from lora_lens.window import Window
 
 
@@ -42,8 +44,8 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
     Raises:
         ValueError: there are no spectra, or the rank does not fit one of them.
     """
-    models = {"": spectra} if isinstance(spectra, SpectrumSet) else dict(spectra)
-    require_spectra(*models.values())
+    models = {"": some_spectra(spectra)} if isinstance(spectra, SpectrumSet) else named_spectra(spectra)
+    rank = whole_number(rank, "rank", least=1)
     tables = {name: some.table() for name, some in models.items()}
     model, kind, block = dropdown("model", models), dropdown("kind"), dropdown("block")
     size, position = rank_slider(rank, *models.values()), position_slider()
@@ -98,11 +100,6 @@ def rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:
 def position_slider() -> FloatSlider:
     wide = Layout(width="34em", max_width="98%")  # a pixel is less than a step
     return FloatSlider(0.5, min=0, max=1, step=0.01, description="position", layout=wide)
-
-
-def require_spectra(*models: SpectrumSet) -> None:
-    if not models or not all(models):
-        raise InputError("there are no spectra to explore; make them with ll.spectra(model)")
 
 
 def _by_kind(table: pd.DataFrame, window: Window) -> pd.DataFrame:

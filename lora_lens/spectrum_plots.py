@@ -15,9 +15,11 @@ from matplotlib.ticker import PercentFormatter
 
 from lora_lens.errors import InputError
 from lora_lens.layers import block_and_kind
-from lora_lens.plot_style import colour_bar, house_style, styled
+from lora_lens.plot_style import colour_bar, house_style, literal, some_axes, styled
 from lora_lens.spectral_metrics import cumulative_energy as energy_until
 from lora_lens.spectrum import Spectrum, SpectrumSet
+from lora_lens.tables import checked
+from lora_lens.validate import flag, instance, number, numbers, sequence, whole_number
 from lora_lens.window import Window
 
 WINDOW_COLOUR = "#E69F00"
@@ -33,7 +35,9 @@ def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, a
 
     A ``window`` is shaded where it lies on the widest spectrum.
     """
-    weights = [spectra] if isinstance(spectra, Spectrum) else list(spectra.values())
+    weights = [spectra] if isinstance(spectra, Spectrum) else list(some_spectra(spectra).values())
+    if window is not None:
+        instance(window, Window, "window", "a Window, such as ll.Window.middle(8)")
     kinds = list(dict.fromkeys(block_and_kind(s.name)[1] for s in weights))
     colours = dict(zip(kinds, sns.color_palette("colorblind", len(kinds)), strict=True))
     blocks = sorted({block_and_kind(s.name)[0] for s in weights})
@@ -51,11 +55,11 @@ def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, a
         xlim=(-0.5, k - 0.5),
         xlabel="component i (0 = largest)",
         ylabel="singular value",
-        title=f"{weights[0].name}" if len(weights) == 1 else f"Spectra of {len(weights)} weights",
+        title=literal(weights[0].name) if len(weights) == 1 else f"Spectra of {len(weights)} weights",
     )
     _thin_ticks(ax)
     if len(kinds) > 1:
-        handles = [Line2D([], [], color=c, label=kind) for kind, c in colours.items()]
+        handles = [Line2D([], [], color=c, label=literal(kind)) for kind, c in colours.items()]
         # Spectra fall, so this corner is free; a search for the best place slows down many lines.
         ax.legend(handles=handles, title="pale = late block" if len(blocks) > 1 else None, loc="lower left")
     return ax
@@ -79,16 +83,15 @@ def small_multiples(
     Raises:
         ValueError: there are fewer ``axes`` than kinds.
     """
-    places = {name: block_and_kind(name) for name in spectra}
+    columns, relative = whole_number(columns, "columns", least=1), flag(relative, "relative")
+    places = {name: block_and_kind(name) for name in some_spectra(spectra)}
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     blocks = [block for block, _ in places.values() if block >= 0] or [0]
     scale = plt.Normalize(min(blocks), max(blocks))
     colours = ScalarMappable(scale, sns.color_palette("crest", as_cmap=True))
     with house_style():
         alone = axes is None
-        axes = _panels(len(kinds), columns) if alone else np.ravel(axes)
-        if len(axes) < len(kinds):
-            raise InputError(f"there are {len(kinds)} kinds of weights but only {len(axes)} axes to draw on")
+        axes = _panels(len(kinds), columns) if alone else some_axes(axes, len(kinds), "kinds of weights")
         axes = axes[: len(kinds)]
         panels = dict(zip(kinds, axes, strict=True))
         for name, (block, kind) in places.items():
@@ -97,7 +100,7 @@ def small_multiples(
             colour = colours.to_rgba(block) if block >= 0 else "0.5"
             panels[kind].plot(steps, values, color=colour, linewidth=1)
         for kind, ax in panels.items():
-            ax.set(yscale="log", title=kind)
+            ax.set(yscale="log", title=literal(kind))
             _thin_ticks(ax)
         across = "component, i / k" if relative else "component i (0 = largest)"
         if alone:
@@ -120,18 +123,21 @@ def cumulative_energy(spectra: SpectrumSet | Mapping[str, SpectrumSet], *, ax: A
     singular values would give the grey diagonal.
     """
     if isinstance(spectra, SpectrumSet):
+        some_spectra(spectra)
         groups: dict[str, list[Spectrum]] = {}
         for s in spectra.values():
             groups.setdefault(block_and_kind(s.name)[1], []).append(s)
     else:
-        groups = {name: list(model.values()) for name, model in spectra.items()}
+        groups = {name: list(model.values()) for name, model in named_spectra(spectra).items()}
     shares = np.linspace(0, 1, 201)
     colours = sns.color_palette("colorblind", len(groups))
     for i, (name, weights) in enumerate(groups.items()):
         curves = np.stack([np.interp(shares, *_cumulated(s)) for s in weights])
         low, median, high = np.percentile(curves, [10, 50, 90], axis=0)
         ax.fill_between(shares, low, high, color=colours[i], alpha=0.15, linewidth=0)
-        ax.plot(shares, median, color=colours[i], linestyle=LINE_STYLES[i % len(LINE_STYLES)], label=name)
+        ax.plot(
+            shares, median, color=colours[i], linestyle=LINE_STYLES[i % len(LINE_STYLES)], label=literal(name)
+        )
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="equal values")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PercentFormatter(1, symbol=""))
@@ -165,7 +171,12 @@ def depth_map(
         limits: of the colour scale, to compare several maps; default the range of the values.
         ax: to draw on; default a new pyplot figure.
     """
-    share = column in COUNTS if share is None else share
+    table = _of_spectra(table, column, "k")
+    share = column in COUNTS if share is None else flag(share, "share")
+    if limits is not None:
+        limits = [number(limit, "each of limits") for limit in sequence(limits, "limits", "two numbers")]
+        if len(limits) != 2:
+            raise InputError(f"limits are the lowest and the highest value, not {len(limits)} numbers")
     values = table[column] / table["k"] if share else table[column]
     cells = table.assign(value=values).pivot_table("value", "kind", "block", sort=False)
     cells = cells[sorted(cells.columns)].where(np.isfinite)
@@ -176,8 +187,8 @@ def depth_map(
     every = -(-len(cells.columns) // 12)
     shown = range(0, len(cells.columns), every)
     ax.set_xticks(shown, [str(cells.columns[i]) if cells.columns[i] >= 0 else "none" for i in shown])
-    ax.set_yticks(range(len(cells)), cells.index)
-    name = column.replace("_", " ")
+    ax.set_yticks(range(len(cells)), [literal(kind) for kind in cells.index])
+    name = literal(column.replace("_", " "))
     ax.set(xlabel="block", title=f"{name.capitalize()} by block" + (", as a share of k" if share else ""))
     ax.grid(False)
     colour_bar(image, ax, f"{name} / k" if share else name)
@@ -196,7 +207,7 @@ def overlap(matrix: np.ndarray, *, ax: Axes) -> Axes:
     Raises:
         ValueError: the matrix is not 2-D, or holds values outside [0, 1].
     """
-    matrix = np.asarray(matrix, dtype=float)
+    matrix = numbers(matrix, "the matrix")
     if matrix.ndim != 2 or not matrix.size or not (-1e-6 <= matrix.min() <= matrix.max() <= 1 + 1e-6):
         raise InputError(f"expected a matrix of overlaps in [0, 1], not an array of shape {matrix.shape}")
     image = ax.imshow(matrix, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
@@ -209,6 +220,31 @@ def overlap(matrix: np.ndarray, *, ax: Axes) -> Axes:
     ax.grid(False)
     colour_bar(image, ax, "overlap")
     return ax
+
+
+def some_spectra(spectra: object) -> SpectrumSet:
+    """``spectra`` if there are any."""
+    found = instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) returns")
+    if not found:
+        raise InputError("there are no spectra to show; make them with ll.spectra(model)")
+    return found
+
+
+def named_spectra(models: object) -> dict[str, SpectrumSet]:
+    """The spectra of several models by name, if there are any of each."""
+    expected = "what ll.spectra(model) returns, or a dict of such by the models' names"
+    instance(models, Mapping, "spectra", expected)
+    if not models:
+        raise InputError("there are no spectra to show; make them with ll.spectra(model)")
+    return {
+        name: some_spectra(instance(model, SpectrumSet, "spectra", expected))
+        for name, model in models.items()
+    }
+
+
+def _of_spectra(table: object, column: str, *more: str) -> pd.DataFrame:
+    instance(column, str, "column", "the name of a column, such as 'effective_rank'")
+    return checked(table, ["kind", "block", *more, column], "the table of spectra", "SpectrumSet.table()")
 
 
 def _thin_ticks(ax: Axes) -> None:
@@ -248,12 +284,14 @@ def _write_in(ax: Axes, cells: np.ndarray, low: float, high: float) -> None:
 @styled
 def by_depth(table: pd.DataFrame, column: str = "effective_rank", *, ax: Axes) -> Axes:
     """One column of ``SpectrumSet.table()`` against the block, one line per kind."""
+    table = _of_spectra(table, column)
+    table = table.assign(kind=table["kind"].map(literal))
     sns.lineplot(
         table, x="block", y=column, hue="kind", style="kind", markers=True, dashes=False,
         palette=sns.color_palette("colorblind", table["kind"].nunique()), ax=ax,
     )  # fmt: skip
     ax.xaxis.get_major_locator().set_params(integer=True)
-    name = column.replace("_", " ")
+    name = literal(column.replace("_", " "))
     ax.set(xlabel="block", ylabel=name, title=f"{name.capitalize()} by depth")
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return ax

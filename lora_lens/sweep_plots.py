@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from itertools import cycle
+from numbers import Real
 from textwrap import shorten
 
 import matplotlib.pyplot as plt
@@ -17,9 +18,10 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from lora_lens.errors import InputError
 from lora_lens.metrics import pareto_front, seed_means
-from lora_lens.plot_style import colour_bar, house_style, styled
-from lora_lens.tradeoffs import require_columns
+from lora_lens.plot_style import colour_bar, house_style, literal, some_axes, styled
+from lora_lens.tables import checked
 from lora_lens.training import Run
+from lora_lens.validate import choice, instance, number, sequence, whole_number
 
 LABELS = {
     "accuracy": "accuracy on the new task",
@@ -44,6 +46,7 @@ APART = 0.04  # ends of lines that are closer than this share one label
 @styled
 def learning_curve(run: Run, *, ax: Axes) -> Axes:
     """Accuracy on the new and on the retained task along one run."""
+    instance(run, Run, "run", "a Run, which ll.finetune returns")
     for column, (label, look) in ALONG.items():
         if run.curve[column].notna().any():
             ax.plot(run.curve["step"], run.curve[column], label=label, **look)
@@ -74,10 +77,16 @@ def learning_curves(
         steps: where the horizontal axis ends.
         tasks: what to call the two tasks.
     """
+    instance(runs, Mapping, "runs", "a dict of curves, such as {'first': run.curve}")
+    if not runs:
+        raise InputError("there are no runs to show; pass a curve by its name, such as {'first': run.curve}")
+    for curve in runs.values():
+        instance(curve, pd.DataFrame, "each curve", "the curve of a Run, run.curve")
+    steps = whole_number(steps, "steps", least=1)
     *earlier, last = runs.items()
     for (column, (_, look)), task in zip(ALONG.items(), tasks, strict=True):
         known = last[1].reindex(columns=["step", column])
-        ax.plot(known["step"], known[column], label=task, zorder=3, clip_on=False, **look)
+        ax.plot(known["step"], known[column], label=literal(task), zorder=3, clip_on=False, **look)
     ends: list[tuple[float, float, str]] = []
     for (column, (_, look)), line in zip(ALONG.items(), list(ax.lines), strict=True):
         pale = {"color": line.get_color(), "alpha": 0.35, "linewidth": 1.3, "linestyle": look["linestyle"]}
@@ -86,7 +95,7 @@ def learning_curves(
             ends.append((float(curve["step"].iloc[-1]), float(curve[column].iloc[-1]), name))
     for step, height, names in _labels(ends):
         place = {"textcoords": "offset points", "va": "center", "fontsize": 8.5, "color": "0.35"}
-        ax.annotate(names, (step, height), (6, 0), **place)
+        ax.annotate(literal(names), (step, height), (6, 0), **place)
     handles = ax.get_legend_handles_labels()[0]
     if earlier:
         handles.append(Line2D([], [], color="0.35", alpha=0.5, linewidth=1.3, label="earlier runs"))
@@ -129,6 +138,7 @@ def forgetting_curve(
         ValueError: another ``score``, or no run of a window placed by position.
     """
     require_score(score, LOST)
+    table = _swept(table, score)
     _against_position(table, score, rates, ax)
     _legend_beside(table, ax)
     what = "forgetting of the retained task" if score == "forgetting" else LABELS[score]
@@ -148,6 +158,7 @@ def accuracy_curve(table: pd.DataFrame, rates: Collection[float] | None = None, 
     ``rates`` picks the learning rates to draw, all by default; each looks the
     same in every choice.
     """
+    table = _swept(table, "accuracy")
     _against_position(table, "accuracy", rates, ax)
     _legend_beside(table, ax)
     ax.set(ylabel="test accuracy (%)", title="What is gained: accuracy on the new task")
@@ -185,25 +196,27 @@ def watched(
             of a window placed by position, or there are fewer ``axes`` than tasks.
     """
     require_score(score, LOST)
-    require_columns(results, ["run", "task", score])
-    require_columns(table, ["run", "method", "position", "lr"])
+    table = checked(table, ["run", "method", "position", "lr"], once=True)
+    results = checked(
+        results, ["run", "task", score], "the table of watched tasks", "ll.watched(store, table)"
+    )
+    columns = whole_number(columns, "columns", least=1)
     if without := table.loc[~table["run"].isin(results["run"]), "run"].tolist():
         raise InputError(
             f"nothing was watched in {len(without)} runs, such as {without[0]}; pass ll.watched(store, table)"
         )
     runs = table.drop(columns=score, errors="ignore")
+    _require_placed(table)
+    rates = chosen_rates(table, rates)
     tasks = list(results["task"].unique())
     with house_style():
         if axes is None:
             axes = _panels(len(tasks), columns, sharey=score == "forgetting")
-        axes = np.ravel(axes)
-        if len(axes) < len(tasks):
-            raise InputError(f"there are {len(tasks)} watched tasks but only {len(axes)} axes to draw on")
-        axes = axes[: len(tasks)]
+        axes = some_axes(axes, len(tasks), "watched tasks")[: len(tasks)]
         for ax, task in zip(axes, tasks, strict=True):
             of_task = runs.merge(results.loc[results["task"] == task, ["run", score]], on="run")
             _against_position(of_task, score, rates, ax)
-            ax.set(title=task, xlabel="position of the window")
+            ax.set(title=literal(task), xlabel="position of the window")
             ax.set_xticks(np.linspace(0, 1, 5), ["0", "0.25", "0.5", "0.75", "1"])
             show_unit(ax, score)
         axes[0].set_ylabel(
@@ -225,8 +238,34 @@ def show_unit(ax: Axes, score: str) -> None:
 
 
 def require_score(score: str, choices: Collection[str] = tuple(LABELS)) -> None:
-    if score not in choices:
-        raise InputError(f"score must be one of {', '.join(choices)}, not {score!r}")
+    choice(score, "score", choices)
+
+
+def chosen_rates(table: pd.DataFrame, rates: Collection[float] | None) -> list[float]:
+    """Those asked for, all by default, ascending.
+
+    Raises:
+        InputTypeError: they are no numbers.
+        InputError: there are none, or the table has no run at one.
+    """
+    found = sorted(table["lr"].unique())
+    if rates is None:
+        return found
+    wanted = [number(rate, "each of rates") for rate in sequence(rates, "rates", "learning rates", Real)]
+    unknown = [rate for rate in wanted if rate not in found]
+    if unknown or not wanted:
+        asked = f"no runs at learning rate {unknown[0]:g}" if unknown else "rates, and none was asked for"
+        raise InputError(f"the table has {asked}; choose from {', '.join(f'{rate:g}' for rate in found)}")
+    return sorted(wanted)
+
+
+def _swept(table: object, score: str) -> pd.DataFrame:
+    return checked(table, ["method", "position", "lr", score], once=True)
+
+
+def _require_placed(table: pd.DataFrame) -> None:
+    if not ((table["method"] == "window") & table["position"].notna()).any():
+        raise InputError("the table has no runs of windows placed by position")
 
 
 def _panels(count: int, columns: int, *, sharey: bool) -> np.ndarray:
@@ -241,14 +280,14 @@ def _panels(count: int, columns: int, *, sharey: bool) -> np.ndarray:
 
 
 def _against_position(table: pd.DataFrame, score: str, chosen: Collection[float] | None, ax: Axes) -> None:
+    _require_placed(table)
+    chosen = chosen_rates(table, chosen)
     swept = table[table["method"] == "window"].dropna(subset=["position"])
-    if swept.empty:
-        raise InputError("the table has no runs of windows placed by position")
     rates = sorted(table["lr"].unique())
     colours = dict(zip(rates, sns.color_palette("colorblind", len(rates)), strict=True))
     lines = _reference_lines(table)
     for rate, marker in zip(rates, RATE_MARKERS * len(rates), strict=False):
-        if chosen is not None and rate not in chosen:
+        if rate not in chosen:
             continue
         by_position = swept[swept["lr"] == rate].groupby("position")[score]
         mean = by_position.mean()
@@ -286,7 +325,7 @@ def _reference_lines(table: pd.DataFrame) -> dict[str, object]:
 
 
 def _short(name: str) -> str:
-    return shorten(name, LONGEST_LABEL, placeholder=" ...")
+    return literal(shorten(name, LONGEST_LABEL, placeholder=" ..."))
 
 
 @styled
@@ -306,14 +345,17 @@ def tradeoff(
         ValueError: another ``y`` than retained_accuracy or loss_rise.
     """
     require_score(y, ("retained_accuracy", "loss_rise"))
+    table = checked(
+        table, ["method", "position", "lr", "accuracy", "retained_accuracy", "forgetting", y], once=True
+    )
+    chosen = chosen_rates(table, rates)
     means = seed_means(table.assign(retained_accuracy=table[y])).rename(columns={"retained_accuracy": y})
     every_rate = sorted(means["lr"].unique())
     markers = dict(zip(every_rate, RATE_MARKERS * len(every_rate), strict=False))
     baselines = [m for m in means["method"].unique() if m != "window"]
     edges = dict(zip(baselines, sns.color_palette("bright", len(baselines)), strict=True))
 
-    rates = every_rate if rates is None else sorted(rates)
-    means = means[means["lr"].isin(rates)]
+    means = means[means["lr"].isin(chosen)]
     better = means.assign(**{y: means[y] if y == "retained_accuracy" else -means[y]})
     front = means[pareto_front(better, y=y)].sort_values("accuracy")
     ax.step(front["accuracy"], front[y], where="pre", color="0.55", linewidth=1.3, zorder=1)
@@ -328,7 +370,7 @@ def tradeoff(
     colour_bar(colour_scale, ax, "position of the window")
 
     plain = {"linestyle": "", "color": "0.3"}
-    handles = [Line2D([], [], marker=markers[r], label=f"rate {r:g}", **plain) for r in rates]
+    handles = [Line2D([], [], marker=markers[r], label=f"rate {r:g}", **plain) for r in chosen]
     hollow = {"marker": "o", "linestyle": "", "markerfacecolor": "white", "markeredgewidth": 1.6}
     handles += [Line2D([], [], markeredgecolor=edges[b], label=_short(b), **hollow) for b in baselines]
     handles.append(Line2D([], [], color="0.55", linewidth=1.3, label="Pareto front"))

@@ -27,7 +27,9 @@ from lora_lens.report_tables import (
 )
 from lora_lens.report_words import Pieces, in_order, u_shape_section
 from lora_lens.store import answers, curves, drifts, experiment, replace_file
-from lora_lens.tradeoffs import require_columns, window_columns
+from lora_lens.tables import checked, require_store
+from lora_lens.tradeoffs import window_columns
+from lora_lens.validate import instance, share
 
 GENERATOR = "lora_lens report"
 NEEDED = (*IDENTITY, "accuracy", "retained_before", "retained_accuracy", "forgetting", "diverged")
@@ -66,12 +68,13 @@ def report(
         FileNotFoundError: there is no such store or folder, or a run of ``table`` is not in the store.
         FileExistsError: something else than a report is at ``path``.
     """
+    table = _checked(table, store)
     path = page_path(path, GENERATOR)
-    _check(table)
     if accuracy is not None and store is None:
         raise InputError("to compare at an accuracy, report needs the curves of the runs: pass store=, too")
-    if accuracy is not None and not 0 <= accuracy <= 1:
-        raise InputError(f"accuracy must be a share in [0, 1], not {accuracy!r}; 80% is 0.8")
+    accuracy = None if accuracy is None else share(accuracy, "accuracy")
+    if title is not None:
+        instance(title, str, "title", "the page's title in words")
     table = in_order(table)
     kept = None if store is None else _kept(store, table)
     title = title or _title(table, kept)
@@ -86,10 +89,10 @@ def report(
     return path
 
 
-def _check(table: pd.DataFrame) -> None:
-    require_columns(table, list(NEEDED))
-    if table.empty:
-        raise InputError("the table has no runs; pass what sweep returned")
+def _checked(table: object, store: object) -> pd.DataFrame:
+    if store is not None:
+        require_store(store)
+    table = checked(table, [*NEEDED, *(["run"] if store is not None else [])])
     if table.duplicated([*window_columns(table), "lr", "seed"]).any():
         differ = [c for c in settings_of(table) if table[c].nunique(dropna=False) > 1]
         if not differ:
@@ -99,10 +102,10 @@ def _check(table: pd.DataFrame) -> None:
             f"a report is about one sweep, and the table mixes values of {', '.join(differ)}; "
             f"report one at a time, such as the first: table[{first} == {first}.iloc[0]]"
         )
+    return table
 
 
 def _kept(store: str | Path, table: pd.DataFrame) -> Kept:
-    require_columns(table, ["run"])
     return Kept(
         experiment(store),
         curves(store, table),
@@ -116,7 +119,7 @@ def _if_kept(
 ) -> pd.DataFrame | None:
     try:
         return read(store, table)
-    except LoraLensError:  # kept without it
+    except InputError:  # kept without it
         return None
 
 

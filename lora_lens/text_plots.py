@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
 from lora_lens.errors import InputError
-from lora_lens.plot_style import house_style
+from lora_lens.plot_style import house_style, literal, require_axes
+from lora_lens.validate import instance, numbers, sequence
 
 COLOURS = "cividis"
 MONO = "DejaVu Sans Mono"  # ships with matplotlib; every letter is as wide as every other
@@ -43,7 +44,11 @@ def token_shares(pieces: Sequence[str], shares: ArrayLike, *, ax: Axes | None = 
     Raises:
         ValueError: there are no pieces, not as many shares, or shares outside [0, 1].
     """
-    shares = np.asarray(shares, float)
+    require_axes(ax)
+    pieces = sequence(pieces, "pieces", "tokens in writing")
+    for piece in pieces:
+        instance(piece, str, "each of pieces", "a token in writing, such as those of task.test.pieces(0)")
+    shares = numbers(shares, "shares")
     if not len(pieces) or shares.shape != (len(pieces),):
         raise InputError(
             f"expected one share for each of {len(pieces)} tokens, at least one, not shares of shape "
@@ -51,8 +56,8 @@ def token_shares(pieces: Sequence[str], shares: ArrayLike, *, ax: Axes | None = 
         )
     if not (shares.min() >= 0 and shares.max() <= 1 + 1e-6):
         raise InputError(f"shares must be in [0, 1], not {shares.min():g} to {shares.max():g}")
-    words, numbers = [_visible(piece) for piece in pieces], [_percent(share) for share in shares]
-    widths = [LETTER * max(len(w) + 0.6, 0.8 * len(n)) for w, n in zip(words, numbers, strict=True)]
+    words, percents = [_visible(piece) for piece in pieces], [_percent(share) for share in shares]
+    widths = [LETTER * max(len(w) + 0.6, 0.8 * len(n)) for w, n in zip(words, percents, strict=True)]
     with house_style():
         if ax is None:
             wide = plt.rcParams["figure.figsize"][0]
@@ -72,7 +77,7 @@ def token_shares(pieces: Sequence[str], shares: ArrayLike, *, ax: Axes | None = 
             left, line = places[at]
             _write(ax, left * size, (line + 0.35) * LINE * size, f"and {left_out} more", 0.8 * size)
         for word, number, wide, (left, line), share, fit in zip(
-            words, numbers, widths, places, shares, fits, strict=True
+            words, percents, widths, places, shares, fits, strict=True
         ):
             if not fit:
                 continue
@@ -93,7 +98,7 @@ def show_text(ax: Axes, text: str, title: str) -> None:
     width, height = _size_in_points(ax)
     lines = max(1, int(height / (1.3 * TEXT_SIZE)))
     ax.axis("off")
-    ax.set_title(title, fontsize=TEXT_SIZE, loc="left", fontweight="bold")
+    ax.set_title(literal(title), fontsize=TEXT_SIZE, loc="left", fontweight="bold")
     letters = min(LETTERS_IN_A_LINE, max(12, int(width / (0.52 * TEXT_SIZE))))
     shown = "\n".join(wrapped(text, letters, lines))
     written = ax.text(

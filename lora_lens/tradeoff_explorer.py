@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from ipywidgets import HTML, ToggleButtons, VBox
 
-from lora_lens import plots, tradeoffs
+from lora_lens import plots
 from lora_lens.clickable import Spot, clickable, picked_text
 from lora_lens.errors import InputError
 from lora_lens.explorer import (
@@ -35,7 +35,9 @@ CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve
 
 
 @brief_errors
-def tradeoff_explorer(table: pd.DataFrame, store: str | Path | None = None, task: Task | None = None) -> VBox:
+def tradeoff_explorer(
+    table: pd.DataFrame, store: str | Path | None = None, retain: Task | None = None
+) -> VBox:
     """A sweep's runs as curves and in the trade-off plane, to be filtered, brushed and picked.
 
     Controls: the score of the curves; which learning rates to show; which windows and methods; and ranges of
@@ -43,25 +45,25 @@ def tradeoff_explorer(table: pd.DataFrame, store: str | Path | None = None, task
     window's position; the plane, a point per run, where runs outside of the choice are pale; how many runs
     are inside, and their means over seeds; and one run, that with the largest sum of both accuracies until
     another point is picked. Of that run: its scores and settings; with ``store`` its learning curve, and how
-    far it moved every weight; and with ``task`` examples that it forgot.
+    far it moved every weight; and with ``retain`` examples that it forgot.
 
     Args:
         table: from :func:`lora_lens.sweep`; runs of windows placed by position.
         store: the folder or file that keeps these runs. What it does not keep of one is said in place.
-        task: the retained task, with its test examples in the order of the sweep; a longer test set that
+        retain: the retained task, with its test examples in the order of the sweep; a longer test set that
             starts with them will do. It needs the store.
 
     Raises:
         ValueError: the table is empty, lacks columns of a sweep, or has no run of a window placed by
-            position; the store holds none of its runs; there is a task without a store, or its test examples
-            are others, or are neither images nor texts with classes.
+            position; the store holds none of its runs; there is a retained task without a store, or its test
+            examples are others, or are neither images nor texts with classes.
         FileNotFoundError: there is no such store.
     """
-    table = _with_run(named_runs(table), store)
+    table, task = _with_run(named_runs(table, *(["run"] if store is not None else []))), retain
     if not ((table["method"] == "window") & table["position"].notna()).any():
         raise InputError("the table has no runs of windows placed by position")
     if task is not None and store is None:
-        raise InputError("examples that were forgotten are read from the store; give it along with the task")
+        raise InputError("examples that were forgotten are read from the store; give it along with retain")
     kept = None if store is None else KeptRuns(store, table["run"])
     if kept is not None:
         require_task(kept, task)
@@ -76,8 +78,9 @@ def tradeoff_explorer(table: pd.DataFrame, store: str | Path | None = None, task
         runs = table[table["window"].isin(windows)]
         if runs["position"].isna().all():
             return "<p>None of these is a window placed by position, so there is no curve.</p>"
+        there = [rate for rate in rates if rate in set(runs["lr"])]
         return drawn(
-            lambda figure: CURVES[score](runs, rates, ax=figure.subplots()),
+            lambda figure: CURVES[score](runs, there, ax=figure.subplots()),
             f"{score} against the position of the window, one line per learning rate",
         )
 
@@ -115,15 +118,9 @@ def tradeoff_explorer(table: pd.DataFrame, store: str | Path | None = None, task
     return explorer(controls, [curve, HTML(HINT), plane, sentence, *view.boxes, numbers], draw)
 
 
-def _with_run(table: pd.DataFrame, store: str | Path | None) -> pd.DataFrame:
+def _with_run(table: pd.DataFrame) -> pd.DataFrame:
     """Each row with the name of its run: the store's, or without a store any."""
-    if store is not None:
-        tradeoffs.require_columns(table, ["run"])
-    elif "run" not in table:
-        table = table.assign(run=table.index.astype(str))
-    if (twice := table["run"].duplicated()).any():
-        raise InputError(f"the table holds run {table.loc[twice, 'run'].iloc[0]} twice; give every run once")
-    return table
+    return table if "run" in table else table.assign(run=table.index.astype(str))
 
 
 def _best(table: pd.DataFrame) -> int:

@@ -17,11 +17,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from lora_lens.errors import InputError
-from lora_lens.layers import block_and_kind
 from lora_lens.metrics import pareto_front, seed_means
-from lora_lens.plot_style import colour_bar, house_style, styled
+from lora_lens.plot_style import colour_bar, house_style, literal, require_axes, styled
 from lora_lens.sweep_plots import LABELS, PERCENT, UNITS, require_score, show_unit, with_unit
-from lora_lens.tradeoffs import groups, require_columns, window_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import WINDOW, groups, window_columns
 
 COLOURS = {
     "accuracy": "viridis",
@@ -55,7 +55,9 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes | None =
             and seed.
     """
     require_score(score)
+    require_axes(ax)
     scores = list({score, "accuracy"})
+    table = checked(table, [*WINDOW, "lr", "seed", *scores])
     keys = window_columns(table)
     means = _ordered(
         pd.DataFrame(
@@ -115,10 +117,9 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
             several.
     """
     require_score(score)
+    columns = [*WINDOW, "seeds", score, f"{score}_low", f"{score}_high"]
+    result = checked(result, columns, "the result", "a function of ll.tradeoffs")
     keys = window_columns(result)
-    require_columns(result, [*keys, "seeds", score, f"{score}_low", f"{score}_high"])
-    if result.empty:
-        raise InputError("the result has no rows; pass what a function of ll.tradeoffs returned")
     if (twice := result.duplicated(keys)).any():
         row = result[twice].iloc[0]
         raise InputError(
@@ -136,14 +137,22 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
             for key, v in zip(lines.keys, values, strict=True)
             if pd.notna(v)
         )
-        ax.plot(line["position"], line[score], color=colour, linewidth=1.2, alpha=0.5, zorder=1, label=name)
+        ax.plot(
+            line["position"],
+            line[score],
+            color=colour,
+            linewidth=1.2,
+            alpha=0.5,
+            zorder=1,
+            label=literal(name),
+        )
         for place, (_, row) in zip(line["position"], line.iterrows(), strict=True):
             _interval(ax, place, row, score, colour, "o")
     step = 0.12
     beside = [1 + step * (i + 1.2) for i in range(len(others))]
     for place, (_, row) in zip(beside, others.iterrows(), strict=True):
         _interval(ax, place, row, score, OTHERS, "D")
-    names = [_in_two_lines(name) for name in _full_names(others)]
+    names = [literal(_in_two_lines(name)) for name in _full_names(others)]
     ticks = POSITIONS if len(windows) else ()
     ax.set_xticks([*ticks, *beside], [*(f"{p:g}" for p in ticks), *names])
     for label in ax.get_xticklabels()[len(ticks) :]:
@@ -185,10 +194,8 @@ def robustness(result: pd.DataFrame, *, ax: Axes) -> Axes:
     Raises:
         ValueError: a column is missing, or there are no rows.
     """
-    keys = window_columns(result)
-    require_columns(result, [*keys, "best_lr", "lowest", "highest", "at_grid_end", "collapse"])
-    if result.empty:
-        raise InputError("the result has no rows; pass what ll.tradeoffs.rate_robustness returned")
+    columns = [*WINDOW, "best_lr", "lowest", "highest", "at_grid_end", "collapse"]
+    result = checked(result, columns, "the result", "ll.tradeoffs.rate_robustness")
     rows = _ordered(result)
     bar = {"linewidth": 7, "solid_capstyle": "round"}
     for height, (_, row) in enumerate(rows.iterrows()):
@@ -231,8 +238,10 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     Raises:
         ValueError: a column is missing, the table is empty, or two runs share window, rate and seed.
     """
+    scores = ["accuracy", "retained_accuracy", "forgetting"]
+    table = checked(table, [*WINDOW, "lr", "seed", *scores])
     keys = window_columns(table)
-    groups(table, keys, ["accuracy", "retained_accuracy", "forgetting"])  # checks the table
+    groups(table, keys, scores)  # refuses two runs of a window, rate and seed
     means = _ordered(seed_means(table))
     scale = ScalarMappable(Normalize(0, 1), "cividis")
     rows = means.groupby(keys, dropna=False, sort=False)
@@ -274,72 +283,6 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     return ax
 
 
-@styled
-def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, ax: Axes) -> Axes:
-    """A score against the window's position, one line per value of another column, at one learning rate.
-
-    Lines are means over seeds in a band from the lowest to the highest seed; flat dashed lines of the same
-    colour are ordinary LoRA. Other methods are not shown.
-
-    Args:
-        table: runs at one learning rate that differ in ``setting``, such as rank, steps or targets.
-        score: accuracy, retained_accuracy, forgetting or loss_rise (in nats).
-
-    Raises:
-        ValueError: another ``score``, a column is missing, the table has several rates or no window placed by
-            position, or two runs of a seed differ in more than ``setting`` and position.
-    """
-    require_score(score)
-    require_columns(table, [setting, "method", "position", "lr", "seed", score])
-    if table["lr"].nunique() != 1:
-        rates = ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))
-        raise InputError(
-            f"one picture shows one learning rate, and the table has {rates or 'none'}; choose one, such as "
-            "table[table['lr'] == 0.005]"
-        )
-    windows = table[(table["method"] == "window") & table["position"].notna() & table[setting].notna()]
-    if windows.empty:
-        raise InputError(f"the table has no runs of windows placed by position and with a {setting}")
-    lora = table[table["method"] == "LoRA"]
-    for part in (windows, lora):
-        if (twice := part.duplicated([setting, "position", "seed"])).any():
-            row = part[twice].iloc[0]
-            raise InputError(
-                f"two runs of {row['method']} with {setting} {row[setting]} and seed {row['seed']} differ in "
-                f"something else; pass runs that differ in {setting} only"
-            )
-    values = sorted(windows[setting].unique(), key=lambda v: (isinstance(v, str), v))
-    references = lora[lora[setting].isin(values)].dropna(subset=score)
-    for value, colour in zip(values, sns.color_palette("colorblind", len(values)), strict=True):
-        by_position = windows[windows[setting] == value].groupby("position")[score]
-        mean = by_position.mean()
-        band = {"color": colour, "alpha": 0.18, "linewidth": 0}
-        ax.fill_between(mean.index, by_position.min(), by_position.max(), **band)
-        ax.plot(mean.index, mean, marker="o", color=colour, label=_setting_name(value))
-        flat = references.loc[references[setting] == value, score].mean()
-        if pd.notna(flat):
-            ax.axhline(flat, color=colour, linestyle="--", linewidth=1.2)
-    handles, _ = ax.get_legend_handles_labels()
-    if len(references):
-        handles.append(Line2D([], [], color="0.3", linestyle="--", linewidth=1.2, label="LoRA"))
-    words = "layers" if setting == "targets" else setting.replace("_", " ")
-    ax.legend(handles=handles, title=words, loc="best")
-    ax.set_xticks(POSITIONS, [f"{position:g}" for position in POSITIONS])
-    show_unit(ax, score)
-    title = f"{LABELS[score].capitalize()} by {words}"
-    ax.set(xlabel="position of the window", ylabel=with_unit(score), title=title)
-    return ax
-
-
-def _setting_name(value: object) -> str:
-    """A number, or a list of layers by their kinds: "attn.qkv, attn.proj (12 weights)"."""
-    if not isinstance(value, str):
-        return f"{value:g}"
-    layers = value.split()
-    kinds = dict.fromkeys(block_and_kind(layer)[1] for layer in layers)
-    return fill(f"{', '.join(kinds)} ({len(layers)} weights)", LONGEST, max_lines=4, placeholder=" ...")
-
-
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     """Windows first, by rank, position and start, then the other methods in the order of the table."""
     other = (rows["method"] != "window").rename("other")
@@ -354,7 +297,7 @@ def _names(rows: pd.DataFrame) -> list[str]:
         name.removeprefix("window at ").removeprefix("window ") if method == "window" else name
         for name, method in zip(_full_names(rows), rows["method"], strict=True)
     ]
-    return [fill(name, LONGEST, max_lines=2, placeholder=" ...") for name in names]
+    return [literal(fill(name, LONGEST, max_lines=2, placeholder=" ...")) for name in names]
 
 
 def _full_names(rows: pd.DataFrame) -> list[str]:

@@ -18,12 +18,13 @@ from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
 from lora_lens.errors import InputError
-from lora_lens.validate import choice, number, whole_number
+from lora_lens.tables import checked
+from lora_lens.validate import choice, number, numbers, share, whole_number
 
 WINDOW = ["method", "rank", "position", "start"]
 SCORES = ["accuracy", "forgetting"]
 LEVEL = 0.05  # below this p value a U-shape is called one
-NO_CURVE = pd.DataFrame(columns=["step", "accuracy", "retained_accuracy"], dtype=float)
+DRIFTS = ("the table of drifts", "ll.drifts(store, table)")
 FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
 
 
@@ -40,7 +41,7 @@ def bootstrap_interval(
     Raises:
         ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
     """
-    values = np.asarray(values, float).ravel()
+    values = numbers(values, "values").ravel()
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
     level = number(level, "level", above=0, below=1)
@@ -63,6 +64,7 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, or two runs share window, rate and seed.
     """
+    table = _runs(table, *SCORES, "diverged")
     rows = [
         {**names, **_summary(group)}
         for names, group in groups(table, [*window_columns(table), "lr"], [*SCORES, "diverged"])
@@ -88,7 +90,7 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
             window, rate and seed, or no seed of a window was run at all its rates.
     """
     score = choice(score, "score", ("accuracy", "retained_accuracy"))
-    rows = []
+    table, rows = _runs(table, score, *SCORES, "diverged"), []
     for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
         half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
@@ -125,20 +127,23 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
         ValueError: ``accuracy`` is out of range, a column is missing, a run has no curve, or two runs
             share window, rate and seed.
     """
-    accuracy = number(accuracy, "accuracy (a share: 80% is 0.8)", least=0, most=1)
-    require_columns(table, ["run"])
-    require_columns(curves, ["run", "step", "accuracy", "retained_accuracy"])
+    accuracy = share(accuracy, "accuracy")
+    table = _runs(table, "run", "retained_before")
+    curves = checked(
+        curves,
+        ["run", "step", "accuracy", "retained_accuracy"],
+        "the table of curves",
+        "ll.curves(store, table)",
+    )
     by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
-    require_columns(table, ["retained_before"])
-    measured = table["retained_before"].notna()  # not of a run that failed
-    without = [run for run in table.loc[measured, "run"] if run not in by_run]
+    without = [run for run in table["run"] if run not in by_run]
     if without:
         raise InputError(
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
     rows = []
     for names, group in groups(table, [*window_columns(table), "lr"], ["retained_before"]):
-        found = [_first_crossing(by_run.get(run, NO_CURVE), accuracy) for run in group["run"]]
+        found = [_first_crossing(by_run[run], accuracy) for run in group["run"]]
         step, retained = np.array(found, float).T
         there = ~np.isnan(step)
         forgotten = group["retained_before"].to_numpy(float) - retained
@@ -170,7 +175,7 @@ def relative_updates(drifts: pd.DataFrame) -> pd.Series:
     Raises:
         ValueError: a column is missing.
     """
-    require_columns(drifts, ["run", "update", "relative"])
+    drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     norms = drifts["norm"] if "norm" in drifts else pd.Series(np.nan, drifts.index)
     norms = norms.fillna(drifts["update"] / drifts["relative"])
     if "layer" in drifts:
@@ -211,9 +216,9 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
         ValueError: ``update`` is not positive, a column is missing, no run of the table has a drift, or two
             runs share window, rate and seed.
     """
-    update = number(update, "update (a share of the weights' norm)", above=0)
-    require_columns(table, ["run"])
-    require_columns(drifts, ["run"])
+    update = number(update, "update, a share of the weights' norm,", above=0)
+    table = _runs(table, "run", *SCORES)
+    drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     if not table["run"].isin(drifts["run"]).any():
         raise InputError("none of the table's runs has a drift; pass ll.drifts(store, table)")
     sized = table.assign(size=table["run"].map(relative_updates(drifts)))
@@ -250,7 +255,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
             or no seed of a window was run at all its rates.
     """
     tolerance = number(tolerance, "tolerance", least=0)
-    rows = []
+    table, rows = _runs(table, "accuracy"), []
     for names, group in groups(table, window_columns(table), ["accuracy"]):
         by_seed = seeds_by_rate(group, "accuracy", names)
         rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
@@ -323,7 +328,7 @@ def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> 
 
 def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n) places of n values, drawn with replacement."""
-    resamples = whole_number(resamples, "resamples", least=1)
+    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
     return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 
@@ -353,9 +358,7 @@ def groups(
     table: pd.DataFrame, keys: list[str], columns: list[str]
 ) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
     """(the keys' values by name, their rows), in the table's order, after checking the table."""
-    require_columns(table, [*keys, "lr", "seed", *columns])
-    if table.empty:
-        raise InputError("the table has no runs; pass what sweep returned")
+    table = checked(table, [*keys, "lr", "seed", *columns])
     twice = table.duplicated([*window_columns(table), "lr", "seed"])
     if twice.any():
         # Two runs of one seed are not two seeds: their interval would be too narrow.
@@ -382,10 +385,9 @@ def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> 
     return by_seed
 
 
-def require_columns(table: pd.DataFrame, columns: list[str]) -> None:
-    missing = [column for column in dict.fromkeys(columns) if column not in table]
-    if missing:
-        raise InputError(f"the table has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+def _runs(table: object, *columns: str) -> pd.DataFrame:
+    """The runs of a sweep that did not fail."""
+    return checked(table, [*WINDOW, "lr", "seed", *columns])
 
 
 def _named(names: dict[str, object]) -> str:

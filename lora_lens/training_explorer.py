@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from html import escape
 from threading import RLock
 
 import pandas as pd
-from ipywidgets import HTML, Button, Dropdown, IntSlider, Layout, VBox
+from ipywidgets import HTML, Dropdown, VBox
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import nn
@@ -26,22 +26,26 @@ from lora_lens.explorer import (
     fixed_axes,
     html_table,
     running_loop,
+    said,
     table_box,
 )
 from lora_lens.methods import FullFineTuning, LoRA, Method
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.spectrum_explorer import position_slider, rank_slider
+from lora_lens.spectrum_plots import some_spectra
 from lora_lens.sweep_plots import learning_curves
 from lora_lens.tasks import Task
 from lora_lens.training import Progress, Run, Training, finetune
+from lora_lens.training_controls import button, learning_rate_choice, steps_slider
+from lora_lens.validate import instance, known_settings, whole_number
 from lora_lens.window import Window
 
-RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2)
 WINDOW, ORDINARY, FULL = "window", "LoRA", "full fine-tuning"
 LOOK = 0.2  # seconds between two looks at a run
 IN_PICTURE = 6  # runs that stay as pale lines; the table keeps all
 ROWS = 8
+SETTINGS = [field.name for field in fields(Training)]
 
 
 @brief_errors
@@ -83,10 +87,15 @@ def training_explorer(
         ValueError: the spectra are another model's, the rank does not fit a weight, a task does not fit the
             model, or a setting is impossible.
     """
+    instance(model, nn.Module, "model", "the pretrained model, a torch module")
+    for name, given in (("task", task), ("retain", retain)):
+        instance(given, Task, name, "a Task, such as that of ll.embedded.digits()")
+    rank = whole_number(rank, "rank", least=1)
+    known_settings(settings, [*SETTINGS, "rank", "spectra"], "training_explorer")
     config = Training(lr=lr, steps=steps, batch_size=batch_size, evaluations=evaluations, **settings)
     task.new_readout(model, config.seed)
     retain.own_readout(model)
-    spectra = compute_spectra(model) if spectra is None else spectra
+    spectra = compute_spectra(model) if spectra is None else some_spectra(spectra)
     planned(model, Window.middle(rank), spectra=spectra)
     return _TrainingExplorer(_Panel(model, task, retain, spectra, rank, config))
 
@@ -156,11 +165,11 @@ class _Panel:
         self.cut = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
         self.kind = Dropdown(options=[WINDOW, ORDINARY, FULL], description="what to train", style=WORDS)
         self.rank, self.position = rank_slider(rank, self.cut), position_slider()
-        self.rate = _rate_choice(config.lr)
-        self.steps = _steps_slider(config.steps)
-        self.start_button = _button("Start", "play", "train with these settings", self.start)
-        self.pause_button = _button("Pause", "pause", "hold the run after this step", self.pause)
-        self.stop_button = _button("Stop", "stop", "end the run after this step and test it", self.stop)
+        self.rate = learning_rate_choice(config.lr)
+        self.steps = steps_slider(config.steps)
+        self.start_button = button("Start", "play", "train with these settings", self.start)
+        self.pause_button = button("Pause", "pause", "hold the run after this step", self.pause)
+        self.stop_button = button("Stop", "stop", "end the run after this step and test it", self.stop)
         self.plan, self.now, self.curves, self.numbers = HTML(), HTML(), HTML(), table_box()
         self.training: _Training | None = None
         self.finished: list[_Finished] = []
@@ -291,14 +300,14 @@ class _Panel:
                 self._grow(() if progress is None else progress.rows, training.config.steps)
                 self.now.value = self._in_words(training, progress)
             except Exception as error:  # nobody else would hear of it
-                self.now.value = _alarm(f"this view failed: {type(error).__name__}: {error}")
+                self.now.value = _alarm(said(error, "this view"))
             if done:
                 self._finish(training)
 
     def _finish(self, training: _Training) -> None:
         self.training = None
         if training.run is None:
-            reason = f"{type(training.error).__name__}: {training.error}" if training.error else "interrupted"
+            reason = said(training.error, "training") if training.error else "it was interrupted"
             self.now.value = _alarm(f"This run failed: {reason}. Change the settings, or start it again.")
         else:
             self.finished.append(_Finished(training.method, training.run))
@@ -375,22 +384,6 @@ class _Panel:
 
 def _kind_of(method: Method) -> str:
     return {Window: WINDOW, LoRA: ORDINARY, FullFineTuning: FULL}[type(method)]
-
-
-def _rate_choice(rate: float) -> Dropdown:
-    options = [(f"{value:g}", value) for value in sorted({*RATES, rate})]
-    return Dropdown(options=options, value=rate, description="learning rate", style=WORDS)
-
-
-def _steps_slider(steps: int) -> IntSlider:
-    unit = 1 if steps % 10 else 10
-    return IntSlider(steps, unit, max(4 * steps, 40), unit, description="steps")
-
-
-def _button(description: str, icon: str, tooltip: str, press: Callable[[], None]) -> Button:
-    button = Button(description=description, icon=icon, tooltip=tooltip, layout=Layout(width="8em"))
-    button.on_click(lambda _button: press())
-    return button
 
 
 def _said(*lines: str) -> str:

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 
 from lora_lens.errors import InputError
-from lora_lens.tradeoffs import FEWEST_SEEDS, LEVEL, bootstrap_interval, rates_in, require_columns
+from lora_lens.tables import checked
+from lora_lens.tradeoffs import FEWEST_SEEDS, LEVEL, bootstrap_interval, rates_in
+from lora_lens.validate import number, whole_number
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
         ValueError: a column is missing, no windows at this rate, none at an end or between the ends, two
             runs share position and seed, or no seed was run at every position.
     """
-    forgetting = _seeds_by_position(table, lr)
+    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
+    forgetting = _seeds_by_position(table, number(lr, "lr", above=0))
     positions, values = forgetting.columns.to_numpy(float), forgetting.to_numpy(float)
     between = values[:, 1:-1]
     position = float(positions[1:-1][between.mean(0).argmin()])
@@ -116,7 +119,7 @@ def _points(share: float) -> float:
 
 def _seeds_by_position(table: pd.DataFrame, lr: float) -> pd.DataFrame:
     """Forgetting (seeds, positions from 0 to 1) of the windows at one rate."""
-    require_columns(table, ["method", "position", "lr", "seed", "forgetting"])
+    table = checked(table, ["method", "position", "lr", "seed", "forgetting"])
     swept = table[(table["method"] == "window") & np.isclose(table["lr"], lr, rtol=1e-9, atol=0)]
     swept = swept.dropna(subset=["position"])
     if swept.empty:

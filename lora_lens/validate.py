@@ -50,7 +50,10 @@ def number(
     value = _scalar(value)
     if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
         raise InputTypeError(f"{name} must be a number, not {shown(value)}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        value = math.inf
     inside = (
         (least is None or value >= least)
         and (above is None or value > above)
@@ -60,6 +63,38 @@ def number(
     if not math.isfinite(value) or not inside:
         raise InputError(f"{name} must be {_range(least, above, most, below)}, not {value!r}")
     return value
+
+
+def share(value: object, name: str) -> float:
+    """``value`` as a share in [0, 1].
+
+    Raises:
+        InputTypeError: it is no number.
+        InputError: it is another one, such as a percentage.
+    """
+    value = number(value, name)
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} must be a share in [0, 1], not {value!r}; 80% is 0.8")
+    return value
+
+
+def numbers(values: object, name: str) -> np.ndarray:
+    """``values`` as an array of float64: nested lists, arrays, tensors, columns of a table; NaN for None.
+
+    Raises:
+        InputTypeError: they are None, words or objects, or lists of different lengths.
+    """
+    plain = values.detach().cpu().double() if hasattr(values, "detach") else values
+    try:
+        found = np.asarray(plain)
+    except ValueError:  # numpy's, for lists of different lengths
+        raise InputTypeError(f"{name} must be numbers in rows of one length, not {shown(values)}") from None
+    objects = found.dtype.kind == "O" and found.ndim > 0
+    if not (objects and all(v is None or isinstance(v, Real) for v in found.flat)) and (
+        found.dtype.kind not in "biuf"
+    ):
+        raise InputTypeError(f"{name} must be numbers, not {shown(values)}")
+    return found.astype(float)
 
 
 def flag(value: object, name: str) -> bool:

@@ -28,11 +28,14 @@ from lora_lens.explorer import (
 )
 from lora_lens.features import FeatureEnergies, FeatureNorms, feature_energies, patch_grid, splittable
 from lora_lens.live_pictures import DecompositionPicture, FeatureMapsPicture, SpectrumPicture
+from lora_lens.plot_style import literal
 from lora_lens.readouts import to_device
 from lora_lens.spectrum import SpectrumSet
-from lora_lens.spectrum_explorer import position_slider, rank_slider, require_spectra
+from lora_lens.spectrum_explorer import position_slider, rank_slider
+from lora_lens.spectrum_plots import some_spectra
 from lora_lens.tasks import Examples, Task
 from lora_lens.token_examples import TokenExamples
+from lora_lens.validate import instance, whole_number
 from lora_lens.window import Window
 from lora_lens.window_plots import show_image
 
@@ -72,7 +75,10 @@ def window_explorer(
             does not fit a weight, the inputs are neither images nor texts, no layer has their tokens, or the
             model cannot do the task.
     """
-    require_spectra(spectra)
+    instance(model, nn.Module, "model", "the pretrained model, a torch module")
+    some_spectra(spectra)
+    instance(task, Task, "task", "a Task that the model can do, such as that of ll.embedded.vision()")
+    rank, images = whole_number(rank, "rank", least=1), whole_number(images, "images", least=1)
     examples = task.test.first(images)
     look = _look_of(task, examples)
     device = next(model.parameters()).device
@@ -181,7 +187,7 @@ class _Images:
         inputs = to_device(self.examples.batch(self.rows()), next(model.parameters()).device)
         found = []
         for name, positions in splittable(model, spectra, inputs).items():
-            with suppress(ValueError):
+            with suppress(InputError):
                 if patch_grid(positions, prefix)[1] > 1:  # one position is no map
                     found.append(name)
         if not found:
@@ -203,7 +209,7 @@ class _Images:
             axes = fixed_row(figure, len(self.examples), bottom=0.02, top=0.76, wspace=0.1)
             for ax, image, old, new in zip(axes, self.examples.inputs, *names, strict=True):
                 show_image(ax, image)
-                ax.set_title(f"before: {old}\nafter: {new}", fontsize=8, loc="center")
+                ax.set_title(literal(f"before: {old}\nafter: {new}"), fontsize=8, loc="center")
 
         alt = f"{len(after)} test images with the predicted class before and after attaching"
         return drawn(draw, alt, size=(10, 1.85))

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lora_lens.errors import InputError
 from lora_lens.features import FeatureNorms, FeatureSplit, patch_grid
-from lora_lens.plot_style import house_style
+from lora_lens.plot_style import house_style, some_axes
 from lora_lens.spectrum import Spectrum
 from lora_lens.spectrum_plots import FLOOR, HEAT
-from lora_lens.window import Window
+from lora_lens.validate import instance, whole_number
+from lora_lens.window import Placement, Window
 
 ROUNDING = 1e-5  # norms below this share of the others are what float32 leaves of zero
 
@@ -27,6 +28,10 @@ def decomposition(spectrum: Spectrum, window: Window, axes: np.ndarray | None = 
         The three Axes. The colours of weight and residual share one scale;
         the slice has its own, written in its title.
     """
+    instance(spectrum, Spectrum, "spectrum", "that of one weight, such as ll.spectra(model)[layer]")
+    instance(window, Placement, "window", "a Window, such as ll.Window.middle(8)")
+    if axes is not None:
+        axes = some_axes(axes, 3, "pictures")[:3]
     whole = spectrum.component(Window(spectrum.k, start=0)).numpy()
     part = spectrum.component(window).numpy()
     scale = np.abs(whole).max()
@@ -111,6 +116,9 @@ def feature_maps(
         ValueError: these are no images, not as many as were split, the tokens are no square, or
             ``axes`` have another shape.
     """
+    instance(images, Tensor, "images", "a tensor (n, channels, height, width)")
+    instance(split, (FeatureSplit, FeatureNorms), "split", "what ll.feature_split returns")
+    prefix = None if prefix is None else whole_number(prefix, "prefix", least=0)
     count = len(split.window_norms)
     if images.ndim != 4 or len(images) != count:
         raise InputError(
@@ -121,8 +129,9 @@ def feature_maps(
     with house_style():
         if axes is None:
             axes = plt.subplots(count, 3, figsize=(5.4, 1.75 * count + 0.5), squeeze=False)[1]
-        if axes.shape != (count, 3):
-            raise InputError(f"expected axes of shape {(count, 3)}, not {axes.shape}")
+        some_axes(axes, 3 * count, "pictures")
+        if np.shape(axes) != (count, 3):
+            raise InputError(f"expected axes of shape {(count, 3)}, not {np.shape(axes)}")
         for ax, image in zip(axes[:, 0], images, strict=True):
             show_image(ax, image)
         axes[0, 0].set_title("image", fontsize=10.5, loc="center")

@@ -222,7 +222,7 @@ def test_what_does_not_compare_is_told(spectra):
         overlap(first, first, ll.Window.first(41))
     with pytest.raises(ValueError, match="41 bins do not fit w: its spectrum has 40 components"):
         overlap_matrix(first, first, 41)
-    with pytest.raises(ValueError, match="side must be 'left' or 'right', not 'top'"):
+    with pytest.raises(ValueError, match="side must be one of 'left', 'right', not 'top'"):
         overlap(first, first, window, "top")
     with pytest.raises(ValueError, match=r"only one of the two has a spectrum of blocks.0.attn.qkv; compare"):
         compare(spectra, ll.SpectrumSet([s for n, s in spectra.items() if n != "blocks.0.attn.qkv"]))

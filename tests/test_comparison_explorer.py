@@ -284,7 +284,7 @@ def test_ranks_are_told_apart_and_not_tested_together():
 def test_what_is_no_sweep_or_mixes_several_is_refused(table, store, tmp_path):
     with pytest.raises(ValueError, match="the table is empty"):
         ll.widgets.comparison_explorer(table.iloc[:0])
-    with pytest.raises(ValueError, match="lacks method, rank"):
+    with pytest.raises(ValueError, match="no column method, rank"):
         ll.widgets.comparison_explorer(pd.DataFrame({"a": [1]}))
     with pytest.raises(ValueError, match="share learning rate"):
         ll.widgets.comparison_explorer(pd.concat([table, table]))

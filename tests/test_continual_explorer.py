@@ -256,7 +256,7 @@ def test_every_control_has_a_name_and_waits_for_the_hand_to_stop(without_drifts)
 
 
 def test_what_is_no_table_of_sequences_is_refused(table):
-    with pytest.raises(ValueError, match="the table has no runs"):
+    with pytest.raises(ValueError, match="the table is empty"):
         ll.widgets.continual_explorer(table.iloc[:0])
     with pytest.raises(ValueError, match="no column run, strategy"):
         ll.widgets.continual_explorer(pd.DataFrame({"a": [1]}))

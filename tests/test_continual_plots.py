@@ -194,7 +194,7 @@ def test_pictures_of_one_method_refuse_what_they_would_mix_or_do_not_know(table)
             draw(pd.concat([table[table["seed"] == 0], table[(table["seed"] == 1) & (table["place"] < 2)]]))
         with pytest.raises(ValueError, match="stand twice"):
             draw(pd.concat([table, table]))
-        with pytest.raises(ValueError, match="no runs"):
+        with pytest.raises(ValueError, match="the table is empty"):
             draw(table.iloc[:0])
         with pytest.raises(ValueError, match="no column place"):
             draw(table.drop(columns="place"))
@@ -277,7 +277,7 @@ def test_updates_are_drawn_for_every_method(runs, drifts):
 
 
 def test_pictures_of_drifts_refuse_what_they_would_mix_or_do_not_know(runs, drifts):
-    with pytest.raises(ValueError, match="measure must be one of overlap_left, overlap_right, block_change"):
+    with pytest.raises(ValueError, match="measure must be one of 'overlap_left', 'overlap_right'"):
         window_survival(drifts, runs, "update")
     with pytest.raises(ValueError, match="none of the drifts is of a window placed by position"):
         window_survival(drifts, runs[runs["method"] == "LoRA"])

@@ -214,7 +214,7 @@ def test_names_of_predictors_fit_however_many(count):
 def test_predictors_without_rows_or_columns_are_refused():
     with pytest.raises(ValueError, match="no column r2"):
         ll.plots.predictors(predicted().drop(columns="r2"))
-    with pytest.raises(ValueError, match="the result has no rows"):
+    with pytest.raises(ValueError, match="the result is empty"):
         ll.plots.predictors(predicted().iloc[:0])
 
 
@@ -264,7 +264,8 @@ def test_rates_differ_in_shape_and_are_named_once():
     assert texts(ax.get_legend().get_texts()) == ["0.001", "0.004", "LoRA"]
     shapes = {len(group.get_paths()[0].vertices) for group in ax.collections}
     assert len(shapes) == 2
-    many = pd.concat([measured()[0].assign(lr=0.001 * i, run=str(i)) for i in range(1, 13)])
+    many = pd.concat([measured()[0].assign(lr=0.001 * i) for i in range(1, 13)], ignore_index=True)
+    many["run"] = many.index
     measures = pd.DataFrame({"run": many["run"].unique(), "own": 1.0})
     ax = ll.plots.against_forgetting(many, measures, "own")  # more rates than shapes
     assert len(ax.get_legend().get_texts()) == 12 + 1 and ax.get_xlabel() == "own"
@@ -301,7 +302,9 @@ def test_measures_of_other_runs_and_missing_columns_are_refused():
     with pytest.raises(ValueError, match="no column forgetting"):
         ll.plots.against_forgetting(table.drop(columns="forgetting"), measures, "intruders")
     with pytest.raises(ValueError, match="none of the table's runs has a value of intruders"):
-        ll.plots.against_forgetting(table.assign(run="of another sweep"), measures, "intruders")
+        ll.plots.against_forgetting(
+            table.assign(run=table["run"] + " of another sweep"), measures, "intruders"
+        )
     with pytest.raises(ValueError, match="none of the table's runs has a value of intruders"):
         ll.plots.against_forgetting(table, measures.assign(intruders=np.nan), "intruders")
 

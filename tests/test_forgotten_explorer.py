@@ -161,7 +161,7 @@ def test_ranks_are_told_apart(table, store, known, tmp_path):
 def test_what_is_no_sweep_is_refused(table, store, known):
     with pytest.raises(ValueError, match="the table is empty"):
         ll.widgets.forgotten_explorer(table.iloc[:0], store, known)
-    with pytest.raises(ValueError, match="lacks forgetting"):
+    with pytest.raises(ValueError, match="no column forgetting"):
         ll.widgets.forgotten_explorer(table.drop(columns="forgetting"), store, known)
 
 

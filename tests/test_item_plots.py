@@ -126,7 +126,7 @@ def test_images_refuse_what_they_cannot_show(answers, source):
         ll.plots.forgotten_examples(source, forgotten, 0)
     with pytest.raises(ValueError, match="item 3 is not among the 3 test images"):
         ll.plots.forgotten_examples(source.first(test=3), forgotten, 1)
-    with pytest.raises(ValueError, match="10 images need as many axes, not 1"):
+    with pytest.raises(ValueError, match="there are 10 images but only 1 axes"):
         ll.plots.forgotten_examples(source, forgotten, 10, axes=plt.subplots()[1])
     with pytest.raises(ValueError, match="no column instead"):
         ll.plots.forgotten_examples(source, forgotten.drop(columns="instead"))

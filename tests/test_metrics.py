@@ -14,6 +14,7 @@ unit = st.floats(0, 1, allow_nan=False)
 def test_accuracy_and_forgetting():
     assert metrics.accuracy([1, 2, 3, 3], [1, 2, 0, 3]) == 0.75
     assert metrics.forgetting(0.9, 0.7) == pytest.approx(0.2)
+    assert np.isnan(metrics.forgetting(np.nan, 0.7))  # nothing was retained
     with pytest.raises(ValueError, match="one prediction per label"):
         metrics.accuracy([1, 2], [1])
 

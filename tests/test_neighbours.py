@@ -102,7 +102,7 @@ def test_the_table_shows_whose_neighbours_changed_most():
     assert len(neighbour_table(BEFORE, AFTER, TEXTS, k=2)) == 5
     with pytest.raises(ValueError, match="a text for each of the 5 rows of features, not 4"):
         neighbour_table(BEFORE, AFTER, TEXTS[:-1], k=2)
-    with pytest.raises(ValueError, match="count must be at least 1 row, not 0"):
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
         neighbour_table(BEFORE, AFTER, TEXTS, k=2, count=0)
 
 

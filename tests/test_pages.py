@@ -34,6 +34,19 @@ def test_a_page_that_cannot_be_made_says_why_and_the_others_are_there(tmp_path):
     assert tabs.children[1].children[0].value == "here"
 
 
+def test_a_bug_on_a_page_shows_its_type_and_is_logged(caplog):
+    tabs = ll.widgets.pages({"broken": lambda: {}["key"]})
+    assert "this page failed: KeyError: &#x27;key&#x27;" in tabs.children[0].children[0].value
+    (record,) = caplog.records
+    assert record.exc_info[0] is KeyError
+
+
+@pytest.mark.parametrize("explorers", [None, 3, [], {"name": None}, {"name": HTML("made already")}])
+def test_what_makes_no_pages_is_refused(explorers):
+    with pytest.raises(ll.errors.InputTypeError, match=r"must be a (dict of )?function"):
+        ll.widgets.pages(explorers)
+
+
 def test_no_pages_are_refused():
     with pytest.raises(ValueError, match="no explorers"):
         ll.widgets.pages({})

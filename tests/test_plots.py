@@ -249,7 +249,7 @@ def test_watched_tasks_go_on_the_axes_given_and_need_results_of_every_run(looked
         ll.plots.watched(results[results["run"] != "run 0"], runs)
     with pytest.raises(ValueError, match="no column task"):
         ll.plots.watched(results.drop(columns="task"), runs)
-    with pytest.raises(ValueError, match="one of forgetting, loss_rise, not 'before'"):
+    with pytest.raises(ValueError, match="one of 'forgetting', 'loss_rise', not 'before'"):
         ll.plots.watched(results, runs, score="before")
     with pytest.raises(ValueError, match="no runs of windows"):
         ll.plots.watched(results, runs[runs["method"] == "LoRA"])

@@ -54,6 +54,9 @@ def test_importing_the_package_draws_nothing():
 
 def test_imports_point_one_way():
     order = [
+        "errors",
+        "validate",
+        "tables",
         "fingerprint",
         "lapack",
         "factorization",
@@ -99,8 +102,8 @@ def test_imports_point_one_way():
         "frozen_prefix",
         "probe",
         "replies",
-        "items",
         "tradeoffs",
+        "items",
         "continual_metrics",
         "fronts",
         "predictors",
@@ -132,6 +135,7 @@ def test_imports_point_one_way():
         "continual_plots",
         "continual_score_plots",
         "tradeoff_plots",
+        "setting_plots",
         "item_plots",
         "drift_plots",
         "run_plots",
@@ -146,6 +150,7 @@ def test_imports_point_one_way():
         "live_pictures",
         "spectrum_explorer",
         "window_explorer",
+        "training_controls",
         "training_explorer",
         "clickable",
         "forgotten_explorer",

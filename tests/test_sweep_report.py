@@ -471,7 +471,7 @@ def test_tables_that_make_no_report_leave_the_old_one(table, store, tmp_path):
     unknown = table[:2]
     for wrong, options, error, message in (
         (table.drop(columns=["forgetting", "lr"]), {}, ValueError, "no column lr, forgetting"),
-        (table[:0], {}, ValueError, "no runs"),
+        (table[:0], {}, ValueError, "the table is empty"),
         (mixed, {}, ValueError, r"mixes values of steps; report one at a time, such as the first: table\["),
         (pd.concat([table, table]), {}, ValueError, "holds some runs twice"),
         (table, {"accuracy": 0.8}, ValueError, "pass store=, too"),

@@ -105,9 +105,11 @@ def test_pictures_of_tables_refuse_what_they_would_mix_or_do_not_know(table):
     for draw in (ll.plots.surface, ll.plots.fronts_by_method):
         with pytest.raises(ValueError, match=r"two runs of window .* share learning rate"):
             draw(pd.concat([table, table.assign(steps=30)]))
-        with pytest.raises(ValueError, match="no runs"):
+        with pytest.raises(ValueError, match="the table is empty"):
             draw(table.iloc[:0])
-    with pytest.raises(ValueError, match="score must be one of accuracy, retained_accuracy, forgetting"):
+    with pytest.raises(
+        ValueError, match="score must be one of 'accuracy', 'retained_accuracy', 'forgetting'"
+    ):
         ll.plots.surface(table, "loss")
 
 
@@ -162,7 +164,7 @@ def test_a_comparison_of_several_rates_or_of_nothing_is_refused(table):
     result = ll.tradeoffs.at_own_best_rate(table)
     with pytest.raises(ValueError, match="no column forgetting_low"):
         ll.plots.comparison(result.drop(columns="forgetting_low"))
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="the result is empty"):
         ll.plots.comparison(result.iloc[:0])
     with pytest.raises(ValueError, match="score must be one of"):
         ll.plots.comparison(result.assign(step=1.0, step_low=0.0, step_high=2.0), "step")
@@ -189,7 +191,7 @@ def test_a_bar_that_ends_with_the_grid_is_pale_and_said_to_be_a_bound(table):
     assert bars[0].get_alpha() < bars[1].get_alpha() == bars[5].get_alpha()
     assert "at least: the grid ends here" in texts(ax.get_legend().get_texts())
     assert "accuracy halves" not in texts(ax.get_legend().get_texts())
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="the result is empty"):
         ll.plots.robustness(result.iloc[:0])
 
 
@@ -356,7 +358,7 @@ def test_lora_is_named_only_where_it_is_drawn(table):
 
 def test_a_setting_without_runs_or_placed_windows_is_refused(table):
     usual = table[table["lr"] == 3e-3]
-    with pytest.raises(ValueError, match="the table has none"):
+    with pytest.raises(ValueError, match="the table is empty"):
         ll.plots.by_setting(table.iloc[:0], "rank")
     with pytest.raises(ValueError, match="no runs of windows placed by position"):
         ll.plots.by_setting(usual.assign(position=np.nan, start=40), "rank")

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from inspect import signature
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -237,9 +239,9 @@ def test_a_kind_that_a_block_lacks_is_said_in_place():
 def test_tables_that_are_no_sweep_are_refused(table):
     with pytest.raises(ValueError, match="the table is empty"):
         ll.widgets.tradeoff_explorer(table.iloc[:0])
-    with pytest.raises(ValueError, match="lacks method, rank, position"):
+    with pytest.raises(ValueError, match="no column method, rank, position"):
         ll.widgets.tradeoff_explorer(pd.DataFrame({"a": [1]}))
-    with pytest.raises(ValueError, match="lacks forgetting"):
+    with pytest.raises(ValueError, match="no column forgetting"):
         ll.widgets.tradeoff_explorer(table.drop(columns="forgetting"))
     with pytest.raises(ValueError, match="no runs of windows"):
         ll.widgets.tradeoff_explorer(table[table["method"] == "LoRA"])
@@ -315,3 +317,73 @@ def test_fifty_moves_leave_no_figure_open_and_the_style_alone(narrow_spectra):
         shown.add(pictures(explorer)[0])
     assert plt.get_fignums() == figures and dict(plt.rcParams) == style
     assert len(shown) == 25
+
+
+def test_the_readme_calls_the_arguments_by_their_names():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in set(ll.widgets.__all__) - {"pages"}:
+        (listed,) = re.findall(rf"^\| `{name}\((.*?)\)`", readme, flags=re.MULTILINE)
+        wanted = list(signature(getattr(ll.widgets, name)).parameters)
+        assert listed.split(", ") == wanted[: len(listed.split(", "))], name
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda m, s, t: ll.widgets.window_explorer(m, s, None),
+            "task must be a Task",
+        ),
+        (
+            lambda m, s, t: ll.widgets.window_explorer(s, m, t),
+            "model must be the pretr",
+        ),
+        (lambda m, s, t: ll.widgets.window_explorer(m, m, t), "spectra must be what"),
+        (
+            lambda m, s, t: ll.widgets.window_explorer(m, s, t, rank=2.5),
+            "rank must be a",
+        ),
+        (
+            lambda m, s, t: ll.widgets.window_explorer(m, s, t, images=0),
+            "images must be",
+        ),
+        (
+            lambda m, s, t: ll.widgets.window_explorer(m, s, t, image=3),
+            "mean 'images'",
+        ),
+        (lambda m, s, t: ll.widgets.spectrum_explorer({"a": m}), "spectra must be what"),
+        (
+            lambda m, s, t: ll.widgets.spectrum_explorer(s, rank="8"),
+            "rank must be a whole",
+        ),
+        (
+            lambda m, s, t: ll.widgets.training_explorer(m, t, None),
+            "retain must be a Task",
+        ),
+        (
+            lambda m, s, t: ll.widgets.training_explorer(m, t, t, learning_rate=1),
+            "training_explorer has no setting 'learning_rate'; did you mean 'lr'",
+        ),
+        (
+            lambda m, s, t: ll.widgets.training_explorer(m, t, t, m),
+            "spectra must be what",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(narrow, narrow_spectra, digits, call, said):
+    with pytest.raises(ll.errors.LoraLensError, match=said) as error:
+        call(narrow, narrow_spectra, digits)
+    assert "\n" not in str(error.value)
+
+
+def test_table_store_and_task_may_not_be_exchanged(table, digits, tmp_path):
+    explorers = ll.widgets
+    for explorer in (explorers.tradeoff_explorer, explorers.pair_explorer, explorers.comparison_explorer):
+        with pytest.raises(TypeError, match="a store is read with"):
+            explorer(tmp_path, table)
+        with pytest.raises(TypeError, match="store must be the folder or file"):
+            explorer(table, table)
+    with pytest.raises(TypeError, match="must be a Task"):
+        explorers.forgotten_explorer(table, tmp_path, None)
+    with pytest.raises(FileNotFoundError, match="no results folder"):
+        explorers.pair_explorer(table, tmp_path / "none")

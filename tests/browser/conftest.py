@@ -96,4 +96,4 @@ def notebook(request: pytest.FixtureRequest, browser: Browser, lab: Server, root
 @pytest.fixture(scope="class")
 def explorer(notebook: Notebook) -> Explorer:
     """Its first one."""
-    return notebook.explorers()[0]
+    return Explorer(notebook.page)

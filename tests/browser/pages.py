@@ -19,7 +19,7 @@ KINDS = ("select", "input", "button", '[role="slider"]', '[contenteditable="true
 CONTROLS = ", ".join(f'{kind}:not([tabindex="-1"])' for kind in KINDS)
 QUIET = 0.4  # seconds without a change after which a view counts as ready; slow parts pause 0.15 s
 RUN_SECONDS = 1200  # of a whole notebook; 03 without its finished runs takes minutes
-PATIENCE = 60  # seconds; nothing here is a measurement, and test machines are slow and busy
+PATIENCE = 120  # seconds; nothing here is a measurement, and test machines are slow and busy
 
 STATE = """root => {
   const laidOut = root.checkVisibility({contentVisibilityAuto: true});  // else there is no text yet
@@ -49,6 +49,11 @@ class View:
         return [alt for alt, _ in self.pictures]
 
     @property
+    def alt(self) -> str:
+        """Of the first picture."""
+        return self.alts[0] if self.pictures else ""
+
+    @property
     def text(self) -> str:
         return "\n".join(self.words)
 
@@ -60,15 +65,22 @@ class Explorer:
         self.page = page
         self.root = page.locator(f"{within} .ll-explorer".strip()).nth(place)
 
-    def view(self) -> View:
-        """What is shown once nothing changes any more and all pictures are there."""
-        return self._settled(lambda view: True, "it never came to rest")
+    def view(self, wanted: Callable[[View], object] = lambda view: True) -> View:
+        """What is shown once nothing changes, all pictures are there, and it is what is ``wanted``."""
+        return self._settled(lambda view: (view.pictures or view.message) and wanted(view), "it never came")
 
-    def changed(self, act: Callable[[], object]) -> View:
-        """What is shown after ``act``, which must change a picture, the words or the message."""
+    def changed(
+        self, act: Callable[[], object], wanted: Callable[[View], object] = lambda view: True
+    ) -> View:
+        """What is shown after ``act``, which must change a picture, words or the message.
+
+        On a busy machine a view can rest half way, with one picture of the new one: ``wanted`` is waited for.
+        """
         before = self.view()
         act()
-        return self._settled(lambda view: view != before, "nothing changed")
+        return self._settled(
+            lambda view: view != before and wanted(view), "it did not change to what it should"
+        )
 
     def slider(self, label: str, upper: bool = False) -> Locator:
         """The handle of a slider, of a range's lower or upper end: it takes arrow keys and can be dragged."""
@@ -180,7 +192,7 @@ class Explorer:
         named = self.page.locator(".widget-label").filter(has_text=re.compile(f"^{re.escape(label)}$"))
         return self.root.locator(".widget-inline-hbox", has=named)
 
-    def _settled(self, wanted: Callable[[View], bool], otherwise: str) -> View:
+    def _settled(self, wanted: Callable[[View], object], otherwise: str) -> View:
         self.root.scroll_into_view_if_needed()
         give_up = time.monotonic() + PATIENCE
         last, since = None, time.monotonic()
@@ -198,7 +210,15 @@ class Explorer:
             if ready and wanted(shown):
                 return shown
             time.sleep(0.05)
-        raise AssertionError(f"{otherwise} within {PATIENCE} s; shown: {last.words} {last.alts}")
+        raise AssertionError(f"{otherwise} within {PATIENCE} s; {last.message} {last.words} {last.alts}")
+
+
+def eventually(true: Callable[[], object], otherwise: str) -> None:
+    """Wait until it is true."""
+    give_up = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < give_up, f"{otherwise} within {PATIENCE} s"
+        time.sleep(0.05)
 
 
 def write_notebook(path: Path, *cells: str, failing: Iterable[int] = ()) -> None:
@@ -255,11 +275,15 @@ class Notebook:
         )
 
     def errors(self) -> list[str]:
-        """The tracebacks that are shown."""
+        """The tracebacks in the outputs."""
         return ["\n".join(o["traceback"]) for cell in self.outputs() for o in cell if "traceback" in o]
 
-    def explorers(self) -> list[Explorer]:
-        return [Explorer(self.page, i) for i in range(self.page.locator(".ll-explorer").count())]
+    def explorers(self, count: int) -> list[Explorer]:
+        """All of them, once so many are drawn: the last cell has ended before the page shows what it made."""
+        eventually(
+            lambda: self.page.locator(".ll-explorer").count() == count, f"there are no {count} explorers"
+        )
+        return [Explorer(self.page, place) for place in range(count)]
 
     def kernel_process(self) -> int:
         """The number that a cell printed with ``os.getpid``."""

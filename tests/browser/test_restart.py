@@ -29,12 +29,12 @@ class TestRestart:
         assert explorer.view().pictures  # the last view stays to be looked at
 
         notebook.run()
-        assert not said.is_visible()
-        assert "position 1 " in explorer.changed(lambda: explorer.press("position", "End")).alts[0]
+        said.wait_for(state="hidden")
+        explorer.changed(lambda: explorer.press("position", "End"), lambda view: "position 1 " in view.alt)
 
     def test_a_kernel_that_dies_is_said(self, notebook: Notebook, explorer: Explorer):
         said = explorer.root.locator(".ll-no-kernel")
-        assert not said.is_visible()
+        said.wait_for(state="hidden")
         os.kill(notebook.kernel_process(), signal.SIGKILL)
         said.wait_for()
         notebook.wait_for_kernel()  # the server starts another one, and cannot end it before it is there

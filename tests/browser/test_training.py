@@ -6,8 +6,7 @@ import re
 import time
 from typing import ClassVar
 
-import pytest
-from pages import PATIENCE, Explorer, Notebook
+from pages import Explorer, Notebook, eventually
 
 PANEL = """
 import lora_lens as ll
@@ -26,8 +25,8 @@ class TestTraining:
     cells: ClassVar = (PANEL,)
 
     def test_before_any_click_it_says_what_to_do(self, explorer: Explorer):
-        view = explorer.view()
-        assert "press Start" in view.text and view.pictures and all(view.alts)
+        view = explorer.view(lambda view: "press Start" in view.text and view.pictures)
+        assert all(view.alts)
         assert all(name for _, name in explorer.names())
 
     def test_curves_grow_and_the_page_stays_alive(self, explorer: Explorer):
@@ -36,26 +35,24 @@ class TestTraining:
         drawn = explorer.root.locator("img:not(.ll-script)").get_attribute("src")
         explorer.press("position", "End")  # counts for the next run
         wait_for(explorer, "position 1,")
-        later = step_after(explorer, max(first, 25))  # tested every tenth step
-        assert later > first
-        assert explorer.root.locator("img:not(.ll-script)").get_attribute("src") != drawn
+        step_after(explorer, first)
+        picture = explorer.root.locator("img:not(.ll-script)")  # another one every tenth step
+        eventually(lambda: picture.get_attribute("src") != drawn, "the curves did not grow")
 
     def test_a_paused_run_stands_still_and_goes_on(self, explorer: Explorer):
         explorer.button("Pause").click()
         wait_for(explorer, "paused")
-        time.sleep(2)  # for the step that was going on
-        stands = step_of(explorer)
-        time.sleep(3)
-        assert step_of(explorer) == stands
+        stands = step_at_rest(explorer)
         explorer.button("Go on").click()
-        assert step_after(explorer, stands) > stands
+        step_after(explorer, stands)
 
     def test_a_stopped_run_is_a_row_of_the_table(self, explorer: Explorer):
         explorer.button("Stop").click()
         wait_for(explorer, "was stopped")
-        assert explorer.root.locator("table tbody tr").count() == 1
-        assert "stopped" in explorer.root.locator("table").inner_text()
-        assert explorer.button("Start").is_enabled() and explorer.button("Stop").is_disabled()
+        rows = explorer.root.locator("table tbody tr")
+        eventually(lambda: rows.count() == 1 and "stopped" in rows.first.inner_text(), "no row was added")
+        start, stop = explorer.button("Start"), explorer.button("Stop")
+        eventually(lambda: start.is_enabled() and stop.is_disabled(), "the buttons did not follow")
 
     def test_a_restart_under_a_running_training_is_said(self, notebook: Notebook, explorer: Explorer):
         explorer.button("Start").click()
@@ -63,7 +60,7 @@ class TestTraining:
         notebook.restart()
         explorer.root.locator(".ll-no-kernel").wait_for()
         notebook.run()
-        assert "press Start" in notebook.explorers()[0].view().text
+        explorer.view(lambda view: "press Start" in view.text)
 
 
 def step_of(explorer: Explorer) -> int:
@@ -72,12 +69,22 @@ def step_of(explorer: Explorer) -> int:
 
 
 def step_after(explorer: Explorer, step: int) -> int:
-    give_up = time.monotonic() + PATIENCE
-    while time.monotonic() < give_up:
-        if (now := step_of(explorer)) > step:
-            return now
-        time.sleep(0.1)
-    pytest.fail(f"still at step {step} after {PATIENCE} s: {explorer.root.inner_text()}")
+    eventually(lambda: step_of(explorer) > step, f"it did not go beyond step {step}")
+    return step_of(explorer)
+
+
+def step_at_rest(explorer: Explorer) -> int:
+    """The step, once it has been the same for three seconds."""
+    since, step = time.monotonic(), step_of(explorer)
+
+    def rests() -> bool:
+        nonlocal since, step
+        if (now := step_of(explorer)) != step:
+            since, step = time.monotonic(), now
+        return time.monotonic() - since > 3
+
+    eventually(rests, "the steps go on")
+    return step
 
 
 def wait_for(explorer: Explorer, words: str) -> None:
