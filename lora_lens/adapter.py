@@ -51,6 +51,7 @@ from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
 from lora_lens.placement import ByLayer
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
+from lora_lens.uncalled import noting_uncalled
 from lora_lens.window import Placement, Window, require_fit
 
 
@@ -298,8 +299,11 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
         inputs: a batch, or a mapping of keyword arguments such as a tokenizer gives. Of outputs with
             several tensors the first counts, which is the logits where the model has them. Outputs
             at positions that an ``attention_mask`` among the inputs masks are left out.
+
+    Warns:
+        UserWarning: adapted layers that were not called although the module that holds them ran.
     """
-    with evaluating(adapted), evaluating(model):
+    with evaluating(adapted), evaluating(model), noting_uncalled(adapted):
         reference, now = (_first_output(m, inputs) for m in (model, adapted))
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     if mask is not None and reference.shape[:-1] == mask.shape:
@@ -314,6 +318,8 @@ def _by_layer(
     left_out: dict[str, str] = {}
     if not isinstance(method, Mapping):
         layers, left_out = choose(able, targets, method.rank)
+        if targets is None and spectra is not None:
+            left_out = {name: why for name, why in left_out.items() if name in spectra}
         warn_left_out(left_out)
         return dict.fromkeys(_usual(layers, targets, spectra), method)
     allowed = None if targets is None else choose(able, targets)[0]

@@ -19,6 +19,7 @@ from lora_lens.code_source import HARMLESS, inside_decorator
 from lora_lens.code_steps import Reading
 from lora_lens.code_values import (
     NOTHING,
+    UNKNOWN,
     InnerFunction,
     Many,
     MethodOf,
@@ -33,6 +34,7 @@ from lora_lens.code_values import (
 
 FORWARDED = {"weight", "bias", "in_features", "out_features"}  # PEFT's layer answers these as its base does
 COMMON = vars(nn.Module()).keys() - {"_parameters", "_buffers"}  # every module has them
+CHANGING = {"training", "gradient_checkpointing"}  # settings that are other ones from call to call
 DEEPEST = 40
 
 
@@ -49,6 +51,7 @@ class CodeReader:
         self.weights: dict[int, Weight] = {}
         self.seen: dict[tuple, Value] = {}
         self.depth = 0
+        self.asked: list[tuple[nn.Module, str, object]] = []
 
     def enter(
         self, function: object, args: Sequence[Value], kwargs: Mapping[str, Value] | None = None
@@ -82,7 +85,7 @@ class CodeReader:
         """Note that the values of the weights in ``value`` count from here on."""
         for item in value:
             if isinstance(item, Weight):
-                self.report(item.layer, f"{where} reads its weight without calling it")
+                self.report(item.layer, f"is bypassed: {where} reads its weight without calling it")
             for inner in inside(item):
                 self.use(inner, where)
 
@@ -127,13 +130,23 @@ class CodeReader:
         own = getattr(item, "__dict__", {})
         return wrapped(own[name]) if name in own else self._of_class(type(item).__mro__, name, item)
 
+    def setting(self, owners: Value, name: str) -> object:
+        """A number, text, flag or None that the only one of ``owners`` has, and notes that it was asked."""
+        own = getattr(owners[0], "__dict__", {}) if len(owners) == 1 else {}
+        value = own.get(name, UNKNOWN)
+        if name in CHANGING or not (value is None or isinstance(value, (bool, int, float, str))):
+            return UNKNOWN
+        if isinstance(owners[0], nn.Module):
+            self.asked.append((owners[0], name, value))
+        return value
+
     def _of_layer(self, layer: nn.Module, name: str, where: str) -> Value:
         if name == "weight":
             return (self.weight_of(layer),)
         if hasattr(nn.Module, name):
             return (MethodOf(layer, name),)
         if name not in FORWARDED and name not in COMMON and hasattr(layer, name):
-            self.report(layer, f"{where} reads its {name}, which PEFT's layer around it does not have")
+            self.report(layer, f"is needed as it is: {where} reads its {name}, which PEFT's layer lacks")
         return NOTHING
 
     def _of_class(self, kin: Iterable[type], name: str, of: object) -> Value:

@@ -43,15 +43,18 @@ def _parsed(code: types.CodeType) -> Tree | None:
         tree = ast.parse("if 1:\n" + text if text[:1].isspace() else text)
     except SyntaxError:
         return None
-    kinds = ast.Lambda if code.co_name == "<lambda>" else (ast.FunctionDef, ast.AsyncFunctionDef)
     names = list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-    found = [n for n in ast.walk(tree) if isinstance(n, kinds) and _fits(n, code.co_name, names)]
-    return found[0] if len(found) == 1 or (found and kinds is not ast.Lambda) else None
+    if code.co_name == "<lambda>":
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+    else:
+        body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.If) else tree.body
+        found = [n for n in body if getattr(n, "name", None) == code.co_name and hasattr(n, "args")]
+    found = [node for node in found if _parameters(node.args) == names]
+    return found[0] if len(found) == 1 else None
 
 
-def _fits(node: Tree, name: str, parameters: list[str]) -> bool:
-    args = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-    return getattr(node, "name", "<lambda>") == name and [a.arg for a in args] == parameters
+def _parameters(names: ast.arguments) -> list[str]:
+    return [name.arg for name in (*names.posonlyargs, *names.args, *names.kwonlyargs)]
 
 
 def reads_in(

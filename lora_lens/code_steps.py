@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import operator
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from lora_lens.code_calls import called
 from lora_lens.code_source import inside_decorator, mentioned, reads_in, syntax_tree, words_of
 from lora_lens.code_values import (
     NOTHING,
+    UNKNOWN,
     InnerFunction,
     Many,
     Row,
@@ -27,6 +29,18 @@ from lora_lens.code_values import (
 
 if TYPE_CHECKING:
     from lora_lens.code_reading import CodeReader
+
+
+COMPARED = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
 
 
 class Reading:
@@ -130,7 +144,11 @@ class Reading:
                 self.value(node.value)
             case ast.If():
                 self.value(node.test)
-                self.either(node.body, node.orelse)
+                decided = self.decided(node.test)
+                if decided is UNKNOWN:
+                    self.either(node.body, node.orelse)
+                else:
+                    self.run(node.body if decided else node.orelse)
             case ast.For() | ast.AsyncFor():
                 elements = each(self.value(node.iter))
                 for _ in range(2):  # what the first round assigns, the second one reads
@@ -168,6 +186,31 @@ class Reading:
             self.run(body)
             ends.append(self.env)
         self.env = {name: union(*(e.get(name, ()) for e in ends)) for name in {n for e in ends for n in e}}
+
+    def decided(self, node: ast.expr) -> object:
+        """What a condition on settings of modules and configs comes to, such as ``self.config.tp > 1``."""
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Attribute():
+                return self.reader.setting(self.value(node.value), node.attr)
+            case ast.UnaryOp(op=ast.Not()):
+                value = self.decided(node.operand)
+                return value if value is UNKNOWN else not value
+            case ast.BoolOp():
+                values = [self.decided(part) for part in node.values]
+                ends = isinstance(node.op, ast.Or)
+                if any(value is not UNKNOWN and bool(value) == ends for value in values):
+                    return ends
+                return UNKNOWN if UNKNOWN in values else not ends
+            case ast.Compare(ops=[op]) if type(op) in COMPARED:
+                left, right = self.decided(node.left), self.decided(node.comparators[0])
+                if left is not UNKNOWN and right is not UNKNOWN:
+                    try:
+                        return COMPARED[type(op)](left, right)
+                    except TypeError:
+                        return UNKNOWN
+        return UNKNOWN
 
     def inner(self, names: ast.arguments, body: list[ast.stmt] | ast.expr) -> Value:
         made = InnerFunction(self, names, body)
@@ -207,7 +250,7 @@ class Reading:
                 for item in self.value(target.value):
                     if id(item) in self.reader.layers or isinstance(item, Weight):
                         layer = item.layer if isinstance(item, Weight) else item
-                        self.reader.report(layer, f"{self.where} sets its {target.attr}")
+                        self.reader.report(layer, f"is needed as it is: {self.where} sets its {target.attr}")
             case ast.Subscript():
                 self.reader.use(union(value, self.value(target.value)), self.where)
 
@@ -236,6 +279,9 @@ class Reading:
                 return union(*(self.value(v) for v in node.values))
             case ast.IfExp():
                 self.value(node.test)
+                decided = self.decided(node.test)
+                if decided is not UNKNOWN:
+                    return self.value(node.body if decided else node.orelse)
                 return union(self.value(node.body), self.value(node.orelse))
             case ast.BinOp():
                 both = union(self.value(node.left), self.value(node.right))

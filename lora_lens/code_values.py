@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 Value = tuple[object, ...]  # what an expression may be, no object twice
 NOTHING: Value = ()
+UNKNOWN = object()  # what is decided only when the code runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +136,6 @@ def wrapped(found: object) -> Value:
         return NOTHING
     if isinstance(found, (list, tuple)) and not hasattr(found, "_fields"):
         return (Row(tuple(wrapped(item) for item in found[:64])),)
-    if isinstance(found, Mapping):
+    if isinstance(found, dict):
         return (Many(union(*(wrapped(item) for item in list(found.values())[:64]))),)
     return (found,)

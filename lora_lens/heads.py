@@ -33,7 +33,9 @@ def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:
     for module in (*_asked(model), *named):
         if isinstance(module, nn.Linear):
             return module
-    within = [list(module.modules()) for module in named if isinstance(module, nn.Module)]
+    # In transformers' models without a task a "head" pools, and is pretrained.
+    foreign = () if isinstance(model, PreTrainedModel) else named
+    within = [list(module.modules()) for module in foreign if isinstance(module, nn.Module)]
     for inside in ([*_new_layers(model).values()], *within):
         linear = [module for module in inside if isinstance(module, nn.Linear)]
         if linear:

@@ -23,6 +23,7 @@ from lora_lens.errors import InputError
 from lora_lens.heads import head_layers
 from lora_lens.patterns import matching, routers
 from lora_lens.weight_reads import used_otherwise
+from lora_lens.window import require_fit
 
 Targets = str | Sequence[str] | None
 
@@ -30,6 +31,7 @@ GROUPS = ("all-linear", "all-conv", "all-attention", "all-mlp")
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+PLAIN = LoraConfig()
 ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 MLP = re.compile(
     r"mlp|ffn|feed_?forward|dense|intermediate|(^|\.)(fc\d|linear\d|w[io](_\d)?|output)(\.|$)", re.I
@@ -96,12 +98,13 @@ def choose(
         if pattern in GROUPS:
             members = found.groups[pattern]
             sizes = {n: min(matrix_shape(able[n])) for n in members & able.keys()} if rank else {}
-            small = {
-                n: f"has {k} components, fewer than the rank {rank}" for n, k in sizes.items() if k < rank
-            }
+            small = {n: f"has fewer components than the rank, {rank}" for n, k in sizes.items() if k < rank}
             why = {n: reasons[n] for n in members & found.unexpected} | small
             out = {n: why[n] for n in modules if n in why}
             if not members - out.keys():
+                if small:  # the message for the largest of them says what would fit
+                    most = max(out, key=lambda name: sizes.get(name, 0))
+                    require_fit(rank, sizes[most], most)
                 raise InputError(_empty_group(model, pattern, out or reasons))
             left_out |= out
             chosen |= members - out.keys()
@@ -121,11 +124,19 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
     for name, why in left_out.items():
         by_reason.setdefault(why, []).append(name)
     said = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_lens."):
-        level, frame = level + 1, frame.f_back
     count = f"{len(left_out)} layer{'s' if len(left_out) > 1 else ''}"
-    warnings.warn(f"{count} of the targets left out, which cannot be adapted: {said}", stacklevel=level)
+    warnings.warn(
+        f"{count} of the targets left out, which cannot be adapted: {said}", stacklevel=frames_inside()
+    )
+
+
+def frames_inside() -> int:
+    """The stacklevel that shows a warning at the line outside lora_lens that led to it."""
+    level, frame = 0, sys._getframe(1)
+    inside = ("lora_lens.", "contextlib", "torch.")  # context managers and decorators are between
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -160,22 +171,25 @@ def adaptable(model: nn.Module) -> Adaptable:
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_lazy(parameter):
-                places.setdefault(_memory(parameter), []).append(name if key == "weight" else f"{name}.{key}")
+                place = name if key == "weight" else f"{name}.{key}".strip(".")
+                places.setdefault(_memory(parameter), []).append(place)
+    modules = dict(model.named_modules())
     weighted = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if name
         and isinstance(weight := getattr(module, "weight", None), Tensor)
         and not is_lazy(weight)
         and weight.ndim > 1
     }
     layers = {n: m for n, m in weighted.items() if isinstance(m, LINEAR + CONVOLUTIONS)}
-    used = used_otherwise(model, layers)
+    used = used_otherwise(modules, layers)
+    refused = _refused_by_peft(model, {name.rpartition(".")[2] for name in layers})
     able, reasons, unexpected = {}, {}, set()
     for name, module in weighted.items():
         others = [n for n in places.get(_memory(module.weight), []) if n != name]
         kind = _reason(module, others)
-        reason = kind or used.get(name) or _touched(module) or _refused_by_peft(model, name)
+        reason = kind or used.get(name) or _touched(module) or refused.get(name.rpartition(".")[2])
         if not reason:
             able[name] = module
             continue
@@ -183,7 +197,7 @@ def adaptable(model: nn.Module) -> Adaptable:
         if not kind:
             unexpected.add(name)
     aside = head_layers(model)
-    chooses = routers(name for name, _ in model.named_modules())
+    chooses = routers(modules)
     members = {n: weighted[n] for n in (*able, *unexpected) if n not in chooses}
     members = {n: module for n, module in members.items() if module not in aside}
     linear = {n for n, m in members.items() if isinstance(m, LINEAR)}
@@ -206,16 +220,16 @@ def _touched(layer: nn.Module) -> str:
     return ""
 
 
-def _refused_by_peft(model: nn.Module, name: str) -> str:
-    """Asks what PEFT asks before it adapts a layer: in Mamba it refuses some by name."""
+def _refused_by_peft(model: nn.Module, last: Iterable[str]) -> dict[str, str]:
+    """By the last parts of names, what PEFT's own check before it adapts a layer refuses, as in Mamba."""
     check = getattr(LoraModel, "_check_target_module_compatiblity", None)
-    if check is None or not hasattr(model, "config"):
-        return ""
-    try:
-        check(None, LoraConfig(), model, name.rpartition(".")[2])
-    except ValueError:
-        return f"is refused by PEFT in {model.config.model_type} models, whose kernels read its weight"
-    return ""
+    refused = {}
+    for name in last if check is not None and hasattr(model, "config") else ():
+        try:
+            check(None, PLAIN, model, name)
+        except ValueError:
+            refused[name] = f"is refused by PEFT in models of type {model.config.model_type}"
+    return refused
 
 
 def _adds_nothing(layer: nn.Module) -> bool:
@@ -227,7 +241,8 @@ def _adds_nothing(layer: nn.Module) -> bool:
     ways = ("forward", "_conv_forward", "__call__", "_call_impl", "__getattr__")
     if all(getattr(kind, way, None) is getattr(base, way, None) for way in ways):
         return True
-    extra = vars(layer).keys() - vars(nn.Linear(1, 1)).keys()
+    usual = {"training", "in_features", "out_features"}
+    extra = [key for key in vars(layer) if not key.startswith("_") and key not in usual]
     return base is nn.Linear and not extra and _is_product(kind)
 
 
@@ -275,8 +290,8 @@ def _reason(module: nn.Module, others: list[str]) -> str:
         return f"computes its weight ({kind} under weight or spectral norm): remove the norm first"
     if type(module) not in LINEAR + CONVOLUTIONS and not _adds_nothing(module):
         return (
-            f"is a {kind}, and a window fits nn.Linear, Conv1D and plain convolutions only, and subclasses that "
-            "compute the same"
+            f"is a {kind}, and a window fits nn.Linear, Conv1D and plain convolutions only, or a subclass "
+            "that computes the same"
         )
     if weight.is_meta:
         return "is on the meta device, with a shape but no values; load the model's weights first"

@@ -51,7 +51,7 @@ def _compiled(pattern: str) -> re.Pattern:
     foreign = re.search(r"[()|$+\\]|^\^|^\.", pattern)
     if foreign:
         raise InputError(
-            f"target {pattern!r} looks like a regular expression (its {foreign[0]!r}); a pattern is the end of "
+            f"target {pattern!r} looks like a regular expression ({foreign[0]!r}); a pattern is the end of "
             "a layer's name, in which * stands for anything, ? for one character, [0-11] for a number and "
             "{q,k} for one of several texts; give several patterns as a list"
         )

@@ -8,24 +8,27 @@ fails. Both are found by reading the code of the modules above, see :mod:`lora_l
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from torch import nn
 
 from lora_lens.code_reading import CodeReader
 
 
-def used_otherwise(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Why each of the layers cannot be adapted that is not only called: reasons by name.
 
     Modules of the same classes inside and out are read once.
 
     Args:
-        layers: of ``model``, by name.
+        modules: all of a model, by name, itself included.
+        layers: those of them that count.
     """
     names = {id(layer): name for name, layer in layers.items()}
-    modules = dict(model.named_modules())
+
     shapes: dict[
         int, tuple[int, bool]
     ] = {}  # by id: a number for its structure, and whether layers are below
@@ -41,30 +44,56 @@ def used_otherwise(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
             shapes[id(module)] = known.setdefault(structure, len(known)), holds
         return shapes[id(module)]
 
+    places = {id(module): path for path, module in modules.items()}
     reasons: dict[str, str] = {}
-    done: dict[int, dict[str, str] | None] = {}  # by structure, by name inside; None if it reached outside
+    known_reads: dict[int, list[_Reads]] = {}  # by structure; several where settings differ
     for path, module in modules.items():
+        for layer, key in _held(module, names):
+            reasons[names[id(layer)]] = f"is bypassed: {type(module).__name__} also keeps it as its {key}"
         structure, holds = shape(module)
         if not holds or id(module) in names:
             continue
-        found = done.get(structure)
-        if found is None:
-            found = _read(module, layers, names)
-            inside = {n.removeprefix(f"{path}." if path else ""): why for n, why in found.items()}
-            at_home = all(not path or name.startswith(f"{path}.") for name in found)
-            done[structure] = inside if at_home else None
-            found = inside if at_home else {}
-            for name, why in () if at_home else _read(module, layers, names).items():
-                reasons.setdefault(name, why)
-        for name, why in found.items():
-            reasons.setdefault(f"{path}.{name}" if path else name, why)
+        before = known_reads.setdefault(structure, [])
+        reads = next((r for r in before if _hold(r.settings, path, modules)), None)
+        if reads is None:
+            reads = _read(path, module, layers, names, places)
+            if reads.at_home:
+                before.append(reads)
+        for name, why in reads.reasons.items():
+            reasons.setdefault(f"{path}.{name}".strip(".") if reads.at_home else name, why)
     return {name: reasons[name] for name in layers if name in reasons}
 
 
 _CALLABLE = (types.FunctionType, types.MethodType, partial)
 
 
-def _read(module: nn.Module, layers: Mapping[str, nn.Module], names: Mapping[int, str]) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Reads:
+    """What reading one module found.
+
+    Attributes:
+        reasons: by name of the layer, inside the module if ``at_home``, otherwise whole.
+        settings: the (module, attribute, value) that conditions asked for, the module as a name inside.
+        at_home: whether nothing outside the module is among both.
+    """
+
+    reasons: dict[str, str]
+    settings: list[tuple[str, str, object]]
+    at_home: bool
+
+
+def _hold(settings: list[tuple[str, str, object]], path: str, modules: Mapping[str, nn.Module]) -> bool:
+    named = ((modules[f"{path}.{inside}".strip(".")], key, value) for inside, key, value in settings)
+    return all(vars(module).get(key, ...) == value for module, key, value in named)
+
+
+def _read(
+    path: str,
+    module: nn.Module,
+    layers: Mapping[str, nn.Module],
+    names: Mapping[int, str],
+    places: Mapping[int, str],
+) -> _Reads:
     found: dict[str, str] = {}
     reader = CodeReader(
         {i: layers[name] for i, name in names.items()},
@@ -77,24 +106,25 @@ def _read(module: nn.Module, layers: Mapping[str, nn.Module], names: Mapping[int
         reader.enter(types.MethodType(kind.__call__, module), [])
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         reader.enter(hook, [(module,)])
-    for why, layer in _held(module, names):
-        found.setdefault(names[id(layer)], why)
-    return found
+    start = f"{path}." if path else ""
+    asked = [(f"{places.get(id(m), '?')}.", key, value) for m, key, value in reader.asked]
+    if all(name.startswith(start) for name in (*found, *(where for where, *_ in asked))):
+        inside = {name[len(start) :]: why for name, why in found.items()}
+        return _Reads(inside, [(w[len(start) :].strip("."), k, v) for w, k, v in asked], at_home=True)
+    return _Reads(found, [], at_home=False)
 
 
-def _held(module: nn.Module, names: Mapping[int, str]) -> list[tuple[str, nn.Module]]:
+def _held(module: nn.Module, names: Mapping[int, str]) -> Iterator[tuple[nn.Module, str]]:
     """Layers that a module also keeps in an attribute: PEFT puts its own only in the submodule's place."""
-    held = []
-    for key, value in module.__dict__.items():
-        if key == "_modules" or value is None or isinstance(value, (bool, int, float, str)):
+    for key, value in vars(module).items():
+        if key == "_modules" or type(value) in _SIMPLE:
             continue
-        if isinstance(value, (list, tuple, set)):
-            items = list(value)
-        else:
-            items = list(value.values()) if isinstance(value, dict) else [value]
-        for item in items:
-            item = getattr(item, "func", item) if isinstance(item, partial) else item
+        items = value.values() if isinstance(value, dict) else value if type(value) in _ROWS else [value]
+        for item in islice(items, 1000):
+            item = item.func if isinstance(item, partial) else item
             item = item.__self__ if isinstance(item, types.MethodType) else item
-            if isinstance(item, nn.Module) and id(item) in names:
-                held.append((f"{type(module).__name__} also keeps it in its attribute {key}", item))
-    return held
+            if id(item) in names:
+                yield item, key
+
+
+_SIMPLE, _ROWS = {bool, int, float, str, type(None)}, {list, tuple, set}

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import lora_lens as ll
-from lora_lens.heads import classifier
-from lora_lens.layers import block_and_kind, part_of, target_layers
+from lora_lens.layers import adaptable, block_and_kind, part_of, target_layers
+from lora_lens.weights import weights
 
 
 def test_patterns_select_by_the_end_of_the_name_in_whole_parts(model):
@@ -36,11 +40,6 @@ def test_convolutions_are_layers_too(patch_vit):
 def test_a_pattern_that_matches_only_modules_without_a_weight_says_so(patch_vit):
     with pytest.raises(ValueError, match=r"'act' matches only blocks.0.mlp.act \(GELU\)"):
         target_layers(patch_vit, "act")
-
-
-def test_a_model_without_a_classifier_is_refused():
-    with pytest.raises(ValueError, match="Sequential has no linear classifier"):
-        classifier(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_block_and_kind():
@@ -88,3 +87,135 @@ def test_a_group_without_members_says_why():
         target_layers(nn.Sequential(nn.Linear(2, 2)), "all-conv")
     with pytest.raises(ValueError, match=r"has no convolution.*; 0 is a convolution with groups=2"):
         target_layers(nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), "all-conv")
+
+
+def small_in_the_middle() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 48), nn.Linear(48, 3), nn.Linear(3, 24), nn.Linear(24, 20))
+
+
+def test_groups_leave_out_what_cannot_hold_the_rank_and_say_so_once():
+    model = small_in_the_middle()
+    with pytest.warns(UserWarning, match=r"^2 layers .* left out.*: 1, 2: .* fewer components than") as said:
+        adapted = ll.attach(model, ll.Window.middle(4))
+    assert [str(w.message) for w in said if "left out" in str(w.message)] == [str(said[0].message)]
+    assert said[0].filename == __file__
+    assert list(ll.summary(adapted)["layer"]) == ["0", "3"]
+    assert len(ll.summary(ll.attach(model, ll.Window.middle(3)))) == 4
+    with pytest.raises(ValueError, match=r"rank 4 does not fit 1: its spectrum has 3"):
+        ll.attach(model, ll.Window.middle(4), targets="1")
+    with pytest.raises(ValueError, match=r"rank 30 does not fit 0: its spectrum has 24.*at most 24"):
+        ll.attach(model, ll.LoRA(30))
+
+
+def test_each_placement_of_a_mapping_leaves_out_what_its_own_rank_does_not_fit():
+    plan = {"all-linear": ll.Window.middle(4), "[1-2]": ll.Window.middle(2)}
+    table = ll.summary(ll.attach(small_in_the_middle(), plan)).set_index("layer")
+    assert table["rank"].to_dict() == {"0": 4, "1": 2, "2": 2, "3": 4}
+
+
+class OwnProduct(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+class Nothing(nn.Linear):
+    pass
+
+
+class Rounded(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-100, 100)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.1, self.training))
+
+
+class Scaled(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = 1
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+class SamePadding(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "taken"),
+    [
+        (OwnProduct(8, 8), True),
+        (OwnProduct(8, 8, bias=False), True),
+        (Nothing(8, 8), True),
+        (Rounded(8, 8), False),
+        (Noisy(8, 8), False),
+        (Scaled(8, 8), False),
+        (SamePadding(3, 4, 3), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_subclasses_that_compute_the_same_are_taken(layer, taken):
+    model = nn.Sequential(layer)
+    assert ("0" in adaptable(model).layers) == taken
+    if taken:
+        x = torch.randn(3, 8)
+        assert ll.function_error(ll.attach(model, ll.Window.middle(4)), model, x) < 1e-5
+    else:
+        with pytest.raises(ValueError, match=r"0, which is a \w+, and a window fits"):
+            target_layers(model, "0")
+
+
+def hooked(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, inputs, output: output.relu())
+
+
+def patched(layer: nn.Module) -> None:
+    layer.forward = lambda x: x
+
+
+@pytest.mark.parametrize(("change", "why"), [(hooked, "forward hooks"), (patched, "a forward of its own")])
+def test_layers_that_were_changed_by_hand_are_refused(change, why):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    change(model[0])
+    assert list(adaptable(model).layers) == ["1"]
+    with pytest.raises(ValueError, match=why):
+        target_layers(model, "0")
+
+
+def test_weights_that_share_memory_are_tied_whatever_their_names():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    model.register_parameter("also", model[2].weight)
+    assert not adaptable(model).layers
+    with pytest.raises(ValueError, match="2, which shares its weight with also"):
+        target_layers(model, "2")
+
+
+def test_falcon_is_adapted_by_default():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
+    model = FalconForCausalLM(FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    adapted = ll.attach(model, ll.Window.first(4))
+    assert len(ll.summary(adapted)) == 4
+    assert ll.function_error(adapted, model, torch.randint(99, (2, 9))) < 1e-5
+
+
+def test_what_peft_refuses_is_left_out_with_a_word():
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="mamba")
+    model.in_proj, model.out_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+    assert list(adaptable(model).layers) == ["in_proj"]
+    assert adaptable(model).reasons == {"out_proj": "is refused by PEFT in models of type mamba"}
+
+
+def test_routers_are_no_usual_targets_in_models_as_in_their_files(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts, vocab_size=99))
+    assert not [name for name in target_layers(model) if "gate" in name.split(".")[-1].split("_")[-1:]]
+    assert "model.layers.0.mlp.shared_expert_gate" in target_layers(model, "shared_expert_gate")
+    assert not [w.name for w in weights(model) if w.name.endswith(("shared_expert_gate", "mlp.gate"))]

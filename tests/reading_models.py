@@ -1,0 +1,230 @@
+"""Small modules that use their layers in every way but calling them, and some that only look so."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+D = 8
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(D, D), nn.Linear(D, D), nn.LayerNorm(D)
+        self.layers = nn.ModuleList([nn.Linear(D, D), nn.Linear(D, D)])
+
+    def by_weight(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.a.weight)
+
+
+def by_weight(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight)
+
+
+def times(weight: Tensor, x: Tensor) -> Tensor:
+    return x @ weight.T
+
+
+def rows_of(weight: Tensor) -> int:
+    return weight.shape[0]
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, layer: nn.Module) -> Tensor:
+        return x @ layer.weight
+
+
+class Alias(Layers):
+    def forward(self, x):
+        layer = self.a
+        w = layer.weight
+        return F.linear(self.b(x), w)
+
+
+class Loop(Layers):
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.linear(x, layer.weight)
+        return self.a(x)
+
+
+class Index(Layers):
+    def forward(self, x):
+        return F.linear(self.layers[0](x), self.layers[-1].weight)
+
+
+class ByName(Layers):
+    def forward(self, x):
+        return F.linear(x, getattr(self, "a").weight) @ getattr(self.b, "weight")  # noqa: B009
+
+
+class Inherited(Layers):
+    def forward(self, x):
+        return super().by_weight(x) + self.b(x)
+
+
+class Handed(Layers):
+    def forward(self, x):
+        return by_weight(self.a, x) + times(self.layers[0].weight, x) + rows_of(self.b.weight)
+
+
+class Property(Layers):
+    @property
+    def matrix(self):
+        return self.a.weight
+
+    def forward(self, x):
+        return F.linear(x, self.matrix)
+
+
+class Grandparent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Layers()
+
+    def forward(self, x):
+        return F.linear(x, self.inner.a.weight)
+
+
+class Zipped(Layers):
+    def forward(self, x):
+        for norm, layer in zip([self.norm, self.norm], [self.a, self.b], strict=True):
+            x = F.linear(F.layer_norm(x, (D,), norm.weight), layer.weight)
+        return self.layers[0](x)
+
+
+class Inside(Layers):
+    def forward(self, x):
+        def of_a(y):
+            return y @ self.a.weight
+
+        return torch.utils.checkpoint.checkpoint(of_a, x) + (lambda y: y @ self.b.weight)(x)
+
+
+class Checkpointed(Layers):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.by_weight, x)
+
+
+class Stacked(Layers):
+    def forward(self, x):
+        return F.linear(x, torch.cat([layer.weight for layer in (self.a, self.b)]))
+
+
+class Keywords(Layers):
+    def forward(self, x):
+        return F.linear(**{"input": x, "weight": self.a.weight}) + functools.partial(by_weight, self.b)(x)
+
+
+class OwnFunction(Layers):
+    def forward(self, x):
+        return Product.apply(x, self.a)
+
+
+class Norm(Layers):
+    def forward(self, x):
+        return self.a(x) / self.a.weight.norm()
+
+
+class Scale(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.scale = 2
+
+    def forward(self, x):
+        return self.a.scale * self.a(x)
+
+
+class OtherModule(nn.Module):
+    def forward(self, x, layer):
+        return F.linear(x, layer.weight)
+
+
+class Sibling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.other = nn.Linear(D, D), OtherModule()
+
+    def forward(self, x):
+        return self.other(x, layer=self.a)
+
+
+class Kept(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = [self.a]
+
+    def forward(self, x):
+        return self.beside[0](x)
+
+
+class Hooked(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(lambda module, inputs: (F.linear(inputs[0], module.a.weight),))
+
+    def forward(self, x):
+        return self.b(x)
+
+
+class Generator(Layers):
+    def some(self):
+        yield self.a
+
+    def forward(self, x):
+        for layer in self.some():
+            x = x @ layer.weight
+        return x
+
+
+class Everything(Layers):
+    def forward(self, x):
+        return self.a(x) + sum(p.sum() for p in self.parameters())
+
+
+class Harmless(Layers):
+    def forward(self, x):
+        x = x.to(self.a.weight.dtype).to(next(self.parameters()).device)
+        weight = self.b.weight
+        if weight is not None and isinstance(self.a, nn.Linear) and not hasattr(self.b, "qweight"):
+            x = x + x.new_zeros(weight.size(0), dtype=weight.dtype)
+        for norm, layer in zip([self.norm], [self.a], strict=True):
+            x = layer(F.layer_norm(x, (D,), norm.weight, norm.bias))
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype))
+        return self.b(x)
+
+    def init_weights(self):
+        nn.init.zeros_(self.a.weight)
+        self.b.weight.data.mul_(2)
+
+
+USED = {
+    Alias: {"a"},
+    Loop: {"layers.0", "layers.1"},
+    Index: {"layers.1"},
+    ByName: {"a", "b"},
+    Inherited: {"a"},
+    Handed: {"a", "layers.0"},
+    Property: {"a"},
+    Grandparent: {"inner.a"},
+    Zipped: {"a", "b"},
+    Inside: {"a", "b"},
+    Checkpointed: {"a"},
+    Stacked: {"a", "b"},
+    Keywords: {"a", "b"},
+    OwnFunction: {"a"},
+    Norm: {"a"},
+    Scale: {"a"},
+    Sibling: {"a"},
+    Kept: {"a"},
+    Hooked: {"a"},
+    Generator: {"a"},
+    Everything: {"a", "b", "layers.0", "layers.1"},
+    Harmless: set(),
+}
