@@ -95,6 +95,6 @@ def test_the_front_is_that_of_all_pairs_and_takes_no_memory_for_them():
         as_good = (points[None] >= points[:, None]).all(-1)
         better = (points[None] > points[:, None]).any(-1)
         expected = ~(as_good & better).any(1) & ~np.isnan(points).any(1)
-        assert pareto_front(pd.DataFrame(points), x=0, y=1).tolist() == expected.tolist()
+        assert metrics.pareto_front(pd.DataFrame(points), x=0, y=1).tolist() == expected.tolist()
     many = pd.DataFrame(draw.random((200_000, 2)))  # all pairs would take 40 GB
-    assert 1 <= pareto_front(many, x=0, y=1).sum() < 100
+    assert 1 <= metrics.pareto_front(many, x=0, y=1).sum() < 100
