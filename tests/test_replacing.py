@@ -323,7 +323,7 @@ def files(place):
 write(old, place)
 (place / "notes.md").write_text("mine")
 before, refused = files(place), 0
-for most in range(0, 10**6, 400):
+for most in range(0, 10**6, 100):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
         write(new, place)
