@@ -123,26 +123,31 @@ def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
     """The adapted layers by the names they have without PEFT and without wrappers.
 
     Raises:
-        ValueError: they are not those that attach adapted, each with the one adapter that it got.
+        ValueError: what acts is not what attach made: a layer lost its adapter or got another one, or another
+            adapter is active. Others that are not, such as the reference of TRL's DPO, do not matter.
     """
     planned = peft_model.planned_layers
     found: dict[str, LoraLayer] = {}
-    for path, module in peft_model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
-            name = getattr(module, "planned_name", None)
-            if name not in planned or name in found:
-                raise InputError(f"{path} was adapted by something else after attach: {AGAIN}")
-            if set(module.lora_A) != {ADAPTER}:
-                others = sorted(set(module.lora_A) ^ {ADAPTER})
-                raise InputError(f"{name} does not have its one adapter any more ({listed(others)}): {AGAIN}")
+    for path, module in peft_model.base_model.model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name, active = getattr(module, "planned_name", None), list(module.active_adapters)
+        if name in planned and name not in found:
+            if ADAPTER not in module.lora_A or active != [ADAPTER]:
+                raise InputError(
+                    f"{name} has {listed(active) or 'no adapter'} active and not {ADAPTER!r}, which attach "
+                    f"made: call set_adapter({ADAPTER!r}), or attach again"
+                )
             found[name] = module
+        elif any(adapter in module.lora_A for adapter in active):
+            raise InputError(f"{path} was adapted by something else after attach: {AGAIN}")
     if missing := [name for name in planned if name not in found]:
         raise InputError(f"{listed(missing, most=3)} lost the adapter that attach gave: {AGAIN}")
     return {name: found[name] for name in planned}
 
 
 def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
-    return submodule(peft_model.get_base_model(), name)
+    return submodule(peft_model.base_model.model, name)
 
 
 def whole_modules(peft_model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
@@ -153,7 +158,7 @@ def whole_modules(peft_model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
     """
     wrapped = {
         getattr(module, "planned_name", path): module
-        for path, module in peft_model.get_base_model().named_modules()
+        for path, module in peft_model.base_model.model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     }
     if changed := sorted(wrapped.keys() ^ set(peft_model.planned_whole)):
@@ -343,12 +348,12 @@ def moved_buffers(peft_model: PeftModel, record: Attachment) -> dict[str, Tensor
 
 def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
     """The model's buffers by the names that they have without PEFT and wrappers."""
-    return dict(tensors_by_name(peft_model.get_base_model(), "buffers"))
+    return dict(tensors_by_name(peft_model.base_model.model, "buffers"))
 
 
 def taken_off(peft_model: PeftModel) -> nn.Module:
     """The base model without PEFT's modules, but with its own where PEFT trained copies; uses it up."""
-    base = peft_model.get_base_model()
+    base = peft_model.base_model.model
     kinds = (LoraLayer, ModulesToSaveWrapper)
     adapted = {path: module for path, module in base.named_modules() if isinstance(module, kinds)}
     peft_model.unload()

@@ -27,7 +27,7 @@ def for_plain_peft(
     Raises:
         ValueError: then there is no adapter left.
     """
-    base = peft_model.get_base_model()
+    base = peft_model.base_model.model
     layers, whole = peft_model.planned_layers, peft_model.planned_whole
     taken = [n for n, _ in named_modules(base) if whole and n.endswith(whole) and not lies_in(n, whole)]
     if peft_model.peft_config[ADAPTER].use_dora:

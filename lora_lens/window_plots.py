@@ -129,9 +129,10 @@ def feature_maps(
     with house_style():
         if axes is None:
             axes = plt.subplots(count, 3, figsize=(5.4, 1.75 * count + 0.5), squeeze=False)[1]
-        some_axes(axes, 3 * count, "pictures")
         if np.shape(axes) != (count, 3):
             raise InputError(f"expected axes of shape {(count, 3)}, not {np.shape(axes)}")
+        axes = np.asarray(axes)
+        some_axes(axes, 3 * count, "pictures")
         for ax, image in zip(axes[:, 0], images, strict=True):
             show_image(ax, image)
         axes[0, 0].set_title("image", fontsize=10.5, loc="center")

@@ -111,5 +111,5 @@ def test_torchvision_s_vit_is_finetuned_on_what_its_head_reads():
     with pytest.warns(UserWarning, match="self_attention.out_proj: is bypassed"):
         adapted = ll.attach(model, ll.Window.middle(4))
     assert [name[-5:] for name in ll.summary(adapted)["layer"]] == ["mlp.0", "mlp.3"]
-    run = ll.finetune(adapted, task, steps=2, batch_size=4, evaluations=1, progress=False)
+    run = ll.finetune(adapted, task, steps=2, batch_size=4, evaluations=2, progress=False)
     assert run.head.in_features == 32 and run.head.out_features == 4

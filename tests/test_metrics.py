@@ -96,3 +96,15 @@ def test_variants_are_not_averaged_and_mixed_tables_are_not_compared():
     assert len(metrics.seed_means(table)) == 6 and len(metrics.seed_means(table.drop(columns="variant"))) == 3
     with pytest.raises(ValueError, match=r"several runs share seed and position at learning rate 0.001"):
         metrics.ends_and_interior(table)
+
+
+def test_the_front_is_that_of_all_pairs_and_takes_no_memory_for_them():
+    draw = np.random.default_rng(0)
+    for n in range(30):  # few values, so that many are equal; some missing, some infinite
+        points = draw.choice([0.0, 1.0, 2.0, np.inf, -np.inf, np.nan], size=(n, 2))
+        as_good = (points[None] >= points[:, None]).all(-1)
+        better = (points[None] > points[:, None]).any(-1)
+        expected = ~(as_good & better).any(1) & ~np.isnan(points).any(1)
+        assert metrics.pareto_front(pd.DataFrame(points), x=0, y=1).tolist() == expected.tolist()
+    many = pd.DataFrame(draw.random((200_000, 2)))  # all pairs would take 40 GB
+    assert 1 <= metrics.pareto_front(many, x=0, y=1).sum() < 100

@@ -265,7 +265,8 @@ def test_an_adapter_added_removed_or_replaced_after_attach_is_noticed(patch_vit,
     cases = (
         (lambda a, mlp: setattr(mlp, "fc1", nn.Linear(32, 128)), "blocks.1.mlp.fc1 lost the adapter"),
         (lambda a, mlp: setattr(mlp, "fc1", mlp.fc1.get_base_layer()), "blocks.1.mlp.fc1 lost the adapter"),
-        (lambda a, mlp: a.add_adapter("second", a.peft_config["default"]), "one adapter any more"),
+        (lambda a, mlp: second(a).set_adapter("second"), "has second active and not 'default'"),
+        (lambda a, mlp: a.delete_adapter("default"), "has no adapter active"),
         (lambda a, mlp: setattr(mlp, "extra", copy.deepcopy(mlp.fc1)), "blocks.1.mlp.extra was adapted by"),
         (lambda a, mlp: delattr(mlp, "fc2"), "blocks.1.mlp.fc2 lost the adapter"),
     )
@@ -280,6 +281,13 @@ def test_an_adapter_added_removed_or_replaced_after_attach_is_noticed(patch_vit,
             with pytest.raises(ValueError, match=message):
                 ask(adapted)
     assert not list(tmp_path.iterdir())
+    idle = changed(lambda a, mlp: second(a))  # as TRL's DPO keeps its reference
+    assert ll.summary(idle).equals(ll.summary(changed(lambda a, mlp: None)))
+
+
+def second(adapted: PeftModel) -> PeftModel:
+    adapted.add_adapter("second", LoraConfig(r=2, target_modules=["qkv", "fc1"]))
+    return adapted
 
 
 WRAPPED = {

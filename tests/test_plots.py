@@ -188,7 +188,7 @@ def test_the_rise_of_the_loss_is_drawn_in_nats(table):
     windows = table[(table["method"] == "window") & (table["lr"] == 1e-3)]
     np.testing.assert_allclose(curves[0].get_ydata(), windows.groupby("position")["loss_rise"].mean())
     assert ax.get_ylabel().endswith("(nats)") and ax.yaxis.get_major_formatter() is not PERCENT
-    with pytest.raises(ValueError, match="score must be one of forgetting, loss_rise, not 'accuracy'"):
+    with pytest.raises(ValueError, match="score must be one of 'forgetting', 'loss_rise', not 'accuracy'"):
         ll.plots.forgetting_curve(table, score="accuracy")
 
 
@@ -200,7 +200,7 @@ def test_the_plane_of_the_loss_has_less_of_it_above(table):
     points = np.array([c.get_offsets()[0] for c in ax.collections])
     np.testing.assert_allclose(points[points[:, 1].argsort(), 1], np.sort(means["loss_rise"]))
     assert ax.yaxis_inverted() and ax.get_ylabel().endswith("(nats)")
-    with pytest.raises(ValueError, match="must be one of retained_accuracy, loss_rise"):
+    with pytest.raises(ValueError, match="must be one of 'retained_accuracy', 'loss_rise'"):
         ll.plots.tradeoff(table, y="accuracy")
 
 

@@ -315,7 +315,7 @@ def test_a_kill_at_any_step_leaves_all_of_the_old_or_all_of_the_new(kind, there,
 FULL = """
 write = {"save": ll.save, "export": ll.export, "export_residual": ll.export_residual}[sys.argv[2]]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails, as on a full disk
-old, new, place = trained(1), trained(2), folder / "run"
+old, new, place = trained(1), trained(2, ll.Window(rank=4, start=2)), folder / "run"
 
 def files(place):
     return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
@@ -323,7 +323,7 @@ def files(place):
 write(old, place)
 (place / "notes.md").write_text("mine")
 before, refused = files(place), 0
-for most in range(0, 10**6, 400):
+for most in range(0, 10**6, 100):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
         write(new, place)
