@@ -18,8 +18,9 @@ GATE = re.compile(r"(^|\.)gate(\.wg)?$")
 def matching(names: Iterable[str], pattern: str) -> set[str]:
     """The names that end in ``pattern``, in whole dotted parts.
 
-    ``*`` stands for anything, ``?`` for one character, ``[0-11]`` or ``[0,3,8-11]`` for a whole number, ``[05]`` for 0 or 5,
-    ``[!0]`` for every other number, ``[qkv]`` for one of these letters, and ``{q,k}`` for one of these texts.
+    ``*`` stands for anything, ``?`` for one character, ``[0-11]`` or ``[0,3,8-11]`` for a whole number,
+    ``[05]`` for 0 or 5, ``[!0]`` for every other number, ``[qkv]`` for one of these letters, and ``{q,k}``
+    for one of these texts.
 
     Raises:
         InputError: ``pattern`` is a regular expression, or a bracket in it has no end or no sense.
