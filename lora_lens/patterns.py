@@ -19,7 +19,8 @@ def matching(names: Iterable[str], pattern: str) -> set[str]:
     """The names that end in ``pattern``, in whole dotted parts.
 
     ``*`` stands for anything, ``?`` for one character, ``[0-11]`` or ``[0,3,8-11]`` for a whole number,
-    ``[!0]`` for every other number, ``[qkv]`` for one of these letters, and ``{q,k}`` for one of these texts.
+    ``[05]`` for 0 or 5, ``[!0]`` for every other number, ``[qkv]`` for one of these letters, and ``{q,k}``
+    for one of these texts.
 
     Raises:
         InputError: ``pattern`` is a regular expression, or a bracket in it has no end or no sense.
@@ -96,7 +97,7 @@ def _bracket(inside: str, whole: str) -> str:
         letters = inside.replace("\\", r"\\").replace("[", r"\[").replace("^", r"\^")
         return f"[{'^' if other else ''}{letters}]"
     numbers: set[int] = set()
-    for part in inside.split(","):
+    for part in inside if inside.isdigit() else inside.split(","):  # [05] is 0 or 5, as in any glob
         first, _, last = (piece.strip() for piece in part.partition("-"))
         low, high = int(first), int(last or first)
         if low > high or high - low >= MOST_NUMBERS:

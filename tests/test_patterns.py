@@ -22,6 +22,8 @@ def layers(pattern: str) -> list[int]:
         ("layers.[^2-12].mlp.fc1", [0, 1]),
         ("layers.[1].*", [1]),
         ("layers.1[0-1].*", [10, 11]),
+        ("layers.[05].*", [0, 5]),
+        ("layers.[!05].*", [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]),
         ("layers.?.*", list(range(10))),
         ("layers.{0,12}.*", [0, 12]),
         ("1.mlp.fc1", [1]),
