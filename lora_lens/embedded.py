@@ -35,6 +35,7 @@ from transformers.utils import logging
 from lora_lens.errors import InputError, MissingFileError, MissingPackageError
 from lora_lens.task_variants import only_classes
 from lora_lens.tasks import Examples, Task
+from lora_lens.validate import whole_number
 
 PACKAGE = Path(__file__).parent
 _redirecting = Lock()
@@ -65,7 +66,11 @@ def vision_architecture(num_classes: int = 10) -> VisionTransformer:
     overlapping 3 x 3 convolutions of stride 2 (Xiao et al. 2021, "Early
     convolutions help transformers see better") gives 16 tokens of width 96 to
     six blocks; the classifier reads their average.
+
+    Raises:
+        TypeError, ValueError: ``num_classes`` is no whole number of at least 0.
     """
+    num_classes = whole_number(num_classes, "num_classes", least=0)
     width = 96
     stem = ConvStem(in_chans=1, depth=3, channels=width, norm_layer=LayerNorm2d, act_layer=nn.GELU)
     return VisionTransformer(

@@ -14,6 +14,7 @@ from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.heads import classifier
 from lora_lens.readouts import Inputs
+from lora_lens.validate import instance
 from lora_lens.wrappers import named_modules
 
 CONSTANT = 1e-12  # of the features' norm: less around the mean is the rounding of that mean
@@ -38,9 +39,12 @@ def feature_change(
             first, of several calls the last); default the classifier's input, under its name.
 
     Raises:
+        TypeError: ``before`` or ``after`` is no model.
         ValueError: a model has no such layer or does not call it, what it gives is no batch or has
             another shape in the other model, or there is no classifier.
     """
+    for name, model in (("before", before), ("after", after)):
+        instance(model, nn.Module, name, "a model")
     old, new = (_features(model, inputs, layers) for model in (before, after))
     batch = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
     rows = []

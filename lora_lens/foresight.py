@@ -90,6 +90,7 @@ def foresee(
             model's, a layer is no linear one, or the model has no classifier.
         TypeError: an argument is of another type.
     """
+    instance(model, nn.Module, "model", "a pretrained model")
     instance(task, Task, "task", "a task, such as from ll.folder_task or ll.text_task")
     windows = sequence(windows, "windows", "windows", one=Placement)
     if not windows:
