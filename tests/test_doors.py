@@ -22,7 +22,8 @@ BAD = {"None": None, "3": 3, "'x'": "x", "[]": [], "{}": {}, "object()": object(
 # Of modules without __all__: what they share with others inside the package, not doors of their own.
 INSIDE = """
 tradeoffs.resampled tradeoffs.mean_and_interval tradeoffs.window_columns tradeoffs.groups tradeoffs.share
-tradeoffs.seeds_by_rate tradeoffs.rates_in strategies.method_of strategies.require_method strategies.exact_strategy
+tradeoffs.seeds_by_rate tradeoffs.rates_in
+strategies.method_of strategies.require_method strategies.exact_strategy
 penalties.squared_change task_variants.class_index task_variants.checked_seed
 """.split()  # noqa: SIM905
 # What functions return: nobody but they makes one, and they hold whatever they are given.
