@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 
 from lora_lens.errors import InputError
@@ -22,7 +23,9 @@ def for_plain_peft(
 
     PEFT takes modules_to_save by the ends of names letter by letter: classifier also means pre_classifier.
     And where it has to adapt a layer as a parameter, see :func:`lora_lens.peft_names.target_settings`, it
-    knows no DoRA. What it would take or cannot adapt is written in full, with its adapter merged.
+    knows no DoRA. For some transformers models it renames tensors when it loads them, after rules made for
+    released checkpoints, and drops those whose new name no module has. What it would take, drop or cannot
+    adapt is written in full, with its adapter merged.
 
     Raises:
         ValueError: then there is no adapter left.
@@ -33,6 +36,7 @@ def for_plain_peft(
     if peft_model.peft_config[ADAPTER].use_dora:
         parameters = target_settings(layers, base).get("target_parameters", ())
         taken += [name.removesuffix(".weight") for name in parameters]
+    taken += _dropped(peft_model, state)
     full = tuple(name for name in taken if not lies_in(name, [other for other in taken if other != name]))
     names = [name for name in layers if not lies_in(name, full)]
     if not names:
@@ -45,6 +49,18 @@ def for_plain_peft(
         kept |= {f"{PREFIX}{name}.{k}": t for k, t in _merged_state(submodule(base, name)).items()}
     settings = target_settings(names, base) | {"modules_to_save": [*whole, *full] or None}
     return settings, kept, full
+
+
+def _dropped(peft_model: PeftModel, state: Mapping[str, Tensor]) -> list[str]:
+    """The layers whose factors PEFT would not find again when it loads these tensors."""
+    factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    found = convert_peft_adapter_state_dict_for_transformers(
+        peft_model, peft_model.peft_config[ADAPTER], dict(factors)
+    )
+    lost = factors.keys() - found.keys()
+    return [
+        name for name in peft_model.planned_layers if any(k.startswith(f"{PREFIX}{name}.lora_") for k in lost)
+    ]
 
 
 def _merged_state(module: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from zoo.checks import check
 from zoo.families import build
 
 FAMILIES = [
-    "timm:davit_tiny",  # reads a convolution's settings besides calling it
+    "timm:test_convnext",
     "timm:coat_tiny",  # depthwise and narrow layers
     "timm:gmlp_ti16_224",
     "timm:swinv2_cr_tiny_224",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
@@ -170,9 +171,12 @@ def _check_export(row: Row, model: nn.Module, adapted: PeftModel, inputs: Inputs
         ll.export(adapted, folder + "/lora")
         plain = PeftModel.from_pretrained(copy.deepcopy(model), folder + "/lora").eval()
     wanted = set(ll.summary(adapted)["layer"])
-    found = {n for n, m in plain.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    modules = plain.get_base_model().named_modules()
+    found = {n for n, m in modules if hasattr(m, "lora_A") or isinstance(m, ModulesToSaveWrapper)}
     if found != wanted:
         row.problems.append(f"export: PEFT adapts {len(found)} layers, {len(wanted)} were trained")
+    if whole := plain.peft_config["default"].modules_to_save:
+        row.notes.append(f"export: {len(whole)} layers in full, as plain PEFT would lose their adapters")
     if change > 0:
         row.exported = difference(outputs(plain, inputs), trained) / change
         if not row.exported <= 1e-2 or (row.exported > 1e-3 and change > 1e-2):
