@@ -7,12 +7,10 @@ from zoo.checks import check
 from zoo.families import build
 
 FAMILIES = [
+    "timm:test_byobnet",
     "timm:test_convnext",
-    "timm:coat_tiny",  # depthwise and narrow layers
-    "timm:gmlp_ti16_224",
-    "timm:swinv2_cr_tiny_224",
-    "timm:xcit_nano_12_p8_224",
-    "timm:resnet10t",
+    "timm:test_efficientnet",
+    "timm:test_vit",
     "transformers:albert",
     "transformers:bart",
     "transformers:clip",
