@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 import lora_lens as ll
+from lora_lens.adapter import planned
 from lora_lens.errors import LoraLensError
 
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 RANK, TOLERANCE = 2, 1e-5
-GROUPS = ("all-linear", "all-attention", "all-mlp", "all-conv")
+GROUPS = ("all-attention", "all-mlp", "all-conv")  # the default is all-linear
 METHOD = ll.Window(RANK, position=0.5)
 NOTHING = " has no "  # in the message for a group without a layer
 
@@ -57,22 +58,24 @@ def check(model: nn.Module, inputs: Inputs) -> Row:
         try:
             targets = None
             try:
-                adapted = ll.attach(model, METHOD)
+                plan = planned(model, METHOD)
             except LoraLensError as error:
                 if NOTHING not in str(error):
                     raise
                 targets = "all-conv"
-                adapted = ll.attach(model, METHOD, targets=targets)
+                plan = planned(model, METHOD, targets=targets)
+            spectra = ll.spectra(model, list(plan), vectors=[METHOD], progress=False)
+            adapted = ll.attach(model, METHOD, targets=targets, spectra=spectra)
         except Exception as error:
             nothing = isinstance(error, LoraLensError) and NOTHING in str(error)
             (row.notes if nothing else row.problems).append(f"attach: {_said(error)}")
             return row
-    row.left_out = [str(w.message) for w in said if isinstance(w.message, UserWarning)]
+    row.left_out = list(dict.fromkeys(str(w.message) for w in said if isinstance(w.message, UserWarning)))
     row.layers = len(ll.summary(adapted))
     _check_function(row, targets, model, adapted, inputs, reference)
     _check_action(row, model, adapted, inputs)
-    for group in GROUPS:
-        _check_group(row, group, model, inputs, reference)
+    for group in GROUPS if targets is None else ():
+        _check_group(row, group, model, inputs, reference, spectra)
     _check_export(row, model, adapted, inputs)
     _check_spectra(row, model, targets)
     return row
@@ -144,11 +147,20 @@ def _backward(model: nn.Module, inputs: Inputs) -> None:
             total.backward()
 
 
-def _check_group(row: Row, group: str, model: nn.Module, inputs: Inputs, reference: list[Tensor]) -> None:
+def _check_group(
+    row: Row,
+    group: str,
+    model: nn.Module,
+    inputs: Inputs,
+    reference: list[Tensor],
+    spectra: ll.SpectrumSet,
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            adapted = ll.attach(model, METHOD, targets=group)
+            adapted = ll.attach(
+                model, METHOD, targets=group, spectra=None if group == "all-conv" else spectra
+            )
         except Exception as error:
             if not (isinstance(error, LoraLensError) and NOTHING in str(error)):
                 row.problems.append(f"{group}: {_said(error)}")
