@@ -157,8 +157,9 @@ def test_other_byte_orders_and_versions_are_told_from_damage(tmp_path, head, mes
 
 
 @pytest.mark.parametrize(("alpha", "scaling"), [(8.0, 2.0), (0.0, 1.0)])
-def test_an_adapter_of_llama_cpp_is_scaled_as_llama_cpp_does(tmp_path, alpha, scaling):
-    a, b = torch.randn(4, 12), torch.randn(6, 4)
+@pytest.mark.parametrize("out", [6, 12])  # the factors of a square layer fit either way round
+def test_an_adapter_of_llama_cpp_is_scaled_as_llama_cpp_does(tmp_path, alpha, scaling, out):
+    a, b = torch.randn(4, 12), torch.randn(out, 4)
     path = tmp_path / "lora.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
