@@ -314,6 +314,22 @@ def test_a_kill_at_any_step_leaves_all_of_the_old_or_all_of_the_new(tmp_path):
         assert seen.count(before) > 3 and seen.count("new") > 3
 
 
+def test_what_is_saved_after_a_kill_into_one_of_two_folders_is_the_newest(monkeypatch, tmp_path):
+    newer = adapted_model(1)
+    ll.export_residual(newer, tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ll.export_residual(adapted_model(2, start=2), tmp_path)
+    assert (tmp_path / ".lora_lens.ready" / "adapter").is_dir()
+    ll.save(newer, tmp_path / "adapter")
+    assert ll.function_error(ll.load(small_model(), tmp_path / "adapter"), newer, X) < 1e-6
+
+
 FULL = """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails, as on a full disk
 old, new = trained(1), trained(2, ll.Window(rank=4, start=2))
