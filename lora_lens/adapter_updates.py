@@ -30,6 +30,7 @@ from lora_lens.wrappers import unwrapped
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 ABOUT, START, ON_RESIDUAL = "lora_lens.json", "start.safetensors", "on_residual"
 PREFIX = "base_model.model."
+PREFIXES = ("base_model.", "lora_", "lycoris_")  # of all keys of PEFT, of kohya's scripts and LyCORIS
 # PEFT's starts that leave the base as it is; the others subtract from it what the adapter starts with.
 PLAIN_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 # Settings with which the layer does not compute W + scaling * B @ A.
@@ -55,7 +56,7 @@ def is_adapter(tensors: Iterable[str]) -> bool:
     bases = (key for key in keys if ".base_layer." in key and not is_adapter_key(key))
     based = tuple(f"{key.partition('.base_layer.')[0]}." for key in bases)
     if not factors:
-        return bool(keys) and not based and all(key.startswith("base_model.") for key in keys)
+        return bool(keys) and not based and all(key.startswith(PREFIXES) for key in keys)
     factors = [key for key in factors if "lora_embedding" not in key]
     return not factors or not all(key.startswith(based) for key in factors)
 

@@ -310,6 +310,8 @@ ALPHA = {"l.alpha": torch.tensor(8.0)}
         ({"l.hada_w1_a": B, "l.hada_w1_b": A} | ALPHA, None, "without LoRA's factors.*hada_w1_a"),
         ({"l.lokr_w1": A, "l.lokr_w2": B} | ALPHA, None, "without LoRA's factors.*lokr_w1"),
         ({"base_model.model.l.oft_R.weight": A}, None, "without LoRA's factors.*oft_R"),
+        ({"lora_unet_l.a1.weight": A, "lora_unet_l.b1.weight": B}, None, "without LoRA's factors.*a1"),
+        ({"lycoris_l.weight": B, "lycoris_l.on_input": A}, None, "without LoRA's factors"),
         ({"l.adapter.linear_in.weight": A, "l.adapter.linear_out.weight": B}, None, "nothing says how B @ A"),
         ({"l.processor.qkv_lora1.down.weight": A, "l.processor.qkv_lora1.up.weight": B}, None, "is scaled"),
     ],
