@@ -149,11 +149,18 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
             stored[name] = stored_pair(pair, name, 1.0, read, problem=problem)
             continue
         value, rank = scaling(pair, name)
+        problem = ""
         if rank and _is_of(name, settings.get("target_parameters"), of_one=pair.rank == rank):
             problem = (
                 "is adapted through target_parameters: whether its factors fit (in, out) or (out, in) is not "
                 "stored; merge the adapter into its model and compare the weights before and after"
             )
+        elif ".base_layer.out_proj" in pair.layer:
+            problem = (
+                "is the output of nn.MultiheadAttention, whose update PEFT applies twice (0.21 at least); "
+                "merge the adapter into its model and compare the weights before and after"
+            )
+        if problem:
             stored[name] = replace(stored_pair(pair, name, value, read, problem=problem), usual=False)
         else:
             stored[name] = stored_pair(pair, name, value, read, rank=rank)

@@ -385,3 +385,18 @@ def test_layers_adapted_otherwise_are_not_left_out_beside_pairs(tmp_path, what):
     with pytest.raises(ValueError, match=rf"^m is adapted by other than B @ A \({what}\)"):
         weights(path)
     assert [w.name for w in weights(path, "l")] == ["l"]
+
+
+def test_the_output_of_torch_s_attention_is_left_out_because_peft_applies_its_update_twice(tmp_path):
+    base = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    adapted = trained(base, r=2, lora_alpha=6, target_modules=["attn"])
+    adapted.save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.warns(UserWarning, match=r"left out attn\.out_proj: .* PEFT applies twice"):
+            (update,) = weights(source)
+        with pytest.raises(ValueError, match=r"^attn\.out_proj is the output of nn\.MultiheadAttention"):
+            weights(source, "out_proj")
+    change = adapted.merge_and_unload()["attn"].in_proj_weight - before["attn.in_proj_weight"]
+    assert update.name == "attn"
+    torch.testing.assert_close(update.load(), change, rtol=1e-4, atol=1e-5)
