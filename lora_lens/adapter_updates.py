@@ -21,14 +21,16 @@ from torch import Tensor
 
 from lora_lens.checkpoint import headers, metadata, read_json, read_tensor
 from lora_lens.errors import InputError, MissingFileError
-from lora_lens.factor_pairs import Pair, is_adapter_key, pairs_among, stored_pair
+from lora_lens.factor_pairs import STRONG, Pair, is_adapter_key, pairs_among, stored_pair
 from lora_lens.layers import listed
 from lora_lens.roles import Stored
+from lora_lens.validate import flag, number, whole_number
 from lora_lens.wrappers import unwrapped
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 ABOUT, START, ON_RESIDUAL = "lora_lens.json", "start.safetensors", "on_residual"
 PREFIX = "base_model.model."
+PREFIXES = ("base_model.", "lora_", "lycoris_")  # of all keys of PEFT, of kohya's scripts and LyCORIS
 # PEFT's starts that leave the base as it is; the others subtract from it what the adapter starts with.
 PLAIN_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 # Settings with which the layer does not compute W + scaling * B @ A.
@@ -45,10 +47,18 @@ Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 def is_adapter(tensors: Iterable[str]) -> bool:
-    """Whether a file holds an adapter without its base model."""
+    """Whether a file holds an adapter without its base model.
+
+    With it, each adapted layer's own weight is there; of an embedding PEFT writes it to either kind of file.
+    """
     keys = list(tensors)
-    by_peft = bool(keys) and all(key.startswith("base_model.") for key in keys)
-    return (by_peft or any(map(is_adapter_key, keys))) and not any(".base_layer." in key for key in keys)
+    factors = [key for key in keys if is_adapter_key(key)]
+    bases = (key for key in keys if ".base_layer." in key and not is_adapter_key(key))
+    based = tuple(f"{key.partition('.base_layer.')[0]}." for key in bases)
+    if not factors:
+        return bool(keys) and not based and all(key.startswith(PREFIXES) for key in keys)
+    factors = [key for key in factors if "lora_embedding" not in key]
+    return not factors or not all(key.startswith(based) for key in factors)
 
 
 def without_adapter(tensors: Iterable[str]) -> dict[str, str]:
@@ -57,9 +67,7 @@ def without_adapter(tensors: Iterable[str]) -> dict[str, str]:
     if not any(".base_layer." in key for key in keys):
         return {key: key for key in keys}
     own = (key for key in keys if not is_adapter_key(key) and ".modules_to_save." not in key)
-    return {
-        k.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", "."): k for k in own
-    }
+    return {re.sub(r"(\.(base_layer|original_module))+\.", ".", k.removeprefix(PREFIX)): k for k in own}
 
 
 def saved_by_lora_lens(folder: Path) -> list[Stored] | None:
@@ -130,6 +138,10 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     else:
         scaling = partial(_of_alpha, tensors, read, path, about)
     stored: dict[str, Stored] = {}
+    for layer in others.keys() - {pair.layer for pair in found}:
+        if touched := [what for what in others[layer] if STRONG.search(what) or what == "diff"]:
+            problem = f"is adapted by other than B @ A ({listed(touched, most=3)}); merge it into its model"
+            stored[layer] = Stored(layer, (1, 1), partial(read, layer), problem=problem)
     for pair in found:
         name = unwrapped(pair.layer.removeprefix(PREFIX).replace(".base_layer", ""))
         if touched := others.get(pair.layer):
@@ -137,20 +149,33 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
             stored[name] = stored_pair(pair, name, 1.0, read, problem=problem)
             continue
         value, rank = scaling(pair, name)
-        if rank and pair.rank > rank and _is_of(name, settings.get("target_parameters")):
+        problem = ""
+        if rank and _is_of(name, settings.get("target_parameters"), of_one=pair.rank == rank):
             problem = (
                 "is adapted through target_parameters: whether its factors fit (in, out) or (out, in) is not "
                 "stored; merge the adapter into its model and compare the weights before and after"
             )
+        elif ".base_layer.out_proj" in pair.layer:
+            problem = (
+                "is the output of nn.MultiheadAttention, whose update PEFT applies twice (0.21 at least); "
+                "merge the adapter into its model and compare the weights before and after"
+            )
+        if problem:
             stored[name] = replace(stored_pair(pair, name, value, read, problem=problem), usual=False)
         else:
             stored[name] = stored_pair(pair, name, value, read, rank=rank)
     return list(stored.values())
 
 
-def _is_of(name: str, parameters: Iterable[str] | None) -> bool:
-    """Whether one of the parameters, such as mlp.experts.gate_up_proj, belongs to the module of that name."""
-    return any(f".{name}".endswith(f".{p.rpartition('.')[0]}") for p in parameters or ())
+def _is_of(name: str, parameters: object, of_one: bool) -> bool:
+    """Whether one of the parameters, such as mlp.experts.gate_up_proj, belongs to the module of that name.
+
+    Args:
+        of_one: whether the factors are of one matrix; then a layer's weight is adapted as by its name.
+    """
+    texts = [p for p in parameters if isinstance(p, str)] if isinstance(parameters, list) else []
+    places = [p.rpartition(".")[0] for p in texts if not (of_one and p.endswith(".weight"))]
+    return any(f".{name}".endswith(f".{place}") for place in places)
 
 
 def _require_plain_lora(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -176,9 +201,10 @@ def _require_plain_lora(folder: Path, settings: Mapping[str, Any]) -> None:
 def _of_peft(settings: Mapping[str, Any], where: Path, pair: Pair, name: str) -> tuple[float, int | None]:
     try:
         ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-        rank = ranks.get(get_pattern_key(ranks, name), settings["r"])
-        alpha = alphas.get(get_pattern_key(alphas, name), settings["lora_alpha"])
-        scaling = float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+        rank = whole_number(ranks.get(get_pattern_key(ranks, name), settings["r"]), "r", least=1)
+        alpha = number(alphas.get(get_pattern_key(alphas, name), settings["lora_alpha"]), "lora_alpha")
+        stabilized = flag(settings.get("use_rslora") or False, "use_rslora")
+        scaling = float(alpha / (math.sqrt(rank) if stabilized else rank))
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, re.error) as error:
         raise InputError(f"{where} gives no scaling of {name} ({error!r}); save it again") from error
     return _finite(scaling, where, name), rank

@@ -1,7 +1,7 @@
 """Pairs of low-rank factors among a file's tensors, by the names that programs give them.
 
 PEFT writes ``lora_A`` and ``lora_B``, kohya's scripts ``lora_down`` and ``lora_up``, diffusers ``lora.down``
-and ``lora.up``, MLX and llama.cpp ``lora_a`` and ``lora_b``.
+and ``lora.up``, MLX and llama.cpp ``lora_a`` and ``lora_b``, NeMo ``adapter.linear_in`` and ``linear_out``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from lora_lens.errors import InputError
 from lora_lens.quantized import problem_of
-from lora_lens.roles import Stored
+from lora_lens.roles import Stored, is_embedding
 
 FACTOR = re.compile(
-    r"(?P<layer>.+?)(?P<weight>\.weight)?[._](?P<kind>lora_embedding|lora_linear_layer|lora\d*)[._]"
-    r"(?P<side>[AaBb]|down|up)(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<end>\.weight)?"
+    r"(?P<layer>.+?)(?P<weight>\.weight)?[._](?P<kind>lora_embedding|lora_linear_layer|lora\d*"
+    r"|(lora_\w+_)?adapter(?=\.linear_))[._](?P<side>[AaBb]|down|up|linear_in|linear_out)"
+    r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<end>\.weight)?"
 )
 # Of other methods, or of a pair that is more than a pair.
 OTHER = re.compile(
@@ -29,8 +30,9 @@ OTHER = re.compile(
     r"lora_magnitude_vector\S*|lora_mid\S*|lora_diag\S*|lora_E\S*|ia3_l\S*|vera_lambda_[bd]\S*|hra_u\S*|"
     r"fourierft_spectrum\S*|randlora_\w+\S*|diff(_b)?|w_norm|b_norm|glora\S*|[ab][12]\.weight|scalar|m)"
 )
-STRONG = re.compile(r"hada_|lokr_|oft_|lora|dora_scale|ia3_l|vera_|hra_u|fourierft")
-SIDES = {"A": "a", "a": "a", "down": "a", "B": "b", "b": "b", "up": "b"}
+STRONG = re.compile(r"hada_|lokr_|oft_|lora|dora_scale|ia3_l|vera_|hra_u|fourierft|adapter\.linear_")
+SIDES = {"A": "a", "a": "a", "down": "a", "linear_in": "a"}
+SIDES |= {"B": "b", "b": "b", "up": "b", "linear_out": "b"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def pairs_among(
             )
         a, b = sides["a"], sides["b"]
         (shape_a, dtype_a), (shape_b, dtype_b) = tensors[a], tensors[b]
+        turned = _turned(a, shape_a, shape_b)
         pairs.append(
             Pair(
                 layer,
@@ -95,8 +98,8 @@ def pairs_among(
                 shape_b,
                 (dtype_a, dtype_b),
                 adapter,
-                "lora_embedding" in a,
-                _turned(a, shape_a, shape_b),
+                "lora_embedding" in a or (turned and is_embedding(layer)),  # MLX's has no name of its own
+                turned,
             )
         )
     return pairs, others
@@ -141,11 +144,15 @@ def stored_pair(
 
 
 def _turned(key: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> bool:
-    """MLX stores A (in, rank) and B (rank, out), under names that do not end in .weight."""
+    """MLX stores A (in, rank) and B (rank, out). Square layers fit either way, so there names decide.
+
+    MLX's end in .lora_a, as do llama.cpp's, which has .weight.lora_a and stores factors as PEFT does.
+    """
     if len(shape_a) != 2 or len(shape_b) != 2 or ".lora_a" not in key:
         return False
     plain, turned = shape_a[0] == shape_b[1], shape_a[1] == shape_b[0]
-    return turned and not (plain and key.endswith(".weight"))
+    of_mlx = key.endswith(".lora_a") and not key.endswith(".weight.lora_a")
+    return turned and (of_mlx or not plain)
 
 
 def _factors(read: Callable[[str], Tensor], pair: Pair, scaling: float) -> tuple[Tensor, Tensor]:

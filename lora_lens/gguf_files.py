@@ -22,9 +22,11 @@ from lora_lens.roles import Stored, aside_names, is_embedding, weight_name
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 INTEGERS = {"I8", "I16", "I32", "I64"}
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by value type
+INTS = {4: "I", 5: "i", 10: "Q", 11: "q"}
 UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
 ROWS_AT_ONCE = 64
 LONGEST = 65535  # bytes of a name
+RESHAPED = "comfy.gguf.orig_shape."  # ComfyUI cuts rows that fill no block anew, and writes how they were
 NO_SIGNS = Signs(())
 
 
@@ -46,6 +48,7 @@ def in_gguf(path: Path) -> list[Stored]:
             key: (shape, *_kind(path, key, shape, number, start + offset))
             for key, (shape, number, offset) in tensors.items()
         }
+        placed = {key: _as_it_was(*found, about.get(RESHAPED + key)) for key, found in placed.items()}
     except (ValueError, KeyError, OverflowError, RecursionError, ZeroDivisionError, struct.error) as error:
         raise InputError(f"{path} is truncated or malformed ({error}); download it again") from error
     if about.get("general.type") == "adapter" or any(map(is_adapter_key, placed)):
@@ -153,6 +156,10 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...]
                 about[key] = number("I")
             elif kind == FLOAT32:
                 about[key] = number("f")
+            elif kind == ARRAY and key.startswith(RESHAPED):
+                if (kind := number("I")) not in INTS:
+                    raise ValueError(f"{key} holds no whole numbers")
+                about[key] = tuple(number(INTS[kind]) for _ in range(min(number("Q"), LONGEST)))
             elif kind == STRING and key in ("general.type", "adapter.type"):
                 about[key] = text()
             else:
@@ -191,6 +198,21 @@ def _kind(
     if not (kind.name in FLOATS or kind.name in INTEGERS or _can_dequantize(number, size)):
         problem = f"is {kind.name}, which gguf {version('gguf')} cannot dequantize; try a newer gguf"
     return kind.name, problem, partial(_of_gguf, path, offset, shape, row, kind.name)
+
+
+def _as_it_was(
+    shape: tuple[int, ...], kind: str, problem: str, read: Callable, original: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], str, str, Callable[[int | None], Tensor]]:
+    if original is None or original == shape:
+        return shape, kind, problem, read
+    if math.prod(original) != math.prod(shape) or min(original, default=0) < 0:
+        raise ValueError(f"a tensor of shape {shape} cannot have been {original}")
+    return original, kind, problem, partial(_reshaped, read, original)
+
+
+def _reshaped(read: Callable, shape: tuple[int, ...], expert: int | None = None) -> Tensor:
+    whole = read(None).reshape(shape)
+    return whole if expert is None else whole[expert]
 
 
 @lru_cache

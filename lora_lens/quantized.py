@@ -29,6 +29,9 @@ SIGN = re.compile(rf"(?P<layer>.+?)(?P<weight>[._]_?weight)?[._](?P<sign>{SIGNS}
 PAYLOAD = re.compile(PAYLOADS)
 COMMON = {"indices", "codes", "blocks", "packed"}  # words for other things as well, where they stand alone
 HINT = re.compile(r"scale|scl|amax|quant", re.IGNORECASE)
+NO_HINT = re.compile(r"(logit|layer|embed|res|residual|k|v|kv_cache)_?scale\w*")  # of no weight
+OWN = ("weight", "bias")
+TABLE = re.compile(r"(ids?|idxs?|index|indexes|indices|(?<!bit)mask|bias)$")  # integers in any model
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 NARROW = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 NARROW |= {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
@@ -41,16 +44,16 @@ class Signs:
     def __init__(self, keys: Iterable[str]):
         self.beside: dict[str, list[str]] = {}  # by layer
         self.payloads: dict[str, str] = {}  # the layer of each packed tensor, by key
-        self.keys: set[str] = set()  # no weights of their own
+        self.keys: dict[str, str] = {}  # the layers of what is no weight of its own
         keys, alone = list(keys), []
-        self.hints = [key for key in keys if HINT.search(key)]
+        self.all = set(keys)
         for key in keys:
             if key.endswith(".weight") and not key.endswith("centroids.weight"):
                 continue
             head, tail = split_before(key, 4)  # what a sign can be is in the last parts, the search is short
             if found := SIGN.fullmatch(tail):
                 layer = head + found["layer"]
-                self.keys.add(key)
+                self.keys[key] = layer
                 self.beside.setdefault(layer, []).append(key[len(layer) + 1 :])
                 if PAYLOAD.fullmatch(found["sign"]):
                     self.payloads[key] = layer
@@ -59,16 +62,44 @@ class Signs:
         for key in alone:
             if len(self.beside[self.payloads[key]]) == 1:
                 del self.payloads[key]
+        self.inside: dict[str, list[str]] = {}  # the last parts by what comes before
+        for key in keys:
+            parent, _, last = key.rpartition(".")
+            self.inside.setdefault(parent, []).append(last)
+        self.hints: list[str] = []  # what may be a scale, but of no layer that is here
+        self.shared: dict[str, str] = {}  # those among them that may be for all layers around, by place
+        for key in keys:
+            parent, _, last = key.rpartition(".")
+            if HINT.search(key) and last not in OWN and f"{self.keys.get(key)}.weight" not in self.all:
+                self.hints.append(key)
+                if HINT.search(last) and not NO_HINT.fullmatch(last):
+                    self.shared[parent] = key
 
     def of(self, layer: str) -> list[str]:
         """What lies beside the layer's weight, by names without the layer's."""
         return self.beside.get(layer, [])
 
+    def add_packed(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+        """Of a model that is said to be quantized: integers in a layer without a weight are its payload."""
+        for key, (shape, dtype) in tensors.items():
+            layer, _, last = key.rpartition(".")
+            alone = f"{layer}.weight" not in self.all and not self.of(layer)
+            integers = dtype not in {*FLOATS, *NARROW, "BOOL"} and not TABLE.search(last)
+            if alone and integers and len(shape) > 1:
+                self.payloads[key] = layer
+                self.beside[layer] = [last]
+
     def hint(self, layer: str) -> str:
-        """That something else may be the layer's scale, under a name of no known quantizer; or ""."""
-        ends = (f"{layer}.", f"{layer}_")
-        near = (k for k in self.hints if k.startswith(ends) or k.endswith(f".{layer}") or k == "scaled_fp8")
-        return f"beside it is {found}" if (found := next(near, "")) else ""
+        """That something else may be the layer's scale, under a name of no known quantizer; or "".
+
+        Whatever lies in the layer besides weight and bias, and what speaks of a scale around it.
+        """
+        own = (f"{layer}.{last}" for last in self.inside.get(layer, ()) if last not in OWN)
+        parts = layer.split(".")
+        around = (self.shared.get(".".join(parts[:i])) for i in range(len(parts)))
+        dicts = (key for key in self.hints if key.endswith(f".{layer}") or key.startswith(f"{layer}."))
+        found = next(filter(None, (*own, *around, *dicts)), "")
+        return f"beside it is {found}" if found else ""
 
 
 def split_before(key: str, parts: int) -> tuple[str, str]:
@@ -79,13 +110,13 @@ def split_before(key: str, parts: int) -> tuple[str, str]:
 
 def quantized_by(facts: Mapping[str, Any]) -> str:
     """The method that a config.json names for its weights, or ""."""
-    for part in (facts, facts.get("text_config")):
-        for word in WORDS if isinstance(part, Mapping) else ():
-            if about := part.get(word):
-                named = about if isinstance(about, Mapping) else {"method": about}
-                known = (named.get(key) for key in ("quant_method", "method", "quant_type", "quant_algo"))
-                return str(next(filter(None, known), word))
-    return ""
+    for word in WORDS:
+        if about := facts.get(word):
+            named = about if isinstance(about, Mapping) else {"method": about}
+            known = (named.get(key) for key in ("quant_method", "method", "quant_type", "quant_algo"))
+            return str(next(filter(None, known), word))
+    parts = (part for key, part in facts.items() if isinstance(part, Mapping) and key not in WORDS)
+    return next(filter(None, map(quantized_by, parts)), "")
 
 
 def problem_of(

@@ -75,6 +75,9 @@ def replaced(folder: str | Path, kind: str) -> Iterator[Path]:
     folder = place_of(folder)
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{folder} exists and was not written by lora_lens: it is no folder; choose another")
+    if (folder.parent / READY).is_dir():  # else what waits there for this folder would count as newer
+        with _alone_in(folder.parent):
+            _finish(folder.parent)
     created = not folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)

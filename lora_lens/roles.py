@@ -74,6 +74,8 @@ def weights_among(
         evidence: what says that the model is quantized.
     """
     signs = Signs([*tensors, *others])
+    if evidence:
+        signs.add_packed(tensors)
     shapes = {key: shape for key, (shape, _) in tensors.items()}
     named = {key: name for key in tensors if (name := weight_name(key, shapes[key], signs)) is not None}
     experts = {k for k in named if len(shapes[k]) == 3 and holds_experts(k)}

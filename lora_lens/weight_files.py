@@ -21,7 +21,7 @@ from lora_lens.checkpoint import headers, metadata, read_json, read_tensor
 from lora_lens.errors import InputError, MissingFileError
 from lora_lens.gguf_files import in_gguf
 from lora_lens.layers import listed
-from lora_lens.quantized import quantized_by
+from lora_lens.quantized import HINT, quantized_by
 from lora_lens.roles import Stored, weights_among
 
 INDEX = ".safetensors.index.json"
@@ -134,6 +134,8 @@ def _in_safetensors(path: Path) -> list[Stored]:
         evidence = "this is one of several files, which may hold its scale"
     elif any("quant" in key.lower() for key in metadata(path)):
         evidence = "the file's header speaks of quantization"
+    elif beside := [f.name for f in path.parent.glob("*.safetensors") if f != path and HINT.search(f.name)]:
+        evidence = f"beside it is {beside[0]}"
     return _in_files([path], others, evidence)
 
 

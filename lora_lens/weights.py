@@ -92,7 +92,8 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
         ImportError: the gguf package is needed.
 
     Warns:
-        UserWarning: experts adapted as parameters are left out; nothing says which way round experts are.
+        UserWarning: experts adapted as parameters and outputs of nn.MultiheadAttention are left out of an
+            adapter; nothing says which way round experts are.
     """
     split_qkv = flag(split_qkv, "split_qkv")
     patterns = patterns_of(targets)

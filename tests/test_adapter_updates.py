@@ -310,6 +310,9 @@ ALPHA = {"l.alpha": torch.tensor(8.0)}
         ({"l.hada_w1_a": B, "l.hada_w1_b": A} | ALPHA, None, "without LoRA's factors.*hada_w1_a"),
         ({"l.lokr_w1": A, "l.lokr_w2": B} | ALPHA, None, "without LoRA's factors.*lokr_w1"),
         ({"base_model.model.l.oft_R.weight": A}, None, "without LoRA's factors.*oft_R"),
+        ({"lora_unet_l.a1.weight": A, "lora_unet_l.b1.weight": B}, None, "without LoRA's factors.*a1"),
+        ({"lycoris_l.weight": B, "lycoris_l.on_input": A}, None, "without LoRA's factors"),
+        ({"l.adapter.linear_in.weight": A, "l.adapter.linear_out.weight": B}, None, "nothing says how B @ A"),
         ({"l.processor.qkv_lora1.down.weight": A, "l.processor.qkv_lora1.up.weight": B}, None, "is scaled"),
     ],
 )
@@ -327,3 +330,73 @@ def test_a_loha_file_is_refused_with_and_without_its_config(llama, tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="without LoRA's factors"):
         weights(tmp_path)
+
+
+def test_an_adapter_of_embeddings_is_the_same_by_its_file(llama, tmp_path):
+    """PEFT writes the base of an adapted embedding along."""
+    for place, targets in (("some", ["embed_tokens", "q_proj"]), ("only", ["embed_tokens"])):
+        adapted = trained(fresh(llama), r=2, lora_alpha=6, target_modules=targets)
+        adapted.save_pretrained(tmp_path / place)
+        file = tmp_path / place / "adapter_model.safetensors"
+        assert any("embed_tokens.base_layer" in key for key in load_file(file))
+        by_folder = by_name(weights(tmp_path / place, targets))
+        by_file = by_name(weights(file, targets))
+        assert by_folder.keys() == by_file.keys() and len(by_file) == (3 if place == "some" else 1)
+        assert all(torch.equal(by_folder[name].load(), by_file[name].load()) for name in by_file)
+
+
+def test_a_single_expert_adapted_as_a_parameter_is_no_layer(tmp_path):
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**TINY, num_local_experts=1, num_experts_per_tok=1)
+    )
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.v_proj.weight"]
+    adapted = trained(model, r=2, target_modules=["q_proj"], target_parameters=parameters)
+    adapted.save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.warns(UserWarning, match=r"left out model\.layers\.0\.mlp\.experts.*target_parameters"):
+            found = weights(source)
+        assert {w.name.rpartition(".")[2] for w in found} == {"q_proj", "v_proj"}
+
+
+def test_an_embedding_of_mlx_is_as_the_model_has_it(tmp_path):
+    a, b = torch.randn(12, 4), torch.randn(4, 12)
+    save_file({"embed_tokens.lora_a": a, "embed_tokens.lora_b": b}, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_parameters": {"rank": 4, "scale": 2.0}}')
+    (found,) = weights(tmp_path)
+    torch.testing.assert_close(found.load(), 2.0 * a @ b)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"lora_alpha": True}, "lora_alpha must be"), ({"use_rslora": "false"}, "use_rslora must be True or")],
+)
+def test_settings_of_another_type_are_not_guessed_at(llama, tmp_path, wrong, message):
+    trained(fresh(llama), r=2, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | wrong))
+    with pytest.raises(ValueError, match=f"gives no scaling of .*{message}"):
+        weights(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["hada_w1_a", "lokr_w1", "diff"])
+def test_layers_adapted_otherwise_are_not_left_out_beside_pairs(tmp_path, what):
+    path = tmp_path / "x.safetensors"
+    save_file(PAIR | ALPHA | {f"m.{what}": B.clone(), "norm.w_norm": B[0].clone()}, path)
+    with pytest.raises(ValueError, match=rf"^m is adapted by other than B @ A \({what}\)"):
+        weights(path)
+    assert [w.name for w in weights(path, "l")] == ["l"]
+
+
+def test_the_output_of_torch_s_attention_is_left_out_because_peft_applies_its_update_twice(tmp_path):
+    base = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    adapted = trained(base, r=2, lora_alpha=6, target_modules=["attn"])
+    adapted.save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.warns(UserWarning, match=r"left out attn\.out_proj: .* PEFT applies twice"):
+            (update,) = weights(source)
+        with pytest.raises(ValueError, match=r"^attn\.out_proj is the output of nn\.MultiheadAttention"):
+            weights(source, "out_proj")
+    change = adapted.merge_and_unload()["attn"].in_proj_weight - before["attn.in_proj_weight"]
+    assert update.name == "attn"
+    torch.testing.assert_close(update.load(), change, rtol=1e-4, atol=1e-5)

@@ -157,8 +157,9 @@ def test_other_byte_orders_and_versions_are_told_from_damage(tmp_path, head, mes
 
 
 @pytest.mark.parametrize(("alpha", "scaling"), [(8.0, 2.0), (0.0, 1.0)])
-def test_an_adapter_of_llama_cpp_is_scaled_as_llama_cpp_does(tmp_path, alpha, scaling):
-    a, b = torch.randn(4, 12), torch.randn(6, 4)
+@pytest.mark.parametrize("out", [6, 12])  # the factors of a square layer fit either way round
+def test_an_adapter_of_llama_cpp_is_scaled_as_llama_cpp_does(tmp_path, alpha, scaling, out):
+    a, b = torch.randn(4, 12), torch.randn(out, 4)
     path = tmp_path / "lora.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
@@ -175,3 +176,23 @@ def test_an_adapter_of_llama_cpp_is_scaled_as_llama_cpp_does(tmp_path, alpha, sc
     torch.testing.assert_close(found.load(), scaling * b @ a)
     values = ll.spectra(path, progress=False)["blk.0.attn_q"].singular_values
     torch.testing.assert_close(values, torch.linalg.svdvals(scaling * b.double() @ a.double())[:4])
+
+
+def test_rows_that_comfyui_cut_anew_are_put_together(tmp_path):
+    linear, conv = torch.randn(32, 40), torch.randn(8, 16, 3, 3)
+    path = tmp_path / "unet.gguf"
+    writer = gguf.GGUFWriter(path, "sdxl")
+    stored = {}
+    for name, weight in {"a.weight": linear, "b.weight": conv}.items():
+        rows = gguf.quants.quantize(weight.reshape(-1, 64).numpy(), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_array(f"comfy.gguf.orig_shape.{name}", tuple(weight.shape))
+        writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q8_0)
+        stored[name[0]] = torch.from_numpy(values).reshape(len(weight), -1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = {w.name: w for w in weights(path, ["a", "b"])}
+    assert {name: w.shape for name, w in found.items()} == {"a": (32, 40), "b": (8, 144)}
+    assert all(torch.equal(w.load(), stored[name]) for name, w in found.items())

@@ -57,14 +57,46 @@ def test_float8_with_a_scale_is_refused_wherever_the_scale_lies(tmp_path, beside
 
 
 @pytest.mark.parametrize(
-    "beside", ["a.input_scale", "a.w_scale", "a.qscale", "scaled_fp8", "weight_scales.a"]
+    "beside",
+    [
+        *("x.a.input_scale", "x.a.w_scale", "x.a.qscale", "scaled_fp8", "weight_scales.x.a"),
+        *("x.a.s", "x.a.multiplier", "x.a.weight_exponent", "x.a._extra_state"),  # whatever is in the layer
+        *("x.qkv_scale", "x.weight_scale", "scales", "a_scale"),  # and what speaks of scales around it
+    ],
 )
 def test_float8_beside_what_may_be_its_scale_is_refused(tmp_path, beside):
     with pytest.raises(ValueError, match=f"and beside it is {beside}: if they have a scale, they are wrong"):
-        weights(saved({"a.weight": F8, beside: ONE}, tmp_path / "model.safetensors"))
+        weights(saved({"x.a.weight": F8, beside: ONE}, tmp_path / "model.safetensors"))
+    layer = nn.Linear(10, 12)
+    layer.weight = nn.Parameter(F8, requires_grad=False)
+    if beside.startswith("x.a."):
+        layer.register_buffer(beside[4:], ONE)
+        with pytest.raises(ValueError, match=r"if they have a scale, they are wrong|so it is quantized"):
+            weights(layer)
 
 
-@pytest.mark.parametrize("facts", [{"quantization_config": {"quant_method": "fp8"}}, {"quantization": "fp8"}])
+def test_float8_beside_a_file_of_scales_is_refused(tmp_path):
+    saved({"a.s": ONE}, tmp_path / "scales.safetensors")
+    saved({"a.weight": F8}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"and beside it is scales\.safetensors: if they have a scale"):
+        weights(tmp_path)
+
+
+@pytest.mark.parametrize("payload", ["B", "dense_weights", "weight_int4", "bitmask"])
+def test_a_quantized_model_s_layers_are_not_left_out_where_their_format_is_unknown(tmp_path, payload):
+    rest = {"c.weight": torch.eye(3), "d.relative_position_index": INTS}
+    saved({f"a.{payload}": INTS, "a.s": ONE} | rest, tmp_path / "model.safetensors")
+    assert [w.name for w in weights(tmp_path)] == ["c"]  # nothing says that it is quantized
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "new"}}))
+    with pytest.raises(ValueError, match=rf"^a holds \w+ values that need the scales.*\({payload}\)"):
+        weights(tmp_path)
+    assert [w.name for w in weights(tmp_path, "c")] == ["c"]
+
+
+QUANTIZED = [{"quantization_config": {"quant_method": "fp8"}}, {"quantization": "fp8"}]
+
+
+@pytest.mark.parametrize("facts", [*QUANTIZED, {"thinker_config": {"text_config": QUANTIZED[0]}}])
 def test_the_config_tells_that_float8_is_quantized(tmp_path, facts):
     saved({"a.weight": F8, "b.weight": torch.eye(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(facts))

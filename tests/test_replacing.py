@@ -14,7 +14,7 @@ from torch import nn
 import lora_lens as ll
 
 SHARED = """
-import json, os, resource, signal, sys, warnings
+import json, os, resource, signal, sys, traceback, warnings
 from pathlib import Path
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ def trained(seed, method=ll.Window(rank=3, start=0)):
 
 
 def run_script(text: str, *arguments: object) -> str:
+    """What a script prints. Its import costs more than its cases, so each runs all of its own."""
     command = [sys.executable, "-c", SHARED + text, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
@@ -240,13 +241,9 @@ def test_folders_that_are_not_lora_lens_s_are_refused(tmp_path):
 
 
 KILLED = """
-write, inner = {
-    "save": (ll.save, ""), "export": (ll.export, ""), "export_residual": (ll.export_residual, "adapter")
-}[sys.argv[2]]
-over_old = sys.argv[3] == "old"
 old, new = trained(1), trained(2, ll.Window(rank=4, start=2))
 
-def found(place):
+def found(place, inner):
     "Which of the two lies there, complete; None for neither."
     base, reference = model, {str(a.attachment.method): a for a in (old, new)}
     if inner:
@@ -265,7 +262,7 @@ def found(place):
     assert ll.function_error(there, model if inner else reference[method], x) < 1e-5
     return "old" if reference[method] is old else "new"
 
-def ends(moment, place):
+def ends(moment, place, write):
     "Whether a process that is killed before its so-manieth step in the folder comes to its end."
     child = os.fork()
     if child == 0:
@@ -284,94 +281,125 @@ def ends(moment, place):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
-seen, ended = [], False
-while not ended:
-    place = folder / f"at{len(seen)}"
-    if over_old:
+CASES = [(ll.save, False), (ll.save, True), (ll.export, True), (ll.export_residual, True)]
+for write, over_old in CASES:
+    inner = "adapter" if write is ll.export_residual else ""
+    seen, ended = [], False
+    while not ended:
+        place = folder / f"{write.__name__}{over_old}{len(seen)}"
+        if over_old:
+            write(old, place)
+            (place / "notes.md").write_text("mine")
+        ended = ends(len(seen) + 1, place, write)
+        if write is ll.export and (place / "adapter_config.json").exists():
+            theirs = PeftModel.from_pretrained(small_model(), place)
+            assert min(ll.function_error(theirs, a, x) for a in (old, new)) < 1e-5, "PEFT reads a mixture"
+        seen.append(found(place, inner))
+        if over_old:
+            assert (place / "notes.md").read_text() == "mine"
         write(old, place)
-        (place / "notes.md").write_text("mine")
-    ended = ends(len(seen) + 1, place)
-    if write is ll.export and (place / "adapter_config.json").exists():
-        theirs = PeftModel.from_pretrained(small_model(), place)
-        assert min(ll.function_error(theirs, a, x) for a in (old, new)) < 1e-5, "PEFT reads a mixture"
-    seen.append(found(place))
-    if over_old:
-        assert (place / "notes.md").read_text() == "mine"
-    write(old, place)
-    assert found(place) == "old" and not list(place.glob(".lora_lens*"))
-print(*seen)
+        assert found(place, inner) == "old" and not list(place.glob(".lora_lens*"))
+    print(write.__name__, over_old, *seen)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("kind, there", [("save", "nothing"), *((kind, "old") for kind in WRITERS)])
-def test_a_kill_at_any_step_leaves_all_of_the_old_or_all_of_the_new(kind, there, tmp_path):
-    seen = run_script(KILLED, tmp_path, kind, there).split()
-    before = "old" if there == "old" else "None"
-    assert seen == [before] * seen.count(before) + ["new"] * seen.count("new")  # one step decides
-    assert seen.count(before) > 3 and seen.count("new") > 3
+def test_a_kill_at_any_step_leaves_all_of_the_old_or_all_of_the_new(tmp_path):
+    cases = run_script(KILLED, tmp_path).splitlines()
+    assert len(cases) == 4
+    for case in cases:
+        _, over_old, *seen = case.split()
+        before = "old" if over_old == "True" else "None"
+        assert seen == [before] * seen.count(before) + ["new"] * seen.count("new")  # one step decides
+        assert seen.count(before) > 3 and seen.count("new") > 3
+
+
+def test_what_is_saved_after_a_kill_into_one_of_two_folders_is_the_newest(monkeypatch, tmp_path):
+    newer = adapted_model(1)
+    ll.export_residual(newer, tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ll.export_residual(adapted_model(2, start=2), tmp_path)
+    assert (tmp_path / ".lora_lens.ready" / "adapter").is_dir()
+    ll.save(newer, tmp_path / "adapter")
+    assert ll.function_error(ll.load(small_model(), tmp_path / "adapter"), newer, X) < 1e-6
 
 
 FULL = """
-write = {"save": ll.save, "export": ll.export, "export_residual": ll.export_residual}[sys.argv[2]]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails, as on a full disk
-old, new, place = trained(1), trained(2, ll.Window(rank=4, start=2)), folder / "run"
+old, new = trained(1), trained(2, ll.Window(rank=4, start=2))
 
 def files(place):
     return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
-write(old, place)
-(place / "notes.md").write_text("mine")
-before, refused = files(place), 0
-for most in range(0, 10**6, 100):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-    try:
-        write(new, place)
-    except OSError:
-        refused += 1
-    else:
-        break
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert files(place) == before, most
-    assert not list(place.glob(".lora_lens*"))
-    try:
+for write in (ll.save, ll.export, ll.export_residual):
+    place = folder / write.__name__
+    write(old, place)
+    (place / "notes.md").write_text("mine")
+    before, refused = files(place), 0
+    for most in range(0, 10**6, 100):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-        write(new, folder / "none" / "yet")
-    except OSError:
-        assert not (folder / "none" / "yet").exists()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-assert files(place)["notes.md"] == b"mine" and files(place) != before
-print(refused)
+        try:
+            write(new, place)
+        except OSError:
+            refused += 1
+        else:
+            break
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        assert files(place) == before, most
+        assert not list(place.glob(".lora_lens*"))
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+            write(new, folder / "none" / "yet")
+        except OSError:
+            assert not (folder / "none" / "yet").exists()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert files(place)["notes.md"] == b"mine" and files(place) != before
+    print(refused)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_disk_that_is_full_at_any_byte_changes_nothing(kind, tmp_path):
-    assert int(run_script(FULL, tmp_path, kind)) > 3
+def test_a_disk_that_is_full_at_any_byte_changes_nothing(tmp_path):
+    refused = run_script(FULL, tmp_path).split()
+    assert len(refused) == 3 and min(map(int, refused)) > 3
 
 
 TWO = """
-method = ll.Window(rank=int(sys.argv[2]), start=0)
-mine = trained(int(sys.argv[2]), method)
-for turn in range(25):
-    (ll.save if turn % 2 else ll.export)(mine, folder / "run")
-    there = ll.load(model, folder / "run")
-    rank = ll.summary(there)["rank"].max()
-    rank = int(rank if there.attachment.starts else rank / 2)  # what is exported has twice the window's
-    assert ll.function_error(there, trained(rank, ll.Window(rank=rank, start=0)), x) < 1e-5
+def writes(rank):
+    mine = trained(rank, ll.Window(rank=rank, start=0))
+    for turn in range(12):
+        (ll.save if turn % 2 else ll.export)(mine, folder / "run")
+        there = ll.load(model, folder / "run")
+        rank = ll.summary(there)["rank"].max()
+        rank = int(rank if there.attachment.starts else rank / 2)  # what is exported has twice the window's
+        assert ll.function_error(there, expected[rank], x) < 1e-5
+        seen.add(rank)
+
+expected, seen = {rank: trained(rank, ll.Window(rank=rank, start=0)) for rank in (3, 5)}, set()
+children = []
+for rank in (3, 5):
+    if (child := os.fork()) == 0:
+        try:
+            writes(rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0 if len(seen) == 2 else 2)
+    children.append(child)
+assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="two forked processes")
 def test_two_processes_that_save_and_load_at_once_never_read_a_mixture(tmp_path):
-    command = [sys.executable, "-c", SHARED + TWO, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stderr": subprocess.PIPE, "text": True, "env": environment}
-    running = [subprocess.Popen([*command, rank], **pipes) for rank in ("3", "5")]
-    for process in running:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-3000:]
+    run_script(TWO, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     assert not list((tmp_path / "run").glob(".lora_lens*"))
