@@ -39,6 +39,7 @@ OF_NO_MATTER = (  # in a config: where the model came from, and what it returns 
     "_name_or_path", "transformers_version", "architectures", "use_cache", "return_dict", "output_attentions",
     "output_hidden_states",
 )  # fmt: skip
+PLAIN = (bool, int, float, str, tuple, list, type(None))  # a set's text is another one in each process
 ADDRESS = re.compile(" at 0x[0-9a-f]+")
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in a folder, as "._*"
 
@@ -381,7 +382,8 @@ def _settings_of(model: nn.Module) -> str:
         told += [(key, str(value)) for key, value in config.to_dict().items() if key not in OF_NO_MATTER]
     for name, module in model.named_modules():
         given = signature(type(module).__init__).parameters
-        told += [(name, key, str(value)) for key, value in vars(module).items() if key in given]
+        own = vars(module).items()
+        told += [(name, key, value) for key, value in own if key in given and isinstance(value, PLAIN)]
     digest = hashlib.sha256(ADDRESS.sub("", repr(told)).encode())
     for name, tensor in model.named_buffers():
         digest.update(name.encode())

@@ -227,8 +227,8 @@ def test_the_summary_s_energy_is_that_of_the_spectrum(model, spectra):
         ([-1, 0, 1, 2], ValueError, "of 0 to 11"),
         (slice(0, 3), ValueError, "must select 4"),
         (slice(10, 14), ValueError, "must select 4"),
-        (torch.arange(12) < 4, TypeError, "each component that Own.* must be a whole number, not True"),
-        (None, TypeError, "what Own.* selects must be a sequence of whole numbers"),
+        (torch.arange(12) < 4, TypeError, "each component that .* must be a whole number, not True"),
+        (None, TypeError, "what .* selects must be a sequence of whole numbers"),
     ],
 )
 def test_a_rule_of_your_own_must_select_what_it_says(found, error, message):
