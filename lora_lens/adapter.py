@@ -50,6 +50,8 @@ from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.window import Placement, Window, require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 
+LARGEST = 1e30  # alpha, and its inverse: what float32 holds with room for the weights
+
 
 def attach(
     model: nn.Module,
@@ -135,9 +137,6 @@ def attach(
     # All that may fail comes before the first change of a weight.
     factors = {name: _factors(spectra[name], p, alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
-    for name, placement in windows.items():
-        if (count := len(components[name])) != placement.rank:
-            raise InputError(f"{placement} of rank {placement.rank} selects {count} components of {name}")
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
         digests = dict(zip(windows, digests, strict=True))
@@ -174,6 +173,7 @@ def planned(
     validate.patterns(targets)
     if alpha is not None:
         validate.number(alpha, "alpha", above=0)
+        validate.number(alpha, "alpha", least=1 / LARGEST, most=LARGEST)
     if spectra is not None:
         validate.instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) gives")
     if variant is not None:
@@ -299,17 +299,25 @@ def _factors(
     rank = placement.rank
     scaling = (alpha or rank) / (rank**0.5 if variant.rslora else rank)  # as PEFT has it
     left, right = spectrum.vectors(placement)
-    values = spectrum.singular_values[placement.select(spectrum.singular_values, spectrum.name)] / scaling
+    values = spectrum.singular_values[placement.chosen(spectrum.singular_values, spectrum.name)] / scaling
     ones = torch.ones_like(values)
     of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[variant.split]
-    return as_double(left) * of_b, of_a[:, None] * as_double(right)
+    factors = as_double(left) * of_b, of_a[:, None] * as_double(right)
+    most = torch.finfo(variant.dtype or torch.float32).max
+    # Singular vectors hold nothing above 1, so that mostly the values alone tell.
+    if torch.cat([of_b, of_a]).max() > most and any(factor.abs().max() > most for factor in factors):
+        raise InputError(
+            f"the factors of {spectrum.name} would be larger than {variant.dtype or torch.float32} can hold, "
+            f"with alpha={alpha} and rank {rank}; use a larger alpha or another dtype"
+        )
+    return factors
 
 
 def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
     """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
     belongs = spectrum.shape == matrix_shape(layer)
     if belongs:
-        part = placement.select(spectrum.singular_values, spectrum.name)
+        part = placement.chosen(spectrum.singular_values, spectrum.name)
         left, right = spectrum.vectors(placement)
         rows = slice(None, None, max(spectrum.shape[0] // 64, 1))
         some = weight_matrix(layer)[rows].to("cpu", torch.float32)

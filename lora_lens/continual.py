@@ -23,7 +23,7 @@ from lora_lens.running import checked_jobs, run_missing
 from lora_lens.scenarios import SCENARIOS, all_at_once
 from lora_lens.sequence_training import Sequential, checkpoint_of, learn
 from lora_lens.spectrum import SpectrumSet
-from lora_lens.store import model_fingerprint, open_store, require_writable, run_first
+from lora_lens.store import model_identity, open_store, require_writable, run_first
 from lora_lens.strategies import Joint, Moving, Strategy, method_of, require_method
 from lora_lens.sweep import A_TASK, Grid, require_shared, shared_training
 from lora_lens.tasks import Task
@@ -213,7 +213,7 @@ def _checked(
             for name, placement in plan.items():
                 if isinstance(strategy, Moving):
                     layer = weight_matrix(submodule(model, name))
-                    placement.select(torch.ones(min(layer.shape)), name)
+                    placement.chosen(torch.ones(min(layer.shape)), name)
         layers[method] = list(plan) or list(chosen_layers(model, targets, spectra))
     return layers
 
@@ -240,7 +240,7 @@ def _orders(orders: Sequence[Sequence[int]] | None, count: int) -> list[tuple[in
 def _identity(model: nn.Module, tasks: Sequence[Task], retain: Task | None) -> dict[str, str]:
     return {
         "lora_lens": version("lora_lens"),
-        "model": model_fingerprint(model),
+        **model_identity(model),
         "tasks": "; ".join(f"{task.name} {task.fingerprint()}" for task in tasks),
         "retain": "nothing" if retain is None else f"{retain.name} {retain.fingerprint()}",
     }

@@ -211,6 +211,13 @@ def corpus_of(
         warnings.warn(f"{name}: left out {' and '.join(counted)}", stacklevel=stacklevel)
     if classes is None:
         classes = found_classes(train.labels)
+        spelt: dict[str, str] = {}
+        if twins := [(a, c) for c in classes if (a := spelt.setdefault(c.casefold(), c)) != c]:
+            warnings.warn(
+                f"{name}: {listed([f'{a!r} and {b!r}' for a, b in twins], most=3)} differ in case only, and "
+                "count as different classes; write them alike if they are one",
+                stacklevel=stacklevel,
+            )
     if train.labels is None:
         of_train, of_test = [0] * len(train.texts), [0] * len(test.texts)
     else:

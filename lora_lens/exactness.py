@@ -17,6 +17,7 @@ from lora_lens.factorization import product_norm
 from lora_lens.injection import ADAPTER, Start, attached, lora_layers
 from lora_lens.layers import block_and_kind, weight_matrix
 from lora_lens.precision import as_double
+from lora_lens.readouts import REMEDY, require_batch, taking
 from lora_lens.uncalled import noting_uncalled
 
 
@@ -69,7 +70,8 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
             at positions that an ``attention_mask`` among the inputs masks are left out.
 
     Raises:
-        ValueError: the outputs are no tensors, or of different shapes.
+        ValueError: the models do not take the inputs, or there are none; the outputs are no tensors, or of
+            different shapes.
         TypeError: no models, or inputs of another type.
 
     Warns:
@@ -77,7 +79,7 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
     """
     for model_name, each in (("adapted", adapted), ("model", model)):
         validate.instance(each, nn.Module, model_name, "a model")
-    validate.instance(inputs, (Tensor, Mapping), "inputs", "a batch or a mapping of keyword arguments")
+    require_batch(inputs)
     with evaluating(adapted), evaluating(model), noting_uncalled(adapted):
         reference, now = (_first_output(m, inputs) for m in (model, adapted))
     if reference.shape != now.shape:
@@ -115,7 +117,8 @@ def _start_error(layer: LoraLayer, start: Start) -> float:
 
 
 def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-    output = call(model, inputs)
+    with taking(model, "these inputs", REMEDY):
+        output = call(model, inputs)
     if not isinstance(output, Tensor):
         logits = getattr(output, "logits", None)
         first = next(iter(output.values() if isinstance(output, Mapping) else output), None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.heads import classifier
-from lora_lens.readouts import Inputs
+from lora_lens.readouts import REMEDY, Inputs, require_batch, taking
 from lora_lens.validate import instance
 from lora_lens.wrappers import named_modules
 
@@ -39,12 +39,13 @@ def feature_change(
             first, of several calls the last); default the classifier's input, under its name.
 
     Raises:
-        TypeError: ``before`` or ``after`` is no model.
-        ValueError: a model has no such layer or does not call it, what it gives is no batch or has
-            another shape in the other model, or there is no classifier.
+        TypeError: ``before`` or ``after`` is no model, or ``inputs`` no batch.
+        ValueError: there are no inputs, or a model does not take them; it has no such layer or does not call
+            it, what it gives is no batch or has another shape in the other model, or there is no classifier.
     """
     for name, model in (("before", before), ("after", after)):
         instance(model, nn.Module, name, "a model")
+    require_batch(inputs)
     old, new = (_features(model, inputs, layers) for model in (before, after))
     batch = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
     rows = []
@@ -118,7 +119,11 @@ def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) ->
         head = None
     if missing := [name for name in layers if name not in modules]:
         raise InputError(f"{type(inner).__name__} has no module {missing[0]!r}; layers= takes module names")
-    with _kept({name: modules[name] for name in layers}, head) as found, evaluating(model):
+    with (
+        _kept({name: modules[name] for name in layers}, head) as found,
+        evaluating(model),
+        taking(model, "these inputs", REMEDY),
+    ):
         call(model, inputs)
     if silent := [name for name in layers if name not in found]:
         raise InputError(f"{type(inner).__name__} made its output without calling {silent[0]}")

@@ -17,7 +17,7 @@ from lora_lens.images import as_rgb, has_white
 from lora_lens.layers import listed
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
-from lora_lens.validate import instance, number, shown, whole_number
+from lora_lens.validate import flag, instance, number, shown, whole_number
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 Transform = Callable[[Image.Image], Tensor]
@@ -88,7 +88,10 @@ def folder_task(
     path = Path(instance(path, (str, Path), "path", "a folder's path"))
     if transform is not None and not callable(transform):
         raise InputTypeError(f"transform must be a function of an image, not {shown(transform)}")
-    limits = _limits(limit)
+    for part, given in (("train", train), ("test", test)):
+        if part == "train" or given is not None:
+            instance(given, (str, Path), part, "a subfolder's name")
+    limits, progress = _limits(limit), flag(progress, "progress")
     random = np.random.default_rng(whole_number(seed, "seed", least=0))
     if test_share is None:
         parts = _parts(path, train, test)

@@ -23,6 +23,7 @@ from lora_lens import validate
 from lora_lens.errors import InputError
 from lora_lens.heads import head_layers
 from lora_lens.patterns import matching, routers
+from lora_lens.random_state import seeded
 from lora_lens.weight_reads import used_otherwise
 from lora_lens.window import require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
@@ -254,8 +255,7 @@ def _is_product(kind: type[nn.Linear]) -> bool:
     """Whether a class computes x W^T + b, tried in float64 on small numbers and large ones."""
     tried = kind.__new__(kind)
     nn.Linear.__init__(tried, 5, 3, dtype=torch.float64)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(0):
         for training, bias, scale in itertools.product((True, False), (True, False), (1e-3, 1.0, 1e3)):
             tried.train(training)
             if not bias:

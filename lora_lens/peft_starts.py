@@ -37,6 +37,7 @@ from lora_lens.injection import (
 from lora_lens.layers import Targets, matrix_shape, weight_matrix
 from lora_lens.methods import LoRA, PeftStart, Variant
 from lora_lens.peft_names import target_settings
+from lora_lens.random_state import seeded
 from lora_lens.readouts import Inputs, ask, real_positions, to_device
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.tasks import Task
@@ -273,8 +274,7 @@ def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> Non
 
     device = next(adapted.parameters()).device
     batches = [to_device(task.train.batch(rows), device) for rows in _some_rows(len(task.train), seed)]
-    with torch.random.fork_rng(devices=[]), evaluating(adapted):
-        torch.manual_seed(seed)
+    with seeded(seed, device), evaluating(adapted):
         initialize_lora_eva_weights(
             adapted,
             dataloader=batches,

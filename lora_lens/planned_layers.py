@@ -18,6 +18,7 @@ from torch import nn
 from lora_lens.errors import InputError
 from lora_lens.layers import listed
 from lora_lens.peft_names import ADAPTER
+from lora_lens.random_state import seeded
 from lora_lens.rollback import undone_on_error
 from lora_lens.wrappers import named_modules, paths_of, placed
 
@@ -59,12 +60,11 @@ def _adapted(
     """PEFT matches targets by the ends of names, and changes some; the keys of a state it takes as given."""
     meant = {key: getattr(config, key) for key in MATCHING}
     try:
-        with torch.random.fork_rng(devices=[]), _drawing_on_cpu(), warnings.catch_warnings():
+        with seeded(seed), _drawing_on_cpu(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT minds mixed models
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             warnings.filterwarnings("ignore", message="While injecting the PEFT adapters, an inconsistency")
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
             for key in MATCHING:
                 setattr(config, key, DUMMY_TARGET_MODULES if key == "target_modules" else None)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.heads import classifier
+from lora_lens.validate import instance
 
 Inputs = Tensor | Mapping[str, Tensor]
 POOLINGS = ("model", "mean", "last")
+REMEDY = "give a batch as the model takes it"
 MODEL_CHECKS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # of inputs that do not fit
 
 
@@ -212,16 +214,36 @@ def require_runs(model: nn.Module, inputs: Inputs, name: str) -> None:
         remedy = "a transform gives images the model's size and channels, see folder_task"
     else:
         described, remedy = "texts", "the model's own tokenizer and settings are needed"
+    with evaluating(model), torch.no_grad(), taking(model, f"{name}, which holds {described}", remedy):
+        call(model, own_padding(model, to_device(inputs, device)))
+
+
+@contextmanager
+def taking(model: nn.Module, what: str, remedy: str) -> Iterator[None]:
+    """Tell what the model itself says of inputs that do not fit it.
+
+    Raises:
+        ValueError: the model does not take them.
+    """
     try:
-        with evaluating(model), torch.no_grad():
-            call(model, own_padding(model, to_device(inputs, device)))
+        yield
     except torch.OutOfMemoryError:
         raise
     except MODEL_CHECKS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(
-            f"{type(model).__name__} does not take {name}, which holds {described}: {reason}; {remedy}"
-        ) from error
+        raise InputError(f"{type(model).__name__} does not take {what}: {reason}; {remedy}") from error
+
+
+def require_batch(inputs: object) -> None:
+    """Refuse what is no batch of at least one example, or no mapping of keyword arguments.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    instance(inputs, (Tensor, Mapping), "inputs", "a batch or a mapping of keyword arguments")
+    some = next(iter(inputs.values()), ()) if isinstance(inputs, Mapping) else inputs
+    if (isinstance(some, Tensor) and some.ndim == 0) or not len(some):
+        raise InputError("inputs hold no examples; give at least one")
 
 
 def real_positions(inputs: Inputs, x: Tensor | None = None) -> Tensor | None:

@@ -14,10 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 from lora_lens.errors import InputError, InputTypeError, MissingFileError
+from lora_lens.identity import run_name
 from lora_lens.layers import listed
 from lora_lens.validate import shown
 
 NEEDED = frozenset(("method", "rank", "position", "start", "lr", "seed", "steps"))
+SCORES = frozenset(("loss", "accuracy", "retained_before", "retained_accuracy", "forgetting", "diverged"))
+TABLES = ("curve", "items", "watched", "drift", "rows")  # of a record, as lists by column
 NAMED = 3  # files in a warning
 
 
@@ -117,12 +120,35 @@ def _record(content: bytes, name: str | None = None) -> dict:
         raise InputError("no whole JSON") from None
     if not isinstance(record, dict) or not isinstance(record.get("run"), str):
         raise InputError("no record of a run")
-    settings, kept = record.get("settings"), record.get("result", record.get("rows"))
-    if not isinstance(settings, dict) or not isinstance(kept, dict) or not settings.keys() >= NEEDED:
+    settings, exact_parts = record.get("settings"), record.get("exact", {})
+    if not (isinstance(settings, dict) and settings.keys() >= NEEDED and isinstance(exact_parts, dict)):
         raise InputError("no record of a run")
     if name is not None and record["run"] != name:
         raise InputError(f"holds run {record['run']}")
+    if run_name(settings, exact_parts) != record["run"]:
+        raise InputError("its settings are not those that the run was made with")
+    if not _has_results(record):
+        raise InputError("its results are damaged")
     return record
+
+
+def _has_results(record: Mapping) -> bool:
+    """Whether all that a run keeps, or has in place of it where it failed, is there to be read."""
+    result = record.get("result", {})
+    scores = isinstance(result, dict) and all(isinstance(value, (int, float)) for value in result.values())
+    tables = [record[key] for key in TABLES if key in record]
+    whole = all(
+        isinstance(table, dict)
+        and all(isinstance(column, list) for column in table.values())
+        and len({len(column) for column in table.values()}) <= 1
+        for table in tables
+    )
+    failed = isinstance(record.get("failed", ""), str)
+    if "rows" in record:
+        return whole and failed
+    of_run = "failed" in record or "curve" in record
+    of_drift = "drift" not in record or isinstance(record.get("features"), dict)
+    return scores and result.keys() >= SCORES and whole and failed and of_run and of_drift
 
 
 def packed(file: Path) -> list[dict]:
@@ -152,7 +178,8 @@ def experiment_in(content: bytes) -> dict[str, dict[str, str]]:
         described = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise InputError("no whole JSON") from None
-    if not isinstance(described, dict) or not isinstance(described.get("identity"), dict):
+    identity = described.get("identity") if isinstance(described, dict) else None
+    if not (isinstance(identity, dict) and identity and all(isinstance(v, str) for v in identity.values())):
         raise InputError("no description of an experiment")
     return described
 

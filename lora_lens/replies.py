@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pandas as pd
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +70,12 @@ def replies(
     _check(questions, most_tokens)
     check_tokenizer(tokenizer)
     prompts = [_prompt(tokenizer, question) for question in questions]
+    largest, known = max(map(max, prompts)), inner.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise InputError(
+            f"the tokenizer gives token {largest}, and {type(inner).__name__} has {known} tokens; use the "
+            "tokenizer that belongs to this model"
+        )
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     room = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and len(prompts[longest]) + most_tokens > room:
@@ -127,10 +134,23 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     """What the model goes on from: without what a tokenizer adds at the end, which would stop it."""
     before, _ = special_tokens(tokenizer, question)
     if tokenizer.chat_template is None:
-        return before + bare_tokens(tokenizer, [question])[0]
-    message = [{"role": "user", "content": question}]
-    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    return ids if ids[: len(before)] == before else before + ids  # most templates write it themselves
+        ids = bare_tokens(tokenizer, [question])[0]
+    else:
+        message = [{"role": "user", "content": question}]
+        try:
+            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise InputError(
+                f"the tokenizer's chat template does not take a user's question: {error}; set another one, "
+                "or None to let the model continue the questions themselves"
+            ) from error
+        if ids[: len(before)] == before:  # most templates write it themselves
+            before = []
+    if not ids:
+        raise InputError(
+            f"the tokenizer makes no tokens of {question!r}; leave it out, or set a chat template"
+        )
+    return before + ids
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

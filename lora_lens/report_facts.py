@@ -14,12 +14,13 @@ from lora_lens.html_page import MISSING, beside, heading, html_table, paragraph,
 from lora_lens.items import forgetting_interval
 from lora_lens.layers import block_and_kind, listed
 from lora_lens.report_words import Pieces, placed, span
+from lora_lens.sweep import RESULTS
 from lora_lens.tradeoffs import LEVEL, at_equal_rate, rate_robustness, window_columns
 
 MANY_SEEDS = 20  # from here on the bootstrap is hardly too narrow
 PACKAGES = ("lora_lens", "torch", "peft", "timm", "accelerate")
 IDENTITY = ("method", "rank", "position", "start", "lr", "seed")
-RESULTS = ("trainable", "loss", "accuracy", "retained_before", "retained_accuracy", "forgetting", "diverged")
+ENDED = ("diverged", "failed", "reason")
 COMMON_NAMES = {
     "targets": "adapted layers",
     "trainable": "adapter parameters trained",
@@ -43,13 +44,14 @@ def task_names(kept: Kept) -> dict[str, str]:
 
 
 def settings_of(table: pd.DataFrame) -> list[str]:
-    return [column for column in table if column not in ("run", "variant", *IDENTITY, *RESULTS)]
+    return [column for column in table if column not in ("run", "variant", *IDENTITY, *RESULTS, *ENDED)]
 
 
-def facts_section(table: pd.DataFrame, kept: Kept | None) -> Pieces:
+def facts_section(table: pd.DataFrame, kept: Kept | None, failed: int = 0) -> Pieces:
+    """Of the runs in ``table``, beside which ``failed`` others came to nothing."""
     return [
         heading("What was run"),
-        paragraph(_in_one_sentence(table, kept)),
+        paragraph(_in_words(table, kept, failed)),
         html_table(_varied(table), "What differs between runs.", words=["values"]),
         beside(
             [
@@ -61,7 +63,7 @@ def facts_section(table: pd.DataFrame, kept: Kept | None) -> Pieces:
     ]
 
 
-def _in_one_sentence(table: pd.DataFrame, kept: Kept | None) -> str:
+def _in_words(table: pd.DataFrame, kept: Kept | None, failed: int) -> str:
     methods = table[window_columns(table)].drop_duplicates()
     windows = int((methods["method"] == "window").sum())
     others = methods.loc[methods["method"] != "window", "method"].unique()
@@ -74,9 +76,10 @@ def _in_one_sentence(table: pd.DataFrame, kept: Kept | None) -> str:
     if kept:
         tasks = task_names(kept)
         learned = f", learning {tasks['task']} and measuring what is forgotten of {tasks['retain']}"
+    lost = f" {_counted(failed, 'more run')} failed, and this page leaves them out." if failed else ""
     return (
         f"{' and '.join(parts)} at {_counted(rates, 'learning rate')} with {_counted(seeds, 'seed')}: "
-        f"{_counted(len(table), 'run')}{learned}. {diverged or 'None'} diverged."
+        f"{_counted(len(table), 'run')}{learned}. {diverged or 'None'} diverged.{lost}"
     )
 
 

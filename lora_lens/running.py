@@ -17,13 +17,13 @@ from typing import Any
 import joblib
 import torch
 from joblib import Parallel, delayed
-from threadpoolctl import threadpool_limits
 
 from lora_lens.errors import InputError, LoraLensError, StoreError
 from lora_lens.layers import listed
 from lora_lens.progress import progress_bar
 from lora_lens.records import read_runs
 from lora_lens.store import write_atomically
+from lora_lens.threads import limited_threads
 from lora_lens.validate import whole_number
 
 LAUNCHED = (  # what torchrun and accelerate launch hand to their processes
@@ -134,7 +134,7 @@ def _attempt(run: Run, lost: Lost, notes: Path, point: Point, path: Path) -> _Fa
     """Do one run and keep its record, or the reason why there is none."""
     _begun(notes, path).touch()
     failure = None
-    with one_thread(), by_itself():
+    with limited_threads(1), by_itself():  # so that numbers do not depend on the cores
         try:
             record = run(point, path)
         except StoreError:  # the disk's fault: no other run could be kept, either
@@ -185,19 +185,3 @@ def by_itself() -> Iterator[None]:
         yield
     finally:
         os.environ.update(before)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for torch and for numpy's and scipy's BLAS, so that numbers do not depend on the cores.
-
-    BLAS's threads are the process's. threadpoolctl lets the first thread that limits them do so and no other
-    (from 3.7 on), so in a process where several do this at once it holds for one of them; workers have one.
-    """
-    before = torch.get_num_threads()
-    try:
-        with threadpool_limits(1, user_api="blas"):
-            torch.set_num_threads(1)
-            yield
-    finally:
-        torch.set_num_threads(before)  # last, as threadpoolctl puts back OpenMP's threads as well

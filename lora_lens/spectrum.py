@@ -130,7 +130,7 @@ class Spectrum:
         return left * self.singular_values[self._part(window)].float() @ right
 
     def _part(self, window: Placement) -> slice | Tensor:
-        return instance(window, Placement, "window", WINDOW).select(self.singular_values, self.name)
+        return instance(window, Placement, "window", WINDOW).chosen(self.singular_values, self.name)
 
 
 def _named(components: Tensor) -> str:
@@ -308,7 +308,7 @@ def _require_room(placement: Placement, k: int, name: str) -> None:
 
 def _union(placements: Sequence[Placement], values: Tensor, name: str) -> Tensor:
     every = torch.arange(len(values))
-    return torch.cat([every[p.select(values, name)] for p in placements]).unique()
+    return torch.cat([every[p.chosen(values, name)] for p in placements]).unique()
 
 
 def factorize(name: str, weight: Tensor) -> Spectrum:

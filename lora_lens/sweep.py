@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import product
@@ -44,8 +44,9 @@ from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.store import experiment_identity, open_store, require_writable
 from lora_lens.tasks import Task
-from lora_lens.training import Run, Training, finetune
-from lora_lens.validate import flag, instance, known_settings, number, sequence, shown, whole_number
+from lora_lens.training import Run, finetune
+from lora_lens.training_settings import Training, training_with
+from lora_lens.validate import flag, instance, number, sequence, shown, whole_number
 from lora_lens.window import Placement, Window
 
 EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
@@ -258,12 +259,10 @@ def shared_training(name: str, function: Callable, settings: Mapping[str, object
         InputTypeError: there is no such setting.
         InputError: it is one of the grid's, or has an impossible value.
     """
-    known = [*(f.name for f in fields(Training)), *list(signature(function).parameters)[:-1]]
-    known_settings(settings, known, name)
     for taken in ("lr", "seed"):
         if taken in settings:
             raise InputError(f"lr and seed are the grid's: give them to Grid, not to {name}")
-    return Training(**settings)
+    return training_with(settings, name, also=list(signature(function).parameters)[:-1])
 
 
 def _one_or_more(value: object, name: str) -> tuple[object, ...]:

@@ -27,7 +27,7 @@ from lora_lens.report_tables import (
 )
 from lora_lens.report_words import Pieces, in_order, u_shape_section
 from lora_lens.store import answers, curves, drifts, experiment, replace_file
-from lora_lens.tables import checked, require_store
+from lora_lens.tables import require_store, sweep_table
 from lora_lens.tradeoffs import window_columns
 from lora_lens.validate import instance, share
 
@@ -68,7 +68,7 @@ def report(
         FileNotFoundError: there is no such store or folder, or a run of ``table`` is not in the store.
         FileExistsError: something else than a report is at ``path``.
     """
-    table = _checked(table, store)
+    given, table = table, _checked(table, store)
     path = page_path(path, GENERATOR)
     if accuracy is not None and store is None:
         raise InputError("to compare at an accuracy, report needs the curves of the runs: pass store=, too")
@@ -81,7 +81,7 @@ def report(
     pieces = [
         heading(title, 1),
         f'<p class="date">{date.today().isoformat()}</p>',
-        *facts_section(table, kept),
+        *facts_section(table, kept, len(given) - len(table)),
         *_results(table, kept, accuracy),
         *_section("Limits", lambda: [paragraph(" ".join(limits(table, kept)))]),
     ]
@@ -92,7 +92,7 @@ def report(
 def _checked(table: object, store: object) -> pd.DataFrame:
     if store is not None:
         require_store(store)
-    table = checked(table, [*NEEDED, *(["run"] if store is not None else [])])
+    table = sweep_table(table, *NEEDED, *(["run"] if store is not None else []))
     if table.duplicated([*window_columns(table), "lr", "seed"]).any():
         differ = [c for c in settings_of(table) if table[c].nunique(dropna=False) > 1]
         if not differ:

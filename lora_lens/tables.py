@@ -18,6 +18,7 @@ WORDS = frozenset(
     ["run", "method", "variant", "strategy", "setting", "order", "task", "layer", "kind", "measure"]
 )
 SWEEP = ("method", "rank", "position", "start", "lr", "seed", "accuracy", "retained_accuracy", "forgetting")
+SHARES = ("accuracy", "retained_before", "retained_accuracy")
 NEVER_MISSING = ("run", "method", "lr", "seed")
 MOST_NAMED = 20  # columns in a message
 
@@ -45,7 +46,7 @@ def checked(
     Raises:
         InputTypeError: it is no table.
         InputError: it is empty, all its runs failed, a column is missing or holds other things than
-            numbers where numbers are meant, or a run stands in it twice.
+            numbers where numbers are meant or percentages in place of shares, or a run stands in it twice.
     """
     if not isinstance(table, pd.DataFrame):
         raise InputTypeError(
@@ -61,6 +62,11 @@ def checked(
             raise InputError(f"{name} has rows without a value of {column}; drop them")
         if column not in WORDS and column != any_type:
             rows = _with_numbers(rows, column, name)
+        if column in SHARES and (wrong := ~rows[column].between(0, 1) & rows[column].notna()).any():
+            raise InputError(
+                f"{name} has {rows.loc[wrong, column].iloc[0]:g} in its column {column}, which holds shares "
+                "in [0, 1]; 80% is 0.8"
+            )
     if once and "run" in rows and (twice := rows["run"].duplicated()).any():
         raise InputError(
             f"{name} holds run {rows.loc[twice, 'run'].iloc[0]} twice, which would count as two seeds; "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.heads import classifier
+from lora_lens.random_state import seeded
 from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_runs
 from lora_lens.sampling import sampled_rows
 from lora_lens.validate import choice, instance, sequence, shown, whole_number
@@ -269,8 +270,7 @@ class Task:
 
 def fresh_head(features: int, classes: int, seed: int) -> nn.Linear:
     """A new linear classifier; the global random state stays."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return nn.Linear(features, classes, dtype=torch.float32)
 
 

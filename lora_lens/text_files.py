@@ -178,11 +178,17 @@ def _decoded(path: Path) -> str:
             data = UNPACKED[suffix](data)
         except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
             raise InputError(f"{path} is damaged: not readable as {suffix[1:]} ({error})") from error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # Excel's "Unicode text"
+    utf16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if data.startswith(utf16) and not data.startswith(codecs.BOM_UTF32_LE):  # Excel's "Unicode text"
         try:
             return data.decode("utf-16")
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is damaged: not readable as UTF-16 ({error})") from error
+    if b"\0" in data.partition(b"\n")[0]:
+        raise InputError(
+            f"{path} is not UTF-8: its first line holds zero bytes, as UTF-16 and UTF-32 do; write it anew "
+            "as UTF-8"
+        )
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0  # which Excel writes
     try:
         return data[start:].decode()

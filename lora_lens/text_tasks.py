@@ -172,6 +172,10 @@ def label_word_task(
     for place, (word, own) in enumerate(zip(words, ids, strict=True)):
         if not own:
             raise InputError(f"the word {word!r} has no tokens; choose another one")
+        if getattr(tokenizer, "unk_token_id", None) in own:
+            raise InputError(
+                f"the tokenizer does not know the word {word!r} after the prompt; choose another"
+            )
         if twin := [words[i] for i, other in enumerate(ids) if i != place and other[: len(own)] == own]:
             raise InputError(
                 f"the tokens of {word!r} begin those of {twin[0]!r}, so their likelihoods cannot be told "

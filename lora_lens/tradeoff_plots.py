@@ -20,7 +20,7 @@ from lora_lens.errors import InputError
 from lora_lens.metrics import pareto_front, seed_means
 from lora_lens.plot_style import colour_bar, house_style, literal, require_axes, styled
 from lora_lens.sweep_plots import LABELS, PERCENT, UNITS, require_score, show_unit, with_unit
-from lora_lens.tables import checked
+from lora_lens.tables import checked, sweep_table
 from lora_lens.tradeoffs import WINDOW, groups, window_columns
 
 COLOURS = {
@@ -238,10 +238,9 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     Raises:
         ValueError: a column is missing, the table is empty, or two runs share window, rate and seed.
     """
-    scores = ["accuracy", "retained_accuracy", "forgetting"]
-    table = checked(table, [*WINDOW, "lr", "seed", *scores])
+    table = sweep_table(table)
     keys = window_columns(table)
-    groups(table, keys, scores)  # refuses two runs of a window, rate and seed
+    groups(table, keys, ["accuracy"])  # refuses two runs of a window, rate and seed
     means = _ordered(seed_means(table))
     scale = ScalarMappable(Normalize(0, 1), "cividis")
     rows = means.groupby(keys, dropna=False, sort=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from threading import RLock
@@ -36,16 +36,16 @@ from lora_lens.spectrum_explorer import position_slider, rank_slider
 from lora_lens.spectrum_plots import some_spectra
 from lora_lens.sweep_plots import learning_curves
 from lora_lens.tasks import Task
-from lora_lens.training import Progress, Run, Training, finetune
+from lora_lens.training import Progress, Run, finetune
 from lora_lens.training_controls import button, learning_rate_choice, steps_slider
-from lora_lens.validate import instance, known_settings, whole_number
+from lora_lens.training_settings import Training, training_with
+from lora_lens.validate import instance, whole_number
 from lora_lens.window import Window
 
 WINDOW, ORDINARY, FULL = "window", "LoRA", "full fine-tuning"
 LOOK = 0.2  # seconds between two looks at a run
 IN_PICTURE = 6  # runs that stay as pale lines; the table keeps all
 ROWS = 8
-SETTINGS = [field.name for field in fields(Training)]
 
 
 @brief_errors
@@ -91,8 +91,8 @@ def training_explorer(
     for name, given in (("task", task), ("retain", retain)):
         instance(given, Task, name, "a Task, such as that of ll.embedded.digits()")
     rank = whole_number(rank, "rank", least=1)
-    known_settings(settings, [*SETTINGS, "rank", "spectra"], "training_explorer")
-    config = Training(lr=lr, steps=steps, batch_size=batch_size, evaluations=evaluations, **settings)
+    settings |= {"lr": lr, "steps": steps, "batch_size": batch_size, "evaluations": evaluations}
+    config = training_with(settings, "training_explorer", also=("rank", "spectra"))
     task.new_readout(model, config.seed)
     retain.own_readout(model)
     spectra = compute_spectra(model) if spectra is None else some_spectra(spectra)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from lora_lens.precision import PRECISIONS
 from lora_lens.validate import choice, instance, known_settings, number, whole_number
+
+LARGEST, MOST_DECAY = 1e30, 1e6  # whose product torch can still multiply a weight with
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Training:
 
     def __post_init__(self) -> None:
         plain = {
-            "lr": number(self.lr, "lr", above=0),
+            "lr": number(number(self.lr, "lr", above=0), "lr", most=LARGEST),
             "steps": whole_number(self.steps, "steps", least=1),
             "batch_size": whole_number(self.batch_size, "batch_size", least=1),
             "warmup": number(self.warmup, "warmup", least=0, below=1),
@@ -55,6 +57,7 @@ class Training:
             "seed": whole_number(self.seed, "seed", least=0, most=2**63 - 1),
             "precision": choice(self.precision, "precision", PRECISIONS),
         }
+        number(plain["weight_decay"], "weight_decay", most=MOST_DECAY)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
@@ -67,13 +70,18 @@ class Training:
 SETTINGS = tuple(f.name for f in fields(Training))
 
 
-def training_with(settings: Mapping[str, object], where: str, config: Training | None = None) -> Training:
+def training_with(
+    settings: Mapping[str, object], where: str, config: Training | None = None, *, also: Iterable[str] = ()
+) -> Training:
     """``config``, by default the usual settings, with those that were given to ``where`` by name.
+
+    Args:
+        also: what else ``where`` takes, which may have been meant.
 
     Raises:
         TypeError: there is no such setting; the message suggests the one that was meant.
         ValueError: as :class:`Training`.
     """
-    known_settings(settings, SETTINGS, where)
+    known_settings(settings, (*SETTINGS, *also), where)
     config = Training() if config is None else instance(config, Training, "config", "an ll.Training")
     return replace(config, **settings)

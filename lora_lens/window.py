@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lora_lens import validate
@@ -32,6 +34,30 @@ class Placement(ABC):
         Raises:
             ValueError: the rule gives nothing for this spectrum; the message names ``name``.
         """
+
+    def chosen(self, singular_values: Tensor, name: str = "this weight") -> slice | Tensor:
+        """What :meth:`select` says, once it is known to be ``rank`` components of this spectrum.
+
+        Raises:
+            ValueError: as :meth:`select`; or a rule of your own gives another number of components, one
+                twice, in another order, or some that the spectrum does not have.
+            TypeError: it gives something else, such as a mask.
+        """
+        found, k = self.select(singular_values, name), len(singular_values)
+        if isinstance(found, slice):
+            places = range(k)[found]
+        else:
+            places = [
+                validate.whole_number(place, f"each component that {self} selects")
+                for place in validate.sequence(found, f"what {self} selects", "whole numbers")
+            ]
+        ascending = all(a < b for a, b in pairwise(places))
+        if len(places) != self.rank or not ascending or places[0] < 0 or places[-1] >= k:
+            raise InputError(
+                f"{self} must select {self.rank} different components of {name}, in ascending order, of 0 to "
+                f"{k - 1}, not {validate.shown(found)}"
+            )
+        return found if isinstance(found, slice) else torch.tensor(places)
 
 
 def whole_rank(rank: object) -> int:

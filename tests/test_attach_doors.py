@@ -22,6 +22,8 @@ WRONG = [
     ({"alpha": math.inf}, ValueError, "alpha must be positive and finite, not inf"),
     ({"alpha": math.nan}, ValueError, "alpha must be positive and finite, not nan"),
     ({"alpha": -1}, ValueError, "alpha must be positive and finite, not -1"),
+    ({"alpha": 1e-300}, ValueError, r"alpha must be in \[1e-30, 1e\+30\], not 1e-300"),
+    ({"alpha": 1e300}, ValueError, r"alpha must be in \[1e-30, 1e\+30\], not 1e\+300"),
     ({"alpha": "8"}, TypeError, "alpha must be a number, not '8'"),
     ({"alpha": True}, TypeError, "alpha must be a number, not True"),
     ({"spectra": {}}, TypeError, r"spectra must be what ll\.spectra\(model\) gives, not {}"),
@@ -144,21 +146,30 @@ def test_function_error_where_the_function_is_zero():
     assert function_error(nn.Linear(4, 3), zero, torch.ones(2, 4)) == math.inf
 
 
-def test_a_placement_that_breaks_its_word_is_named(patch_vit):
-    class Unlucky(ll.window.Placement):
-        rank = 3
-
-        def select(self, singular_values, name="this weight"):
-            return slice(0, 2)
-
-        def __str__(self):
-            return "my rule"
-
-    with pytest.raises(ValueError, match=r"my rule of rank 3 selects 2 components of blocks\.0\.attn\.qkv"):
-        ll.attach(patch_vit, Unlucky(), inplace=True)
-
-
 def test_a_layer_without_spectrum_is_named(patch_vit):
     spectra = ll.spectra(patch_vit, "qkv", progress=False)
     with pytest.raises(ValueError, match=r"there is no spectrum of blocks\.0\.mlp\.fc1"):
         ll.attach(patch_vit, ll.Window.first(2), spectra=spectra, targets=["qkv", "fc1"])
+
+
+def test_factors_that_the_adapter_s_type_cannot_hold_are_refused(patch_vit):
+    half = ll.Variant(dtype=torch.float16)
+    before = {name: value.clone() for name, value in patch_vit.state_dict().items()}
+    with pytest.raises(ValueError, match=r"larger than torch\.float16 can hold, with alpha=1e-15 and rank 2"):
+        ll.attach(patch_vit, ll.Window.middle(2), alpha=1e-15, variant=half, inplace=True)
+    assert all(torch.equal(value, before[name]) for name, value in patch_vit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        (None, TypeError, "inputs must be a batch or a mapping of keyword arguments, not None"),
+        (torch.zeros(0, 1, 28, 28), ValueError, "inputs hold no examples"),
+        (torch.zeros(2, 3, 5, 5), ValueError, "VisionTransformer does not take these inputs: .*give a batch"),
+        (torch.zeros(2, 1, 28, 28).byte(), ValueError, "VisionTransformer does not take these inputs"),
+    ],
+)
+def test_batches_that_no_measure_can_be_taken_on_are_refused_in_words(model, inputs, error, message):
+    for measure in (ll.feature_change, ll.function_error):
+        with pytest.raises(error, match=message):
+            measure(model, model, inputs)

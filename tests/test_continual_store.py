@@ -186,6 +186,8 @@ def test_a_folder_and_its_packed_file_tell_the_same(tmp_path):
     assert table["run"].nunique() == 4 and table["setting"].tolist() == sorted(table["setting"])
     pd.testing.assert_frame_equal(*(ll.continual_drifts(place, table) for place in (store, packed)))
     for place in (store, packed):
+        with pytest.raises(ValueError, match="holds sequences of tasks, which have no curves"):
+            ll.curves(place, table)
         with pytest.raises(ValueError, match=r"holds sequences of tasks; read them with ll\.continual_runs"):
             ll.runs(place)
 

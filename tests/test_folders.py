@@ -168,7 +168,7 @@ def test_settings_out_of_range_are_refused(colours, options, message):
     "options",
     [
         {"path": None}, {"limit": 2.5}, {"limit": "3"}, {"seed": 0.5}, {"test_share": "0.2"},
-        {"transform": "resize"},
+        {"transform": "resize"}, {"train": 3}, {"train": None}, {"test": 3}, {"progress": "yes"},
     ],
 )  # fmt: skip
 def test_settings_of_other_types_are_refused(colours, options):

@@ -212,3 +212,36 @@ def test_the_summary_s_energy_is_that_of_the_spectrum(model, spectra):
         table = ll.summary(ll.attach(model, ll.Window(8, position=0.1), spectra=spectra, alpha=alpha))
         expected = spectra.table(ll.Window(8, position=0.1)).set_index("layer")["energy"]
         assert table.set_index("layer")["energy"].to_dict() == pytest.approx(expected.to_dict(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (
+            [0, 0, 1, 2],
+            ValueError,
+            r"Own\(.* must select 4 different components of 0, in ",
+        ),
+        (torch.tensor([3, 2, 1, 0]), ValueError, "in ascending order, of 0 to 11"),
+        ([0, 1, 2, 12], ValueError, "of 0 to 11"),
+        ([-1, 0, 1, 2], ValueError, "of 0 to 11"),
+        (slice(0, 3), ValueError, "must select 4"),
+        (slice(10, 14), ValueError, "must select 4"),
+        (torch.arange(12) < 4, TypeError, "each component that .* must be a whole number, not True"),
+        (None, TypeError, "what .* selects must be a sequence of whole numbers"),
+    ],
+)
+def test_a_rule_of_your_own_must_select_what_it_says(found, error, message):
+    @dataclass(frozen=True)
+    class Own(Placement):
+        rank: int = 4
+
+        def select(self, singular_values, name="this weight"):
+            return found
+
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 2))
+    spectra = ll.spectra(model, "all-linear", progress=False)
+    with pytest.raises(error, match=message):
+        ll.attach(model, Own(), targets="0", spectra=spectra)
+    with pytest.raises(error, match=message):
+        ll.attach(model, Own(), targets="0")

@@ -156,3 +156,19 @@ def test_only_models_that_continue_texts_are_asked(small, tokenizer, model):
             TypeError, match=f"{type(other).__name__} does not continue texts; expected a causal"
         ):
             replies(other, tokenizer)
+
+
+def test_tokenizers_that_do_not_fit_are_refused_in_words(small, tokenizer):
+    other = copy.deepcopy(small)
+    other.resize_token_embeddings(100)
+    with pytest.raises(ValueError, match=r"gives token \d+, and LlamaForCausalLM has 100 tokens"):
+        replies(other, tokenizer, [FRANCE])
+    for template, message in (
+        ("{{ raise_exception('no users') }}", "template does not take a user's question: no users; set"),
+        ("{% for m in %}", "template does not take a user's question"),
+        ("{{ '' }}", "the tokenizer makes no tokens of 'What is the capital"),
+    ):
+        odd = copy.deepcopy(tokenizer)
+        odd.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            replies(small, odd, [FRANCE])

@@ -12,11 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from small_sequences import learn, pairs, retained, small_spectra, small_vit
-from threadpoolctl import threadpool_info, threadpool_limits
 
 import lora_lens as ll
 from lora_lens.methods import Penalized, Penalty
-from lora_lens.running import LAUNCHED, checked_jobs, one_thread
+from lora_lens.running import LAUNCHED, checked_jobs
 from lora_lens.strategies import Merged
 
 FAST = {"steps": 2, "batch_size": 8, "evaluations": 2, "warmup": 0.0, "progress": False}
@@ -163,21 +162,3 @@ def test_runs_do_not_hear_of_torchrun(monkeypatch):
     assert not swept(ll.LinearProbe(), (0,))["failed"].any()  # it would wait for nowhere.invalid
     assert {name: os.environ[name] for name in LAUNCHED} == launched
     assert not torch.distributed.is_initialized()
-
-
-def test_one_thread_holds_for_torch_and_blas_and_is_undone():
-    def blas() -> set[int]:
-        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with threadpool_limits(2, user_api="blas"):
-            with pytest.raises(ZeroDivisionError), one_thread():
-                with one_thread():
-                    assert torch.get_num_threads() == 1 and blas() == {1}
-                assert torch.get_num_threads() == 1 and blas() == {1}
-                raise ZeroDivisionError
-            assert torch.get_num_threads() == 2 and blas() == {2}
-    finally:
-        torch.set_num_threads(before)

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lens as ll
 from lora_lens.identity import run_name
@@ -89,6 +90,40 @@ def test_the_identity_sees_every_weight_and_buffer(digits):
     with torch.no_grad():
         model[1].num_batches_tracked += 1
     assert experiment_identity(model, task, task)["model"] != before["model"]
+
+
+def test_the_identity_sees_what_a_model_computes_with_beside_its_weights(model, digits):
+    task, same = digits.first(10, 10), copy.deepcopy(model)
+    before = experiment_identity(model, task, task)
+    same.train().set_grad_checkpointing()
+    same(task.train.inputs)  # running it changes nothing
+    assert experiment_identity(same, task, task) == before
+    heads, dropout, buffer = (copy.deepcopy(model) for _ in range(3))
+    attention = heads.blocks[0].attn
+    attention.num_heads, attention.head_dim = 1, attention.head_dim * attention.num_heads
+    dropout.blocks[1].mlp.drop1.p = 0.5
+    buffer.register_buffer("shift", torch.ones(1), persistent=False)
+    for other in (heads, dropout, buffer):
+        now = experiment_identity(other, task, task)
+        assert {key for key in now if now[key] != before[key]} == {"settings of the model"}
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    before, llama.config.num_attention_heads = experiment_identity(llama, task, task), 4
+    assert experiment_identity(llama, task, task) != before
+
+
+def test_a_store_of_an_earlier_version_that_did_not_note_settings_goes_on(tmp_path):
+    with open_store(tmp_path, IDENTITY):
+        pass
+    with open_store(tmp_path, IDENTITY | {"settings of the model": "s"}):
+        pass
+    with open_store(tmp_path / "new", IDENTITY | {"settings of the model": "s"}):
+        pass
+    with (
+        pytest.raises(ValueError, match="different experiment \\(settings of the model: there s, here t"),
+        open_store(tmp_path / "new", IDENTITY | {"settings of the model": "t"}),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +322,18 @@ def test_what_a_file_manager_leaves_in_a_folder_does_not_fill_it(tmp_path):
         assert runs.is_dir()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00\x05\x16\x07\xff", b'{"iden', b"[1]", b'{"identity": "x"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\x05\x16\x07\xff",
+        b'{"iden',
+        b"[1]",
+        b'{"identity": "x"}',
+        b'{"identity": {}}',
+        b'{"identity": {"task": 3}}',
+    ],
+)
 def test_a_damaged_experiment_is_named_and_nothing_is_changed(content, tmp_path):
     with open_store(tmp_path, IDENTITY):
         pass
@@ -355,3 +401,30 @@ def test_what_is_no_path_is_no_store(read):
     for store in (None, 42, ["a"], pd.DataFrame({"run": ["a"]})):
         with pytest.raises(TypeError, match="store must be the folder or packed file of a sweep, not"):
             read(store)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (("settings", "lr"), 0.5, "its settings are not those that the run was made with"),
+        (("exact",), [1], "no record of a run"),
+        (("exact",), {"method": "other"}, "its settings are not those"),
+        (("result",), {}, "its results are damaged"),
+        (("result", "accuracy"), "0.5", "its results are damaged"),
+        (("result", "forgetting"), None, "its results are damaged"),
+        (("curve",), [1], "its results are damaged"),
+        (("curve", "step"), [0], "its results are damaged"),
+        (("items",), {"label": [1], "before": [1, 2]}, "its results are damaged"),
+        (("features",), None, "its results are damaged"),
+        (("failed",), None, "its results are damaged"),
+    ],
+)
+def test_a_run_s_file_with_other_content_is_no_result(swept, tmp_path, place, value, reason):
+    folder, table = swept
+    shutil.copytree(folder, tmp_path / "s")
+    path = tmp_path / "s" / "runs" / f"{table['run'][0]}.json"
+    record = json.loads(path.read_bytes())
+    (record if len(place) == 1 else record[place[0]])[place[-1]] = value
+    path.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match=f"passed over: {path.name} .{reason}"):
+        assert path.stem not in set(ll.runs(tmp_path / "s")["run"])

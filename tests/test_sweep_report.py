@@ -276,6 +276,18 @@ def test_the_facts_are_those_of_the_table(page):
     assert "5 windows and 1 other method (LoRA) at 3 learning rates with 6 seeds: 108 runs" in page.text
 
 
+def test_runs_that_failed_are_counted_and_results_are_no_settings(tmp_path):
+    table = made_up(seeds=2).assign(retained_loss=0.25, loss_rise=0.125, failed=False, reason="")
+    table.loc[[0, 7], ["failed", "reason", "accuracy"]] = [True, "out of memory", np.nan]
+    page = Page(ll.report(table, tmp_path / "p.html"))
+    assert "34 runs. None diverged. 2 more runs failed, and this page leaves them out." in page.text
+    settings = {*page.table("What differs")["setting"], *page.table("What all runs share")["setting"]}
+    assert settings.isdisjoint(["retained_loss", "loss_rise", "failed", "reason"])
+    again = pd.concat([table, table.assign(loss_rise=0.5, run="again")])
+    with pytest.raises(ValueError, match="holds some runs twice"):  # not a mix of settings
+        ll.report(again, tmp_path / "p.html")
+
+
 # with a store
 
 
@@ -450,7 +462,7 @@ def test_nothing_but_an_earlier_report_is_replaced(tmp_path):
     with pytest.raises(FileExistsError, match="was edited since it was written"):
         ll.report(table, path)
     assert path.read_text() == notes
-    with pytest.raises(TypeError, match="path must be the name of the file to write, not None"):
+    with pytest.raises(TypeError, match="path must be the file to write, such as"):
         ll.report(table, None)
 
 
@@ -472,6 +484,7 @@ def test_tables_that_make_no_report_leave_the_old_one(table, store, tmp_path):
     for wrong, options, error, message in (
         (table.drop(columns=["forgetting", "lr"]), {}, ValueError, "no column lr, forgetting"),
         (table[:0], {}, ValueError, "the table is empty"),
+        (table.assign(accuracy=np.nan), {}, ValueError, "no run of the table has a value of accuracy"),
         (mixed, {}, ValueError, r"mixes values of steps; report one at a time, such as the first: table\["),
         (pd.concat([table, table]), {}, ValueError, "holds some runs twice"),
         (table, {"accuracy": 0.8}, ValueError, "pass store=, too"),

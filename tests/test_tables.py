@@ -111,3 +111,12 @@ def test_explorers_refuse_a_table_without_any_score(table):
     for score in ("accuracy", "retained_accuracy"):
         with pytest.raises(InputError, match=f"no run of the table has a value of {score}"):
             ll.widgets.tradeoff_explorer(table.assign(**{score: np.nan}))
+
+
+@pytest.mark.parametrize("value", [80.0, -0.1, np.inf])
+def test_percentages_in_place_of_shares_are_refused(table, value):
+    table.loc[1, "accuracy"] = value
+    with pytest.raises(InputError, match=rf"the table has {value:g} in its column accuracy, .* 80% is 0\.8"):
+        checked(table, [*COLUMNS, "accuracy"])
+    table.loc[1, "accuracy"] = np.nan  # of a run that diverged
+    assert len(checked(table, [*COLUMNS, "accuracy"])) == 6

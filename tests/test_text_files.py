@@ -167,6 +167,10 @@ def test_another_encoding_is_named_by_its_byte(tmp_path):
     path.write_bytes("text,label\n".encode("utf-16")[:-1])
     with pytest.raises(ValueError, match=r"damaged: not readable as UTF-16"):
         text_corpus(path)
+    for encoding in ("utf-16-le", "utf-32"):
+        path.write_bytes("text,label\ngood,x\n".encode(encoding))
+        with pytest.raises(ValueError, match=r"latin\.csv is not UTF-8: its first line holds zero bytes"):
+            text_corpus(path)
     packed = tmp_path / "latin.csv.gz"
     packed.write_bytes(gzip.compress(b"text,label\nK\xe4se,y\n"))
     with pytest.raises(ValueError, match=r"byte 12 uncompressed \(line 2\)"):
@@ -249,3 +253,10 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # which makes the import fail
     with pytest.raises(ImportError, match=r"a\.parquet needs the pyarrow package: pip install pyarrow"):
         text_corpus(table)
+
+
+def test_classes_that_differ_in_case_only_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"text {i},{'Pos' if i % 2 else 'pos'}\n" for i in range(8)))
+    with pytest.warns(UserWarning, match="a: 'Pos' and 'pos' differ in case only"):
+        assert text_corpus(path).classes == ("Pos", "pos")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_language import byte_tokenizer, part_of, small
+from small_tokenizers import tokenizer_like
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -205,3 +206,10 @@ def test_the_longest_word_must_fit_behind_the_longest_text(kind):
     ll.evaluate(small(kind, positions=needed), task, examples=task.train)
     with pytest.raises(ValueError, match=rf"{needed} tokens, and .* takes at most {needed - 1}"):
         task.own_readout(small(kind, positions=needed - 1))
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused():
+    train, test = ll.Texts(("a film", "a play"), (0, 1)), ll.Texts(("one",), (0,))
+    corpus = ll.Corpus("films", ("bad", "☃"), train, test)
+    with pytest.raises(ValueError, match="the tokenizer does not know the word ' ☃'"):
+        ll.label_word_task(corpus, tokenizer_like("bert"))

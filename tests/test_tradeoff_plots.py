@@ -375,3 +375,8 @@ def test_columns_that_a_picture_needs_are_named_where_they_lack(table):
     ):
         with pytest.raises(ValueError, match=f"no column {column}"):
             draw(source.drop(columns=column))
+
+
+def test_fronts_of_runs_without_any_score_are_refused(table):
+    with pytest.raises(ValueError, match="no run of the table has a value of accuracy"):
+        ll.plots.fronts_by_method(table.assign(accuracy=np.nan))

@@ -189,6 +189,8 @@ def test_batches_visit_every_example_before_any_comes_again():
         ({"lr": 0}, "lr must be positive and finite, not 0"),
         ({"lr": float("nan")}, "lr must be positive and finite, not nan"),
         ({"lr": float("inf")}, "lr must be positive and finite, not inf"),
+        ({"lr": 1e300}, r"lr must be at most 1e\+30 and finite, not 1e\+300"),
+        ({"weight_decay": 1e300}, "weight_decay must be at most"),
         ({"lr": "1e-3"}, "lr must be a number, not '1e-3'"),
         ({"steps": 1.5}, "steps must be a whole number, not 1.5"),
         ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
