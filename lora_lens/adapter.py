@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens import validate
+from lora_lens.copying import copy_around
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     Attachment,
     attached,
-    copy_around,
     inject,
     lora_layers,
     matrices_of,
@@ -171,6 +171,11 @@ def planned(
     """
     validate.instance(model, nn.Module, "model", "a torch.nn.Module, such as timm's and transformers' models")
     require_unadapted(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} holds TorchScript modules, which PEFT cannot put adapters beside; "
+            "build the model from Python modules"
+        )
     validate.patterns(targets)
     if alpha is not None:
         validate.number(alpha, "alpha", above=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,12 +208,6 @@ def is_dora(layer: LoraLayer) -> bool:
     return ADAPTER in getattr(layer, "lora_magnitude_vector", {})
 
 
-def copy_around(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
-    """A deep copy of all but the values of ``shared``."""
-    # data instead of detach(): changes of the copy must not count as changes of the original.
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in shared})
-
-
 def inject(
     model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
 ) -> PeftModel:
@@ -357,7 +350,10 @@ def taken_off(peft_model: PeftModel) -> nn.Module:
     kinds = (LoraLayer, ModulesToSaveWrapper)
     adapted = {path: module for path, module in base.named_modules() if isinstance(module, kinds)}
     peft_model.unload()
+    left = dict(base.named_modules())
     for path, module in adapted.items():
+        if path not in left:  # a wrapper around the adapted layer itself, which PEFT took off with it
+            continue
         if isinstance(module, ModulesToSaveWrapper):  # PEFT leaves its copies there
             base.set_submodule(path, module.original_module)
         placed(base, path)
