@@ -228,6 +228,14 @@ def projected(forward):
     return wrapper
 
 
+class Collected(Layers):
+    def forward(self, x):
+        weights = []
+        for layer in self.layers:
+            weights.append(layer.weight)
+        return F.linear(self.a(x), torch.cat(weights))
+
+
 class Decorated(Layers):
     @projected
     def forward(self, x):
@@ -318,6 +326,7 @@ USED = {
     Matched: {"a"},
     Made: {"a"},
     Applied: {"a", "b", "layers.0", "layers.1"},
+    Collected: {"layers.0", "layers.1"},
     Decorated: {"a"},
     OwnGetattr: {"a"},
     OfClass: {"a"},

@@ -72,6 +72,7 @@ def test_imports_point_one_way():
         "weight_reads",
         "heads",
         "layers",
+        "copying",
         "progress",
         "placement",
         "checkpoint",
