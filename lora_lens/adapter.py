@@ -83,7 +83,7 @@ def attach(
         targets: which layers, see :func:`lora_lens.layers.target_layers`; default all linear layers
             but the classifier, as far as ``spectra`` has them. With a mapping: those of them that
             a pattern matches, by default all that do.
-        alpha: LoRA's alpha; default the rank, so scaling is 1 (sqrt(rank) with rsLoRA).
+        alpha: LoRA's alpha, from 1e-6 to 1e6; default the rank, so scaling is 1 (sqrt(rank) with rsLoRA).
         spectra: of this model, to factorize nothing twice.
         variant: how the adapter is built: rsLoRA, DoRA, the split of the singular values, ...
         modules_to_save: modules by the end of their names, in whole dotted parts, that PEFT trains and
@@ -179,6 +179,7 @@ def planned(
     validate.patterns(targets)
     if alpha is not None:
         validate.number(alpha, "alpha", above=0)
+        validate.number(alpha, "alpha", least=1e-6, most=1e6)  # beyond, factors or scaling leave float16
     if spectra is not None:
         validate.instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) gives")
     if variant is not None:

@@ -20,6 +20,8 @@ WRONG = [
     ({"targets": {"qkv": 1}}, TypeError, "targets must be a sequence"),
     ({"targets": b"qkv"}, TypeError, "targets must be a sequence"),
     ({"alpha": math.inf}, ValueError, "alpha must be positive and finite, not inf"),
+    ({"alpha": 1e-300}, ValueError, "alpha must be .*not 1e-300"),
+    ({"alpha": 1e300}, ValueError, "alpha must be .*not 1e[+]300"),
     ({"alpha": math.nan}, ValueError, "alpha must be positive and finite, not nan"),
     ({"alpha": -1}, ValueError, "alpha must be positive and finite, not -1"),
     ({"alpha": "8"}, TypeError, "alpha must be a number, not '8'"),
