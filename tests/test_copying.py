@@ -67,3 +67,14 @@ def test_wrappers_around_adapted_layers_come_off_with_them():
     base = ll.detach(adapted)
     assert type(base.block) is nn.Linear
     assert torch.equal(base.block.weight, model.block.weight)
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+def test_adapters_are_in_the_mode_of_their_model():
+    model, variant = Net().eval(), ll.Variant(dropout=0.5)
+    adapted = ll.attach(model, ll.Window.first(2), targets="block", variant=variant)
+    assert not any(module.training for module in adapted.modules())
+    assert torch.allclose(adapted(X), model(X), atol=1e-6)
+    model.train()
+    adapted = ll.attach(model, ll.Window.first(2), targets="block", variant=variant)
+    assert all(module.training for module in adapted.modules())
