@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens import validate
+from lora_lens.copying import copy_around
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     Attachment,
     attached,
-    copy_around,
     inject,
     lora_layers,
     matrices_of,
@@ -50,7 +50,6 @@ from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.window import Placement, Window, require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 
-LARGEST = 1e30  # alpha, and its inverse: what float32 holds with room for the weights
 
 
 def attach(
@@ -85,7 +84,7 @@ def attach(
         targets: which layers, see :func:`lora_lens.layers.target_layers`; default all linear layers
             but the classifier, as far as ``spectra`` has them. With a mapping: those of them that
             a pattern matches, by default all that do.
-        alpha: LoRA's alpha; default the rank, so scaling is 1 (sqrt(rank) with rsLoRA).
+        alpha: LoRA's alpha, from 1e-6 to 1e6; default the rank, so scaling is 1 (sqrt(rank) with rsLoRA).
         spectra: of this model, to factorize nothing twice.
         variant: how the adapter is built: rsLoRA, DoRA, the split of the singular values, ...
         modules_to_save: modules by the end of their names, in whole dotted parts, that PEFT trains and
@@ -170,10 +169,14 @@ def planned(
     """
     validate.instance(model, nn.Module, "model", "a torch.nn.Module, such as timm's and transformers' models")
     require_unadapted(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} holds TorchScript modules, which PEFT cannot put adapters beside; "
+            "build the model from Python modules"
+        )
     validate.patterns(targets)
     if alpha is not None:
-        validate.number(alpha, "alpha", above=0)
-        validate.number(alpha, "alpha", least=1 / LARGEST, most=LARGEST)
+        validate.number(alpha, "alpha", least=1e-6, most=1e6)  # beyond, factors or scaling leave float16
     if spectra is not None:
         validate.instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) gives")
     if variant is not None:

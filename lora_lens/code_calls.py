@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.lora import Linear
 from torch import nn
 
 from lora_lens.code_values import (
     NOTHING,
     InnerFunction,
+    Made,
     Many,
     MethodOf,
     Row,
@@ -38,11 +41,27 @@ def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str
     if isinstance(callee, nn.Module):
         if id(callee) not in reader.layers and any(map(matters, given)):
             return reader.enter(types.MethodType(type(callee).forward, callee), args, kwargs)
+    elif isinstance(callee, Made):
+        calls = [f for f in reader.attribute(callee, "__call__", reading.where) if f not in callee.held]
+        return union(*(called(reading, function, args, kwargs) for function in calls))
     elif known is super:
         owner = next((kind for kind in args[0] if isinstance(kind, type)), None) if args else None
         this = args[1] if len(args) > 1 else next(iter(reading.env.values()), NOTHING)
         owner = owner or reading.outer.get("__class__")
         return tuple(Super(owner, item) for item in this if owner)
+    elif known is type and len(args) == 1:
+        for layer in (item for item in args[0] if id(item) in reader.layers):
+            reader.report(layer, f"is needed as it is: {reading.where} asks for its type")
+        return union(*((type(item),) for item in args[0] if isinstance(item, nn.Module)))
+    elif known is isinstance and len(args) == 2:
+        kinds = [k for item in args[1] for k in (each((item,)) or (item,)) if isinstance(k, type)]
+        for layer in (item for item in args[0] if id(item) in reader.layers):
+            if isinstance(layer, tuple(kinds)) and not issubclass(Linear, tuple(kinds)):
+                name = type(layer).__name__
+                reader.report(layer, f"is needed as it is: {reading.where} asks whether it is a {name}")
+    elif known is functools.reduce and len(args) > 1:
+        every = union(each(args[1]), *args[2:])
+        return union(*(called(reading, function, [every, every], {}) for function in args[0]), *args[2:])
     elif known in (partial, map, filter) and args:
         rest = args[1:] if known is partial else [each(value) for value in args[1:]]
         found = union(*(called(reading, function, rest, kwargs) for function in args[0]))
@@ -66,13 +85,16 @@ def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str
         return NOTHING
     elif isinstance(callee, (types.FunctionType, types.MethodType, partial)):
         owner = getattr(callee, "__self__", None)
-        if holds(owner) or isinstance(callee, partial) or any(map(matters, given)):
+        if holds(owner) or holds(callee) or isinstance(callee, partial) or any(map(matters, given)):
             return reader.enter(callee, args, kwargs)
     elif known is None and isinstance(run := vars(type(callee)).get("__call__"), types.FunctionType):
         return called(reading, types.MethodType(run, callee), args, kwargs)
     else:
         for value in given:
             reader.hand_over(value, reading.where)
+        foreign = isinstance(callee, type) and not issubclass(callee, (nn.Module, torch.Tensor))
+        if foreign and any(map(matters, given)):
+            return (Made(callee, union(*given)),)
     return NOTHING
 
 
@@ -83,6 +105,8 @@ def _method(reading: Reading, of: MethodOf, args: list[Value]) -> Value:
         context = [NOTHING] if item.setup_context is torch.autograd.Function.setup_context else []
         return reader.enter(item.forward, [*context, *args])
     if not isinstance(item, nn.Module):
+        for value in args:  # what is put into a list is not followed
+            reader.use(value, reading.where)
         elements = each((item,))
         if name == "items":
             return (Many((Row((NOTHING, elements)),)),)
@@ -101,6 +125,12 @@ def _method(reading: Reading, of: MethodOf, args: list[Value]) -> Value:
     if name in ("children", "named_children", "modules", "named_modules", "__iter__"):
         some = tuple(item.modules() if "modules" in name else item.children())
         return (Many((Row((NOTHING, some)),) if "named" in name else some),)
+    if name == "__getattr__" and args:
+        return union(*(reader.attribute(item, n, reading.where) for n in args[0] if isinstance(n, str)))
+    if name == "apply" and args:
+        for function in args[0]:
+            called(reading, function, [tuple(item.modules())], {})
+        return (item,)
     for value in args:
         reader.hand_over(value, reading.where)
     # to(), half() and the like return the module itself
@@ -119,4 +149,4 @@ _PASSING: dict[object, Callable[[list[Value]], Value]] = {
         (list, tuple, set, reversed, iter, sorted), lambda args: (Many(each(args[0]) if args else NOTHING),)
     ),
 }
-_ASKING = {isinstance, issubclass, type, len, id, callable, print, str, repr, bool, range, int, float}
+_ASKING = {issubclass, len, id, callable, print, str, repr, bool, range, int, float}

@@ -21,6 +21,7 @@ from lora_lens.code_values import (
     NOTHING,
     UNKNOWN,
     InnerFunction,
+    Made,
     Many,
     MethodOf,
     Row,
@@ -29,6 +30,7 @@ from lora_lens.code_values import (
     Weight,
     ids,
     inside,
+    union,
     wrapped,
 )
 
@@ -62,6 +64,8 @@ class CodeReader:
         if (inner := inside_decorator(function)) is not None:
             for value in (*args, *(kwargs or {}).values()):  # transformers' decorators swap kernels in
                 self.use(value, getattr(function, "__qualname__", "a function"))
+            if not is_of_library(function):
+                Reading(self, function, args, kwargs or {}).result()
             return self.enter(inner, args, kwargs)
         if isinstance(function, partial):
             given = [wrapped(value) for value in function.args]
@@ -106,6 +110,10 @@ class CodeReader:
             if name not in HARMLESS:
                 self.use((item,), where)
             return NOTHING
+        if isinstance(item, Made):
+            return union(self._of_class(item.kind.__mro__, name, item), item.held)
+        if isinstance(item, nn.Module) and name == "__class__":
+            return (type(item),)
         if isinstance(item, nn.Module) and id(item) in self.layers:
             return self._of_layer(item, name, where)
         if isinstance(item, nn.Module):
@@ -128,7 +136,13 @@ class CodeReader:
         if isinstance(item, (Many, Row)):
             return (MethodOf(item, name),)
         own = getattr(item, "__dict__", {})
-        return wrapped(own[name]) if name in own else self._of_class(type(item).__mro__, name, item)
+        if name in own:
+            return wrapped(own[name])
+        found = self._of_class(type(item).__mro__, name, item)
+        rest = getattr(type(item), "__getattr__", None)
+        if found or hasattr(type(item), name) or rest in (None, nn.Module.__getattr__):
+            return found
+        return self.enter(rest, [(item,), (name,)])
 
     def setting(self, owners: Value, name: str) -> object:
         """A number, text, flag or None that the only one of ``owners`` has, and notes that it was asked."""
@@ -164,6 +178,12 @@ class CodeReader:
         if isinstance(found, types.FunctionType) and not isinstance(of, type):
             return (types.MethodType(found, of),)
         return wrapped(found)
+
+
+def is_of_library(decorator: object) -> bool:
+    """Decorators of torch and transformers give on what they are given; others may do anything."""
+    known = getattr(decorator, "__globals__", {"__name__": "torch"})["__name__"]
+    return known.partition(".")[0] in ("torch", "transformers", "accelerate", "contextlib", "functools")
 
 
 def is_of_torch(function: types.FunctionType) -> bool:

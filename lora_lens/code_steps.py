@@ -22,6 +22,7 @@ from lora_lens.code_values import (
     Value,
     Weight,
     at_place,
+    closure_of,
     each,
     union,
     wrapped,
@@ -61,12 +62,7 @@ class Reading:
         self.tree = syntax_tree(function)
         self.given = (args, kwargs)
         self.env: dict[str, Value] = {}
-        self.outer: dict[str, object] = {}
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                self.outer[name] = cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
+        self.outer = closure_of(function)
         if self.tree is not None:
             self.env = self._bound(self.tree.args, args, kwargs)
 
@@ -170,7 +166,12 @@ class Reading:
                 self.either([ast.Pass()], *(handler.body for handler in node.handlers))
                 self.run([*node.orelse, *node.finalbody])
             case ast.Match():
-                self.reader.use(self.value(node.subject), self.where)
+                subject = self.value(node.subject)
+                self.reader.use(subject, self.where)
+                patterns = [part for case in node.cases for part in ast.walk(case.pattern)]
+                for name in (n for part in patterns for n in getattr(part, "kwd_attrs", ())):
+                    found = [self.reader.attribute(item, name, self.where) for item in subject]
+                    self.reader.use(union(*found), self.where)
                 self.either([ast.Pass()], *(case.body for case in node.cases))
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 self.env[node.name] = self.inner(node.args, node.body)

@@ -40,6 +40,14 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
+class Made:
+    """An object that code makes of a class that is no module; any attribute may be what it was made with."""
+
+    kind: type
+    held: Value
+
+
+@dataclass(frozen=True, eq=False)
 class Super:
     """``super()`` in a method of ``owner``."""
 
@@ -102,7 +110,7 @@ def inside(item: object) -> tuple[Value, ...]:
 def matters(value: Value) -> bool:
     """Whether there is a module or a weight in it."""
     return any(
-        isinstance(item, (nn.Module, Weight, types.MethodType, MethodOf, InnerFunction))
+        isinstance(item, (nn.Module, Weight, types.MethodType, MethodOf, InnerFunction, Made))
         or any(map(matters, inside(item)))
         for item in value
     )
@@ -110,9 +118,20 @@ def matters(value: Value) -> bool:
 
 def holds(owner: object) -> bool:
     """Whether the methods of an object may reach modules."""
-    return isinstance(owner, nn.Module) or any(
-        isinstance(held, nn.Module) for held in getattr(owner, "__dict__", {}).values()
-    )
+    kept = (*getattr(owner, "__dict__", {}).values(), *closure_of(owner).values())
+    return isinstance(owner, (nn.Module, Made)) or any(isinstance(held, nn.Module) for held in kept)
+
+
+def closure_of(function: object) -> dict[str, object]:
+    """What a function keeps of the variables around its definition, by name."""
+    found = {}
+    cells = getattr(function, "__closure__", None) or ()
+    for name, cell in zip(function.__code__.co_freevars if cells else (), cells, strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    return found
 
 
 def ids(value: Value) -> tuple:
@@ -127,6 +146,8 @@ def _identity(item: object) -> object:
         return (id(item.__self__), id(item.__func__))
     if isinstance(item, MethodOf):
         return (_identity(item.item), item.name)
+    if isinstance(item, Made):
+        return (item.kind, ids(item.held))
     return item if isinstance(item, str) else id(item)
 
 

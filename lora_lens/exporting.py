@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_lens.adapter_files import FORMAT, write_adapter, write_record, write_tensors
+from lora_lens.copying import copied
 from lora_lens.errors import InputError
 from lora_lens.factorization import product_norm, product_svd
 from lora_lens.fingerprint import digest_of
@@ -148,7 +148,7 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
     now = buffers_by_name(peft_model)
     before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
-    base = taken_off(copy.deepcopy(peft_model, tensors | before))
+    base = taken_off(copied(peft_model, tensors | before))
     with replaced(folder, BASE_AND_ADAPTER) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -209,12 +208,6 @@ def is_dora(layer: LoraLayer) -> bool:
     return ADAPTER in getattr(layer, "lora_magnitude_vector", {})
 
 
-def copy_around(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
-    """A deep copy of all but the values of ``shared``."""
-    # data instead of detach(): changes of the copy must not count as changes of the original.
-    return copy.deepcopy(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in shared})
-
-
 def inject(
     model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
 ) -> PeftModel:
@@ -226,8 +219,10 @@ def inject(
     names, whole = tuple(names), saved_modules(model, config.modules_to_save or ())
     adapted = injected(model, config, names, whole, autocast=variant.dtype is None, seed=seed)
     adapted.planned_layers, adapted.planned_whole = names, whole
+    adapted.training = adapted.base_model.training = model.training
     for name in names:
         layer = lora_layer(adapted, name)
+        layer.train(layer.get_base_layer().training)  # PEFT's are in training mode, so dropout would act
         if variant.dtype is not None:
             layer.lora_A.to(variant.dtype), layer.lora_B.to(variant.dtype)
         if variant.train != "both":
@@ -357,9 +352,10 @@ def taken_off(peft_model: PeftModel) -> nn.Module:
     kinds = (LoraLayer, ModulesToSaveWrapper)
     adapted = {path: module for path, module in base.named_modules() if isinstance(module, kinds)}
     peft_model.unload()
-    for path, module in adapted.items():
-        if isinstance(module, ModulesToSaveWrapper):  # PEFT leaves its copies there
-            base.set_submodule(path, module.original_module)
+    # A wrapper around an adapted layer itself went off with the adapter.
+    for path in sorted(adapted.keys() & dict(base.named_modules()).keys()):
+        if isinstance(adapted[path], ModulesToSaveWrapper):  # PEFT leaves its copies there
+            base.set_submodule(path, adapted[path].original_module)
         placed(base, path)
     return base
 

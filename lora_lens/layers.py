@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +25,7 @@ from lora_lens.errors import InputError
 from lora_lens.heads import head_layers
 from lora_lens.patterns import matching, routers
 from lora_lens.random_state import seeded
-from lora_lens.weight_reads import used_otherwise
+from lora_lens.weight_reads import memory, used_otherwise
 from lora_lens.window import require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 
@@ -176,7 +177,7 @@ def adaptable(model: nn.Module) -> Adaptable:
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_lazy(parameter):
                 place = name if key == "weight" else f"{name}.{key}".strip(".")
-                places.setdefault(_memory(parameter), []).append(place)
+                places.setdefault(memory(parameter), []).append(place)
     modules = dict(named_modules(model))
     weighted = {
         name: module
@@ -191,7 +192,7 @@ def adaptable(model: nn.Module) -> Adaptable:
     refused = _refused_by_peft(model, {name.rpartition(".")[2] for name in layers})
     able, reasons, unexpected = {}, {}, set()
     for name, module in weighted.items():
-        others = [n for n in places.get(_memory(module.weight), []) if n != name]
+        others = [n for n in places.get(memory(module.weight), []) if n != name]
         kind = _reason(module, others)
         reason = kind or used.get(name) or _touched(module) or refused.get(name.rpartition(".")[2])
         if not reason:
@@ -208,11 +209,6 @@ def adaptable(model: nn.Module) -> Adaptable:
     groups = {"all-linear": linear, "all-conv": members.keys() - linear}
     groups |= {f"all-{part}": {n for n in linear if part_of(n) == part} for part in ("attention", "mlp")}
     return Adaptable(model, able, reasons, unexpected, groups)
-
-
-def _memory(weight: Tensor) -> object:
-    plain = type(weight.data) is Tensor and not weight.is_meta and weight.numel()
-    return (weight.device, weight.data_ptr()) if plain else id(weight)
 
 
 def _touched(layer: nn.Module) -> str:
@@ -279,6 +275,8 @@ def _reason(module: nn.Module, others: list[str]) -> str:
     if isinstance(module, BaseTunerLayer):
         return "is adapted already; merge or unload its adapter first"
     plain = type(weight.data) is Tensor and type(weight) in (nn.Parameter, Tensor)
+    if isinstance(weight, DTensor):
+        return "is distributed (a DTensor): attach to the model first, and shard the result"
     if not plain or (not weight.is_floating_point() and not weight.is_complex()):
         what = kind if plain else f"{kind} of {type(weight).__name__}"
         return (

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from lora_lens import validate
 from lora_lens.adapter import call, evaluating, planned
+from lora_lens.copying import copy_around
 from lora_lens.errors import InputError
 from lora_lens.features import layer_inputs
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
     ADAPTER,
     Attachment,
-    copy_around,
     inject,
     lora_layer,
     note_pretrained,

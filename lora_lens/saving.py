@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter_files import Saved, read_saved, write_adapter, write_record, write_tensors
+from lora_lens.copying import copy_around
 from lora_lens.errors import InputError
 from lora_lens.fingerprint import digest_of
 from lora_lens.injection import (
@@ -17,7 +18,6 @@ from lora_lens.injection import (
     adapter_state,
     attached,
     buffers_by_name,
-    copy_around,
     inject,
     lora_layer,
     lora_layers,

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lens.code_reading import CodeReader
+from lora_lens.code_source import mentioned
+from lora_lens.code_values import closure_of
 
 
 def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -28,6 +30,7 @@ def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Mod
         layers: those of them that count.
     """
     names = {id(layer): name for name, layer in layers.items()}
+    weights = {memory(layer.weight): layer for layer in layers.values()}
 
     shapes: dict[
         int, tuple[int, bool]
@@ -48,7 +51,7 @@ def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Mod
     reasons: dict[str, str] = {}
     known_reads: dict[int, list[_Reads]] = {}  # by structure; several where settings differ
     for path, module in modules.items():
-        for layer, key in _held(module, names):
+        for layer, key in _held(module, names, weights):
             reasons[names[id(layer)]] = f"is bypassed: {type(module).__name__} also keeps it as its {key}"
         structure, holds = shape(module)
         if not holds or id(module) in names:
@@ -114,8 +117,19 @@ def _read(
     return _Reads(found, [], at_home=False)
 
 
-def _held(module: nn.Module, names: Mapping[int, str]) -> Iterator[tuple[nn.Module, str]]:
-    """Layers that a module also keeps in an attribute: PEFT puts its own only in the submodule's place."""
+def memory(weight: Tensor) -> object:
+    """Where the values of a tensor lie, by which views and copies by reference are known."""
+    plain = type(weight.data) is Tensor and not weight.is_meta and weight.numel()
+    return (weight.device, weight.data_ptr()) if plain else id(weight)
+
+
+def _held(
+    module: nn.Module, names: Mapping[int, str], weights: Mapping[object, nn.Module]
+) -> Iterator[tuple[nn.Module, str]]:
+    """Layers that a module also keeps in an attribute: PEFT puts its own only in the submodule's place.
+
+    The same goes for their weights, and for layers in a function's closure, which copies share.
+    """
     for key, value in vars(module).items():
         if key == "_modules" or type(value) in _SIMPLE:
             continue
@@ -123,8 +137,13 @@ def _held(module: nn.Module, names: Mapping[int, str]) -> Iterator[tuple[nn.Modu
         for item in islice(items, 1000):
             item = item.func if isinstance(item, partial) else item
             item = item.__self__ if isinstance(item, types.MethodType) else item
-            if id(item) in names:
-                yield item, key
+            if isinstance(item, Tensor) and key != "_parameters":
+                item = weights.get(memory(item))
+            found = [item]
+            if isinstance(item, types.FunctionType) and item.__closure__:
+                roots = [root for root in closure_of(item).values() if isinstance(root, nn.Module)]
+                found = roots + [m for root in roots for m in mentioned(item.__code__, root)]
+            yield from ((layer, key) for layer in found if id(layer) in names and layer is not module)
 
 
 _SIMPLE, _ROWS = {bool, int, float, str, type(None)}, {list, tuple, set}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 # No name of a layer by itself: whatever class has a child of this name is looked through.
@@ -100,7 +101,7 @@ def placed(model: nn.Module, path: str) -> None:
 def _wrapped(module: nn.Module) -> str | None:
     """The name of the one child that a wrapper wraps; None if the module is no wrapper."""
     children = module._modules
-    if not children:
+    if not children or isinstance(module, torch.jit.ScriptModule):
         return None
     keys = (*SEGMENTS, *_keys_of(type(module)))
     return next((key for key in keys if children.get(key) is not None), None)

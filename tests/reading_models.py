@@ -187,11 +187,107 @@ class Everything(Layers):
         return self.a(x) + sum(p.sum() for p in self.parameters())
 
 
+class Reduced(Layers):
+    def forward(self, x):
+        return functools.reduce(lambda h, layer: F.linear(h, layer.weight), self.layers, self.a(x))
+
+
+class Matched(Layers):
+    def forward(self, x):
+        match self.a:
+            case nn.Module(weight=w):
+                x = F.linear(x, w)
+        return self.b(x)
+
+
+class Helper:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight)
+
+
+class Made(Layers):
+    def forward(self, x):
+        return Helper(self.a)(self.b(x))
+
+
+class Applied(Layers):
+    def forward(self, x):
+        found = []
+        self.apply(lambda module: found.append(getattr(module, "weight", None)))
+        return F.linear(self.b(x), found[0])
+
+
+def projected(forward):
+    @functools.wraps(forward)
+    def wrapper(self, x):
+        return forward(self, F.linear(x, self.a.weight))
+
+    return wrapper
+
+
+class Collected(Layers):
+    def forward(self, x):
+        weights = []
+        for layer in self.layers:
+            weights.append(layer.weight)
+        return F.linear(self.a(x), torch.cat(weights))
+
+
+class Decorated(Layers):
+    @projected
+    def forward(self, x):
+        return self.b(x)
+
+
+class OwnGetattr(Layers):
+    def __getattr__(self, name):
+        return super().__getattr__("a").weight if name == "matrix" else super().__getattr__(name)
+
+    def forward(self, x):
+        return F.linear(self.b(x), self.matrix)
+
+
+class OfClass(Layers):
+    @classmethod
+    def product(cls, layer, x):
+        return F.linear(x, layer.weight)
+
+    def forward(self, x):
+        return type(self).product(self.a, self.b(x))
+
+
+class KeptWeight(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = [self.a.weight, self.b.weight.detach()]
+
+    def forward(self, x):
+        return F.linear(F.linear(self.layers[0](x), self.beside[0]), self.beside[1])
+
+
+class Enclosed(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = lambda x: self.a(x)  # copies of the model keep calling this one
+
+    def forward(self, x):
+        return self.product(self.b(x))
+
+
+class AskedForKind(Layers):
+    def forward(self, x):
+        x = self.layers[0](x) if type(self.b) is nn.Linear else x
+        return self.layers[1](x) if isinstance(self.a, nn.Linear) else x
+
+
 class Harmless(Layers):
     def forward(self, x):
         x = x.to(self.a.weight.dtype).to(next(self.parameters()).device)
         weight = self.b.weight
-        if weight is not None and isinstance(self.a, nn.Linear) and not hasattr(self.b, "qweight"):
+        if weight is not None and isinstance(self.a, nn.Module) and not hasattr(self.b, "qweight"):
             x = x + x.new_zeros(weight.size(0), dtype=weight.dtype)
         for norm, layer in zip([self.norm], [self.a], strict=True):
             x = layer(F.layer_norm(x, (D,), norm.weight, norm.bias))
@@ -226,5 +322,16 @@ USED = {
     Hooked: {"a"},
     Generator: {"a"},
     Everything: {"a", "b", "layers.0", "layers.1"},
+    Reduced: {"layers.0", "layers.1"},
+    Matched: {"a"},
+    Made: {"a"},
+    Applied: {"a", "b", "layers.0", "layers.1"},
+    Collected: {"layers.0", "layers.1"},
+    Decorated: {"a"},
+    OwnGetattr: {"a"},
+    OfClass: {"a"},
+    KeptWeight: {"a", "b"},
+    Enclosed: {"a"},
+    AskedForKind: {"a", "b"},
     Harmless: set(),
 }

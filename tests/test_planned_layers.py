@@ -116,7 +116,8 @@ def distilbert() -> nn.Module:
 @pytest.mark.parametrize("method", [ll.Window.middle(2), ll.LoRA(2)], ids=str)
 def test_modules_to_save_are_meant_in_whole_parts(method, tmp_path):
     model, inputs = distilbert(), tokens()
-    adapted = moved(ll.attach(model, method, modules_to_save="classifier"))
+    targets = ["all-linear", "pre_classifier"]
+    adapted = moved(ll.attach(model, method, targets=targets, modules_to_save="classifier"))
     assert list(whole_modules(adapted)) == ["classifier"]
     assert "pre_classifier" in lora_layers(adapted)
     ll.export(adapted, tmp_path / "plain")

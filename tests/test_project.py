@@ -73,6 +73,7 @@ def test_imports_point_one_way():
         "weight_reads",
         "heads",
         "layers",
+        "copying",
         "progress",
         "placement",
         "checkpoint",
