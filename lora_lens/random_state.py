@@ -13,7 +13,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """What draws on the CPU or on ``device`` meanwhile follows ``seed``; then both go on as before."""
     device = torch.device(device)
     accelerators = [] if device.type in ("cpu", "meta") else [device]
-    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else None):
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
         # torch.manual_seed reaches the generators of all devices, those that are not put back as well
         (torch.manual_seed if accelerators else torch.default_generator.manual_seed)(seed)
         yield

@@ -124,7 +124,12 @@ def _finished(table: pd.DataFrame, name: str) -> pd.DataFrame:
     if len(table) and failed.all():
         reason = f", such as: {table['reason'].iloc[0]}" if "reason" in table else ""
         raise InputError(f"all {len(table)} runs in {name} failed{reason}; there is nothing to compare")
-    return table[~failed].infer_objects() if failed.any() else table
+    if not failed.any():
+        return table
+    rows = table[~failed].infer_objects()
+    # pandas before 3 makes numbers of what were truths beside a missing value
+    whole = "diverged" in rows and rows["diverged"].isin([False, True]).all()
+    return rows.astype({"diverged": bool}) if whole else rows
 
 
 def _with_numbers(table: pd.DataFrame, column: str, name: str) -> pd.DataFrame:

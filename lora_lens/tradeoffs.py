@@ -136,14 +136,15 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
         "ll.curves(store, table)",
     )
     by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
-    without = [run for run in table["run"] if run not in by_run]
+    scored = table.dropna(subset="retained_before")["run"]  # a run that failed has no curve
+    without = [run for run in scored if run not in by_run]
     if without:
         raise InputError(
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
     rows = []
     for names, group in groups(table, [*window_columns(table), "lr"], ["retained_before"]):
-        found = [_first_crossing(by_run[run], accuracy) for run in group["run"]]
+        found = [_first_crossing(by_run.get(run, curves[:0]), accuracy) for run in group["run"]]
         step, retained = np.array(found, float).T
         there = ~np.isnan(step)
         forgotten = group["retained_before"].to_numpy(float) - retained

@@ -12,9 +12,13 @@ import pytest
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import torch
+from hypothesis import settings
 from timm.models.vision_transformer import VisionTransformer
 
 import lora_lens as ll
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine makes no test wrong
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

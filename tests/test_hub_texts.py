@@ -112,7 +112,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_a_local_folder_is_loaded_as_a_hub_s_data_set(folder):
     with pytest.warns(UserWarning, match="^films: left out 1 repeated texts$") as caught:
         corpus = hub_corpus(folder)
-    assert caught[0].filename == __file__
+    assert __file__ in [w.filename for w in caught if "repeated texts" in str(w.message)]
     assert corpus.name == "films" and corpus.classes == ("neg", "pos")
     assert corpus.train.texts == tuple(text for text, _ in GOOD) and corpus.train.labels == (1, 0, 1, 0)
     assert corpus.test.texts == ("a fine film",) and corpus.test.labels == (1,)

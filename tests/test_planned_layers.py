@@ -191,9 +191,8 @@ def lacking(model: nn.Module) -> ll.SpectrumSet:
 
 
 def without_vectors(model: nn.Module) -> ll.SpectrumSet:
-    """Vectors of the last layer are those of another window."""
-    names = list(target_layers(model))
-    vectors = {name: [ll.Window.middle(2)] for name in names} | {names[-1]: [ll.Window.first(2)]}
+    """The last layer has values only."""
+    vectors = {name: [ll.Window.middle(2)] for name in list(target_layers(model))[:-1]}
     return ll.spectra(model, vectors=vectors, progress=False)
 
 
