@@ -51,7 +51,6 @@ from lora_lens.window import Placement, Window, require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 
 
-
 def attach(
     model: nn.Module,
     method: Method,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from lora_lens import metrics
 from lora_lens.adapter import evaluating
-from lora_lens.errors import InputError, LoraLensError
 from lora_lens.precision import PRECISIONS, autocast
-from lora_lens.readouts import Readout, ask, inner_model, pooled_features, to_device
+from lora_lens.readouts import FITTING, Readout, ask, inner_model, pooled_features, taking, to_device
 from lora_lens.tasks import Examples, Task
 from lora_lens.validate import choice, instance
 
@@ -98,23 +96,11 @@ def check_examples(model: nn.Module, task: Task, readout: Readout, *, precision:
     row = torch.tensor([0])
     for part in ("train", "test"):
         examples = getattr(task, part)
-        with evaluating(model), torch.inference_mode(), autocast(device, precision):
-            try:
-                ask(readout.to(device), model, examples, row)
-            except (LoraLensError, torch.OutOfMemoryError):
-                raise
-            # What torch, timm and transformers raise where a shape or dtype does not fit.
-            except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-                inputs = examples.batch(row)
-                given = inputs if isinstance(inputs, Mapping) else {"": inputs}
-                shapes = ", ".join(
-                    f"{name} {tuple(t.shape[1:])} of {str(t.dtype).removeprefix('torch.')}".strip()
-                    for name, t in given.items()
-                )
-                raise InputError(
-                    f"{type(inner_model(model)).__name__} cannot take the {part} examples of {task.name}, "
-                    f"each {shapes}: {error}"
-                ) from error
+        given = examples.batch(row)
+        shape = f"inputs of shape {tuple(given.shape[1:])}" if isinstance(given, torch.Tensor) else "texts"
+        fitting = taking(inner_model(model), f"{task.name}, which holds {shape}", FITTING)
+        with evaluating(model), torch.inference_mode(), autocast(device, precision), fitting:
+            ask(readout.to(device), model, examples, row)
 
 
 def example_features(

@@ -18,13 +18,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens.adapter import call, evaluating
-from lora_lens.errors import InputError
+from lora_lens.errors import InputError, LoraLensError
 from lora_lens.heads import classifier
 from lora_lens.validate import instance
 
 Inputs = Tensor | Mapping[str, Tensor]
 POOLINGS = ("model", "mean", "last")
 REMEDY = "give a batch as the model takes it"
+FITTING = "a transform gives images the model's size and channels, see folder_task"
 MODEL_CHECKS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # of inputs that do not fit
 
 
@@ -211,7 +212,7 @@ def require_runs(model: nn.Module, inputs: Inputs, name: str) -> None:
     if isinstance(inputs, Tensor):
         described = f"inputs of shape {tuple(inputs.shape[1:])}"
         inputs = inputs.to(dtypes.pop())
-        remedy = "a transform gives images the model's size and channels, see folder_task"
+        remedy = FITTING
     else:
         described, remedy = "texts", "the model's own tokenizer and settings are needed"
     with evaluating(model), torch.no_grad(), taking(model, f"{name}, which holds {described}", remedy):
@@ -227,7 +228,7 @@ def taking(model: nn.Module, what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (LoraLensError, torch.OutOfMemoryError):
         raise
     except MODEL_CHECKS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
