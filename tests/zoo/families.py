@@ -65,6 +65,14 @@ def transformers_types() -> list[str]:
     return [f"transformers:{name}" for name in sorted(CONFIG_MAPPING.keys())]
 
 
+TWO_STAGES = {
+    "image_size": 32,
+    "patch_size": 4,
+    "window_size": 4,
+    "embed_dim": 32,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+}
 # What a type needs besides small sizes.
 SETTINGS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 8},
@@ -74,14 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "convnextv2": {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
     "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 2], "depth": [1, 1, 1]},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
-    "donut-swin": {
-        "image_size": 32,
-        "patch_size": 4,
-        "window_size": 4,
-        "embed_dim": 32,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-    },
+    "donut-swin": TWO_STAGES,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "efficientnet": {"hidden_dim": 2560, "image_size": 64},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
@@ -106,22 +107,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama4": {"pad_token_id": 0},
     "longcat_flash": {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
-    "swin": {
-        "image_size": 32,
-        "patch_size": 4,
-        "window_size": 4,
-        "embed_dim": 32,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-    },
-    "swinv2": {
-        "image_size": 32,
-        "patch_size": 4,
-        "window_size": 4,
-        "embed_dim": 32,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-    },
+    "swin": TWO_STAGES,
+    "swinv2": TWO_STAGES,
 }
 # The smallest model of each module of timm.
 TIMM = [
