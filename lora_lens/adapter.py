@@ -175,6 +175,7 @@ def planned(
         )
     validate.patterns(targets)
     if alpha is not None:
+        validate.number(alpha, "alpha", above=0)
         validate.number(alpha, "alpha", least=1e-6, most=1e6)  # beyond, factors or scaling leave float16
     if spectra is not None:
         validate.instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) gives")

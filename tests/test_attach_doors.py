@@ -154,9 +154,11 @@ def test_a_layer_without_spectrum_is_named(patch_vit):
 
 def test_factors_that_the_adapter_s_type_cannot_hold_are_refused(patch_vit):
     half = ll.Variant(dtype=torch.float16)
+    with torch.no_grad():
+        patch_vit.blocks[0].attn.qkv.weight *= 1e6
     before = {name: value.clone() for name, value in patch_vit.state_dict().items()}
-    with pytest.raises(ValueError, match=r"larger than torch\.float16 can hold, with alpha=1e-15 and rank 2"):
-        ll.attach(patch_vit, ll.Window.middle(2), alpha=1e-15, variant=half, inplace=True)
+    with pytest.raises(ValueError, match=r"larger than torch\.float16 can hold, with alpha=1e-06 and rank 2"):
+        ll.attach(patch_vit, ll.Window.middle(2), alpha=1e-6, variant=half, inplace=True)
     assert all(torch.equal(value, before[name]) for name, value in patch_vit.state_dict().items())
 
 

@@ -188,9 +188,7 @@ def test_the_sliders_span_what_the_runs_reached(explorer, table, store):
     accuracy, update = (control(explorer, f"{name} to match") for name in ("accuracy", "update"))
     assert accuracy.max == pytest.approx(curves["accuracy"].max(), abs=0.01)
     assert accuracy.min == pytest.approx(curves.loc[curves["step"] == 0, "accuracy"].mean(), abs=0.01)
-    weight = drifts["update"] / drifts["relative"]
-    total = drifts.assign(u=drifts["update"] ** 2, w=weight**2).groupby("run")[["u", "w"]].sum()
-    relative = np.sqrt(total["u"] / total["w"])
+    relative = ll.tradeoffs.relative_updates(drifts)
     assert 10**update.min == pytest.approx(relative.min()) and 10**update.max == pytest.approx(relative.max())
 
 

@@ -404,16 +404,16 @@ REFUSALS = {
         READ,
         lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
         "0.out_proj",
-        r"is passed by: MultiheadAttention",
+        r"is bypassed: MultiheadAttention",
     ),
     "`linear1`, `linear2` of nn.TransformerEncoderLayer": Refusal(
-        READ, encoder, "layers.0.linear1", r"is passed by: TransformerEncoderLayer"
+        READ, encoder, "layers.0.linear1", r"is bypassed: TransformerEncoder"
     ),
     "`attn.qkv` of timm's BEiT": Refusal(
-        READ, FAMILIES["BEiT (timm), all but attn.qkv"].build, "blocks.0.attn.qkv", r"is passed by"
+        READ, FAMILIES["BEiT (timm), all but attn.qkv"].build, "blocks.0.attn.qkv", r"is bypassed"
     ),
     "`attn.qkv` of timm's SwinV2": Refusal(
-        READ, FAMILIES["SwinV2 (timm), all-mlp"].build, "layers.0.blocks.0.attn.qkv", r"is passed by"
+        READ, FAMILIES["SwinV2 (timm), all-mlp"].build, "layers.0.blocks.0.attn.qkv", r"is bypassed"
     ),
     "torch.nn.utils.weight_norm": Refusal(
         NORM, weight_normed(torch.nn.utils.weight_norm), "0", r"computes its weight"

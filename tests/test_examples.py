@@ -213,7 +213,7 @@ def script(monkeypatch):
         ({"label": "stars"}, "has no column 'stars'"),
         ({"prompt": "Sentiment:"}, r"the prompt must hold \{text\} once"),
         ({"rank": 100}, "rank 100 .*q_proj|q_proj.* rank 100"),
-        ({"lr": -1}, "lr must be positive, not -1.0"),
+        ({"lr": -1}, "lr must be positive and finite, not -1.0"),
         ({"most-tokens": 300}, "the longest text has|most_tokens"),
         ({"output": EXAMPLES}, "exists already; choose a new folder"),
     ],

@@ -166,7 +166,7 @@ def test_bfloat16_learns_much_the_same():
     for column in ("loss", "test_loss", "retained_loss"):
         assert low.curve[column].iloc[-1] != exact.curve[column].iloc[-1]
         assert low.curve[column].iloc[-1] == pytest.approx(exact.curve[column].iloc[-1], rel=0.02)
-    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, not 'float16'"):
+    with pytest.raises(ValueError, match="precision must be one of 'float32', 'bfloat16', not 'float16'"):
         ll.Training(precision="float16")
 
 
@@ -264,7 +264,7 @@ def test_spectra_outlive_a_larger_vocabulary():
     np.testing.assert_allclose(now.losses, larger.losses, atol=1e-4)
     assert larger.loss >= before.loss  # more words to choose from
     changed = experiment_identity(model, task, known)
-    assert {key for key in identity if identity[key] != changed[key]} == {"model"}
+    assert {key for key in identity if identity[key] != changed[key]} == {"model", "settings of the model"}
     assert np.isfinite(ll.finetune(adapted, known, **SHORT).curve["test_loss"]).all()
 
 

@@ -261,7 +261,7 @@ def test_layers_of_two_models_in_part_and_bad_tables_are_handled(table):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["A", "B"]
     with pytest.raises(ValueError, match="no column relative"):
         relative_updates({"A": drift.drop(columns="relative")})
-    with pytest.raises(ValueError, match="there is no layer to show"):
+    with pytest.raises(ValueError, match="the table of drifts is empty"):
         relative_updates({"A": drift.iloc[:0]})
     plt.close("all")
 
