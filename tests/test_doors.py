@@ -50,8 +50,6 @@ TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
     "task_sequences.fashion_digits_corrupted_rotated": ("None", "3"),
     "task_sequences.split_fashion": ("None", "3"),
 }
-# Doors that still let something through; a fixed one makes this test fail until it is taken out here.
-PENDING: list[str] = []
 
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -232,8 +230,5 @@ def test_a_bad_first_argument_is_refused_in_words(name, folder, monkeypatch):
     if plt.get_fignums() != open_before:
         wrong.append(f"{name} leaves an empty figure")
         plt.close("all")
-    if name in PENDING:
-        assert wrong, f"{name} is done: take it out of PENDING"
-        pytest.xfail("\n".join(wrong))
     assert not wrong, "\n".join(wrong)
     assert not list(folder.iterdir())
