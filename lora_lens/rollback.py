@@ -16,27 +16,27 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     modules and of the model's config. Values of parameters are not noted, so they must not be written inside.
     """
     holders = [*model.modules(), *([model.config] if hasattr(model, "config") else [])]
-    before = [(holder, _contents(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
+    before = [(vars(holder), *_contents(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
-        for holder, contents in before:
-            attributes = vars(holder)
+        for attributes, values, inside in before:
             attributes.clear()
-            for key, (value, inside) in contents.items():
-                attributes[key] = value
-                if inside is not None:
-                    value.clear()
-                    (value.extend if isinstance(value, list) else value.update)(inside)
+            attributes.update(values)
+            for key, contents in inside.items():
+                value = values[key]
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(contents)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
 
 
-def _contents(attributes: dict[str, object]) -> dict[str, tuple[object, object]]:
-    """Each attribute with a copy of what it holds, if it holds something: dicts of children, hooks, ..."""
-    return {
-        key: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
-        for key, value in attributes.items()
-    }
+def _contents(attributes: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """The attributes, and copies of what those hold that hold something: dicts of children, hooks, ..."""
+    inside = {key: value.copy() for key, value in attributes.items() if isinstance(value, _HOLDERS)}
+    return attributes.copy(), inside
+
+
+_HOLDERS = (dict, list, set)

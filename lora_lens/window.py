@@ -46,12 +46,13 @@ class Placement(ABC):
         found, k = self.select(singular_values, name), len(singular_values)
         if isinstance(found, slice):
             places = range(k)[found]
+            ascending = places.step > 0
         else:
             places = [
                 validate.whole_number(place, f"each component that {self} selects")
                 for place in validate.sequence(found, f"what {self} selects", "whole numbers")
             ]
-        ascending = all(a < b for a, b in pairwise(places))
+            ascending = all(a < b for a, b in pairwise(places))
         if len(places) != self.rank or not ascending or places[0] < 0 or places[-1] >= k:
             raise InputError(
                 f"{self} must select {self.rank} different components of {name}, in ascending order, of 0 to "

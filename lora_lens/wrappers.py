@@ -100,13 +100,15 @@ def placed(model: nn.Module, path: str) -> None:
 
 def _wrapped(module: nn.Module) -> str | None:
     """The name of the one child that a wrapper wraps; None if the module is no wrapper."""
-    children = module._modules
-    if not children or isinstance(module, torch.jit.ScriptModule):
-        return None
-    keys = (*SEGMENTS, *_keys_of(type(module)))
-    return next((key for key in keys if children.get(key) is not None), None)
+    if children := module._modules:
+        for key in _keys_of(type(module)):
+            if children.get(key) is not None:
+                return key
+    return None
 
 
 @lru_cache(maxsize=4096)
 def _keys_of(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(BY_CLASS[base.__name__] for base in kind.__mro__ if base.__name__ in BY_CLASS)
+    if issubclass(kind, torch.jit.ScriptModule):
+        return ()
+    return SEGMENTS + tuple(BY_CLASS[base.__name__] for base in kind.__mro__ if base.__name__ in BY_CLASS)

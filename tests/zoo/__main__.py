@@ -11,9 +11,11 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +26,11 @@ import transformers
 from zoo.checks import TOLERANCE, check
 from zoo.families import build, timm_models, transformers_types
 
-SECONDS, BYTES = 300, 16 << 30
+SECONDS, BYTES = 300, 10 << 30
+JOBS = int(os.environ.get("JOBS", "2"))
 TABLE = Path(__file__).parent / "README.md"
 LONGEST = 160
+_forking = threading.Lock()
 
 
 def main() -> int:
@@ -34,9 +38,10 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     families = sys.argv[1:] or [*timm_models(), *transformers_types()]
     found = []
-    for number, family in enumerate(families, 1):
-        found.append(_in_a_process(family))
-        print(f"{number}/{len(families)}", _in_words(found[-1]), flush=True)
+    with ThreadPoolExecutor(JOBS) as pool:
+        for row in pool.map(_in_a_process, families):
+            found.append(row)
+            print(f"{len(found)}/{len(families)}", _in_words(row), flush=True)
     if not sys.argv[1:]:
         TABLE.write_text(_page(found), encoding="utf-8")
         print(f"table: {TABLE}")
@@ -45,13 +50,15 @@ def main() -> int:
 
 def _in_a_process(family: str) -> dict:
     """What was seen of a family: the fields of :class:`zoo.checks.Row`, or why it could not be tried."""
-    read, write = os.pipe()
-    child = os.fork()  # the imports, which take longer than most families, are done
-    if child == 0:
-        os.close(read)
-        os.write(write, json.dumps(_tried(family)).encode())
-        os._exit(0)
-    os.close(write)
+    with _forking:  # or another child would hold this one's pipe open
+        read, write = os.pipe()
+        child = os.fork()  # the imports, which take longer than most families, are done
+        if child == 0:
+            os.close(read)
+            with open(write, "wb") as stream:
+                stream.write(json.dumps(_tried(family)).encode())
+            os._exit(0)
+        os.close(write)
     with open(read, "rb") as stream:
         text = stream.read()
     os.waitpid(child, 0)
