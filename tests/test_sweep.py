@@ -274,24 +274,20 @@ def test_bad_starts_and_penalties_are_met_before_the_first_run(
     assert not (tmp_path / "s").exists()
 
 
-SCRIPT = """
-import sys
-import lora_lens as ll
-model, source = ll.embedded.vision()
-task, retain = ll.embedded.digits().first(64, 200), source.first(10, 200)
-grid = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
-table = ll.sweep(grid, model=model, task=task, retain=retain, store=sys.argv[1], jobs=2,
-                 steps=12, batch_size=16, evaluations=2, progress=False)
-table.to_csv(sys.argv[2])
-"""
+def small_sweep(store: Path | None, jobs: int) -> pd.DataFrame:
+    model, source = ll.embedded.vision()
+    task, retain = ll.embedded.digits().first(64, 50), source.first(10, 50)
+    settings = SETTINGS | {"model": model, "task": task, "retain": retain}
+    grid = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
+    return ll.sweep(grid, **settings, store=store, jobs=jobs)
 
 
 def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):
-    def start(store: Path, output: Path) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, store, output], start_new_session=True)
-
     store = tmp_path / "killed"
-    process = start(store, tmp_path / "never.csv")
+    script = f"import test_sweep; test_sweep.small_sweep({str(store)!r}, 2); raise SystemExit('not killed')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, cwd=Path(__file__).parent
+    )
     while len(list(store.glob("runs/[!.]*.json"))) < 3:
         assert process.poll() is None
         time.sleep(0.02)
@@ -301,8 +297,6 @@ def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):
     assert 3 <= len(kept) < 10
     assert all(json.loads(f.read_text())["run"] == f.stem for f in kept)
 
-    assert start(store, tmp_path / "resumed.csv").wait() == 0
-    assert start(tmp_path / "whole", tmp_path / "whole.csv").wait() == 0
+    resumed = small_sweep(store, jobs=2)
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
-    assert not (tmp_path / "never.csv").exists()
-    assert (tmp_path / "resumed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    pd.testing.assert_frame_equal(resumed, small_sweep(None, jobs=1), check_exact=True)
