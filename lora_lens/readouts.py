@@ -198,7 +198,7 @@ def own_padding(model: nn.Module, inputs: Inputs) -> Inputs:
     return {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)}
 
 
-def require_runs(model: nn.Module, inputs: Inputs, name: str) -> None:
+def require_taken(model: nn.Module, inputs: Inputs, name: str) -> None:
     """One pass over a few of a task's inputs, before work begins.
 
     Raises:

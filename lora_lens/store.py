@@ -325,12 +325,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def _create(path: Path, content: bytes) -> None:
     """The file appears whole, unless another process was first: then that one's stays."""
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with _written(path, content) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -338,22 +333,26 @@ def _create(path: Path, content: bytes) -> None:
         except OSError:  # a file system without links
             if not path.exists():
                 os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """The new file appears whole or the old one stays, also after a kill or on a full disk."""
+    with _written(path, content) as temporary:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
+    """A file beside ``path`` that holds the content, safe on the disk; what is left of it goes afterwards."""
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def experiment_identity(

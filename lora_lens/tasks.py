@@ -18,7 +18,7 @@ from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.heads import classifier
 from lora_lens.random_state import seeded
-from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_runs
+from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_taken
 from lora_lens.sampling import sampled_rows
 from lora_lens.validate import choice, instance, sequence, shown, whole_number
 
@@ -199,7 +199,7 @@ class Task:
             examples.check_fit(inner)
             shape = examples.inputs.shape[1:] if isinstance(examples, Examples) else None
             if self.pooling == "model" and shape not in seen:
-                require_runs(inner, examples.trial(), self.name)
+                require_taken(inner, examples.trial(), self.name)
                 seen.add(shape)
 
     def subset(self, train: int | None = None, test: int | None = None, *, seed: int = 0) -> Task:
