@@ -147,9 +147,14 @@ def aside_names(shapes: Shapes, facts: Mapping[str, Any] | None = None) -> set[s
     elif not (asked or architectures):  # of several layers the last one, as in torchvision's classifier.6,
         for inside in (firsts[first] for first in NAMES if first in firsts):
             if not found & set(inside):  # or all that give as many classes, as in timm's crossvit
-                classes = shapes[max(inside, key=numbers_counted)][0]
+                classes = shapes[max(inside, key=_lateness)][0]
                 found |= {name for name in inside if shapes[name][0] == classes}
     return found
+
+
+def _lateness(name: str) -> tuple[bool, list[tuple[int, int, str]]]:
+    """A sort key for the layers of a head: what is called a classifier there comes last, as in EfficientViT."""
+    return not set(NAMES).isdisjoint(name.split(".")[1:]), numbers_counted(name)
 
 
 def is_embedding(name: str, has_bias: bool = False) -> bool:

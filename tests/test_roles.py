@@ -106,7 +106,16 @@ def test_experts_that_are_saved_under_other_names_have_the_same_values(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "name", ["levit_128s", "crossvit_9_240", "caformer_s18", "mambaout_femto", "mixer_s32_224"]
+    "name",
+    [
+        "levit_128s",
+        "crossvit_9_240",
+        "caformer_s18",
+        "mambaout_femto",
+        "mixer_s32_224",
+        "efficientvit_b0",
+        "cpubone_nano",
+    ],
 )
 @pytest.mark.parametrize("config", [False, True])
 def test_timm_models_and_their_files_list_the_same_weights(tmp_path, name, config):
