@@ -153,7 +153,7 @@ def aside_names(shapes: Shapes, facts: Mapping[str, Any] | None = None) -> set[s
 
 
 def _lateness(name: str) -> tuple[bool, list[tuple[int, int, str]]]:
-    """A sort key for the layers of a head: what is called a classifier there comes last, as in EfficientViT."""
+    """A sort key for layers of a head: what is called a classifier there comes last, as in EfficientViT."""
     return not set(NAMES).isdisjoint(name.split(".")[1:]), numbers_counted(name)
 
 
