@@ -5,42 +5,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY
 from torch import nn
 
 import lora_lens as ll
 from lora_lens.weights import Weight, weights
 
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
 Q = "model.layers.0.self_attn.q_proj"
 A, B = torch.randn(4, 32), torch.randn(16, 4)
 
 
-@pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=8, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config)
+llama = pytest.fixture(tiny_models.llama, scope="module")
+gpt2 = pytest.fixture(tiny_models.gpt2, scope="module")
 
 
 def by_name(found: list[Weight]) -> dict[str, Weight]:

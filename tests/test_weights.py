@@ -6,44 +6,25 @@ import pickle
 import struct
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from timm.models.convnext import ConvNeXt
+from tiny_models import TINY
 from torch import nn
 
 from lora_lens.layers import target_layers
 from lora_lens.weights import Weight, weights
 
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
 BYTES = torch.ones(2, 2, 2, 2, dtype=torch.uint8)
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LLAMA += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-@pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=8, bos_token_id=0, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config)
+llama = pytest.fixture(tiny_models.llama, scope="module")
+gpt2 = pytest.fixture(tiny_models.gpt2, scope="module")
 
 
 @pytest.fixture(scope="module")
