@@ -24,7 +24,8 @@ from lora_lens.injection import (
     matrices_of,
     note_pretrained,
     note_start,
-    peft_config,
+    planned_layers,
+    require_at_hand,
     require_same,
     require_unadapted,
     set_start,
@@ -42,7 +43,7 @@ from lora_lens.layers import (
     weight_matrix,
 )
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
-from lora_lens.peft_names import lies_in, saved_modules
+from lora_lens.peft_names import lies_in, peft_config, saved_modules
 from lora_lens.placement import ByLayer
 from lora_lens.precision import as_double
 from lora_lens.spectrum import Spectrum, SpectrumSet
@@ -252,11 +253,19 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
     peft_model, record = attached(adapted)
     prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "")
     found = {} if original is None else matrices_of(original, list(record.starts), prefix)
+    layers = planned_layers(peft_model)
     for name, start in record.starts.items():
         if original is None:
-            start.weight(name)
+            weight = start.weight(name)
         else:
-            require_same(name, found[name](), start.digest)
+            weight = found[name]()
+            require_same(name, weight, start.digest)
+        require_at_hand(name, layers[name])
+        if (now := layers[name].get_base_layer().weight.dtype) != weight.dtype:
+            raise InputError(
+                f"{name} was cast from {weight.dtype} to {now} after attach, so what else the model holds "
+                "was rounded and is not the pretrained model any more; take that one itself"
+            )
     base = taken_off(peft_model)
     for name, start in record.starts.items():
         layer = submodule(base, name)

@@ -16,6 +16,7 @@ from torch import nn
 from lora_lens.adapter import chosen_layers, planned
 from lora_lens.continual_metrics import ENDED, RESULTS
 from lora_lens.errors import InputError, InputTypeError
+from lora_lens.identity import ANSWERS, model_identity, sample_loss
 from lora_lens.layers import Targets, weight_matrix
 from lora_lens.methods import Method, Variant, inner_method, penalty_of
 from lora_lens.records import all_records, records_of, told_apart
@@ -23,7 +24,7 @@ from lora_lens.running import checked_jobs, run_missing
 from lora_lens.scenarios import SCENARIOS, all_at_once
 from lora_lens.sequence_training import Sequential, checkpoint_of, learn
 from lora_lens.spectrum import SpectrumSet
-from lora_lens.store import model_identity, open_store, require_writable, run_first
+from lora_lens.store import open_store, require_writable, run_first
 from lora_lens.strategies import Joint, Moving, Strategy, method_of, require_method
 from lora_lens.sweep import A_TASK, Grid, require_shared, shared_training
 from lora_lens.tasks import Task
@@ -243,6 +244,7 @@ def _identity(model: nn.Module, tasks: Sequence[Task], retain: Task | None) -> d
         **model_identity(model),
         "tasks": "; ".join(f"{task.name} {task.fingerprint()}" for task in tasks),
         "retain": "nothing" if retain is None else f"{retain.name} {retain.fingerprint()}",
+        **({} if retain is None else {ANSWERS: sample_loss(model, retain)}),
     }
 
 

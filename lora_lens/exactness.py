@@ -14,7 +14,7 @@ from lora_lens import validate
 from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.factorization import product_norm
-from lora_lens.injection import ADAPTER, Start, attached, lora_layers
+from lora_lens.injection import ADAPTER, Start, attached, lora_layers, require_unmerged
 from lora_lens.layers import block_and_kind, weight_matrix
 from lora_lens.precision import as_double
 from lora_lens.readouts import REMEDY, require_batch, taking
@@ -32,9 +32,10 @@ def summary(adapted: nn.Module) -> pd.DataFrame:
     weight was not kept (inplace=True).
 
     Raises:
-        ValueError: ``adapted`` does not come from :func:`attach`.
+        ValueError: ``adapted`` does not come from :func:`attach`, or is merged.
     """
     peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
     rows = []
     for name, layer in lora_layers(peft_model).items():
         start = record.starts.get(name)

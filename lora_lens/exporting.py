@@ -24,14 +24,13 @@ from lora_lens.injection import (
     lora_layer,
     lora_layers,
     moved_buffers,
-    rank_settings,
     require_unmerged,
     taken_off,
     trained_update,
     whole_modules,
 )
 from lora_lens.layers import listed, weight_matrix
-from lora_lens.peft_names import ADAPTER, PREFIX, lies_in
+from lora_lens.peft_names import ADAPTER, PREFIX, lies_in, rank_settings
 from lora_lens.plain_peft import for_plain_peft
 from lora_lens.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
 from lora_lens.saving import weight_digests

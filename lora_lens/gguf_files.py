@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_lens.errors import InputError, MissingPackageError
 from lora_lens.factor_pairs import is_adapter_key, pairs_among, stored_pair
+from lora_lens.layers import listed
 from lora_lens.quantized import Signs, problem_of
 from lora_lens.roles import Stored, aside_names, is_embedding, weight_name
 
@@ -60,6 +61,12 @@ def in_gguf(path: Path) -> list[Stored]:
     for key, name in named.items():
         shape, kind, problem, read = placed[key]
         problem = problem or problem_of(kind if kind in INTEGERS else "F32")
+        scales = [k for k in placed if k.startswith(f"{name}.") and k.endswith("scale")]
+        scales = [k for k in scales if not k.endswith(".input_scale")]
+        if scales == [f"{name}.scale"] and math.prod(placed[scales[0]][0]) == 1:
+            read = partial(_times, read, placed[scales[0]][3])  # as llama.cpp does, in BitNet and others
+        elif scales:
+            problem = problem or f"has {listed(scales)} beside it, which is not read; choose others by name"
         conv = "conv" in name.rpartition(".")[2]
         stored.append(
             Stored(
@@ -95,6 +102,10 @@ def _in_adapter(path: Path, about: Mapping[str, Any], placed: Mapping[str, tuple
         read = partial(_whole, {key: placed[key][3] for key in (pair.a, pair.b)})
         stored.append(stored_pair(pair, pair.layer, scaling, read, problem=problem))
     return stored
+
+
+def _times(read: Callable, factor: Callable, expert: int | None = None) -> Tensor:
+    return read(expert) * factor(None).flatten()
 
 
 def _whole(reads: Mapping[str, Callable[[int | None], Tensor]], key: str) -> Tensor:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import builtins
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from importlib.metadata import version
+from inspect import signature
 from pathlib import PurePath
 from types import CodeType, FunctionType
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
 from lora_lens.errors import InputTypeError
-from lora_lens.fingerprint import digest_of
+from lora_lens.evaluation import evaluate
+from lora_lens.fingerprint import add_tensor, digest_of
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, PeftStart
 from lora_lens.placement import AtEffectiveRank, RandomComponents, SpreadComponents
+from lora_lens.tasks import Task
 from lora_lens.validate import shown
 from lora_lens.window import Window
 
@@ -30,6 +37,13 @@ METHOD_NAMES = {
 # The table's columns tell these apart to the last digit, so their runs keep the names that earlier versions
 # gave them. The text of any other method is for people, and may be the same for two.
 TOLD_BY_COLUMNS = (*METHOD_NAMES, PeftStart, RandomComponents, SpreadComponents, AtEffectiveRank)
+MODEL_SETTINGS, ANSWERS = "settings of the model", "loss of the model on the first retained examples"
+OF_NO_MATTER = (  # in a config: where the model came from, and what it returns beside its answers
+    "_name_or_path", "transformers_version", "architectures", "use_cache", "return_dict", "output_attentions",
+    "output_hidden_states",
+)  # fmt: skip
+PLAIN = (bool, int, float, str, tuple, list, type(None))  # a set's text is another one in each process
+ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 
 def run_name(settings: Mapping[str, object], exact_parts: Mapping[str, object] | None = None) -> str:
@@ -142,3 +156,52 @@ def _outside_of(function: FunctionType, name: str) -> list[object]:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     around = [_type_name(value) if isinstance(value, type) else exact(value, name) for value in cells]
     return [exact([function.__defaults__, function.__kwdefaults__], name), around]
+
+
+def experiment_identity(
+    model: nn.Module, task: Task, retain: Task, watch: Sequence[Task] = ()
+) -> dict[str, str]:
+    """What must be equal for runs to belong into one folder."""
+    watched = "; ".join(f"{t.name} {t.fingerprint()}" for t in watch)
+    return {
+        "lora_lens": version("lora_lens"),
+        **model_identity(model),
+        ANSWERS: sample_loss(model, retain),
+        "task": f"{task.name} {task.fingerprint()}",
+        "retain": f"{retain.name} {retain.fingerprint()}",
+        **({"watch": watched} if watched else {}),
+    }
+
+
+def model_identity(model: nn.Module) -> dict[str, str]:
+    """What must be equal for two models to be one: all weights, and what else their function depends on."""
+    return {"model": _weights_of(model), MODEL_SETTINGS: _settings_of(model)}
+
+
+def sample_loss(model: nn.Module, task: Task) -> str:
+    """Tells models apart that hooks, changed attributes or a forward of their own make others."""
+    return f"{evaluate(model, task, examples=task.test.first(8)).loss:.6g}"
+
+
+def _settings_of(model: nn.Module) -> str:
+    """A hash of kinds of modules, their settings such as dropout and number of heads, and passing buffers."""
+    told: list[object] = [repr(model)]
+    if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+        told += [(key, str(value)) for key, value in config.to_dict().items() if key not in OF_NO_MATTER]
+    for name, module in model.named_modules():
+        given = signature(type(module).__init__).parameters
+        own = vars(module).items()
+        told += [(name, key, value) for key, value in own if key in given and isinstance(value, PLAIN)]
+    digest = hashlib.sha256(ADDRESS.sub("", repr(told)).encode())
+    for name, tensor in model.named_buffers():
+        digest.update(name.encode())
+        add_tensor(digest, tensor)
+    return digest.hexdigest()[:16]
+
+
+def _weights_of(model: nn.Module) -> str:
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        add_tensor(digest, tensor)
+    return digest.hexdigest()[:16]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +12,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.distributed.tensor import DTensor
 
 from lora_lens.errors import InputError
 from lora_lens.fingerprint import digest_of
 from lora_lens.layers import listed, set_weight_matrix, weight_matrix
-from lora_lens.methods import LoRA, Variant
-from lora_lens.peft_names import ADAPTER, PREFIX, saved_modules, target_settings
+from lora_lens.methods import Variant
+from lora_lens.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.planned_layers import injected
 from lora_lens.weights import weights
-from lora_lens.window import Placement
 from lora_lens.wrappers import inner_model, named_modules, placed, submodule, unwrapped
 
 AGAIN = "attach again, or undo that"
@@ -122,27 +120,58 @@ def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
     """The adapted layers by the names they have without PEFT and without wrappers.
 
     Raises:
-        ValueError: what acts is not what attach made: a layer lost its adapter or got another one, or another
-            adapter is active. Others that are not, such as the reference of TRL's DPO, do not matter.
+        ValueError: what acts is not what attach made: a layer lost its adapter or got another one, another
+            adapter is active, or its scaling is another. Other adapters that are not active, such as the
+            reference of TRL's DPO, do not matter.
     """
-    planned = peft_model.planned_layers
-    found: dict[str, LoraLayer] = {}
+    ours = planned_layers(peft_model)
+    for name, layer in ours.items():
+        active = list(layer.active_adapters)
+        if ADAPTER not in layer.lora_A or active != [ADAPTER]:
+            raise InputError(
+                f"{name} has {listed(active) or 'no adapter'} active and not {ADAPTER!r}, which attach "
+                f"made: call set_adapter({ADAPTER!r}), or attach again"
+            )
+        if (scaling := layer.scaling[ADAPTER]) != layer.planned_scaling:
+            raise InputError(
+                f"the scaling of {name} is {scaling:g}, and attach made it {layer.planned_scaling:g}: it "
+                "scales the pretrained components of a window, too, so it is no part of what is trained; "
+                f"undo it with PEFT's set_scale({ADAPTER!r}, 1)"
+            )
+        require_at_hand(name, layer)
+    known = {id(layer) for layer in ours.values()}
     for path, module in peft_model.base_model.model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        name, active = getattr(module, "planned_name", None), list(module.active_adapters)
-        if name in planned and name not in found:
-            if ADAPTER not in module.lora_A or active != [ADAPTER]:
-                raise InputError(
-                    f"{name} has {listed(active) or 'no adapter'} active and not {ADAPTER!r}, which attach "
-                    f"made: call set_adapter({ADAPTER!r}), or attach again"
-                )
-            found[name] = module
-        elif any(adapter in module.lora_A for adapter in active):
+        other = isinstance(module, LoraLayer) and id(module) not in known
+        if other and any(adapter in module.lora_A for adapter in module.active_adapters):
             raise InputError(f"{path} was adapted by something else after attach: {AGAIN}")
+    return ours
+
+
+def planned_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """PEFT's layers that attach put in, by name, whatever happened to their adapters since.
+
+    Raises:
+        ValueError: some are no longer there.
+    """
+    found: dict[str, LoraLayer] = {}
+    for module in peft_model.base_model.model.modules():
+        if isinstance(module, LoraLayer) and hasattr(module, "planned_name"):
+            found.setdefault(module.planned_name, module)
+    planned = peft_model.planned_layers
     if missing := [name for name in planned if name not in found]:
         raise InputError(f"{listed(missing, most=3)} lost the adapter that attach gave: {AGAIN}")
     return {name: found[name] for name in planned}
+
+
+def require_at_hand(name: str, layer: LoraLayer) -> None:
+    """Raise a ValueError if tensors of a layer are elsewhere, as after offloading and sharding."""
+    for tensor in (layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+        if tensor.is_meta or isinstance(tensor, DTensor):
+            where = "sharded (a DTensor)" if isinstance(tensor, DTensor) else "offloaded (on the meta device)"
+            raise InputError(
+                f"the weights of {name} are {where} since attach; gather them first, as accelerate's "
+                "remove_hook_from_submodules and FSDP's full state dict do"
+            )
 
 
 def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
@@ -267,51 +296,6 @@ def note_start(layer: LoraLayer, components: Tensor, digest: str, original: Tens
     return Start(components, b, a, digest, original, 0 if original is None else original._version)
 
 
-def peft_config(
-    model: nn.Module,
-    plan: Mapping[str, Placement | LoRA],
-    alpha: float | None,
-    variant: Variant,
-    modules_to_save: Sequence[str],
-) -> LoraConfig:
-    targets = target_settings(plan, model)
-    ranks = {name: placement.rank for name, placement in plan.items()}
-    return LoraConfig(
-        **targets,
-        init_lora_weights=any(isinstance(placement, LoRA) for placement in plan.values()),
-        bias="none",
-        use_rslora=variant.rslora,
-        use_dora=variant.dora,
-        lora_dropout=variant.dropout,
-        modules_to_save=list(modules_to_save) or None,
-        fan_in_fan_out=any(isinstance(submodule(model, name), Conv1D) for name in plan),
-        **rank_settings(ranks, alpha, targets.get("target_parameters", ())),
-    )
-
-
-def rank_settings(
-    ranks: Mapping[str, int], alpha: float | None, parameters: Collection[str] = ()
-) -> dict[str, object]:
-    """PEFT's settings for these ranks by layer; alpha is the rank where None.
-
-    Args:
-        parameters: of :func:`lora_lens.peft_names.target_settings`: PEFT compares these with the patterns,
-            and the layers' names where lora_lens injects.
-    """
-    most = max(ranks.values())
-    settings: dict[str, object] = {"r": most, "lora_alpha": alpha or most}
-    if len(set(ranks.values())) > 1:
-        # PEFT takes the first pattern that ends a name, and one layer's name may end another's.
-        longest_first = {
-            re.escape(name) + r"(\.weight)?" * (f"{name}.weight" in parameters): ranks[name]
-            for name in sorted(ranks, key=len, reverse=True)
-        }
-        settings["rank_pattern"] = longest_first
-        if alpha is None:
-            settings["alpha_pattern"] = dict(longest_first)
-    return settings
-
-
 def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
     """Factors (out, R) and (R, in) of what was trained, float32 or more."""
     scaling = layer.scaling[ADAPTER]
@@ -350,13 +334,14 @@ def taken_off(peft_model: PeftModel) -> nn.Module:
     """The base model without PEFT's modules, but with its own where PEFT trained copies; uses it up."""
     base = peft_model.base_model.model
     kinds = (LoraLayer, ModulesToSaveWrapper)
-    adapted = {path: module for path, module in base.named_modules() if isinstance(module, kinds)}
-    peft_model.unload()
-    # A wrapper around an adapted layer itself went off with the adapter.
-    for path in sorted(adapted.keys() & dict(base.named_modules()).keys()):
-        if isinstance(adapted[path], ModulesToSaveWrapper):  # PEFT leaves its copies there
-            base.set_submodule(path, adapted[path].original_module)
+    # Not by PEFT's unload, which takes a child of the model's own called base_layer for one of its own.
+    for path, module in [(p, m) for p, m in base.named_modules() if isinstance(m, kinds)]:
+        parent, _, last = path.rpartition(".")
+        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+        base.get_submodule(parent)._modules[last] = own
         placed(base, path)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
     return base
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from peft import LoraConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_lens.errors import InputError
 from lora_lens.layers import listed
-from lora_lens.wrappers import named_modules
+from lora_lens.methods import LoRA, Variant
+from lora_lens.window import Placement
+from lora_lens.wrappers import named_modules, submodule
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 PREFIX = "base_model.model."  # of PEFT's tensor names
@@ -36,6 +39,51 @@ def target_settings(names: Collection[str], model: nn.Module) -> dict[str, objec
         settings["target_modules"] = "|".join(map(re.escape, modules))
     if last & moved:
         settings["target_parameters"] = [f"{n}.weight" for n in names if n.rpartition(".")[2] in moved]
+    return settings
+
+
+def peft_config(
+    model: nn.Module,
+    plan: Mapping[str, Placement | LoRA],
+    alpha: float | None,
+    variant: Variant,
+    modules_to_save: Sequence[str],
+) -> LoraConfig:
+    targets = target_settings(plan, model)
+    ranks = {name: placement.rank for name, placement in plan.items()}
+    return LoraConfig(
+        **targets,
+        init_lora_weights=any(isinstance(placement, LoRA) for placement in plan.values()),
+        bias="none",
+        use_rslora=variant.rslora,
+        use_dora=variant.dora,
+        lora_dropout=variant.dropout,
+        modules_to_save=list(modules_to_save) or None,
+        fan_in_fan_out=any(isinstance(submodule(model, name), Conv1D) for name in plan),
+        **rank_settings(ranks, alpha, targets.get("target_parameters", ())),
+    )
+
+
+def rank_settings(
+    ranks: Mapping[str, int], alpha: float | None, parameters: Collection[str] = ()
+) -> dict[str, object]:
+    """PEFT's settings for these ranks by layer; alpha is the rank where None.
+
+    Args:
+        parameters: of :func:`target_settings`: PEFT compares these with the patterns,
+            and the layers' names where lora_lens injects.
+    """
+    most = max(ranks.values())
+    settings: dict[str, object] = {"r": most, "lora_alpha": alpha or most}
+    if len(set(ranks.values())) > 1:
+        # PEFT takes the first pattern that ends a name, and one layer's name may end another's.
+        longest_first = {
+            re.escape(name) + r"(\.weight)?" * (f"{name}.weight" in parameters): ranks[name]
+            for name in sorted(ranks, key=len, reverse=True)
+        }
+        settings["rank_pattern"] = longest_first
+        if alpha is None:
+            settings["alpha_pattern"] = dict(longest_first)
     return settings
 
 

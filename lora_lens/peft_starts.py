@@ -32,11 +32,10 @@ from lora_lens.injection import (
     lora_layer,
     note_pretrained,
     note_start,
-    peft_config,
 )
 from lora_lens.layers import Targets, matrix_shape, weight_matrix
 from lora_lens.methods import LoRA, PeftStart, Variant
-from lora_lens.peft_names import target_settings
+from lora_lens.peft_names import peft_config, target_settings
 from lora_lens.random_state import seeded
 from lora_lens.readouts import Inputs, ask, real_positions, to_device
 from lora_lens.spectrum import SpectrumSet

@@ -99,3 +99,5 @@ def _require_plan(model: nn.Module, names: Sequence[str], whole: Sequence[str]) 
         )
     for name in planned:
         found[name].planned_name = name
+    for name in names:
+        found[name].planned_scaling = found[name].scaling[ADAPTER]

@@ -74,6 +74,8 @@ class Signs:
                 self.hints.append(key)
                 if HINT.search(last) and not NO_HINT.fullmatch(last):
                     self.shared[parent] = key
+                    if layer := self.keys.get(key):  # one that is not here, such as q, k and v in one
+                        self.shared[layer.rpartition(".")[0]] = key
 
     def of(self, layer: str) -> list[str]:
         """What lies beside the layer's weight, by names without the layer's."""
@@ -94,7 +96,8 @@ class Signs:
 
         Whatever lies in the layer besides weight and bias, and what speaks of a scale around it.
         """
-        own = (f"{layer}.{last}" for last in self.inside.get(layer, ()) if last not in OWN)
+        own = [f"{layer}.{last}" for last in self.inside.get(layer, ()) if last not in OWN]
+        own += [f"{layer}.weight.{last}" for last in self.inside.get(f"{layer}.weight", ())]
         parts = layer.split(".")
         around = (self.shared.get(".".join(parts[:i])) for i in range(len(parts)))
         dicts = (key for key in self.hints if key.endswith(f".{layer}") or key.startswith(f"{layer}."))

@@ -12,35 +12,23 @@ run, compressed with LZMA. What reads a folder reads such a file as well.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
+import math
 import os
-import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 
 import pandas as pd
-from torch import nn
-from transformers import PreTrainedConfig
 
 from lora_lens.errors import ExistingFileError, InputError, LoraLensError, MissingFileError, StoreError
-from lora_lens.fingerprint import add_tensor
+from lora_lens.identity import ANSWERS, MODEL_SETTINGS
 from lora_lens.records import all_records, experiment_in, packed, records_of, row_of, store_path, told_apart
-from lora_lens.tasks import Task
 
-MODEL_SETTINGS = "settings of the model"
-OF_NO_MATTER = (  # in a config: where the model came from, and what it returns beside its answers
-    "_name_or_path", "transformers_version", "architectures", "use_cache", "return_dict", "output_attentions",
-    "output_hidden_states",
-)  # fmt: skip
-PLAIN = (bool, int, float, str, tuple, list, type(None))  # a set's text is another one in each process
-ADDRESS = re.compile(" at 0x[0-9a-f]+")
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in a folder, as "._*"
 
 
@@ -285,8 +273,9 @@ def _opened(store: Path, identity: dict[str, str]) -> Path:
         versions = {name: version(name) for name in ("torch", "timm", "peft", "accelerate")}
         _create(described, json.dumps({"identity": identity, "versions": versions}, indent=1).encode())
     found = experiment(store)["identity"]
-    known = {MODEL_SETTINGS: identity.get(MODEL_SETTINGS)} | found  # which earlier versions did not note
-    different = [key for key in identity | known if known.get(key) != identity.get(key)]
+    # Earlier versions did not note all.
+    known = {key: identity.get(key) for key in (MODEL_SETTINGS, ANSWERS)} | found
+    different = [key for key in identity | known if not _same(key, known.get(key), identity.get(key))]
     if different:
         details = "; ".join(f"{k}: there {found.get(k)}, here {identity.get(k)}" for k in different)
         raise InputError(
@@ -295,6 +284,13 @@ def _opened(store: Path, identity: dict[str, str]) -> Path:
         )
     (store / "runs").mkdir(exist_ok=True)
     return store / "runs"
+
+
+def _same(key: str, there: object, here: object) -> bool:
+    """Of losses up to what other devices and numbers of threads may change."""
+    if key == ANSWERS and None not in (there, here):
+        return math.isclose(float(there), float(here), rel_tol=1e-3) or str(there) == str(here)
+    return there == here
 
 
 def _of_no_matter(name: str) -> bool:
@@ -353,46 +349,3 @@ def _written(path: Path, content: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def experiment_identity(
-    model: nn.Module, task: Task, retain: Task, watch: Sequence[Task] = ()
-) -> dict[str, str]:
-    """What must be equal for runs to belong into one folder."""
-    watched = "; ".join(f"{t.name} {t.fingerprint()}" for t in watch)
-    return {
-        "lora_lens": version("lora_lens"),
-        **model_identity(model),
-        "task": f"{task.name} {task.fingerprint()}",
-        "retain": f"{retain.name} {retain.fingerprint()}",
-        **({"watch": watched} if watched else {}),
-    }
-
-
-def model_identity(model: nn.Module) -> dict[str, str]:
-    """What must be equal for two models to be one: all weights, and what else their function depends on."""
-    return {"model": _weights_of(model), MODEL_SETTINGS: _settings_of(model)}
-
-
-def _settings_of(model: nn.Module) -> str:
-    """A hash of kinds of modules, their settings such as dropout and number of heads, and passing buffers."""
-    told: list[object] = [repr(model)]
-    if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
-        told += [(key, str(value)) for key, value in config.to_dict().items() if key not in OF_NO_MATTER]
-    for name, module in model.named_modules():
-        given = signature(type(module).__init__).parameters
-        own = vars(module).items()
-        told += [(name, key, value) for key, value in own if key in given and isinstance(value, PLAIN)]
-    digest = hashlib.sha256(ADDRESS.sub("", repr(told)).encode())
-    for name, tensor in model.named_buffers():
-        digest.update(name.encode())
-        add_tensor(digest, tensor)
-    return digest.hexdigest()[:16]
-
-
-def _weights_of(model: nn.Module) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        add_tensor(digest, tensor)
-    return digest.hexdigest()[:16]

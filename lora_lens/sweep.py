@@ -21,7 +21,7 @@ from lora_lens.drift import drift, drift_between
 from lora_lens.errors import InputError, InputTypeError, LoraLensError
 from lora_lens.evaluation import example_features
 from lora_lens.feature_change import difference
-from lora_lens.identity import exact, exact_method, named_method, named_record
+from lora_lens.identity import exact, exact_method, experiment_identity, named_method, named_record
 from lora_lens.layers import Targets
 from lora_lens.methods import (
     FullFineTuning,
@@ -42,7 +42,7 @@ from lora_lens.rotation import rotations
 from lora_lens.running import by_itself, checked_jobs, run_missing
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
-from lora_lens.store import experiment_identity, open_store, require_writable
+from lora_lens.store import open_store, require_writable
 from lora_lens.tasks import Task
 from lora_lens.training import Run, finetune
 from lora_lens.training_settings import Training, training_with

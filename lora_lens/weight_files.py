@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from lora_lens.adapter_updates import (
 from lora_lens.checkpoint import headers, metadata, read_json, read_tensor
 from lora_lens.errors import InputError, MissingFileError
 from lora_lens.gguf_files import in_gguf
-from lora_lens.layers import listed
+from lora_lens.layers import frames_inside, listed
 from lora_lens.quantized import HINT, quantized_by
 from lora_lens.roles import Stored, weights_among
 
@@ -114,6 +115,12 @@ def _in_files(
     config = path.parent / "config.json"
     facts = read_json(config) if config.is_file() else {}
     own = without_adapter(tensors)
+    if len(own) < len(tensors):
+        warnings.warn(
+            f"{path} holds a model with an adapter in it; what is read are the weights below the adapter, "
+            "without its update: for those with it, save the model after PEFT's merge_and_unload",
+            stacklevel=frames_inside(),
+        )
     return weights_among(
         {name: tensors[key] for name, key in own.items()},
         partial(_read, {name: places[key] for name, key in own.items()}),

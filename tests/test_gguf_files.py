@@ -196,3 +196,21 @@ def test_rows_that_comfyui_cut_anew_are_put_together(tmp_path):
     found = {w.name: w for w in weights(path, ["a", "b"])}
     assert {name: w.shape for name, w in found.items()} == {"a": (32, 40), "b": (8, 144)}
     assert all(torch.equal(w.load(), stored[name]) for name, w in found.items())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_scale_that_llama_cpp_multiplies_by_is_part_of_the_weight(tmp_path, gguf_tensors, kind):
+    name = "blk.0.attn_q"
+    write_gguf(tmp_path / "m.gguf", gguf_tensors | {f"{name}.scale": np.array([0.5], dtype=kind)})
+    found = by_name(weights(tmp_path / "m.gguf", [name]))[name].load()
+    torch.testing.assert_close(found, 0.5 * torch.from_numpy(gguf_tensors[f"{name}.weight"]))
+
+
+def test_scales_that_are_no_one_number_are_refused(tmp_path, gguf_tensors):
+    rows = np.ones(32, dtype=np.float32)
+    for beside in ("scale", "weight_scale"):
+        write_gguf(tmp_path / "m.gguf", gguf_tensors | {f"blk.0.attn_q.{beside}": rows})
+        with pytest.raises(ValueError, match=rf"has blk.0.attn_q.{beside} beside it, which is not read"):
+            weights(tmp_path / "m.gguf", ["attn_q"])
+    write_gguf(tmp_path / "m.gguf", gguf_tensors | {"blk.0.attn_q.input_scale": rows[:1]})
+    weights(tmp_path / "m.gguf", ["attn_q"])  # of the inputs: it leaves the weight as it is

@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -288,6 +289,83 @@ def test_an_adapter_added_removed_or_replaced_after_attach_is_noticed(patch_vit,
 def second(adapted: PeftModel) -> PeftModel:
     adapted.add_adapter("second", LoraConfig(r=2, target_modules=["qkv", "fc1"]))
     return adapted
+
+
+def small_llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+ASKED = {
+    "summary": ll.summary,
+    "drift": lambda a: ll.drift(a, ll.spectra(small_llama(), progress=False)),
+    "export": lambda a: ll.export(a, "new"),
+    "export_residual": lambda a: ll.export_residual(a, "new"),
+    "save": lambda a: ll.save(a, "new"),
+    "detach": ll.detach,
+}
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_weights_that_went_elsewhere_after_attach_are_asked_for_in_words(ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapted = ll.attach(small_llama(), ll.Window.middle(4))
+    accelerate.cpu_offload(adapted, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"q_proj are offloaded .*remove_hook_from_submodules"):
+        ask(adapted)
+    accelerate.hooks.remove_hook_from_submodules(adapted)
+    ask(adapted)
+
+
+def test_detaching_a_model_that_was_cast_or_cut_is_refused():
+    model = small_llama()
+    for kind in (torch.bfloat16, torch.float16, torch.float64):
+        adapted = ll.attach(model, ll.Window.middle(4)).to(kind)
+        with pytest.raises(ValueError, match=f"q_proj was cast from torch.float32 to {kind} after attach"):
+            ll.detach(adapted)
+        with pytest.raises(ValueError, match="was cast from"):
+            ll.detach(adapted, original=model)
+    adapted = ll.attach(model, ll.Window.middle(4))
+    adapted.get_base_model().model.layers = adapted.get_base_model().model.layers[:1]
+    with pytest.raises(ValueError, match="lost the adapter that attach gave"):
+        ll.detach(adapted)
+
+
+def test_another_scaling_is_noticed_until_it_is_undone(patch_vit, tmp_path):
+    adapted = ll.attach(patch_vit, ll.Window.middle(4), alpha=8)
+    layer = lora_layers(adapted)["blocks.0.attn.qkv"]
+    layer.set_scale("default", 0.5)
+    for ask in (ll.summary, lambda a: ll.export(a, tmp_path / "e"), lambda a: ll.save(a, tmp_path / "s")):
+        with pytest.raises(ValueError, match=r"the scaling of blocks.0.attn.qkv is 1, and attach made it 2"):
+            ask(adapted)
+    layer.set_scale("default", 1)
+    ll.save(adapted, tmp_path / "s")
+
+
+def test_the_summary_of_a_merged_adapter_is_refused(patch_vit):
+    adapted = ll.attach(patch_vit, ll.Window.middle(4))
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match="is merged into its base; call unmerge_adapter"):
+        ll.summary(adapted)
+
+
+def test_a_layer_that_is_called_base_layer_comes_back():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"base_layer": nn.Linear(8, 8), "default": nn.Linear(8, 8)})
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.parts["default"](self.parts["base_layer"](x).relu()))
+
+    model, x = Net().eval(), torch.randn(3, 8)
+    adapted = ll.attach(model, ll.Window.middle(2))
+    assert ll.function_error(adapted, model, x) < 1e-6
+    assert torch.equal(ll.detach(adapted)(x), model(x))
 
 
 WRAPPED = {

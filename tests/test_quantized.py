@@ -62,6 +62,7 @@ def test_float8_with_a_scale_is_refused_wherever_the_scale_lies(tmp_path, beside
         *("x.a.input_scale", "x.a.w_scale", "x.a.qscale", "scaled_fp8", "weight_scales.x.a"),
         *("x.a.s", "x.a.multiplier", "x.a.weight_exponent", "x.a._extra_state"),  # whatever is in the layer
         *("x.qkv_scale", "x.weight_scale", "scales", "a_scale"),  # and what speaks of scales around it
+        *("x.qkv.weight_scale", "x.a.weight.s", "x.a.weight.multiplier"),
     ],
 )
 def test_float8_beside_what_may_be_its_scale_is_refused(tmp_path, beside):
@@ -69,7 +70,7 @@ def test_float8_beside_what_may_be_its_scale_is_refused(tmp_path, beside):
         weights(saved({"x.a.weight": F8, beside: ONE}, tmp_path / "model.safetensors"))
     layer = nn.Linear(10, 12)
     layer.weight = nn.Parameter(F8, requires_grad=False)
-    if beside.startswith("x.a."):
+    if beside.startswith("x.a.") and "." not in beside[4:]:
         layer.register_buffer(beside[4:], ONE)
         with pytest.raises(ValueError, match=r"if they have a scale, they are wrong|so it is quantized"):
             weights(layer)

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lens as ll
-from lora_lens.identity import run_name
+from lora_lens.identity import ANSWERS, experiment_identity, model_identity, run_name
 from lora_lens.records import all_records
-from lora_lens.store import experiment_identity, open_store, write_atomically
+from lora_lens.store import open_store, write_atomically
 
 IDENTITY = {"lora_lens": "0", "model": "m", "task": "t", "retain": "r"}
 
@@ -82,34 +82,66 @@ def test_names_depend_on_every_setting_and_not_on_their_order():
     )
 
 
-def test_the_identity_sees_every_weight_and_buffer(digits):
-    task = digits.first(10, 10)
+def test_the_identity_sees_every_weight_and_buffer():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    before = experiment_identity(model, task, task)
-    assert before == experiment_identity(copy.deepcopy(model), task, task)
+    before = model_identity(model)
+    assert before == model_identity(copy.deepcopy(model))
     with torch.no_grad():
         model[1].num_batches_tracked += 1
-    assert experiment_identity(model, task, task)["model"] != before["model"]
+    assert model_identity(model)["model"] != before["model"]
 
 
 def test_the_identity_sees_what_a_model_computes_with_beside_its_weights(model, digits):
     task, same = digits.first(10, 10), copy.deepcopy(model)
-    before = experiment_identity(model, task, task)
+    before = model_identity(model)
     same.train().set_grad_checkpointing()
     same(task.train.inputs)  # running it changes nothing
-    assert experiment_identity(same, task, task) == before
+    assert model_identity(same) == before
     heads, dropout, buffer = (copy.deepcopy(model) for _ in range(3))
     attention = heads.blocks[0].attn
     attention.num_heads, attention.head_dim = 1, attention.head_dim * attention.num_heads
     dropout.blocks[1].mlp.drop1.p = 0.5
     buffer.register_buffer("shift", torch.ones(1), persistent=False)
     for other in (heads, dropout, buffer):
-        now = experiment_identity(other, task, task)
+        now = model_identity(other)
         assert {key for key in now if now[key] != before[key]} == {"settings of the model"}
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
-    before, llama.config.num_attention_heads = experiment_identity(llama, task, task), 4
-    assert experiment_identity(llama, task, task) != before
+    before, llama.config.num_attention_heads = model_identity(llama), 4
+    assert model_identity(llama) != before
+
+
+def _scaled(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.attn.scale *= 3
+        block.attn.fused_attn = False
+
+
+def _hooked(model: nn.Module) -> None:
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: output * 0.5)
+
+
+def _flipped(model: nn.Module) -> None:
+    own = model.forward_features
+    model.forward_features = lambda x, **settings: own(x.flip(3), **settings)
+
+
+@pytest.mark.parametrize("change", [_scaled, _hooked, _flipped])
+def test_a_model_that_computes_something_else_with_equal_weights_is_another(change, source, digits, tmp_path):
+    model, other = ll.embedded.vision()[0], ll.embedded.vision()[0]
+    task, retain = digits.first(10, 10), source.first(10, 50)
+    change(other)
+    with open_store(tmp_path, experiment_identity(model, task, retain)):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"different experiment \(loss of the model"),
+        open_store(tmp_path, experiment_identity(other, task, retain)),
+    ):
+        pass
+    rounded = experiment_identity(model, task, retain)
+    rounded[ANSWERS] = f"{float(rounded[ANSWERS]) * 1.0001:.6g}"  # as another device may have it
+    with open_store(tmp_path, rounded):
+        pass
 
 
 def test_a_store_of_an_earlier_version_that_did_not_note_settings_goes_on(tmp_path):

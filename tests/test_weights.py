@@ -370,3 +370,13 @@ def test_a_pattern_that_matches_nothing_lists_what_could(patch_vit, tmp_path):
         weights(nn.Sequential(nn.Conv2d(1, 2, 3)))
     assert {w.name for w in weights(tmp_path / "vit.safetensors")} == {w.name for w in weights(patch_vit)}
     assert load_file(tmp_path / "vit.safetensors").keys() == patch_vit.state_dict().keys()
+
+
+def test_a_model_saved_with_an_adapter_in_it_says_that_its_update_is_left_out(tmp_path, llama):
+    adapted = get_peft_model(copy.deepcopy(llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    state = {k: t.contiguous().clone() for k, t in adapted.base_model.model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="holds a model with an adapter in it; what is read are the weights"):
+        found = weights(tmp_path / "model.safetensors")
+    (q,) = (w for w in found if w.name == "model.layers.0.self_attn.q_proj")
+    assert torch.equal(q.load(), llama.model.layers[0].self_attn.q_proj.weight)
