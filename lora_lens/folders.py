@@ -17,7 +17,7 @@ from lora_lens.images import as_rgb, has_white
 from lora_lens.layers import listed
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
-from lora_lens.validate import flag, instance, number, shown, whole_number
+from lora_lens.validate import flag, instance, number, seed_number, shown, whole_number
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 Transform = Callable[[Image.Image], Tensor]
@@ -92,7 +92,7 @@ def folder_task(
         if part == "train" or given is not None:
             instance(given, (str, Path), part, "a subfolder's name")
     limits, progress = _limits(limit), flag(progress, "progress")
-    random = np.random.default_rng(whole_number(seed, "seed", least=0))
+    random = np.random.default_rng(seed_number(seed))
     if test_share is None:
         parts = _parts(path, train, test)
     else:

@@ -14,7 +14,7 @@ import pandas as pd
 from lora_lens.errors import InputError
 from lora_lens.tables import checked
 from lora_lens.tradeoffs import window_columns
-from lora_lens.validate import choice, number, sequence, whole_number
+from lora_lens.validate import choice, number, resample_count, seed_number, sequence, whole_number
 
 COLUMNS = ("run", "item", "label", "before", "after")
 NEAR_TIES = 0.02  # of the examples, whose first answer may hang on rounding
@@ -139,7 +139,7 @@ def forgetting_interval(
     items = _answers(items)
     table = checked(table, ["run", "seed", "method", "rank", "position", "start", "lr"])
     keys = [*window_columns(table), "lr"]
-    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
+    resamples, seed = resample_count(resamples), seed_number(seed)
     if table.duplicated([*keys, "seed"]).any():
         raise InputError(
             "two runs share window, learning rate and seed, so they are no two seeds; pass the runs of one "

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import InterpolationMode, gaussian_blur, 
 
 from lora_lens.errors import InputError
 from lora_lens.tasks import Examples, Task
-from lora_lens.validate import choice, instance, number, sequence, suggestion, whole_number
+from lora_lens.validate import choice, instance, number, seed_number, sequence, suggestion, whole_number
 
 # Hendrycks and Dietterich's contrasts; their noise (0.08 to 0.38 of the pixel range) and blur (1 to 6 of 224
 # pixels) suit photographs. These grade the embedded model on its own 28 x 28 images.
@@ -274,7 +274,7 @@ def _with_images(task: Task, what: str, train: Tensor, test: Tensor) -> Task:
 
 def checked_seed(seed: int) -> int:
     """The seed as an int; raises ValueError where it is negative, TypeError where it is no whole number."""
-    return whole_number(seed, "seed", least=0)
+    return seed_number(seed)
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

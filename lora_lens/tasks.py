@@ -20,7 +20,7 @@ from lora_lens.heads import classifier
 from lora_lens.random_state import seeded
 from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_taken
 from lora_lens.sampling import sampled_rows
-from lora_lens.validate import choice, instance, sequence, shown, whole_number
+from lora_lens.validate import choice, instance, seed_number, sequence, shown, whole_number
 
 EVALUATION_BATCH = 500
 
@@ -216,7 +216,7 @@ class Task:
             ValueError: there are not as many examples, or a number is out of range.
             TypeError: a number is not whole.
         """
-        seed = whole_number(seed, "seed", least=0)
+        seed = seed_number(seed)
         return self._fewer(train, test, lambda examples, count: examples.sampled(count, seed))
 
     def first(self, train: int | None = None, test: int | None = None) -> Task:
@@ -266,6 +266,18 @@ class Task:
 
     def _reading(self) -> str:
         return "" if self.pooling == "model" else self.pooling
+
+
+def require_examples(value: object, name: str) -> None:
+    """Refuse what holds no examples.
+
+    Raises:
+        TypeError: it is a whole task, or something else.
+    """
+    if isinstance(value, Task):
+        raise InputTypeError(f"{name} must be examples, not the task {value.name!r}; pass task.test")
+    if isinstance(value, type) or not hasattr(value, "in_batches"):
+        raise InputTypeError(f"{name} must be ll.Examples, such as task.test, not {shown(value)}")
 
 
 def fresh_head(features: int, classes: int, seed: int) -> nn.Linear:

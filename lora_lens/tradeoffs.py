@@ -19,7 +19,7 @@ from scipy.interpolate import PchipInterpolator
 
 from lora_lens.errors import InputError
 from lora_lens.tables import checked
-from lora_lens.validate import choice, number, numbers, share, whole_number
+from lora_lens.validate import choice, number, numbers, resample_count, seed_number, share
 
 WINDOW = ["method", "rank", "position", "start"]
 SCORES = ["accuracy", "forgetting"]
@@ -329,7 +329,7 @@ def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> 
 
 def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
     """(resamples, n) places of n values, drawn with replacement."""
-    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
+    resamples, seed = resample_count(resamples), seed_number(seed)
     return np.random.default_rng(seed).integers(n, size=(resamples, n))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from explored import narrow_vit
 
 import lora_lens as ll
+from lora_lens.drift import drift_between
 
 BAD = {"None": None, "3": 3, "'x'": "x", "[]": [], "{}": {}, "object()": object()}
 # Of modules without __all__: what they share with others inside the package, not doors of their own.
@@ -232,3 +234,115 @@ def test_a_bad_first_argument_is_refused_in_words(name, folder, monkeypatch):
         plt.close("all")
     assert not wrong, "\n".join(wrong)
     assert not list(folder.iterdir())
+
+
+@cache
+def source() -> tuple:
+    """The embedded vision model and what it knows."""
+    model, known = ll.embedded.vision()
+    return model, known.subset(train=8, test=8)
+
+
+@cache
+def attached() -> torch.nn.Module:
+    return ll.attach(source()[0], ll.Window.middle(4))
+
+
+@cache
+def of_mlp() -> ll.SpectrumSet:
+    return ll.spectra(source()[0], "all-mlp", progress=False)
+
+
+def of_fc1() -> ll.Spectrum:
+    return of_mlp()["blocks.0.mlp.fc1"]
+
+
+def split(spectrum: object = None, window: object = ll.Window.middle(4), inputs: object = None) -> object:
+    spectrum = of_fc1() if spectrum is None else spectrum
+    inputs = task().test.inputs if inputs is None else inputs
+    return ll.feature_split(source()[0], "blocks.0.mlp.fc1", spectrum, window, inputs)
+
+
+def foreseen(examples: object = None, **named: object) -> object:
+    examples = task().train if examples is None else examples
+    return ll.foresee(source()[0], task(), examples, [ll.Window.middle(4)], **named)
+
+
+def changed(layers: object) -> object:
+    return ll.feature_change(source()[0], source()[0], task().test.inputs, layers)
+
+
+def tuned(**named: object) -> object:
+    return ll.finetune(attached(), task(), steps=1, evaluations=2, progress=False, **named)
+
+
+def without_gradients(mode: Callable) -> object:
+    with mode():
+        return tuned()
+
+
+def advised(**named: object) -> object:
+    return ll.advise(source()[0], task(), source()[1], **named)
+
+
+HUGE = 10**30
+# Arguments after the first: what is given, and some words of the answer.
+LATER = {
+    "drift of other layers": (lambda: ll.drift(attached(), of_mlp()), "no spectrum of 'blocks.0.attn.qkv'"),
+    "drift of a path": (lambda: ll.drift(attached(), "model.safetensors"), "spectra must be what ll.spectra"),
+    "drift window": (lambda: ll.drift(attached(), of_mlp(), window=8), "window must be a window"),
+    "drift_between spectra": (lambda: drift_between(source()[0], source()[0], 3), "spectra must be"),
+    "rotations of None": (lambda: ll.rotation.rotations(attached(), None), "spectra must be"),
+    "rotations of other layers": (lambda: ll.rotation.rotations(attached(), of_mlp()), "no spectrum of"),
+    "rotations count": (lambda: ll.rotation.rotations(attached(), of_mlp(), count="3"), "count must be a wh"),
+    "rotations threshold": (lambda: ll.rotation.rotations(attached(), of_mlp(), threshold=2), "threshold mu"),
+    "turned layer": (lambda: ll.rotation.turned(attached(), [], of_fc1()), "layer must be the name"),
+    "turned spectrum": (
+        lambda: ll.rotation.turned(attached(), "blocks.0.mlp.fc1", of_mlp()),
+        "spectrum must",
+    ),
+    "foresee a task": (lambda: foreseen(task()), "not the task 'digits'; pass task.test"),
+    "foresee spectra": (lambda: foreseen(spectra=3), "spectra must be what ll.spectra"),
+    "foresee other layers": (lambda: foreseen(spectra=of_mlp(), targets=["qkv"]), "no spectrum of"),
+    "evaluate a task": (lambda: ll.evaluate(*source(), examples=task()), "not the task 'digits'; pass task."),
+    "evaluate examples": (lambda: ll.evaluate(*source(), examples=3), "examples must be ll.Examples"),
+    "evaluate readout": (lambda: ll.evaluate(*source(), 3), "readout must be what task.own_readout"),
+    "split by the set": (lambda: split(of_mlp()), "spectrum must be that of the layer"),
+    "split by a rank": (lambda: split(window=8), "window must be a window"),
+    "split of a task": (lambda: split(inputs=task()), "inputs must be a batch"),
+    "split of words": (lambda: split(inputs=torch.zeros(2, 5)), "does not take these inputs"),
+    "energies of the set": (
+        lambda: ll.features.feature_energies(source()[0], "blocks.0.mlp.fc1", of_mlp(), task().test.inputs),
+        "spectrum must be that of the layer",
+    ),
+    "change layers": (lambda: changed(3), "layers must be a sequence of names"),
+    "change no layers": (lambda: changed([]), "layers is empty"),
+    "change a number": (lambda: changed([3]), "each of layers must be a module's name"),
+    "advise weight": (lambda: advised(weight="x"), "weight must be a number"),
+    "advise store": (lambda: advised(store=3, budget=0), "store must be the folder"),
+    "advise a setting": (lambda: advised(batch_size="x", budget=0), "batch_size must be a whole number"),
+    "advise_from weight": (lambda: ll.advise_from(table(), "x"), "weight must be a number"),
+    "advise_from no number": (lambda: ll.advise_from(table(), float("nan")), "weight must be 0 or more"),
+    "no_grad": (lambda: without_gradients(torch.no_grad), "gradients are off"),
+    "inference_mode": (lambda: without_gradients(torch.inference_mode), "gradients are off"),
+    "resamples": (
+        lambda: ll.tradeoffs.bootstrap_interval([1, 2], resamples=HUGE),
+        "at most 100000, not 10",
+    ),
+    "seed": (lambda: ll.tradeoffs.bootstrap_interval([1, 2], seed=HUGE), "seed must be at most 92"),
+    "subset seed": (lambda: task().subset(2, 2, seed=HUGE), "seed must be at most"),
+    "few_shot seed": (lambda: ll.task_variants.few_shot(task(), 1, seed=HUGE), "seed must be at most"),
+    "random seed": (lambda: ll.placement.RandomComponents(4, seed=HUGE), "seed must be at most"),
+    "windows": (lambda: ll.windows(8, count=HUGE), "count must be at most 100000"),
+    "grid seed": (lambda: ll.Grid(window=ll.Window.middle(4), seed=[-1]), "seed must be at least 0, not -1"),
+    "steps": (lambda: ll.Training(steps=HUGE), "steps must be at most"),
+    "batch_size": (lambda: ll.Training(batch_size=HUGE), "batch_size must be at most"),
+    "evaluations": (lambda: ll.Training(evaluations=HUGE), "evaluations must be at most"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_bad_later_argument_is_refused_in_words(name):
+    call, words = LATER[name]
+    with pytest.raises(ll.errors.LoraLensError, match=re.escape(words)):
+        call()
