@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lora_lens.corpus import require_different_names
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.heads import classifier
@@ -115,7 +116,8 @@ class Task:
             None where that is the model's own classifier.
 
     Raises:
-        ValueError: a label outside ``classes``, another pooling, or a head of another size.
+        ValueError: a label outside ``classes``, two classes of one name, another pooling, or a head of
+            another size.
         TypeError: an attribute of another type.
     """
 
@@ -149,6 +151,7 @@ class Task:
         classes = sequence(self.classes, "classes", "names")
         for name in classes:
             instance(name, str, "a class's name", "a string")
+        require_different_names(self.name, classes)
         object.__setattr__(self, "classes", classes)
         for part in ("train", "test"):
             examples = getattr(self, part)
