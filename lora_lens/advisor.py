@@ -18,8 +18,9 @@ from scipy import stats
 
 from lora_lens.errors import InputError
 from lora_lens.layers import listed
+from lora_lens.run_groups import FEWEST_SEEDS, WINDOW
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import FEWEST_SEEDS, WINDOW, bootstrap_interval
+from lora_lens.tradeoffs import bootstrap_interval
 from lora_lens.validate import number, shown
 from lora_lens.window import Window
 

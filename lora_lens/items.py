@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from lora_lens.errors import InputError
+from lora_lens.run_groups import window_columns
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import window_columns
-from lora_lens.validate import choice, number, resample_count, seed_number, sequence, whole_number
+from lora_lens.validate import choice, instance, number, resample_count, seed_number, sequence, whole_number
 
 COLUMNS = ("run", "item", "label", "before", "after")
+MOST_CLASSES = 30_000  # whose square fits a memory
 NEAR_TIES = 0.02  # of the examples, whose first answer may hang on rounding
 
 
@@ -36,6 +37,8 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
         ValueError: a column is missing.
     """
     by = list(sequence(by, "by", "columns", str))
+    for column in by:
+        instance(column, str, "each of by", "the name of a column")
     items = _answers(items, *by)
     right, still = items["before"] == items["label"], items["after"] == items["label"]
     flags = pd.DataFrame(
@@ -70,9 +73,10 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, or the runs do not start from the same answers.
+        TypeError: ``items`` is no table, or ``by`` no name.
     """
     items = _answers(items)
-    if by is not None and by not in items:
+    if by is not None and instance(by, str, "by", "the name of a column, or None") not in items:
         raise InputError(f"the answers have no column {by!r}; merge it from the table of runs first")
     differ = items.groupby("item")["before"].nunique() > 1
     if differ.mean() > NEAR_TIES:
@@ -179,7 +183,7 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
     Raises:
         ValueError: a column is missing, another ``when``, or a class outside ``classes``.
     """
-    items, classes = _answers(items), whole_number(classes, "classes", least=1)
+    items, classes = _answers(items), whole_number(classes, "classes", least=1, most=MOST_CLASSES)
     choice(when, "when", ("before", "after"))
     label, predicted = items["label"].to_numpy(), items[when].to_numpy()
     for found in (label, predicted):

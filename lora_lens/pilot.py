@@ -22,7 +22,7 @@ from lora_lens.sweep import Grid, sweep
 from lora_lens.tables import require_store
 from lora_lens.tasks import Task
 from lora_lens.tradeoffs import bootstrap_interval
-from lora_lens.training_settings import SETTINGS, training_with
+from lora_lens.training_settings import MOST_STEPS, SETTINGS, training_with
 from lora_lens.validate import instance, known_settings, number, seed_number, sequence, whole_number
 from lora_lens.window import Placement, Window
 from lora_lens.window import windows as evenly_spaced
@@ -109,7 +109,7 @@ def advise(
     """
     weight = checked_weight(weight)
     known_settings(settings, SETTINGS_OF_ALL, "advise")
-    steps = whole_number(steps, "steps", least=1)
+    steps = whole_number(steps, "steps", least=1, most=MOST_STEPS)
     seed = seed_number(seed)
     budget = None if budget is None else whole_number(budget, "budget", least=0)
     training_with({key: settings[key] for key in settings if key in SETTINGS}, "advise")

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from lora_lens.errors import InputError
+from lora_lens.run_groups import FEWEST_SEEDS, rates_in
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import FEWEST_SEEDS, LEVEL, bootstrap_interval, rates_in
+from lora_lens.tradeoffs import LEVEL, bootstrap_interval
 from lora_lens.validate import number, resample_count, seed_number
 
 

@@ -119,6 +119,23 @@ def numbers(values: object, name: str) -> np.ndarray:
     return found.astype(float)
 
 
+def share_matrix(values: object, name: str, source: str) -> np.ndarray:
+    """``values`` as an array of float64 with two axes, whose entries are in [0, 1] but for rounding.
+
+    Raises:
+        InputTypeError: they are a table or no numbers.
+        InputError: they are no matrix, or not in [0, 1].
+    """
+    if hasattr(values, "columns"):
+        raise InputTypeError(f"{name} must be what {source} returns, an array, not {shown(values)}")
+    found = numbers(values, name)
+    if found.ndim != 2 or not found.size:
+        raise InputError(f"{name} must be a matrix, from {source}, not an array of shape {found.shape}")
+    if not (-1e-6 <= found.min() <= found.max() <= 1 + 1e-6):
+        raise InputError(f"{name} must have entries in [0, 1], from {source}, not {shown(values)}")
+    return found
+
+
 def flag(value: object, name: str) -> bool:
     """``value`` if it is True or False."""
     if not isinstance(value, (bool, np.bool_)):

@@ -23,10 +23,7 @@ from lora_lens.drift import drift_between
 BAD = {"None": None, "3": 3, "'x'": "x", "[]": [], "{}": {}, "object()": object()}
 # Of modules without __all__: what they share with others inside the package, not doors of their own.
 INSIDE = """
-tradeoffs.resampled tradeoffs.mean_and_interval tradeoffs.window_columns tradeoffs.groups tradeoffs.share
-tradeoffs.seeds_by_rate tradeoffs.rates_in
 strategies.method_of strategies.require_method strategies.exact_strategy
-penalties.squared_change task_variants.class_index task_variants.checked_seed
 """.split()  # noqa: SIM905
 # What functions return: nobody but they makes one, and they hold whatever they are given.
 RESULTS = """
@@ -172,6 +169,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "metrics.forgetting": (0.5,),
         "neighbours.neighbour_agreement": (torch.randn(20, 3),),
         "neighbours.neighbour_table": (torch.randn(20, 3), ["a"] * 20),
+        "penalties.squared_change": (torch.zeros(2, 1), torch.zeros(1, 2)),
         "placement.AfterEnergy": (0.5,),
         "placement.HoldingEnergy": (0.5,),
         "plots.against_forgetting": (drifts(), "relative"),
@@ -191,6 +189,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "spectral_metrics.marchenko_pastur": ((8, 6),),
         "task_sequences.orders": (2,),
         "task_sequences.rotations": ([0, 10],),
+        "task_variants.class_index": (0,),
         "task_variants.corrupted": ("noise", 1),
         "task_variants.few_shot": (2,),
         "task_variants.only_classes": ([0, 1],),
@@ -285,6 +284,22 @@ def advised(**named: object) -> object:
     return ll.advise(source()[0], task(), source()[1], **named)
 
 
+def answers() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"run": ["a", "b"], "item": [0, 0], "label": [1, 1], "before": [1, 1], "after": [1, 0]}
+    )
+
+
+def continual_table() -> pd.DataFrame:
+    row = {"run": "a", "after": 1, "place": 0, "strategy": "Merged", "method": "LoRA", "rank": 4}
+    row |= {"position": np.nan, "start": np.nan, "lr": 0.001, "order": "0", "task": "t", "accuracy": 0.5}
+    return pd.DataFrame([row | {"retained_before": 0.5, "retained_accuracy": 0.5}])
+
+
+def words(text: str) -> ll.Texts:
+    return ll.Texts((text,), (0,))
+
+
 HUGE = 10**30
 # Arguments after the first: what is given, and some words of the answer.
 LATER = {
@@ -325,6 +340,34 @@ LATER = {
     "advise_from no number": (lambda: ll.advise_from(table(), float("nan")), "weight must be 0 or more"),
     "no_grad": (lambda: without_gradients(torch.no_grad), "gradients are off"),
     "inference_mode": (lambda: without_gradients(torch.inference_mode), "gradients are off"),
+    "forgotten by a list": (
+        lambda: ll.items.forgotten_by(answers(), by=["run"]),
+        "by must be the name of a c",
+    ),
+    "forgotten by one": (lambda: ll.items.forgotten_by_one(answers(), 3), "by must be the name of a column"),
+    "outcomes by numbers": (lambda: ll.items.transitions(answers(), by=[3]), "each of by must be the name"),
+    "heatmap of runs": (
+        lambda: ll.plots.accuracy_heatmap(continual_table(), run=["x"]),
+        "run must be one of",
+    ),
+    "overlap of a table": (lambda: ll.plots.overlap(pd.DataFrame({"a": [1]})), "matrix must be what ll.comp"),
+    "turned of a table": (lambda: ll.plots.rotation_matrix(pd.DataFrame({"a": [1]})), "turned must be what"),
+    "turned of angles": (lambda: ll.plots.rotation_matrix([[2.0]]), "turned must have entries in [0, 1]"),
+    "no vectors by name": (lambda: ll.spectra(source()[0], vectors={}), "vectors is empty"),
+    "two classes": (
+        lambda: ll.Task("t", ("a", "a"), task().train, task().test),
+        "several classes called 'a'",
+    ),
+    "corpus classes": (
+        lambda: ll.Corpus("c", ("a", "a"), words("b"), words("d")),
+        "several classes called 'a'",
+    ),
+    "orders": (lambda: ll.task_sequences.orders(HUGE, 2), "count must be at most 1000"),
+    "confusion": (lambda: ll.items.confusion(answers(), HUGE), "classes must be at most"),
+    "classes of a model": (lambda: ll.embedded.vision_architecture(HUGE), "num_classes must be at most"),
+    "advised steps": (lambda: advised(steps=HUGE, budget=0), "steps must be at most"),
+    "change under no layer": (lambda: ll.penalties.squared_change(None, None, None), "layer must be a layer"),
+    "class of no task": (lambda: ll.task_variants.class_index(None, 0), "task must be a Task"),
     "resamples": (
         lambda: ll.tradeoffs.bootstrap_interval([1, 2], resamples=HUGE),
         "at most 100000, not 10",
