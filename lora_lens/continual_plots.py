@@ -277,7 +277,7 @@ def _of_one_method(table: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
     table = checked(table, columns, source="ll.continual")
     if run is not None:
         instance(run, (str, Integral), "run", "one of the table's column run, or None")
-    rows = table if run is None else table[table["run"] == run]
+    rows = table if run is None else table[[one == run for one in table["run"]]]
     if rows.empty:
         raise InputError(
             f"the table has no run {run!r}; it has {shorten(', '.join(map(str, table['run'].unique())), 80)}"

@@ -14,7 +14,7 @@ from lora_lens.errors import InputError
 from lora_lens.layers import LINEAR, weight_matrix
 from lora_lens.readouts import REMEDY, Inputs, real_positions, require_batch, taking
 from lora_lens.spectrum import Spectrum
-from lora_lens.validate import instance
+from lora_lens.validate import instance, whole_number
 from lora_lens.window import Placement, Window
 from lora_lens.wrappers import submodule
 
@@ -200,7 +200,10 @@ def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
 
     Raises:
         ValueError: the others are no square.
+        TypeError: a number is no whole one.
     """
+    positions = whole_number(positions, "positions", least=0)
+    prefix = None if prefix is None else whole_number(prefix, "prefix", least=0)
     for lead in (0, 1) if prefix is None else (prefix,):
         side = isqrt(max(positions - lead, 0))
         if side > 0 and side * side == positions - lead:

@@ -39,6 +39,8 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
     by = list(sequence(by, "by", "columns", str))
     for column in by:
         instance(column, str, "each of by", "the name of a column")
+    if not by:
+        raise InputError("by is empty; name at least one column, such as 'run'")
     items = _answers(items, *by)
     right, still = items["before"] == items["label"], items["after"] == items["label"]
     flags = pd.DataFrame(
@@ -110,6 +112,7 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
     """
     if not 0 <= number(threshold, "threshold") < 1:
         raise InputError(f"threshold must be a share in [0, 1), not {threshold!r}")
+    instance(by, str, "by", "the name of a column, such as a position merged from the table of runs")
     items = _answers(items)
     table = forgotten_by(items, by)
     forgot = table[sorted(items[by].dropna().unique())] > threshold

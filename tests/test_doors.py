@@ -368,6 +368,11 @@ LATER = {
     "advised steps": (lambda: advised(steps=HUGE, budget=0), "steps must be at most"),
     "change under no layer": (lambda: ll.penalties.squared_change(None, None, None), "layer must be a layer"),
     "class of no task": (lambda: ll.task_variants.class_index(None, 0), "task must be a Task"),
+    "transitions by nothing": (lambda: ll.items.transitions(answers(), by=[]), "by is empty"),
+    "forgotten by one of none": (lambda: ll.items.forgotten_by_one(answers(), None), "by must be the name"),
+    "heatmap of no run": (lambda: ll.plots.accuracy_heatmap(continual_table(), run=HUGE), "has no run 1000"),
+    "grid of a word": (lambda: ll.features.patch_grid("x"), "positions must be a whole number"),
+    "grid after a word": (lambda: ll.features.patch_grid(17, "x"), "prefix must be a whole number"),
     "resamples": (
         lambda: ll.tradeoffs.bootstrap_interval([1, 2], resamples=HUGE),
         "at most 100000, not 10",
