@@ -10,7 +10,7 @@ both as shares in [0, 1]. Weight 1 counts a point forgotten as much as a point l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from math import sqrt
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,10 @@ from scipy import stats
 
 from lora_lens.errors import InputError
 from lora_lens.layers import listed
+from lora_lens.run_groups import FEWEST_SEEDS, WINDOW
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import FEWEST_SEEDS, WINDOW, bootstrap_interval
+from lora_lens.tradeoffs import bootstrap_interval
+from lora_lens.validate import number, shown
 from lora_lens.window import Window
 
 SETTINGS = ["alpha", "targets", "variant", "steps", "batch_size", "warmup", "weight_decay"]
@@ -81,10 +83,11 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
         the first. A method that lacks these seeds has missing values.
 
     Raises:
+        TypeError: ``table`` is no table, or ``weight`` no number.
         ValueError: ``weight`` is negative, a column is missing, there are no windows, the windows differ
             in another setting, two runs share window, rate and seed, or no seed was run everywhere.
     """
-    check_weight(weight)
+    weight = checked_weight(weight)
     table = checked(table, [*WINDOW, "lr", "seed", "accuracy", "forgetting"])
     if not (table["method"] == "window").any():
         raise InputError("the table has no windows to recommend; sweep some, such as ll.windows(rank=8)")
@@ -102,11 +105,13 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     return Advice(_window(row), float(row["lr"]), float(row["value"]), interval, words, evidence, "sweep")
 
 
-def check_weight(weight: float) -> None:
-    if not (weight >= 0 and isfinite(weight)):
-        raise InputError(
-            f"weight must be 0 or more, not {weight!r}: it says how much a point of forgetting costs"
-        )
+def checked_weight(weight: object) -> float:
+    """``weight`` as a float; raises TypeError where it is no number, ValueError where it is negative."""
+    try:
+        return number(weight, "weight", least=0)
+    except InputError:
+        costs = "it says how much a point of forgetting costs"
+        raise InputError(f"weight must be 0 or more, not {shown(weight)}: {costs}") from None
 
 
 def value_of(table: pd.DataFrame, weight: float) -> pd.Series:

@@ -15,8 +15,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from lora_lens.errors import InputError
+from lora_lens.run_groups import WINDOW, mean_and_interval, window_columns
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import WINDOW, mean_and_interval, window_columns
 from lora_lens.validate import numbers
 
 ENDED = ["failed", "reason"]

@@ -7,6 +7,7 @@ seeds) by :func:`lora_lens.tradeoffs.bootstrap_interval`; a single run has none.
 from __future__ import annotations
 
 from itertools import cycle
+from numbers import Integral
 from textwrap import fill, shorten
 
 import matplotlib.pyplot as plt
@@ -22,10 +23,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lora_lens.errors import InputError
 from lora_lens.plot_style import colour_bar, literal, styled
+from lora_lens.run_groups import mean_and_interval
 from lora_lens.sweep_plots import LONGEST_LABEL, PERCENT
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import mean_and_interval
-from lora_lens.validate import choice
+from lora_lens.validate import choice, instance
 
 METHOD = ["strategy", "method", "rank", "position", "start"]  # what tells the lines of a picture apart
 # Of which the runs of a line share one value each.
@@ -274,7 +275,9 @@ def _of_one_method(table: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
     keys = ["run", "after", "place"]
     columns = [*keys, *METHOD, "order", "task", "accuracy", "retained_before", "retained_accuracy"]
     table = checked(table, columns, source="ll.continual")
-    rows = table if run is None else table[table["run"] == run]
+    if run is not None:
+        instance(run, (str, Integral), "run", "one of the table's column run, or None")
+    rows = table if run is None else table[[one == run for one in table["run"]]]
     if rows.empty:
         raise InputError(
             f"the table has no run {run!r}; it has {shorten(', '.join(map(str, table['run'].unique())), 80)}"

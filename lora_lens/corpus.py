@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lens.errors import InputError, InputTypeError
@@ -51,7 +52,8 @@ class Corpus:
     """Training and test texts; ``classes`` is empty for plain text.
 
     Raises:
-        ValueError: a label outside ``classes``, or a test text that is also a training text.
+        ValueError: a label outside ``classes``, two classes of one name, or a test text that is also a
+            training text.
         TypeError: an attribute of another type.
     """
 
@@ -65,6 +67,7 @@ class Corpus:
         object.__setattr__(self, "classes", sequence(self.classes, "classes", "names"))
         for name in self.classes:
             instance(name, str, "a class's name", "a string")
+        require_different_names(self.name, self.classes)
         for part in ("train", "test"):
             instance(getattr(self, part), Texts, part, "Texts")
             labels = getattr(self, part).labels
@@ -85,6 +88,20 @@ class Corpus:
         """A hash of all that it holds."""
         parts = [(p.texts, p.labels) for p in (self.train, self.test)]
         return hashlib.sha256(repr((self.classes, parts)).encode()).hexdigest()[:16]
+
+
+def require_different_names(what: str, classes: Sequence[str]) -> None:
+    """Refuse two classes of one name, which no table or picture could tell apart.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise InputError(
+            f"{what} has several classes called {twice!r}, which could not be told apart; give each a name "
+            f"of its own, such as {twice + ' 1'!r} and {twice + ' 2'!r}"
+        )
 
 
 def same_text(text: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from lora_lens.corpus import Corpus, Texts, same_text
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.layers import listed
-from lora_lens.validate import whole_number
+from lora_lens.validate import seed_number
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)")
@@ -48,7 +48,7 @@ class Part:
 
 
 def generator(seed: int) -> np.random.Generator:
-    return np.random.default_rng(whole_number(seed, "seed", least=0))
+    return np.random.default_rng(seed_number(seed))
 
 
 def require(source: str, columns: list[str], found: Iterable[str], rows: int) -> None:

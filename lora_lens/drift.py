@@ -33,9 +33,10 @@ from lora_lens.injection import (
     require_unmerged,
     trained_update,
 )
-from lora_lens.layers import block_and_kind, weight_matrix
+from lora_lens.layers import block_and_kind, listed, weight_matrix
 from lora_lens.spectral_metrics import effective_rank, stable_rank
 from lora_lens.spectrum import Spectrum, SpectrumSet
+from lora_lens.validate import instance
 from lora_lens.window import Placement, Window
 
 BELONGS = 1e-2  # of the weight's norm; residuals in bfloat16 are off by 2e-3
@@ -74,14 +75,16 @@ def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None 
 
     Raises:
         ValueError: ``adapted`` is none of attach's, is merged, or holds NaN; the spectra are another
-            model's or lack vectors; the window does not fit.
-        KeyError: there is no spectrum of an adapted layer.
+            model's, lack vectors or an adapted layer; the window does not fit.
+        TypeError: an argument is of another type.
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
+    require_spectra(spectra)
+    _require_placement(window)
     rows = []
     for name, layer in lora_layers(peft_model).items():
-        spectrum, start = spectra[name], record.starts.get(name)
+        spectrum, start = spectrum_of(spectra, name), record.starts.get(name)
         require_start_of(spectrum, name, start_rows(layer, start, some_rows(spectrum)))
         components = start.components if start is not None and len(start.components) else None
         if window is not None:
@@ -110,7 +113,10 @@ def drift_between(
     Raises:
         ValueError: a weight is missing, has another shape or is not finite; the spectra are not of
             ``before`` or lack vectors; the window does not fit.
+        TypeError: an argument is of another type.
     """
+    require_spectra(spectra)
+    _require_placement(window)
     names = list(spectra)
     old, new = matrices_of(before, names), matrices_of(after, names)
     rows = []
@@ -207,6 +213,29 @@ def start_rows(layer: LoraLayer, start: Start | None, rows: slice) -> Tensor:
 
 def some_rows(spectrum: Spectrum) -> slice:
     return slice(None, None, max(spectrum.shape[0] // 64, 1))
+
+
+def require_spectra(spectra: object) -> None:
+    instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) returns for the pretrained model")
+
+
+def spectrum_of(spectra: SpectrumSet, name: str) -> Spectrum:
+    """The spectrum of a layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in spectra:
+        raise InputError(
+            f"there is no spectrum of {name!r}; there are spectra of {listed(spectra)}: take ll.spectra of "
+            "the model before training, with the same targets"
+        )
+    return spectra[name]
+
+
+def _require_placement(window: object) -> None:
+    if window is not None:
+        instance(window, Placement, "window", "a window, such as ll.Window.middle(8), or None")
 
 
 def require_start_of(spectrum: Spectrum, name: str, some: Tensor) -> None:

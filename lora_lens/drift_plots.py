@@ -17,10 +17,10 @@ from torch import Tensor
 from lora_lens.errors import InputError
 from lora_lens.plot_style import colour_bar, literal, styled
 from lora_lens.predictors import OUTSIDE
+from lora_lens.run_groups import DRIFTS
 from lora_lens.sweep_plots import PERCENT, RATE_MARKERS
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import DRIFTS
-from lora_lens.validate import instance, numbers
+from lora_lens.validate import instance, share_matrix
 from lora_lens.window import Window
 
 SHARES = {
@@ -76,17 +76,17 @@ def rotation_matrix(turned: Tensor, window: Window | None = None, *, ax: Axes) -
 
     A bright diagonal is a basis that stayed; what lies off it turned. Colours are logarithmic from 0.001.
     Lines mark the window's components.
+
+    Raises:
+        TypeError: ``turned`` holds no numbers or is a table, or ``window`` is no window.
+        ValueError: ``turned`` is no matrix with entries in [0, 1], or the window does not fit.
     """
-    matrix = numbers(turned, "turned")
-    if matrix.ndim != 2 or not matrix.size:
-        raise InputError(
-            f"turned must be a matrix of |cos|, from ll.rotation.turned, not of shape {matrix.shape}"
-        )
+    cosines = share_matrix(turned, "turned", "ll.rotation.turned")
     if window is not None:
         instance(window, Window, "window", "a Window, such as ll.Window.middle(8)")
-    image = ax.imshow(np.maximum(matrix, FAINTEST), cmap="magma", norm=LogNorm(FAINTEST, 1))
+    image = ax.imshow(np.maximum(cosines, FAINTEST), cmap="magma", norm=LogNorm(FAINTEST, 1))
     if window is not None:
-        part = window.slice(len(matrix))
+        part = window.slice(len(cosines))
         for place in (part.start - 0.5, part.stop - 0.5):
             ax.axhline(place, color=WINDOW, linewidth=0.9)
             ax.axvline(place, color=WINDOW, linewidth=0.9)

@@ -37,6 +37,7 @@ from lora_lens.task_variants import only_classes
 from lora_lens.tasks import Examples, Task
 from lora_lens.validate import whole_number
 
+MOST_CLASSES = 1_000_000
 PACKAGE = Path(__file__).parent
 _redirecting = Lock()
 # With --no-deps: the first asks for sentence-transformers, the second for llama.cpp, and neither is used.
@@ -68,9 +69,9 @@ def vision_architecture(num_classes: int = 10) -> VisionTransformer:
     six blocks; the classifier reads their average.
 
     Raises:
-        TypeError, ValueError: ``num_classes`` is no whole number of at least 0.
+        TypeError, ValueError: ``num_classes`` is no whole number from 0 to 1000000.
     """
-    num_classes = whole_number(num_classes, "num_classes", least=0)
+    num_classes = whole_number(num_classes, "num_classes", least=0, most=MOST_CLASSES)
     width = 96
     stem = ConvStem(in_chans=1, depth=3, channels=width, norm_layer=LayerNorm2d, act_layer=nn.GELU)
     return VisionTransformer(

@@ -12,7 +12,7 @@ from lora_lens import metrics
 from lora_lens.adapter import evaluating
 from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.readouts import FITTING, Readout, ask, inner_model, pooled_features, taking, to_device
-from lora_lens.tasks import Examples, Task
+from lora_lens.tasks import Examples, Task, require_examples
 from lora_lens.validate import choice, instance
 
 
@@ -69,6 +69,9 @@ def evaluate(
     instance(model, nn.Module, "model", "a torch model")
     instance(task, Task, "task", "a Task, as lora_lens.text_task and folder_task make them")
     choice(precision, "precision", PRECISIONS)
+    instance(readout, (nn.Module, type(None)), "readout", "what task.own_readout(model) gives, or None")
+    if examples is not None:
+        require_examples(examples, "examples")
     device = next(model.parameters()).device
     readout = (task.own_readout(model) if readout is None else readout).to(device)
     examples = task.test if examples is None else examples

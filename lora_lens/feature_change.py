@@ -14,7 +14,7 @@ from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.heads import classifier
 from lora_lens.readouts import REMEDY, Inputs, require_batch, taking
-from lora_lens.validate import instance
+from lora_lens.validate import instance, sequence
 from lora_lens.wrappers import named_modules
 
 CONSTANT = 1e-12  # of the features' norm: less around the mean is the rounding of that mean
@@ -39,13 +39,15 @@ def feature_change(
             first, of several calls the last); default the classifier's input, under its name.
 
     Raises:
-        TypeError: ``before`` or ``after`` is no model, or ``inputs`` no batch.
+        TypeError: ``before`` or ``after`` is no model, ``inputs`` no batch, or ``layers`` no names.
         ValueError: there are no inputs, or a model does not take them; it has no such layer or does not call
             it, what it gives is no batch or has another shape in the other model, or there is no classifier.
     """
     for name, model in (("before", before), ("after", after)):
         instance(model, nn.Module, name, "a model")
     require_batch(inputs)
+    if layers is not None:
+        layers = _names(layers)
     old, new = (_features(model, inputs, layers) for model in (before, after))
     batch = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
     rows = []
@@ -57,6 +59,16 @@ def feature_change(
             )
         rows.append({"layer": name, **difference(x.cpu().flatten(1), y.cpu().flatten(1))})
     return pd.DataFrame(rows)
+
+
+def _names(layers: object) -> tuple[str, ...]:
+    """The names of at least one module."""
+    names = sequence(layers, "layers", "names of modules", one=str)
+    for name in names:
+        instance(name, str, "each of layers", "a module's name")
+    if not names:
+        raise InputError("layers is empty; name the modules to compare, or leave it out")
+    return names
 
 
 def difference(x: Tensor, y: Tensor) -> dict[str, float]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lora_lens.adapter import call, check_belongs, evaluating
 from lora_lens.errors import InputError
 from lora_lens.layers import LINEAR, weight_matrix
-from lora_lens.readouts import Inputs, real_positions
+from lora_lens.readouts import REMEDY, Inputs, real_positions, require_batch, taking
 from lora_lens.spectrum import Spectrum
+from lora_lens.validate import instance, whole_number
 from lora_lens.window import Placement, Window
 from lora_lens.wrappers import submodule
 
@@ -126,8 +127,11 @@ def feature_split(
     Raises:
         ValueError: there is no such layer, it is none of these (a convolution, an adapted layer), the
             model does not call it or gives it something other than a batch, the placement does not
-            fit, or ``spectrum`` is another weight's.
+            fit, ``spectrum`` is another weight's, or the model does not take ``inputs``.
+        TypeError: an argument is of another type.
     """
+    instance(spectrum, Spectrum, "spectrum", "that of the layer, such as ll.spectra(model)[layer]")
+    instance(window, Placement, "window", "a window, such as ll.Window.middle(8)")
     x = _tokens(model, layer, inputs)
     check_belongs(spectrum, window, submodule(model, layer))
     left, right = (factor.to(x.device) for factor in spectrum.vectors(window))
@@ -146,8 +150,9 @@ def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: I
         spectrum: of this layer's weight, with all vectors.
 
     Raises:
-        ValueError: as :func:`feature_split`; the spectrum lacks vectors.
+        ValueError, TypeError: as :func:`feature_split`; the spectrum lacks vectors.
     """
+    instance(spectrum, Spectrum, "spectrum", "that of the layer, such as ll.spectra(model)[layer]")
     x = _tokens(model, layer, inputs)
     everything = Window(spectrum.k, start=0)
     check_belongs(spectrum, everything, submodule(model, layer))
@@ -158,6 +163,9 @@ def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: I
 
 def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
     """What the layer is given in one pass, (batch, positions, in_features), float32; zero at padding."""
+    instance(model, nn.Module, "model", "a pretrained model")
+    instance(layer, str, "layer", "the name of a linear layer")
+    require_batch(inputs)
     module = _linear(model, layer)
     given = layer_inputs(model, [layer], inputs)
     if layer not in given:
@@ -192,7 +200,10 @@ def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
 
     Raises:
         ValueError: the others are no square.
+        TypeError: a number is no whole one.
     """
+    positions = whole_number(positions, "positions", least=0)
+    prefix = None if prefix is None else whole_number(prefix, "prefix", least=0)
     for lead in (0, 1) if prefix is None else (prefix,):
         side = isqrt(max(positions - lead, 0))
         if side > 0 and side * side == positions - lead:
@@ -240,7 +251,7 @@ def layer_inputs(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict
         for name in names
     ]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), taking(model, "these inputs", REMEDY):
             call(model, inputs)
     finally:
         for handle in handles:

@@ -17,7 +17,7 @@ from lora_lens.images import as_rgb, has_white
 from lora_lens.layers import listed
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
-from lora_lens.validate import flag, instance, number, shown, whole_number
+from lora_lens.validate import flag, instance, number, seed_number, shown, whole_number
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 Transform = Callable[[Image.Image], Tensor]
@@ -81,8 +81,8 @@ def folder_task(
     Raises:
         FileNotFoundError: the folder or a part of it is missing.
         ValueError: there are fewer than two classes, a class without images,
-            or one that is in one part only; a file is no readable image, or one of 32-bit numbers;
-            tensors of different shapes; a share, limit or seed out of range.
+            or one that is in one part only; one folder for both parts; a file is no readable image, or one
+            of 32-bit numbers; tensors of different shapes; a share, limit or seed out of range.
         TypeError: the transform does not return floating-point tensors; an argument of another type.
     """
     path = Path(instance(path, (str, Path), "path", "a folder's path"))
@@ -92,7 +92,7 @@ def folder_task(
         if part == "train" or given is not None:
             instance(given, (str, Path), part, "a subfolder's name")
     limits, progress = _limits(limit), flag(progress, "progress")
-    random = np.random.default_rng(whole_number(seed, "seed", least=0))
+    random = np.random.default_rng(seed_number(seed))
     if test_share is None:
         parts = _parts(path, train, test)
     else:
@@ -151,6 +151,11 @@ def _parts(path: Path, train: str, test: str | None) -> list[Files]:
         raise MissingFileError(
             f"{path} needs the folders {train!r} and {test or 'val or test'!r}; "
             "if it holds the classes themselves, give test_share, such as 0.2"
+        )
+    if (path / train).resolve() == (path / test).resolve():
+        raise InputError(
+            f"{path}: train and test are both the folder {test!r}, and a test on it would tell what was "
+            "memorized; name two folders, or give test_share"
         )
     parts = [_files(path / train), _files(path / test)]
     for here, there in ((0, 1), (1, 0)):

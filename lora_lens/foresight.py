@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.adapter import call, check_belongs, chosen_layers, evaluating
+from lora_lens.drift import require_spectra, spectrum_of
 from lora_lens.errors import InputError
 from lora_lens.evaluation import example_features
 from lora_lens.layers import LINEAR, Targets, weight_matrix
@@ -42,8 +43,8 @@ from lora_lens.probe import drawn, fitted_head
 from lora_lens.readouts import HeadReadout, ask, real_positions, to_device
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
-from lora_lens.tasks import Examples, Task
-from lora_lens.validate import instance, sequence, whole_number
+from lora_lens.tasks import Examples, Task, require_examples
+from lora_lens.validate import instance, seed_number, sequence, whole_number
 from lora_lens.window import Placement
 
 ROWS = 4096  # inputs of a layer that are looked at at a time
@@ -97,14 +98,17 @@ def foresee(
         raise InputError("give at least one window to foresee, such as ll.windows(rank=8, count=5)")
     for window in windows:
         instance(window, Placement, "each of windows", "a window, such as those of ll.windows(rank=8)")
+    require_examples(retain_examples, "retain_examples")
+    if spectra is not None:
+        require_spectra(spectra)
     examples = whole_number(examples, "examples", least=1)
-    seed = whole_number(seed, "seed", least=0)
+    seed = seed_number(seed)
     layers = _linear_layers(model, targets, spectra)
     if spectra is None:
         spectra = compute_spectra(model, list(layers), vectors=windows, progress=False)
     for name, layer in layers.items():
         for window in windows:
-            check_belongs(spectra[name], window, layer)
+            check_belongs(spectrum_of(spectra, name), window, layer)
     sums = {name: LayerSums(layer, spectra[name], windows) for name, layer in layers.items()}
     _pass_back(model, layers, sums, task, drawn(task.train, examples, seed))
     _pass_forward(model, layers, sums, retain_examples)

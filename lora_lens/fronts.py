@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 
 from lora_lens.errors import InputError
 from lora_lens.metrics import pareto_front
+from lora_lens.run_groups import WINDOW, groups, mean_and_interval, resampled, seeds_by_rate, window_columns
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import WINDOW, groups, mean_and_interval, resampled, seeds_by_rate, window_columns
 from lora_lens.validate import numbers
 
 

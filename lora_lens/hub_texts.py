@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from lora_lens.corpus import Corpus
 from lora_lens.corpus_checks import (
@@ -15,13 +16,13 @@ from lora_lens.corpus_checks import (
     check_texts,
     corpus_of,
     found_classes,
-    generator,
     labels_by_name,
     quoted,
     require,
 )
 from lora_lens.errors import InputError, InputTypeError, MissingPackageError
-from lora_lens.validate import choice, instance, whole_number
+from lora_lens.sampling import sampled_rows
+from lora_lens.validate import choice, instance, seed_number, whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +66,7 @@ def hub_corpus(
         datasets.exceptions.DatasetNotFoundError: there is no such data set.
         RuntimeError: it is a Python script.
     """
-    most, random = _checked(text, label, most, seed, conflicts)
+    most, seed = _checked(text, label, most, seed, conflicts)
     instance(
         dataset,
         (str, Path),
@@ -88,7 +89,7 @@ def hub_corpus(
         )
     name = Path(dataset).absolute().name + (f" {config}" if config else "")
     sources = {f"{name} (split {split!r})": loaded[split] for split in (train, test)}
-    return _corpus(name, sources, text, label, most, random, conflicts)
+    return _corpus(name, sources, text, label, most, seed, conflicts)
 
 
 def dataset_corpus(
@@ -116,8 +117,9 @@ def dataset_corpus(
         text: the column of the texts.
         label: that of the labels, with names (ClassLabel) as they are, where -1 means missing; or strings or
             whole numbers, whose classes are what the training part holds, sorted. None for plain text.
-        most: texts of each part, at most. They are drawn at random; the fewer are among the more. Repeated
-            ones are left out after that.
+        most: texts of each part, at most. They are drawn at random, each class in proportion, as by
+            :meth:`lora_lens.Task.subset`; the fewer are among the more. Repeated ones are left out after
+            that.
         seed: of that draw.
         conflicts: what is done with texts that have several labels, as in :func:`lora_lens.text_corpus`.
 
@@ -127,21 +129,21 @@ def dataset_corpus(
         TypeError: a part is no ``datasets.Dataset``, a text no string, or a label neither a string nor a
             number.
     """
-    most, random = _checked(text, label, most, seed, conflicts)
+    most, seed = _checked(text, label, most, seed, conflicts)
     instance(name, str, "name", "the name of the corpus")
     return _corpus(
-        name, {f"{name} (train)": train, f"{name} (test)": test}, text, label, most, random, conflicts
+        name, {f"{name} (train)": train, f"{name} (test)": test}, text, label, most, seed, conflicts
     )
 
 
 def _checked(
     text: str, label: str | None, most: int | None, seed: int, conflicts: str
-) -> tuple[int | None, np.random.Generator]:
+) -> tuple[int | None, int]:
     instance(text, str, "text", "the name of a column")
     if label is not None:
         instance(label, str, "label", "the name of a column, or None for plain text")
     choice(conflicts, "conflicts", CONFLICTS)
-    return None if most is None else whole_number(most, "most", least=1), generator(seed)
+    return None if most is None else whole_number(most, "most", least=1), seed_number(seed)
 
 
 def _corpus(
@@ -150,17 +152,17 @@ def _corpus(
     text: str,
     label: str | None,
     most: int | None,
-    random: np.random.Generator,
+    seed: int,
     conflicts: str,
 ) -> Corpus:
     (classes, to_train), (_, to_test) = (
-        _drawn(part, source, text, label, most, random) for source, part in sources.items()
+        _drawn(part, source, text, label, most, seed) for source, part in sources.items()
     )
     return corpus_of(name, classes, to_train, to_test, conflicts, stacklevel=4)
 
 
 def _drawn(
-    data: Dataset, source: str, text: str, label: str | None, most: int | None, random: np.random.Generator
+    data: Dataset, source: str, text: str, label: str | None, most: int | None, seed: int
 ) -> tuple[tuple[str, ...], Part]:
     """The classes of all of a data set, and at most so many of its texts."""
     from datasets import ClassLabel, Dataset
@@ -182,7 +184,7 @@ def _drawn(
         labels = [classes[int(number)] for number in labels]
     else:
         classes = found_classes(labels)
-    rows = sorted(random.permutation(len(data))[:most].tolist())
+    rows = list(range(len(data))) if most is None else _some_rows(labels, len(data), most, seed)
     part = replace(
         whole,
         numbers=[row + 1 for row in rows],
@@ -191,6 +193,11 @@ def _drawn(
     )
     check_texts(part)
     return classes, part
+
+
+def _some_rows(labels: list[str] | None, count: int, most: int, seed: int) -> list[int]:
+    places = np.zeros(count, int) if labels is None else np.unique(labels, return_inverse=True)[1]
+    return sampled_rows(torch.from_numpy(places), min(most, count), seed).tolist()
 
 
 def _column(data: Dataset, name: str) -> list:

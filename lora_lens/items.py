@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from lora_lens.errors import InputError
+from lora_lens.run_groups import window_columns
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import window_columns
-from lora_lens.validate import choice, number, sequence, whole_number
+from lora_lens.validate import choice, instance, number, resample_count, seed_number, sequence, whole_number
 
 COLUMNS = ("run", "item", "label", "before", "after")
+MOST_CLASSES = 30_000  # whose square fits a memory
 NEAR_TIES = 0.02  # of the examples, whose first answer may hang on rounding
 
 
@@ -36,6 +37,10 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
         ValueError: a column is missing.
     """
     by = list(sequence(by, "by", "columns", str))
+    for column in by:
+        instance(column, str, "each of by", "the name of a column")
+    if not by:
+        raise InputError("by is empty; name at least one column, such as 'run'")
     items = _answers(items, *by)
     right, still = items["before"] == items["label"], items["after"] == items["label"]
     flags = pd.DataFrame(
@@ -70,9 +75,10 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, or the runs do not start from the same answers.
+        TypeError: ``items`` is no table, or ``by`` no name.
     """
     items = _answers(items)
-    if by is not None and by not in items:
+    if by is not None and instance(by, str, "by", "the name of a column, or None") not in items:
         raise InputError(f"the answers have no column {by!r}; merge it from the table of runs first")
     differ = items.groupby("item")["before"].nunique() > 1
     if differ.mean() > NEAR_TIES:
@@ -106,6 +112,7 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
     """
     if not 0 <= number(threshold, "threshold") < 1:
         raise InputError(f"threshold must be a share in [0, 1), not {threshold!r}")
+    instance(by, str, "by", "the name of a column, such as a position merged from the table of runs")
     items = _answers(items)
     table = forgotten_by(items, by)
     forgot = table[sorted(items[by].dropna().unique())] > threshold
@@ -139,7 +146,7 @@ def forgetting_interval(
     items = _answers(items)
     table = checked(table, ["run", "seed", "method", "rank", "position", "start", "lr"])
     keys = [*window_columns(table), "lr"]
-    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
+    resamples, seed = resample_count(resamples), seed_number(seed)
     if table.duplicated([*keys, "seed"]).any():
         raise InputError(
             "two runs share window, learning rate and seed, so they are no two seeds; pass the runs of one "
@@ -179,7 +186,7 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
     Raises:
         ValueError: a column is missing, another ``when``, or a class outside ``classes``.
     """
-    items, classes = _answers(items), whole_number(classes, "classes", least=1)
+    items, classes = _answers(items), whole_number(classes, "classes", least=1, most=MOST_CLASSES)
     choice(when, "when", ("before", "after"))
     label, predicted = items["label"].to_numpy(), items[when].to_numpy()
     for found in (label, predicted):

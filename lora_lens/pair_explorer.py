@@ -11,11 +11,12 @@ import pandas as pd
 from ipywidgets import HTML, Dropdown, VBox
 from matplotlib.figure import Figure
 
-from lora_lens import items, tradeoffs
+from lora_lens import items
 from lora_lens.errors import InputError, LoraLensError
 from lora_lens.explorer import WORDS, Parts, brief_errors, counted, drawn, explorer, html_table, table_box
 from lora_lens.forgotten_explorer import shown_examples
 from lora_lens.item_plots import shown_as
+from lora_lens.run_groups import groups, mean_and_interval, window_columns
 from lora_lens.run_plots import relative_updates, two_curves
 from lora_lens.run_view import KeptRuns, named_runs, of_all_classes, or_why_not, require_task, span
 from lora_lens.tasks import Task
@@ -54,7 +55,7 @@ def pair_explorer(table: pd.DataFrame, store: str | Path, retain: Task | None = 
         FileNotFoundError: there is no such store.
     """
     table, task = named_runs(table, "run"), retain
-    tradeoffs.groups(table, tradeoffs.window_columns(table), [])  # no two runs of a window, rate and seed
+    groups(table, window_columns(table), [])  # no two runs of a window, rate and seed
     kept = KeptRuns(store, table["run"])
     require_task(kept, task)
     table = table.sort_values(["method", "position", "start"], ascending=[False, True, True], kind="stable")
@@ -143,7 +144,7 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
 def _points(differences: pd.Series) -> str:
     if differences.empty:
         return "no seed in common"
-    told = tradeoffs.mean_and_interval("mean", differences)
+    told = mean_and_interval("mean", differences)
     interval = "" if len(differences) == 1 else " [{mean_low:+.1f}, {mean_high:+.1f}]"
     return ("{mean:+.1f}" + interval).format(**{name: 100 * value for name, value in told.items()})
 

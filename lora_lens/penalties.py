@@ -25,6 +25,7 @@ from lora_lens.precision import autocast
 from lora_lens.readouts import Readout, ask
 from lora_lens.tasks import Examples, Task, shuffled_rows
 from lora_lens.training_settings import Training
+from lora_lens.validate import instance
 
 MOST_ANSWERS = 5e8  # numbers that KLAnchor keeps: 2 GB
 
@@ -147,7 +148,13 @@ def squared_change(layer: LoraLayer, b0: Tensor, a0: Tensor) -> Tensor:
     Args:
         layer: PEFT's, with one adapter, no DoRA.
         b0, a0: the factors at the start, (out_features, rank) and (rank, in_features).
+
+    Raises:
+        TypeError: they are no such layer and tensors.
     """
+    instance(layer, LoraLayer, "layer", "a layer with PEFT's adapter")
+    for name, factor in (("b0", b0), ("a0", a0)):
+        instance(factor, Tensor, name, "a factor at the start, a tensor")
     b, a = (part[ADAPTER].weight.flatten(1) for part in (layer.lora_B, layer.lora_A))
     left, right = torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
     return layer.scaling[ADAPTER] ** 2 * ((left.T @ left) * (right @ right.T)).sum()

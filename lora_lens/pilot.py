@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from lora_lens.adapter import planned
-from lora_lens.advisor import Advice, check_weight, in_words, value_of
+from lora_lens.advisor import Advice, checked_weight, in_words, value_of
 from lora_lens.errors import InputError
 from lora_lens.layers import listed
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.sweep import Grid, sweep
+from lora_lens.tables import require_store
 from lora_lens.tasks import Task
 from lora_lens.tradeoffs import bootstrap_interval
-from lora_lens.training_settings import SETTINGS
-from lora_lens.validate import instance, known_settings, number, sequence, whole_number
+from lora_lens.training_settings import MOST_STEPS, SETTINGS, training_with
+from lora_lens.validate import instance, known_settings, number, seed_number, sequence, whole_number
 from lora_lens.window import Placement, Window
 from lora_lens.window import windows as evenly_spaced
 
@@ -104,12 +105,16 @@ def advise(
     Raises:
         ValueError: no retained task, a negative ``weight``, nothing to choose from, a rank or window that
             does not fit, too few examples to hold some out, or too small a budget; all before the first run.
+        TypeError: an argument is of another type.
     """
-    check_weight(weight)
+    weight = checked_weight(weight)
     known_settings(settings, SETTINGS_OF_ALL, "advise")
-    steps = whole_number(steps, "steps", least=1)
-    seed = whole_number(seed, "seed", least=0)
+    steps = whole_number(steps, "steps", least=1, most=MOST_STEPS)
+    seed = seed_number(seed)
     budget = None if budget is None else whole_number(budget, "budget", least=0)
+    training_with({key: settings[key] for key in settings if key in SETTINGS}, "advise")
+    if store is not None:
+        require_store(store)
     if retain is None:
         raise InputError(
             "advice needs the task that the model knows: its forgetting is half of what is weighed"

@@ -145,7 +145,7 @@ class RandomComponents(_OfRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "seed", validate.whole_number(self.seed, "seed", least=0))
+        object.__setattr__(self, "seed", validate.seed_number(self.seed))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> Tensor:
         k = len(singular_values)

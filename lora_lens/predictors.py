@@ -8,8 +8,9 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata
 
 from lora_lens.errors import InputError
+from lora_lens.run_groups import DRIFTS, WINDOW, resampled, window_columns
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import DRIFTS, WINDOW, relative_updates, resampled, window_columns
+from lora_lens.tradeoffs import relative_updates
 from lora_lens.validate import whole_number
 
 WEIGHTED = (

@@ -48,7 +48,14 @@ class OwnHead(nn.Module):
     """The model's own classifier, as it is: what the model gives for a batch, (batch, classes)."""
 
     def forward(self, model: nn.Module, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return logits_of(call(model, own_padding(model, inputs))), labels
+        logits = logits_of(call(model, own_padding(model, inputs)))
+        if logits.ndim != 2 or not logits.is_floating_point():
+            raise InputError(
+                f"{type(inner_model(model)).__name__} answers a batch of {len(labels)} with {logits.dtype} "
+                f"of shape {tuple(logits.shape)}, and a task is read from logits, (batch, classes): let the "
+                "model return what its head gives, without argmax"
+            )
+        return logits, labels
 
 
 class LabelWords(nn.Module):
@@ -122,11 +129,15 @@ def pooled_features(model: nn.Module, inputs: Inputs, pooling: str) -> Tensor:
             token.
 
     Raises:
-        ValueError: the model has no classifier (model), or no body that gives hidden states (mean, last).
+        ValueError: the model has no classifier, or never calls it (model), or no body that gives hidden
+            states (mean, last).
     """
     if pooling == "model":
-        with features_of(classifier(inner_model(model))) as features:
+        head = classifier(inner_model(model))
+        with features_of(head) as features:
             call(model, inputs)
+        if not features:
+            raise InputError(_never_called(inner_model(model), head))
         if isinstance(inputs, Mapping) and features[0].ndim > 2:
             raise InputError(
                 f"the classifier of {type(inner_model(model)).__name__} reads every token by itself, so it "
@@ -139,6 +150,16 @@ def pooled_features(model: nn.Module, inputs: Inputs, pooling: str) -> Tensor:
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
     real = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
     return (hidden * real[..., None]).sum(1) / lengths[:, None]
+
+
+def _never_called(model: nn.Module, head: nn.Module) -> str:
+    """The words for a head that a model holds and does not run."""
+    name = next((name for name, module in model.named_modules() if module is head), "head")
+    return (
+        f"{type(model).__name__} never calls its head {name!r} when it runs, so there are no features that "
+        f"it reads; if another layer answers, remove {name!r} or set it to None; if the model uses its "
+        "weight, let it call the layer"
+    )
 
 
 def hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -169,11 +190,18 @@ def next_token_logits(model: nn.Module, inputs: Mapping[str, Tensor], places: Te
 
 
 def logits_of(output: object) -> Tensor:
-    """A model's logits, whatever it wraps them in."""
+    """A model's logits: its output, what that has as logits, or the first tensor of a tuple.
+
+    Raises:
+        ValueError: there are none.
+    """
     if isinstance(output, Tensor):
         return output
-    found = getattr(output, "logits", None)
-    if found is None:
+    named = isinstance(output, Mapping) and "logits" in output
+    found = output["logits"] if named else getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)):
+        found = next((part for part in output if isinstance(part, Tensor)), None)
+    if not isinstance(found, Tensor):
         raise InputError(
             f"the model gives a {type(output).__name__} without logits; a task that is read from the model's "
             "own answers needs a model with a head, such as AutoModelForCausalLM's"

@@ -14,8 +14,9 @@ from lora_lens.html_page import MISSING, beside, heading, html_table, paragraph,
 from lora_lens.items import forgetting_interval
 from lora_lens.layers import block_and_kind, listed
 from lora_lens.report_words import Pieces, placed, span
+from lora_lens.run_groups import window_columns
 from lora_lens.sweep import RESULTS
-from lora_lens.tradeoffs import LEVEL, at_equal_rate, rate_robustness, window_columns
+from lora_lens.tradeoffs import LEVEL, at_equal_rate, rate_robustness
 
 MANY_SEEDS = 20  # from here on the bootstrap is hardly too narrow
 PACKAGES = ("lora_lens", "torch", "peft", "timm", "accelerate")

@@ -26,13 +26,8 @@ from lora_lens.html_page import (
 from lora_lens.items import forgotten_by
 from lora_lens.predictors import by_run
 from lora_lens.report_words import Pieces, names_of, parts_by_rank, span, titled
-from lora_lens.tradeoffs import (
-    at_equal_rate,
-    at_matched_accuracy,
-    at_own_best_rate,
-    rate_robustness,
-    window_columns,
-)
+from lora_lens.run_groups import window_columns
+from lora_lens.tradeoffs import at_equal_rate, at_matched_accuracy, at_own_best_rate, rate_robustness
 
 REACH = 0.8  # of the runs at a rate: what "reached" means when the accuracy is chosen
 MOST_CLASSES = 25

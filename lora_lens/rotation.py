@@ -9,11 +9,21 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lora_lens.comparison import Side, compare
-from lora_lens.drift import basis, effective_weight, require_finite, require_start_of, some_rows, start_rows
+from lora_lens.drift import (
+    basis,
+    effective_weight,
+    require_finite,
+    require_spectra,
+    require_start_of,
+    some_rows,
+    spectrum_of,
+    start_rows,
+)
 from lora_lens.errors import InputError
 from lora_lens.injection import attached, lora_layers, require_unmerged
 from lora_lens.layers import listed
 from lora_lens.spectrum import Spectrum, SpectrumSet, factorize
+from lora_lens.validate import choice, instance, number, whole_number
 from lora_lens.window import Window
 
 
@@ -39,19 +49,21 @@ def rotations(
         count: how many of the largest components are looked at apart; all where there are fewer.
 
     Raises:
-        ValueError, KeyError: as :func:`lora_lens.drift`.
+        ValueError, TypeError: as :func:`lora_lens.drift`; ``threshold`` or ``count`` is out of its range.
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
+    require_spectra(spectra)
+    count, threshold = whole_number(count, "count", least=1), number(threshold, "threshold", least=0, most=1)
     rows = []
     for name, layer in lora_layers(peft_model).items():
-        old = spectra[name]
+        old = spectrum_of(spectra, name)
         require_start_of(old, name, start_rows(layer, record.starts.get(name), some_rows(old)))
         weight = effective_weight(layer)
         require_finite(name, weight)
         new = factorize(name, weight)
         first = Window(min(count, old.k), start=0)
-        found = compare(old, new, first, threshold=threshold, count=count).iloc[0]
+        found = compare(old, new, first, threshold=threshold, count=first.rank).iloc[0]
         row = {"layer": name, "stretch": found["stretch"], "rotation": found["rotation"]}
         for side in ("left", "right"):
             kept = (basis(old, side) * basis(new, side)).sum(0).square()
@@ -77,10 +89,11 @@ def turned(adapted: nn.Module, layer: str, spectrum: Spectrum, side: Side = "lef
         side: left (columns of U, outputs) or right (rows of V^T, inputs).
 
     Raises:
-        ValueError: the layer is not adapted, ``side`` is another word, or as :func:`drift`.
+        ValueError, TypeError: the layer is not adapted, ``side`` is another word, or as :func:`drift`.
     """
-    if side not in ("left", "right"):
-        raise InputError(f"side must be 'left' or 'right', not {side!r}")
+    choice(side, "side", ("left", "right"))
+    instance(layer, str, "layer", "the name of an adapted layer")
+    instance(spectrum, Spectrum, "spectrum", "that of the layer, ll.spectra(model)[layer]")
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
     found = lora_layers(peft_model)

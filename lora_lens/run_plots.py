@@ -11,8 +11,8 @@ from matplotlib.ticker import PercentFormatter
 
 from lora_lens.errors import InputError
 from lora_lens.plot_style import literal, styled
+from lora_lens.run_groups import DRIFTS
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import DRIFTS
 
 LOOKS = (
     {"color": "#0072B2", "marker": "o"},

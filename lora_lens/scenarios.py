@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from itertools import count as count_from
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +147,7 @@ class ClassIncremental(_OneReadout):
     def _among_seen(self, place: int) -> Task:
         """The task with its classes numbered among all that the head has."""
         names = [name for task in self.tasks for name in task.classes][: self.readout.head.out_features]
-        return relabelled(self.tasks[place], offset_of(self.tasks, place), tuple(names))
+        return relabelled(self.tasks[place], offset_of(self.tasks, place), names)
 
 
 Scenario = TaskIncremental | DomainIncremental | ClassIncremental
@@ -206,17 +208,21 @@ def one_of(setting: str, tasks: Sequence[Task], place: int, readout: Readout) ->
         part = slice(offset, offset + len(task.classes))
         return task, HeadReadout(_linear(readout.head.weight[part], readout.head.bias[part]), readout.pooling)
     if setting == "class-incremental":
-        return relabelled(task, offset, tuple(name for t in tasks for name in t.classes)), readout
+        return relabelled(task, offset, [name for t in tasks for name in t.classes]), readout
     return task, readout
 
 
-def relabelled(task: Task, offset: int, classes: tuple[str, ...]) -> Task:
-    """The task with ``offset`` added to its labels, among more classes."""
+def relabelled(task: Task, offset: int, classes: Sequence[str]) -> Task:
+    """The task with ``offset`` added to its labels, among more classes; a name's second is "name (2)"."""
+    different: dict[str, None] = {}
+    for name in classes:
+        again = (f"{name} ({count})" for count in count_from(2))
+        different[next(one for one in chain([name], again) if one not in different)] = None
 
     def moved(examples: Examples) -> Examples:
         return replace(examples, labels=examples.labels + offset)
 
-    return replace(task, classes=classes, train=moved(task.train), test=moved(task.test), head=None)
+    return replace(task, classes=tuple(different), train=moved(task.train), test=moved(task.test), head=None)
 
 
 def _require_one_reading(tasks: Sequence[Task], what: str) -> None:

@@ -276,9 +276,9 @@ def spectra(
 def _checked_vectors(vectors: object) -> Vectors:
     if isinstance(vectors, (bool, np.bool_)):
         return bool(vectors)
-    if isinstance(vectors, Mapping):
+    if isinstance(vectors, Mapping) and vectors:
         return {name: _placements(given, f"vectors[{name!r}]") for name, given in vectors.items()}
-    return _placements(vectors, "vectors")
+    return _placements(() if isinstance(vectors, Mapping) else vectors, "vectors")
 
 
 def _placements(given: object, name: str) -> tuple[Placement, ...]:

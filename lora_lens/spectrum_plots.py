@@ -19,7 +19,7 @@ from lora_lens.plot_style import colour_bar, house_style, literal, some_axes, st
 from lora_lens.spectral_metrics import cumulative_energy as energy_until
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.tables import checked
-from lora_lens.validate import flag, instance, number, numbers, sequence, whole_number
+from lora_lens.validate import flag, instance, number, sequence, share_matrix, whole_number
 from lora_lens.window import Window
 
 WINDOW_COLOUR = "#E69F00"
@@ -206,10 +206,9 @@ def overlap(matrix: np.ndarray, *, ax: Axes) -> Axes:
 
     Raises:
         ValueError: the matrix is not 2-D, or holds values outside [0, 1].
+        TypeError: it is a table, or holds no numbers.
     """
-    matrix = numbers(matrix, "the matrix")
-    if matrix.ndim != 2 or not matrix.size or not (-1e-6 <= matrix.min() <= matrix.max() <= 1 + 1e-6):
-        raise InputError(f"expected a matrix of overlaps in [0, 1], not an array of shape {matrix.shape}")
+    matrix = share_matrix(matrix, "matrix", "ll.comparison.overlap_matrix")
     image = ax.imshow(matrix, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
     if max(matrix.shape) <= 10:
         _write_in(ax, matrix, 0, 1)

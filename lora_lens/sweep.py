@@ -46,7 +46,7 @@ from lora_lens.store import open_store, require_writable
 from lora_lens.tasks import Task
 from lora_lens.training import Run, finetune
 from lora_lens.training_settings import Training, training_with
-from lora_lens.validate import flag, instance, number, sequence, shown, whole_number
+from lora_lens.validate import flag, instance, number, seed_number, sequence, shown
 from lora_lens.window import Placement, Window
 
 EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
@@ -97,7 +97,7 @@ class Grid:
             object.__setattr__(self, name, methods)
         rates, seeds = (_one_or_more(getattr(self, name), name) for name in ("lr", "seed"))
         object.__setattr__(self, "lr", tuple(number(rate, "lr", above=0) for rate in rates))
-        object.__setattr__(self, "seed", tuple(whole_number(seed, "seed") for seed in seeds))
+        object.__setattr__(self, "seed", tuple(seed_number(seed) for seed in seeds))
         for name in ("window", "lr", "seed", "baselines"):
             _require_different(getattr(self, name), name)
         _require_different(self.methods, "window and baselines together")

@@ -26,9 +26,9 @@ from lora_lens.report_tables import (
     own_best_section,
 )
 from lora_lens.report_words import Pieces, in_order, u_shape_section
+from lora_lens.run_groups import window_columns
 from lora_lens.store import answers, curves, drifts, experiment, replace_file
 from lora_lens.tables import require_store, sweep_table
-from lora_lens.tradeoffs import window_columns
 from lora_lens.validate import instance, share
 
 GENERATOR = "lora_lens report"

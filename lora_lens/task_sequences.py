@@ -9,11 +9,13 @@ import numpy as np
 
 from lora_lens import embedded, embedded_texts
 from lora_lens.errors import InputError
-from lora_lens.task_variants import checked_seed, class_index, corrupted, only_classes, rotated
+from lora_lens.task_variants import class_index, corrupted, only_classes, rotated
 from lora_lens.tasks import Task
 from lora_lens.text_tasks import text_task
 from lora_lens.tokenizing import Tokenizer
-from lora_lens.validate import instance, sequence, whole_number
+from lora_lens.validate import instance, seed_number, sequence, whole_number
+
+MOST_TASKS = 1000  # whose orders can still be counted
 
 
 def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size: int = 2) -> list[Task]:
@@ -104,7 +106,8 @@ def orders(count: int, number: int, seed: int = 0) -> list[tuple[int, ...]]:
             than there are, the seed is negative.
         TypeError: an argument is not a whole number.
     """
-    count, number, seed = whole_number(count, "count"), whole_number(number, "number"), checked_seed(seed)
+    count, number = whole_number(count, "count", most=MOST_TASKS), whole_number(number, "number")
+    seed = seed_number(seed)
     if count < 1 or number < 1:
         raise InputError(f"expected at least one task and one order, not {count} tasks and {number} orders")
     if number > factorial(count):

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import InterpolationMode, gaussian_blur, 
 
 from lora_lens.errors import InputError
 from lora_lens.tasks import Examples, Task
-from lora_lens.validate import choice, instance, number, sequence, suggestion, whole_number
+from lora_lens.validate import choice, instance, number, seed_number, sequence, suggestion, whole_number
 
 # Hendrycks and Dietterich's contrasts; their noise (0.08 to 0.38 of the pixel range) and blur (1 to 6 of 224
 # pixels) suit photographs. These grade the embedded model on its own 28 x 28 images.
@@ -60,7 +60,7 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
         TypeError: the severity or seed is not a whole number.
     """
     strengths = SEVERITIES[choice(kind, "kind", SEVERITIES)]
-    severity, seed = whole_number(severity, "severity"), checked_seed(seed)
+    severity, seed = whole_number(severity, "severity"), seed_number(seed)
     if not 1 <= severity <= len(strengths):
         raise InputError(
             f"severity must be 1 to {len(strengths)}, not {severity}; for clean inputs take the task itself"
@@ -127,7 +127,7 @@ def permuted(task: Task, seed: int) -> Task:
         ValueError: the seed is negative, or the inputs are no images.
         TypeError: the seed is not a whole number.
     """
-    seed = checked_seed(seed)
+    seed = seed_number(seed)
     _require_images(task)
     height, width = task.train.inputs.shape[-2:]
     order = torch.randperm(height * width, generator=_generator(seed, 0))
@@ -150,7 +150,7 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
         TypeError: ``per_class`` or the seed is not a whole number.
     """
     _require_task(task)
-    per_class, seed = whole_number(per_class, "per_class", least=1), checked_seed(seed)
+    per_class, seed = whole_number(per_class, "per_class", least=1), seed_number(seed)
     counts = torch.bincount(task.train.labels, minlength=len(task.classes)).tolist()
     for name, count in zip(task.classes, counts, strict=True):
         if count < per_class:
@@ -221,16 +221,15 @@ def class_index(task: Task, given: str | int) -> int:
     """The index of a class that is given by its name or its index.
 
     Raises:
-        ValueError: it is unknown, or its name ambiguous.
+        ValueError: it is unknown.
         TypeError: it is neither a name nor an index.
     """
+    _require_task(task)
     known = f"{task.name} has the classes {', '.join(task.classes[:20])}"
     known += f" and {len(task.classes) - 20} more" if len(task.classes) > 20 else ""
     if isinstance(given, str):
         if given not in task.classes:
             raise InputError(f"unknown class {given!r}{suggestion(given, task.classes)}: {known}")
-        if task.classes.count(given) > 1:
-            raise InputError(f"{task.name} has several classes called {given!r}; give an index")
         return task.classes.index(given)
     place = whole_number(given, "a class that is not given by its name")
     if not 0 <= place < len(task.classes):
@@ -270,11 +269,6 @@ def _with_images(task: Task, what: str, train: Tensor, test: Tensor) -> Task:
         train=replace(task.train, inputs=train),
         test=replace(task.test, inputs=test),
     )
-
-
-def checked_seed(seed: int) -> int:
-    """The seed as an int; raises ValueError where it is negative, TypeError where it is no whole number."""
-    return whole_number(seed, "seed", least=0)
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

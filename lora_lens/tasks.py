@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lora_lens.corpus import require_different_names
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.fingerprint import Digest, add_tensor
 from lora_lens.heads import classifier
 from lora_lens.random_state import seeded
 from lora_lens.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_taken
 from lora_lens.sampling import sampled_rows
-from lora_lens.validate import choice, instance, sequence, shown, whole_number
+from lora_lens.validate import choice, instance, seed_number, sequence, shown, whole_number
 
 EVALUATION_BATCH = 500
 
@@ -115,7 +116,8 @@ class Task:
             None where that is the model's own classifier.
 
     Raises:
-        ValueError: a label outside ``classes``, another pooling, or a head of another size.
+        ValueError: a label outside ``classes``, two classes of one name, another pooling, or a head of
+            another size.
         TypeError: an attribute of another type.
     """
 
@@ -149,6 +151,7 @@ class Task:
         classes = sequence(self.classes, "classes", "names")
         for name in classes:
             instance(name, str, "a class's name", "a string")
+        require_different_names(self.name, classes)
         object.__setattr__(self, "classes", classes)
         for part in ("train", "test"):
             examples = getattr(self, part)
@@ -216,7 +219,7 @@ class Task:
             ValueError: there are not as many examples, or a number is out of range.
             TypeError: a number is not whole.
         """
-        seed = whole_number(seed, "seed", least=0)
+        seed = seed_number(seed)
         return self._fewer(train, test, lambda examples, count: examples.sampled(count, seed))
 
     def first(self, train: int | None = None, test: int | None = None) -> Task:
@@ -266,6 +269,18 @@ class Task:
 
     def _reading(self) -> str:
         return "" if self.pooling == "model" else self.pooling
+
+
+def require_examples(value: object, name: str) -> None:
+    """Refuse what holds no examples.
+
+    Raises:
+        TypeError: it is a whole task, or something else.
+    """
+    if isinstance(value, Task):
+        raise InputTypeError(f"{name} must be examples, not the task {value.name!r}; pass task.test")
+    if isinstance(value, type) or not hasattr(value, "in_batches"):
+        raise InputTypeError(f"{name} must be ll.Examples, such as task.test, not {shown(value)}")
 
 
 def fresh_head(features: int, classes: int, seed: int) -> nn.Linear:

@@ -100,6 +100,10 @@ def text_corpus(
         instance(label, str, "label", "the name of a column, or None for plain text")
     names = _class_names(classes, label)
     files = [_file(train)] if test is None else [_file(train), _file(test)]
+    if quoting is not None and not any(_suffix(file) in DELIMITERS for file in files):
+        raise InputError(
+            f"quoting is of {' and '.join(DELIMITERS)} files, and {files[0]} has none; leave it out"
+        )
     parts = [_read(file, text, label, quoting) for file in files]
     if name is None:
         name = _unpacked(files[0]).stem

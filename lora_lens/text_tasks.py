@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from lora_lens.tokenizing import (
 from lora_lens.validate import choice, instance, sequence, whole_number
 
 NO_LIMIT = 10**9  # transformers' tokenizers without a limit have a larger number
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 PROMPT = "{text}\nSentiment:"
 SAMPLE = 16  # texts on which is seen how the label words are tokenized after a prompt
 CORPUS = "a Corpus, such as lora_lens.text_corpus makes"
@@ -150,8 +152,9 @@ def label_word_task(
             counts them; default what the tokenizer allows.
 
     Raises:
-        ValueError: as :func:`text_task`; the prompt has no "{text}", there are not as many different words as
-            classes, one begins with another's tokens, or they depend on the text before.
+        ValueError: as :func:`text_task`; the prompt has no "{text}" or another name in braces, there are not
+            as many different words as classes, one begins with another's tokens, or they depend on the text
+            before.
         TypeError: an argument of another type.
     """
     _require_classes(corpus)
@@ -162,6 +165,11 @@ def label_word_task(
             raise InputError("the word '' has no tokens; choose another one")
     if instance(prompt, str, "prompt", "a string").count("{text}") != 1:
         raise InputError(f"the prompt must hold {{text}} once, where the text goes, not {prompt!r}")
+    if others := [name for name in PLACEHOLDER.findall(prompt) if name != "text"]:
+        raise InputError(
+            f"the prompt has {{{others[0]}}}, which nothing is put into; the only placeholder is {{text}}, "
+            f"where the text goes: {prompt!r}"
+        )
     if len(words) != len(corpus.classes):
         raise InputError(f"{corpus.name} has {len(corpus.classes)} classes, and there are {len(words)} words")
     head, tail = prompt.split("{text}")

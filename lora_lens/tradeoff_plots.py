@@ -19,9 +19,9 @@ from matplotlib.transforms import ScaledTranslation
 from lora_lens.errors import InputError
 from lora_lens.metrics import pareto_front, seed_means
 from lora_lens.plot_style import colour_bar, house_style, literal, require_axes, styled
+from lora_lens.run_groups import WINDOW, groups, window_columns
 from lora_lens.sweep_plots import LABELS, PERCENT, UNITS, require_score, show_unit, with_unit
 from lora_lens.tables import checked, sweep_table
-from lora_lens.tradeoffs import WINDOW, groups, window_columns
 
 COLOURS = {
     "accuracy": "viridis",

@@ -10,22 +10,28 @@ shares in [0, 1], rates are those of the grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
 from lora_lens.errors import InputError
+from lora_lens.run_groups import (
+    DRIFTS,
+    FEWEST_SEEDS,
+    WINDOW,
+    groups,
+    interval,
+    mean_and_interval,
+    resampled,
+    seeds_by_rate,
+    window_columns,
+)
 from lora_lens.tables import checked
-from lora_lens.validate import choice, number, numbers, share, whole_number
+from lora_lens.validate import choice, number, numbers, resample_count, seed_number, share
 
-WINDOW = ["method", "rank", "position", "start"]
 SCORES = ["accuracy", "forgetting"]
 LEVEL = 0.05  # below this p value a U-shape is called one
-DRIFTS = ("the table of drifts", "ll.drifts(store, table)")
-FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
 
 
 def bootstrap_interval(
@@ -45,11 +51,7 @@ def bootstrap_interval(
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
     level = number(level, "level", above=0, below=1)
-    if values.size == 1:
-        return float("nan"), float("nan")
-    means = values[resampled(len(values), resamples, seed)].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return interval(values, level, resample_count(resamples), seed_number(seed))
 
 
 def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
@@ -327,12 +329,6 @@ def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> 
     return {"octaves_low": low, "octaves_high": high}
 
 
-def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, n) places of n values, drawn with replacement."""
-    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
-    return np.random.default_rng(seed).integers(n, size=(resamples, n))
-
-
 def _summary(group: pd.DataFrame) -> dict[str, float]:
     """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate."""
     scored = group.dropna(subset=SCORES)
@@ -342,59 +338,6 @@ def _summary(group: pd.DataFrame) -> dict[str, float]:
     return row
 
 
-def mean_and_interval(name: str, values: ArrayLike) -> dict[str, float]:
-    """The mean over seeds and its interval, named; NaN where there are no values."""
-    values = np.asarray(values, float)
-    mean = float(values.mean()) if len(values) else np.nan
-    low, high = bootstrap_interval(values) if len(values) else (np.nan, np.nan)
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
-
-
-def window_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that tell windows and methods apart."""
-    return [*WINDOW, *(["variant"] if "variant" in table else [])]
-
-
-def groups(
-    table: pd.DataFrame, keys: list[str], columns: list[str]
-) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
-    """(the keys' values by name, their rows), in the table's order, after checking the table."""
-    table = checked(table, [*keys, "lr", "seed", *columns])
-    twice = table.duplicated([*window_columns(table), "lr", "seed"])
-    if twice.any():
-        # Two runs of one seed are not two seeds: their interval would be too narrow.
-        row = table[twice].iloc[0]
-        raise InputError(
-            f"two runs of {_named(row[window_columns(table)].to_dict())} share learning rate {row['lr']:g} "
-            f"and seed {row['seed']}; pass the runs of one sweep, with one value of every other setting"
-        )
-    groups = table.groupby(keys, dropna=False, sort=False)
-    return ((dict(zip(keys, values, strict=True)), group) for values, group in groups)
-
-
-def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> pd.DataFrame:
-    """``score`` (seeds, rates), both ascending, of the seeds that were run at every rate.
-
-    A rate at which every run failed is no rate to choose.
-    """
-    by_seed = group.pivot(index="seed", columns="lr", values=score).dropna(axis=1, how="all").dropna()
-    if by_seed.empty:
-        raise InputError(
-            f"no seed of {_named(names)} was run at all its rates {rates_in(group)}; "
-            "run the missing ones or drop a rate"
-        )
-    return by_seed
-
-
 def _runs(table: object, *columns: str) -> pd.DataFrame:
     """The runs of a sweep that did not fail."""
     return checked(table, [*WINDOW, "lr", "seed", *columns])
-
-
-def _named(names: dict[str, object]) -> str:
-    details = [f"{name} {value}" for name, value in names.items() if name != "method" and pd.notna(value)]
-    return f"{names['method']} ({', '.join(details)})" if details else str(names["method"])
-
-
-def rates_in(table: pd.DataFrame) -> str:
-    return ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))

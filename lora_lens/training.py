@@ -154,7 +154,8 @@ def finetune(
     Raises:
         ValueError: there is nothing to train, a task does not fit the model (another tokenizer, texts that
             are too long, images of another size, no linear classifier, other classes than the model's head),
-            the penalty does not fit, or a batch has fewer examples than there are processes.
+            the penalty does not fit, gradients are off, or a batch has fewer examples than there are
+            processes.
         TypeError: an argument is of another type, or there is no such setting.
     """
     config = training_with(settings, "finetune", config)
@@ -290,6 +291,16 @@ def _checked(
 ) -> tuple[Task, ...]:
     """The watched tasks, after everything that :func:`finetune` is given was seen to be of its type."""
     instance(model, nn.Module, "model", "a torch model, such as from ll.attach")
+    if not torch.is_grad_enabled():
+        raise InputError(
+            "gradients are off, so nothing can be trained; call finetune outside torch.no_grad() and "
+            "torch.inference_mode()"
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise InputError(
+            f"this {type(model).__name__} was made under torch.inference_mode(), so its weights cannot be "
+            "trained; make it outside"
+        )
     of_task = "a task, such as from ll.folder_task or ll.text_task"
     instance(task, Task, "task", of_task)
     instance(retain, (Task, type(None)), "retain", f"{of_task}, or None")

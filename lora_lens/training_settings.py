@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from lora_lens.precision import PRECISIONS
-from lora_lens.validate import choice, instance, known_settings, number, whole_number
+from lora_lens.validate import choice, instance, known_settings, number, seed_number, whole_number
 
+MOST_STEPS, MOST_EXAMPLES = 10**9, 10**7  # of a step
 LARGEST, MOST_DECAY = 1e30, 1e6  # whose product torch can still multiply a weight with
 
 
@@ -49,12 +50,12 @@ class Training:
     def __post_init__(self) -> None:
         plain = {
             "lr": number(number(self.lr, "lr", above=0), "lr", most=LARGEST),
-            "steps": whole_number(self.steps, "steps", least=1),
-            "batch_size": whole_number(self.batch_size, "batch_size", least=1),
+            "steps": whole_number(self.steps, "steps", least=1, most=MOST_STEPS),
+            "batch_size": whole_number(self.batch_size, "batch_size", least=1, most=MOST_EXAMPLES),
             "warmup": number(self.warmup, "warmup", least=0, below=1),
             "weight_decay": number(self.weight_decay, "weight_decay", least=0),
-            "evaluations": whole_number(self.evaluations, "evaluations", least=2),
-            "seed": whole_number(self.seed, "seed", least=0, most=2**63 - 1),
+            "evaluations": whole_number(self.evaluations, "evaluations", least=2, most=MOST_STEPS),
+            "seed": seed_number(self.seed),
             "precision": choice(self.precision, "precision", PRECISIONS),
         }
         number(plain["weight_decay"], "weight_decay", most=MOST_DECAY)

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from lora_lens.errors import InputError
+from lora_lens.run_groups import FEWEST_SEEDS, rates_in
 from lora_lens.tables import checked
-from lora_lens.tradeoffs import FEWEST_SEEDS, LEVEL, bootstrap_interval, rates_in
-from lora_lens.validate import number, whole_number
+from lora_lens.tradeoffs import LEVEL, bootstrap_interval
+from lora_lens.validate import number, resample_count, seed_number
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
         ValueError: a column is missing, no windows at this rate, none at an end or between the ends, two
             runs share position and seed, or no seed was run at every position.
     """
-    resamples, seed = whole_number(resamples, "resamples", least=1), whole_number(seed, "seed", least=0)
+    resamples, seed = resample_count(resamples), seed_number(seed)
     forgetting = _seeds_by_position(table, number(lr, "lr", above=0))
     positions, values = forgetting.columns.to_numpy(float), forgetting.to_numpy(float)
     between = values[:, 1:-1]

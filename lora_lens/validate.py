@@ -13,6 +13,8 @@ import numpy as np
 from lora_lens.errors import InputError, InputTypeError
 
 T = TypeVar("T")
+MOST_SEED = 2**63 - 1
+MOST_RESAMPLES = 100_000
 
 
 def whole_number(value: object, name: str, least: int | None = None, most: int | None = None) -> int:
@@ -26,10 +28,30 @@ def whole_number(value: object, name: str, least: int | None = None, most: int |
     if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
         raise InputTypeError(f"{name} must be a whole number, not {shown(value)}")
     if least is not None and value < least:
-        raise InputError(f"{name} must be at least {least}, not {value}")
+        raise InputError(f"{name} must be at least {least}, not {shown(int(value))}")
     if most is not None and value > most:
-        raise InputError(f"{name} must be at most {most}, not {value}")
+        raise InputError(f"{name} must be at most {most}, not {shown(int(value))}")
     return int(value)
+
+
+def seed_number(value: object, name: str = "seed") -> int:
+    """``value`` as a seed that numpy and torch both take.
+
+    Raises:
+        InputTypeError: it is no whole number.
+        InputError: it is below 0 or above 2^63 - 1.
+    """
+    return whole_number(value, name, least=0, most=MOST_SEED)
+
+
+def resample_count(value: object) -> int:
+    """``value`` as a number of resamples, of which each takes memory.
+
+    Raises:
+        InputTypeError: it is no whole number.
+        InputError: it is below 1 or above 100000.
+    """
+    return whole_number(value, "resamples", least=1, most=MOST_RESAMPLES)
 
 
 def number(
@@ -95,6 +117,23 @@ def numbers(values: object, name: str) -> np.ndarray:
     ):
         raise InputTypeError(f"{name} must be numbers, not {shown(values)}")
     return found.astype(float)
+
+
+def share_matrix(values: object, name: str, source: str) -> np.ndarray:
+    """``values`` as an array of float64 with two axes, whose entries are in [0, 1] but for rounding.
+
+    Raises:
+        InputTypeError: they are a table or no numbers.
+        InputError: they are no matrix, or not in [0, 1].
+    """
+    if hasattr(values, "columns"):
+        raise InputTypeError(f"{name} must be what {source} returns, an array, not {shown(values)}")
+    found = numbers(values, name)
+    if found.ndim != 2 or not found.size:
+        raise InputError(f"{name} must be a matrix, from {source}, not an array of shape {found.shape}")
+    if not (-1e-6 <= found.min() <= found.max() <= 1 + 1e-6):
+        raise InputError(f"{name} must have entries in [0, 1], from {source}, not {shown(values)}")
+    return found
 
 
 def flag(value: object, name: str) -> bool:

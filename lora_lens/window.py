@@ -13,6 +13,8 @@ from torch import Tensor
 from lora_lens import validate
 from lora_lens.errors import InputError
 
+MOST_WINDOWS = 100_000  # more than any spectrum has components
+
 
 class Placement(ABC):
     """Which ``rank`` components of a spectrum are trained; a rule that holds for every weight.
@@ -151,6 +153,10 @@ class Window(Placement):
 
 
 def windows(rank: int, count: int = 9) -> list[Window]:
-    """``count`` windows, evenly spaced from the first (PiSSA) to the last (MiLoRA)."""
-    count = validate.whole_number(count, "count", least=2)
+    """``count`` windows, evenly spaced from the first (PiSSA) to the last (MiLoRA).
+
+    Raises:
+        TypeError, ValueError: ``rank`` is below 1, ``count`` not in [2, 100000], or one is no whole number.
+    """
+    rank, count = whole_rank(rank), validate.whole_number(count, "count", least=2, most=MOST_WINDOWS)
     return [Window(rank, position=float(p)) for p in np.linspace(0, 1, count)]

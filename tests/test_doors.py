@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,14 +18,12 @@ import torch
 from explored import narrow_vit
 
 import lora_lens as ll
+from lora_lens.drift import drift_between
 
 BAD = {"None": None, "3": 3, "'x'": "x", "[]": [], "{}": {}, "object()": object()}
 # Of modules without __all__: what they share with others inside the package, not doors of their own.
 INSIDE = """
-tradeoffs.resampled tradeoffs.mean_and_interval tradeoffs.window_columns tradeoffs.groups tradeoffs.share
-tradeoffs.seeds_by_rate tradeoffs.rates_in
 strategies.method_of strategies.require_method strategies.exact_strategy
-penalties.squared_change task_variants.class_index task_variants.checked_seed
 """.split()  # noqa: SIM905
 # What functions return: nobody but they makes one, and they hold whatever they are given.
 RESULTS = """
@@ -170,6 +169,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "metrics.forgetting": (0.5,),
         "neighbours.neighbour_agreement": (torch.randn(20, 3),),
         "neighbours.neighbour_table": (torch.randn(20, 3), ["a"] * 20),
+        "penalties.squared_change": (torch.zeros(2, 1), torch.zeros(1, 2)),
         "placement.AfterEnergy": (0.5,),
         "placement.HoldingEnergy": (0.5,),
         "plots.against_forgetting": (drifts(), "relative"),
@@ -189,6 +189,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "spectral_metrics.marchenko_pastur": ((8, 6),),
         "task_sequences.orders": (2,),
         "task_sequences.rotations": ([0, 10],),
+        "task_variants.class_index": (0,),
         "task_variants.corrupted": ("noise", 1),
         "task_variants.few_shot": (2,),
         "task_variants.only_classes": ([0, 1],),
@@ -232,3 +233,164 @@ def test_a_bad_first_argument_is_refused_in_words(name, folder, monkeypatch):
         plt.close("all")
     assert not wrong, "\n".join(wrong)
     assert not list(folder.iterdir())
+
+
+@cache
+def source() -> tuple:
+    """The embedded vision model and what it knows."""
+    model, known = ll.embedded.vision()
+    return model, known.subset(train=8, test=8)
+
+
+@cache
+def attached() -> torch.nn.Module:
+    return ll.attach(source()[0], ll.Window.middle(4))
+
+
+@cache
+def of_mlp() -> ll.SpectrumSet:
+    return ll.spectra(source()[0], "all-mlp", progress=False)
+
+
+def of_fc1() -> ll.Spectrum:
+    return of_mlp()["blocks.0.mlp.fc1"]
+
+
+def split(spectrum: object = None, window: object = ll.Window.middle(4), inputs: object = None) -> object:
+    spectrum = of_fc1() if spectrum is None else spectrum
+    inputs = task().test.inputs if inputs is None else inputs
+    return ll.feature_split(source()[0], "blocks.0.mlp.fc1", spectrum, window, inputs)
+
+
+def foreseen(examples: object = None, **named: object) -> object:
+    examples = task().train if examples is None else examples
+    return ll.foresee(source()[0], task(), examples, [ll.Window.middle(4)], **named)
+
+
+def changed(layers: object) -> object:
+    return ll.feature_change(source()[0], source()[0], task().test.inputs, layers)
+
+
+def tuned(**named: object) -> object:
+    return ll.finetune(attached(), task(), steps=1, evaluations=2, progress=False, **named)
+
+
+def without_gradients(mode: Callable) -> object:
+    with mode():
+        return tuned()
+
+
+def advised(**named: object) -> object:
+    return ll.advise(source()[0], task(), source()[1], **named)
+
+
+def answers() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"run": ["a", "b"], "item": [0, 0], "label": [1, 1], "before": [1, 1], "after": [1, 0]}
+    )
+
+
+def continual_table() -> pd.DataFrame:
+    row = {"run": "a", "after": 1, "place": 0, "strategy": "Merged", "method": "LoRA", "rank": 4}
+    row |= {"position": np.nan, "start": np.nan, "lr": 0.001, "order": "0", "task": "t", "accuracy": 0.5}
+    return pd.DataFrame([row | {"retained_before": 0.5, "retained_accuracy": 0.5}])
+
+
+def words(text: str) -> ll.Texts:
+    return ll.Texts((text,), (0,))
+
+
+HUGE = 10**30
+# Arguments after the first: what is given, and some words of the answer.
+LATER = {
+    "drift of other layers": (lambda: ll.drift(attached(), of_mlp()), "no spectrum of 'blocks.0.attn.qkv'"),
+    "drift of a path": (lambda: ll.drift(attached(), "model.safetensors"), "spectra must be what ll.spectra"),
+    "drift window": (lambda: ll.drift(attached(), of_mlp(), window=8), "window must be a window"),
+    "drift_between spectra": (lambda: drift_between(source()[0], source()[0], 3), "spectra must be"),
+    "rotations of None": (lambda: ll.rotation.rotations(attached(), None), "spectra must be"),
+    "rotations of other layers": (lambda: ll.rotation.rotations(attached(), of_mlp()), "no spectrum of"),
+    "rotations count": (lambda: ll.rotation.rotations(attached(), of_mlp(), count="3"), "count must be a wh"),
+    "rotations threshold": (lambda: ll.rotation.rotations(attached(), of_mlp(), threshold=2), "threshold mu"),
+    "turned layer": (lambda: ll.rotation.turned(attached(), [], of_fc1()), "layer must be the name"),
+    "turned spectrum": (
+        lambda: ll.rotation.turned(attached(), "blocks.0.mlp.fc1", of_mlp()),
+        "spectrum must",
+    ),
+    "foresee a task": (lambda: foreseen(task()), "not the task 'digits'; pass task.test"),
+    "foresee spectra": (lambda: foreseen(spectra=3), "spectra must be what ll.spectra"),
+    "foresee other layers": (lambda: foreseen(spectra=of_mlp(), targets=["qkv"]), "no spectrum of"),
+    "evaluate a task": (lambda: ll.evaluate(*source(), examples=task()), "not the task 'digits'; pass task."),
+    "evaluate examples": (lambda: ll.evaluate(*source(), examples=3), "examples must be ll.Examples"),
+    "evaluate readout": (lambda: ll.evaluate(*source(), 3), "readout must be what task.own_readout"),
+    "split by the set": (lambda: split(of_mlp()), "spectrum must be that of the layer"),
+    "split by a rank": (lambda: split(window=8), "window must be a window"),
+    "split of a task": (lambda: split(inputs=task()), "inputs must be a batch"),
+    "split of words": (lambda: split(inputs=torch.zeros(2, 5)), "does not take these inputs"),
+    "energies of the set": (
+        lambda: ll.features.feature_energies(source()[0], "blocks.0.mlp.fc1", of_mlp(), task().test.inputs),
+        "spectrum must be that of the layer",
+    ),
+    "change layers": (lambda: changed(3), "layers must be a sequence of names"),
+    "change no layers": (lambda: changed([]), "layers is empty"),
+    "change a number": (lambda: changed([3]), "each of layers must be a module's name"),
+    "advise weight": (lambda: advised(weight="x"), "weight must be a number"),
+    "advise store": (lambda: advised(store=3, budget=0), "store must be the folder"),
+    "advise a setting": (lambda: advised(batch_size="x", budget=0), "batch_size must be a whole number"),
+    "advise_from weight": (lambda: ll.advise_from(table(), "x"), "weight must be a number"),
+    "advise_from no number": (lambda: ll.advise_from(table(), float("nan")), "weight must be 0 or more"),
+    "no_grad": (lambda: without_gradients(torch.no_grad), "gradients are off"),
+    "inference_mode": (lambda: without_gradients(torch.inference_mode), "gradients are off"),
+    "forgotten by a list": (
+        lambda: ll.items.forgotten_by(answers(), by=["run"]),
+        "by must be the name of a c",
+    ),
+    "forgotten by one": (lambda: ll.items.forgotten_by_one(answers(), 3), "by must be the name of a column"),
+    "outcomes by numbers": (lambda: ll.items.transitions(answers(), by=[3]), "each of by must be the name"),
+    "heatmap of runs": (
+        lambda: ll.plots.accuracy_heatmap(continual_table(), run=["x"]),
+        "run must be one of",
+    ),
+    "overlap of a table": (lambda: ll.plots.overlap(pd.DataFrame({"a": [1]})), "matrix must be what ll.comp"),
+    "turned of a table": (lambda: ll.plots.rotation_matrix(pd.DataFrame({"a": [1]})), "turned must be what"),
+    "turned of angles": (lambda: ll.plots.rotation_matrix([[2.0]]), "turned must have entries in [0, 1]"),
+    "no vectors by name": (lambda: ll.spectra(source()[0], vectors={}), "vectors is empty"),
+    "two classes": (
+        lambda: ll.Task("t", ("a", "a"), task().train, task().test),
+        "several classes called 'a'",
+    ),
+    "corpus classes": (
+        lambda: ll.Corpus("c", ("a", "a"), words("b"), words("d")),
+        "several classes called 'a'",
+    ),
+    "orders": (lambda: ll.task_sequences.orders(HUGE, 2), "count must be at most 1000"),
+    "confusion": (lambda: ll.items.confusion(answers(), HUGE), "classes must be at most"),
+    "classes of a model": (lambda: ll.embedded.vision_architecture(HUGE), "num_classes must be at most"),
+    "advised steps": (lambda: advised(steps=HUGE, budget=0), "steps must be at most"),
+    "change under no layer": (lambda: ll.penalties.squared_change(None, None, None), "layer must be a layer"),
+    "class of no task": (lambda: ll.task_variants.class_index(None, 0), "task must be a Task"),
+    "transitions by nothing": (lambda: ll.items.transitions(answers(), by=[]), "by is empty"),
+    "forgotten by one of none": (lambda: ll.items.forgotten_by_one(answers(), None), "by must be the name"),
+    "heatmap of no run": (lambda: ll.plots.accuracy_heatmap(continual_table(), run=HUGE), "has no run 1000"),
+    "grid of a word": (lambda: ll.features.patch_grid("x"), "positions must be a whole number"),
+    "grid after a word": (lambda: ll.features.patch_grid(17, "x"), "prefix must be a whole number"),
+    "resamples": (
+        lambda: ll.tradeoffs.bootstrap_interval([1, 2], resamples=HUGE),
+        "at most 100000, not 10",
+    ),
+    "seed": (lambda: ll.tradeoffs.bootstrap_interval([1, 2], seed=HUGE), "seed must be at most 92"),
+    "subset seed": (lambda: task().subset(2, 2, seed=HUGE), "seed must be at most"),
+    "few_shot seed": (lambda: ll.task_variants.few_shot(task(), 1, seed=HUGE), "seed must be at most"),
+    "random seed": (lambda: ll.placement.RandomComponents(4, seed=HUGE), "seed must be at most"),
+    "windows": (lambda: ll.windows(8, count=HUGE), "count must be at most 100000"),
+    "grid seed": (lambda: ll.Grid(window=ll.Window.middle(4), seed=[-1]), "seed must be at least 0, not -1"),
+    "steps": (lambda: ll.Training(steps=HUGE), "steps must be at most"),
+    "batch_size": (lambda: ll.Training(batch_size=HUGE), "batch_size must be at most"),
+    "evaluations": (lambda: ll.Training(evaluations=HUGE), "evaluations must be at most"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_bad_later_argument_is_refused_in_words(name):
+    call, words = LATER[name]
+    with pytest.raises(ll.errors.LoraLensError, match=re.escape(words)):
+        call()

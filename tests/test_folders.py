@@ -62,6 +62,12 @@ def test_the_test_folder_is_val_or_test_or_the_one_named(colours):
     assert folder_task(colours, train="learn", test="held_out").fingerprint() == as_val.fingerprint()
 
 
+@pytest.mark.parametrize("parts", [{"test": "train"}, {"train": "val"}, {"test": "val/../train"}], ids=str)
+def test_one_folder_for_both_parts_is_refused(colours, parts):
+    with pytest.raises(ll.errors.InputError, match=r"train and test are both the folder.*or give test_share"):
+        folder_task(colours, **parts)
+
+
 def test_one_folder_of_classes_is_split_by_class_without_overlap(tmp_path):
     write(tmp_path / "one", {"red": 10, "blue": 5, "green": 2})
     task = folder_task(tmp_path / "one", test_share=0.2)

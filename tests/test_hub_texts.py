@@ -63,6 +63,15 @@ def test_at_most_so_many_texts_are_drawn_with_the_seed():
     assert dataset_corpus(train, test, "n", most=1000).train.texts == tuple(train["text"])
 
 
+def test_few_texts_are_of_all_classes_in_proportion():
+    train = loaded([f"text {i}" for i in range(100)], ["rare"] * 4 + ["usual"] * 96)
+    test = loaded([f"test {i}" for i in range(8)], ["rare", "usual"] * 4)
+    for seed in range(5):
+        corpus = dataset_corpus(train, test, "n", most=25, seed=seed)
+        assert corpus.train.labels.count(0) == 1 and corpus.test.labels.count(0) == 4
+        assert set(dataset_corpus(train, test, "n", most=2, seed=seed).train.labels) == {0, 1}
+
+
 def test_data_sets_are_checked_as_files_are(news):
     with pytest.warns(UserWarning, match=r"^n: left out 1 training .* and 1 repeated texts$") as caught:
         dataset_corpus(loaded(["a", "b", "A", "X"], [0, 1, 0, 0]), loaded(["x"], [1]), "n")

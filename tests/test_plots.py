@@ -141,7 +141,7 @@ def test_the_overlap_is_shown_as_it_is(bins):
     "wrong", [np.zeros(3), np.full((2, 2), 1.5), np.full((2, 2), np.nan), np.zeros((0, 0))]
 )
 def test_what_is_no_overlap_is_refused(wrong):
-    with pytest.raises(ValueError, match="overlaps in"):
+    with pytest.raises(ValueError, match="matrix must"):
         ll.plots.overlap(wrong)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -219,6 +220,71 @@ def test_models_that_cannot_be_read_are_named(batch, patch_vit):
         pooled_features(patch_vit, batch, "mean")
     with pytest.raises(ValueError, match="BertModel has no linear classifier"):
         pooled_features(small("bert"), batch, "model")
+
+
+class Answering(nn.Module):
+    """Three linear layers; ``answer`` makes the output of the features and the last of them."""
+
+    def __init__(self, answer, head: bool = False):
+        super().__init__()
+        self.body, self.fc = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.head = nn.Linear(8, 2) if head else None
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(self.body(x), self.fc)
+
+
+@pytest.fixture(scope="module")
+def points() -> ll.Task:
+    examples = ll.Examples(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 2)
+    return ll.Task("points", ("a", "b"), examples, examples)
+
+
+def learnt(model: nn.Module, task: ll.Task) -> ll.Run:
+    return ll.finetune(
+        ll.attach(model, ll.Window.middle(2)), task, task, steps=1, evaluations=2, progress=False
+    )
+
+
+def plain(features, fc):
+    return fc(features)
+
+
+@pytest.mark.parametrize(
+    ("model", "head"),
+    [
+        (Answering(plain, head=True), "head"),
+        (Answering(lambda features, fc: nn.functional.linear(features, fc.weight)), "fc"),
+    ],
+    ids=["unused", "cosine"],
+)
+def test_a_head_that_is_never_called_is_named(model, head, points):
+    with pytest.raises(ll.errors.InputError, match=f"Answering never calls its head '{head}'.*let it call"):
+        learnt(model, points)
+
+
+def test_class_numbers_are_no_logits(points):
+    model = Answering(lambda features, fc: fc(features).argmax(-1))
+    with pytest.raises(ll.errors.InputError, match=r"answers a batch of 1 with torch.int64.*without argmax"):
+        learnt(model, points)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda logits: (logits,), lambda logits: {"logits": logits}, lambda logits: [None, logits]],
+    ids=["tuple", "mapping", "list"],
+)
+def test_logits_in_a_tuple_or_mapping_are_found(wrapped, points):
+    torch.manual_seed(0)
+    model, other = Answering(plain), Answering(lambda features, fc: wrapped(fc(features)))
+    other.load_state_dict(model.state_dict())
+    pd.testing.assert_frame_equal(learnt(model, points).curve, learnt(other, points).curve)
+
+
+def test_a_mapping_without_logits_is_refused(points):
+    with pytest.raises(ll.errors.InputError, match="gives a dict without logits"):
+        learnt(Answering(lambda features, fc: {"out": fc(features)}), points)
 
 
 def test_a_classifier_that_reads_every_token_is_no_pooling(batch):

@@ -16,6 +16,7 @@ from lora_lens.scenarios import (
     all_at_once,
     grown,
     one_of,
+    relabelled,
 )
 
 KINDS = [TaskIncremental, DomainIncremental, ClassIncremental]
@@ -199,3 +200,14 @@ def test_words_need_no_head(kind):
     again.restore(scenario.state(), model)
     answers = [ll.evaluate(model, *s.asked(1, 2)).loss for s in (scenario, again)]
     assert answers[0] == answers[1]
+
+
+def test_classes_of_one_name_in_several_tasks_are_told_apart():
+    task = pairs()[0]
+    names = ["0", "1", "0", "1", "0", "0 (2)"]
+    assert relabelled(task, 2, names).classes == ("0", "1", "0 (2)", "1 (2)", "0 (3)", "0 (2) (2)")
+    scenario = ClassIncremental([task] * 3)
+    for place in range(3):
+        scenario.begin(place, small_vit(), place)
+    found, _ = scenario.trained(2)
+    assert len(found.classes) == 6 and found.train.labels.unique().tolist() == [4, 5]

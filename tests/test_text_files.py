@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from text_rows import GOOD, held_out, parquet, write
 
+from lora_lens.errors import InputError
 from lora_lens.text_files import text_corpus
 
 ODD = [
@@ -260,3 +261,11 @@ def test_classes_that_differ_in_case_only_are_named(tmp_path):
     path.write_text("text,label\n" + "".join(f"text {i},{'Pos' if i % 2 else 'pos'}\n" for i in range(8)))
     with pytest.warns(UserWarning, match="a: 'Pos' and 'pos' differ in case only"):
         assert text_corpus(path).classes == ("Pos", "pos")
+
+
+@pytest.mark.parametrize("quoting", [True, False])
+def test_files_without_quotation_marks_take_no_quoting(tmp_path, quoting):
+    file = write(tmp_path / "a.jsonl", GOOD)
+    with pytest.raises(InputError, match=r"quoting is of \.csv and \.tsv files.*a\.jsonl has none"):
+        text_corpus(file, quoting=quoting)
+    text_corpus(write(tmp_path / "a.csv", GOOD), write(tmp_path / "b.jsonl", [("else", "pos")]), quoting=True)

@@ -133,6 +133,7 @@ def test_a_long_text_in_a_prompt_loses_its_own_end():
     ("settings", "message"),
     [
         ({"prompt": "no place"}, r"the prompt must hold \{text\} once.*not 'no place'"),
+        ({"prompt": "{text} {label}:"}, r"prompt has \{label\}, .*the only placeholder is \{text\}"),
         ({"prompt": "{text} {text}"}, r"must hold \{text\} once"),
         ({"words": [" one"]}, "films has 2 classes, and there are 1 words"),
         ({"words": [" one", ""]}, "the word '' has no tokens"),
