@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -37,6 +38,7 @@ from lora_lens.code_values import (
 FORWARDED = {"weight", "bias", "in_features", "out_features"}  # PEFT's layer answers these as its base does
 COMMON = vars(nn.Module()).keys() - {"_parameters", "_buffers"}  # every module has them
 CHANGING = {"training", "gradient_checkpointing"}  # settings that are other ones from call to call
+SLOTS = (types.MemberDescriptorType, type(namedtuple("Pair", "one").one))
 DEEPEST = 40
 
 
@@ -170,6 +172,8 @@ class CodeReader:
         if isinstance(found, (property, functools.cached_property)):
             read = found.fget if isinstance(found, property) else found.func
             return NOTHING if isinstance(of, type) else self.enter(read, [(of,)])
+        if isinstance(found, SLOTS) and not isinstance(of, type):
+            return wrapped(getattr(of, name, None))
         if isinstance(found, staticmethod):
             return wrapped(found.__func__)
         if isinstance(found, classmethod):

@@ -84,6 +84,8 @@ def each(value: Value) -> Value:
             found.append((item,))
         elif isinstance(item, nn.Module):
             found.append(tuple(item.children()))
+        elif isinstance(item, tuple):  # a named one
+            found += map(wrapped, item)
     return union(*found)
 
 
@@ -92,6 +94,8 @@ def at_place(value: Value, at: int) -> Value:
     for item in value:
         if isinstance(item, Row):
             found.append(item.places[at] if -len(item.places) <= at < len(item.places) else NOTHING)
+        elif isinstance(item, tuple) and -len(item) <= at < len(item):
+            found.append(wrapped(item[at]))
         else:
             found.append(each((item,)))
     return union(*found)

@@ -24,9 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from lora_lens import validate
 from lora_lens.errors import InputError
 from lora_lens.heads import head_layers
+from lora_lens.kept_layers import memory
 from lora_lens.patterns import matching, routers
 from lora_lens.random_state import seeded
-from lora_lens.weight_reads import memory, used_otherwise
+from lora_lens.weight_reads import used_otherwise
 from lora_lens.window import require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 

@@ -70,6 +70,7 @@ def test_imports_point_one_way():
         "code_source",
         "code_steps",
         "code_reading",
+        "kept_layers",
         "weight_reads",
         "heads",
         "layers",

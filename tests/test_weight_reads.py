@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from kept_models import KEPT, Keeper, Knowing, ReadThroughParent
 from reading_models import USED, Layers
 from torch import nn
 from torch.nn import functional as F
@@ -37,6 +38,23 @@ def test_what_is_left_keeps_the_model_s_function(kind):
     for name in USED[kind]:
         with pytest.raises(ValueError, match=f"{name}, which is "):
             ll.attach(model, ll.Window.first(4), targets=name)
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_layers_that_an_object_beside_keeps_are_left_out(how):
+    torch.manual_seed(0)
+    model, x = Keeper(how).eval(), torch.randn(3, 8)
+    reasons = found(model)
+    assert set(reasons) == {"b"} and re.search(
+        "is bypassed: Keeper also keeps it as its branch", reasons["b"]
+    )
+    with pytest.warns(UserWarning, match="b: is bypassed"):
+        adapted = ll.attach(model, ll.Window.first(4))
+    assert ll.function_error(adapted, model, x) < 1e-5
+
+
+def test_an_object_that_knows_the_whole_model_keeps_no_layer_of_it():
+    assert not found(Knowing()) and set(found(ReadThroughParent())) == {"b"}
 
 
 def test_code_without_source_is_read_by_its_instructions():
