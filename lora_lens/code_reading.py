@@ -25,6 +25,7 @@ from lora_lens.code_values import (
     Made,
     Many,
     MethodOf,
+    Named,
     Row,
     Super,
     Value,
@@ -39,6 +40,7 @@ FORWARDED = {"weight", "bias", "in_features", "out_features"}  # PEFT's layer an
 COMMON = vars(nn.Module()).keys() - {"_parameters", "_buffers"}  # every module has them
 CHANGING = {"training", "gradient_checkpointing"}  # settings that are other ones from call to call
 SLOTS = (types.MemberDescriptorType, type(namedtuple("Pair", "one").one))
+OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType)
 DEEPEST = 40
 
 
@@ -119,8 +121,10 @@ class CodeReader:
         if isinstance(item, nn.Module) and id(item) in self.layers:
             return self._of_layer(item, name, where)
         if isinstance(item, nn.Module):
+            if name == "__dict__":
+                return wrapped(vars(item))
             if name == "_modules":
-                return (Many(tuple(item._modules.values())),)
+                return (Named.of({key: wrapped(part) for key, part in item._modules.items()}),)
             if name in item._modules:
                 return wrapped(item._modules[name])
             if name in item._parameters or name in item._buffers:
@@ -138,6 +142,8 @@ class CodeReader:
         if isinstance(item, (Many, Row)):
             return (MethodOf(item, name),)
         own = getattr(item, "__dict__", {})
+        if name == "__dict__":
+            return wrapped(own)
         if name in own:
             return wrapped(own[name])
         found = self._of_class(type(item).__mro__, name, item)
@@ -159,7 +165,7 @@ class CodeReader:
     def _of_layer(self, layer: nn.Module, name: str, where: str) -> Value:
         if name == "weight":
             return (self.weight_of(layer),)
-        if hasattr(nn.Module, name):
+        if hasattr(nn.Module, name) and name != "__dict__":
             return (MethodOf(layer, name),)
         if name not in FORWARDED and name not in COMMON and hasattr(layer, name):
             self.report(layer, f"is needed as it is: {where} reads its {name}, which PEFT's layer lacks")
@@ -181,6 +187,8 @@ class CodeReader:
             return (types.MethodType(found.__func__, kind),)
         if isinstance(found, types.FunctionType) and not isinstance(of, type):
             return (types.MethodType(found, of),)
+        if isinstance(found, OF_C) and not isinstance(of, type):
+            return (MethodOf(of, name),)
         return wrapped(found)
 
 

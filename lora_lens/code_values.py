@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import types
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,17 @@ class Many:
     """Something to iterate over, each of whose elements is any of ``elements``."""
 
     elements: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Named(Many):
+    """A dict whose keys are known texts."""
+
+    places: Mapping[str, Value]
+
+    @classmethod
+    def of(cls, places: Mapping[str, Value]) -> Named:
+        return cls(union(*places.values()), dict(places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +114,37 @@ def at_place(value: Value, at: int) -> Value:
     return union(*found)
 
 
+def item_at(item: object, at: object) -> Value:
+    """``item[at]``, where a number or a text is known."""
+    if isinstance(item, nn.Module):
+        children = item._modules
+        key = str(at % len(children) if isinstance(at, int) and children else at)
+        some = [children[key]] if key in children else list(children.values())
+        return tuple(module for module in some if module is not None)
+    if isinstance(item, Named) and at in item.places:
+        return item.places[at]
+    return at_place((item,), at) if isinstance(at, int) else each((item,))
+
+
+def with_item(held: Value, at: Value, value: Value) -> Value:
+    """Dicts after an item is put into them: with a known name, otherwise with any."""
+    known = len(at) == 1 and isinstance(at[0], str)
+    found: list[object] = []
+    for item in held:
+        if isinstance(item, Named):
+            after = Named.of({**item.places, at[0]: value}) if known else None
+            item = after or Many(union(item.elements, value))
+        found.append(item)
+    return tuple(found)
+
+
+def joined(values: Iterable[Value]) -> Value:
+    """The text of several, where each is known."""
+    values = list(values)
+    known = all(len(value) == 1 and isinstance(value[0], str) for value in values)
+    return ("".join(value[0] for value in values),) if known else NOTHING
+
+
 def union(*values: Value) -> Value:
     if len(values) == 1:
         return values[0]
@@ -144,6 +188,8 @@ def ids(value: Value) -> tuple:
 
 
 def _identity(item: object) -> object:
+    if isinstance(item, Named):
+        return (Named, *item.places, *map(ids, item.places.values()))
     if isinstance(item, (Many, Row)):
         return (type(item), *map(ids, inside(item)))
     if isinstance(item, types.MethodType):
@@ -162,5 +208,8 @@ def wrapped(found: object) -> Value:
     if isinstance(found, (list, tuple)) and not hasattr(found, "_fields"):
         return (Row(tuple(wrapped(item) for item in found[:64])),)
     if isinstance(found, dict):
-        return (Many(union(*(wrapped(item) for item in list(found.values())[:64]))),)
+        places = {key: wrapped(item) for key, item in islice(found.items(), 64)}
+        if len(found) <= 64 and all(isinstance(key, str) for key in places):
+            return (Named.of(places),)
+        return (Many(union(*places.values())),)
     return (found,)

@@ -66,6 +66,8 @@ def test_imports_point_one_way():
         "wrappers",
         "patterns",
         "code_values",
+        "code_operators",
+        "code_conditions",
         "code_calls",
         "code_source",
         "code_steps",
