@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,7 @@ def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str
     if isinstance(callee, nn.Module):
         if id(callee) in reader.layers:
             _check_keywords(reading, callee, args, kwargs)
-        elif any(map(matters, given)) or (kwargs and _passes_on(callee)):
+        elif any(map(matters, given)) or (kwargs and _passes_on(callee, reader.layers)):
             return reader.enter(types.MethodType(type(callee).forward, callee), args, kwargs)
     elif isinstance(callee, Made):
         calls = [f for f in reader.attribute(callee, "__call__", reading.where) if f not in callee.held]
@@ -95,8 +95,10 @@ def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str
     return NOTHING
 
 
-def _passes_on(module: nn.Module) -> bool:
-    """Whether a module takes whatever it is given, as those do that stand around one other."""
+def _passes_on(module: nn.Module, layers: Container[int]) -> bool:
+    """Whether a module takes whatever it is given, as those do that stand around one layer."""
+    if not any(id(child) in layers for child in module._modules.values()):
+        return False
     flags = getattr(getattr(type(module).forward, "__code__", None), "co_flags", 0)
     return bool(flags & inspect.CO_VARARGS and flags & inspect.CO_VARKEYWORDS)
 

@@ -41,7 +41,7 @@ class Getter:
 
 def known_call(callee: object) -> Callable[[Reading, Call, list[Value], dict[str, Value]], Value] | None:
     """What stands for a call of ``callee``, where it is one of these ways."""
-    if isinstance(callee, (Getter, *GETTERS)):
+    if isinstance(callee, _MADE):
         return partial(_got, callee)
     if isinstance(callee, type) and callee in GETTERS:
         return partial(_made_getter, callee)
@@ -185,6 +185,7 @@ def _doubt(reading: Reading, value: Value) -> None:
             _doubt(reading, part)
 
 
+_MADE = (Getter, *GETTERS)
 _KNOWN = {
     id(callee): handler
     for handler, callees in {

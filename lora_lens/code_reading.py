@@ -32,6 +32,7 @@ from lora_lens.code_values import (
     Weight,
     ids,
     inside,
+    named_ids,
     union,
     wrapped,
 )
@@ -78,7 +79,7 @@ class CodeReader:
             for value in (*args, *(kwargs or {}).values()):
                 self.hand_over(value, getattr(function, "__qualname__", "a function"))
             return NOTHING
-        key = (function, tuple(ids(v) for v in args), tuple((k, ids(v)) for k, v in (kwargs or {}).items()))
+        key = (function, tuple(ids(v) for v in args), named_ids(kwargs or {}))
         if key not in self.seen:
             self.seen[key] = NOTHING
             self.depth += 1

@@ -187,9 +187,14 @@ def ids(value: Value) -> tuple:
     return tuple(_identity(item) for item in value)
 
 
+def named_ids(places: Mapping[str, Value]) -> tuple:
+    """Of what is known; of the rest only the name that torch's layers have for their input counts."""
+    return tuple((name, ids(value)) for name, value in places.items() if value or name == "input")
+
+
 def _identity(item: object) -> object:
     if isinstance(item, Named):
-        return (Named, *item.places, *map(ids, item.places.values()))
+        return (Named, *named_ids(item.places))
     if isinstance(item, (Many, Row)):
         return (type(item), *map(ids, inside(item)))
     if isinstance(item, types.MethodType):
