@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,20 @@ import torch
 from peft.tuners.lora import Linear
 from torch import nn
 
+from lora_lens.code_operators import known_call, text_of
 from lora_lens.code_values import (
     NOTHING,
     InnerFunction,
     Made,
     Many,
     MethodOf,
+    Named,
     Row,
     Super,
     Value,
     each,
     holds,
+    item_at,
     matters,
     union,
 )
@@ -34,12 +37,18 @@ if TYPE_CHECKING:
 def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str, Value]) -> Value:
     reader, given = reading.reader, (*args, *kwargs.values())
     known = callee if isinstance(callee, (type, types.BuiltinFunctionType)) else None
+    if (run := known_call(callee)) is not None:
+        return run(reading, partial(called, reading), args, kwargs)
+    if (method := _unbound(callee)) is not None and args:
+        return _of_each(reading, method, args, kwargs)
     if isinstance(callee, MethodOf):
-        return _method(reading, callee, args)
+        return _method(reading, callee, args, kwargs)
     if isinstance(callee, InnerFunction):
         return callee.call.of_inner(callee, args, kwargs)
     if isinstance(callee, nn.Module):
-        if id(callee) not in reader.layers and any(map(matters, given)):
+        if id(callee) in reader.layers:
+            _check_keywords(reading, callee, args, kwargs)
+        elif any(map(matters, given)) or (kwargs and _passes_on(callee, reader.layers)):
             return reader.enter(types.MethodType(type(callee).forward, callee), args, kwargs)
     elif isinstance(callee, Made):
         calls = [f for f in reader.attribute(callee, "__call__", reading.where) if f not in callee.held]
@@ -59,24 +68,12 @@ def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str
             if isinstance(layer, tuple(kinds)) and not issubclass(Linear, tuple(kinds)):
                 name = type(layer).__name__
                 reader.report(layer, f"is needed as it is: {reading.where} asks whether it is a {name}")
-    elif known is functools.reduce and len(args) > 1:
-        every = union(each(args[1]), *args[2:])
-        return union(*(called(reading, function, [every, every], {}) for function in args[0]), *args[2:])
     elif known in (partial, map, filter) and args:
         rest = args[1:] if known is partial else [each(value) for value in args[1:]]
         found = union(*(called(reading, function, rest, kwargs) for function in args[0]))
         return NOTHING if known is partial else (Many(rest[0] if known is filter and rest else found),)
-    elif known is vars:
-        for value in args:
-            reader.use(tuple(reader.weight_of(i) for i in value if id(i) in reader.layers), reading.where)
     elif known in _PASSING:
         return _PASSING[known](args)
-    elif known is getattr and len(args) > 1:
-        names = [n for n in args[1] if isinstance(n, str)]
-        found = [reader.attribute(item, name, reading.where) for item in args[0] for name in names]
-        if not names:
-            found = [tuple(i.children()) for i in args[0] if isinstance(i, nn.Module)]
-        return union(*found, *args[2:3])
     elif known is hasattr and len(args) > 1:
         for item in (i for i in args[0] if id(i) in reader.layers):
             for name in (n for n in args[1] if isinstance(n, str)):
@@ -98,19 +95,53 @@ def called(reading: Reading, callee: object, args: list[Value], kwargs: dict[str
     return NOTHING
 
 
-def _method(reading: Reading, of: MethodOf, args: list[Value]) -> Value:
+def _passes_on(module: nn.Module, layers: Container[int]) -> bool:
+    """Whether a module takes whatever it is given, as those do that stand around one layer."""
+    if not any(id(child) in layers for child in module._modules.values()):
+        return False
+    flags = getattr(getattr(type(module).forward, "__code__", None), "co_flags", 0)
+    return bool(flags & inspect.CO_VARARGS and flags & inspect.CO_VARKEYWORDS)
+
+
+def _unbound(callee: object) -> str | None:
+    """The name of a method that is called with what it is a method of, as ``dict.get(table, key)`` is."""
+    if isinstance(callee, (types.MethodDescriptorType, types.WrapperDescriptorType)):
+        return callee.__name__
+    name = callee.__name__ if isinstance(callee, types.FunctionType) else None
+    return name if name in _OF_MODULES and vars(nn.Module).get(name) is callee else None
+
+
+def _of_each(reading: Reading, name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
+    owners = [item for item in args[0] if isinstance(item, (Many, Row, nn.Module, str))]
+    if not owners:
+        for value in (*args, *kwargs.values()):
+            reading.reader.hand_over(value, reading.where)
+    return union(*(_method(reading, MethodOf(item, name), args[1:], kwargs) for item in owners))
+
+
+def _check_keywords(reading: Reading, layer: nn.Module, args: list[Value], kwargs: dict[str, Value]) -> None:
+    """PEFT's layer names its input x, whatever the layer's own forward does."""
+    code = getattr(type(layer).forward, "__code__", None)
+    name = code.co_varnames[1] if code is not None and code.co_argcount > 1 else "x"
+    if name != "x" and (name in kwargs or ("**" in kwargs and not args)):
+        why = f"is called by keyword: {reading.where} gives it {name}=, which PEFT's layer does not take"
+        reading.reader.report(layer, why)
+
+
+def _method(reading: Reading, of: MethodOf, args: list[Value], kwargs: dict[str, Value]) -> Value:
     """Calls of torch's own methods of modules, and of lists' and dicts'."""
     reader, item, name = reading.reader, of.item, of.name
     if isinstance(item, type):  # MyFunction.apply, a torch.autograd.Function
         context = [NOTHING] if item.setup_context is torch.autograd.Function.setup_context else []
         return reader.enter(item.forward, [*context, *args])
+    if isinstance(item, str):
+        return NOTHING if kwargs else text_of(item, name, args)
     if not isinstance(item, nn.Module):
         for value in args:  # what is put into a list is not followed
             reader.use(value, reading.where)
-        elements = each((item,))
-        if name == "items":
-            return (Many((Row((NOTHING, elements)),)),)
-        return elements if name in ("get", "pop", "__getitem__") else (Many(elements),)
+        return _of_container(item, name, args)
+    if name in ("forward", "__call__") and id(item) in reader.layers:
+        _check_keywords(reading, item, args, kwargs)
     if name in ("parameters", "named_parameters", "state_dict", "get_parameter"):
         below = tuple(reader.weight_of(m) for m in item.modules() if id(m) in reader.layers)
         if name == "get_parameter" and args:
@@ -125,7 +156,7 @@ def _method(reading: Reading, of: MethodOf, args: list[Value]) -> Value:
     if name in ("children", "named_children", "modules", "named_modules", "__iter__"):
         some = tuple(item.modules() if "modules" in name else item.children())
         return (Many((Row((NOTHING, some)),) if "named" in name else some),)
-    if name == "__getattr__" and args:
+    if name in ("__getattr__", "__getattribute__") and args:
         return union(*(reader.attribute(item, n, reading.where) for n in args[0] if isinstance(n, str)))
     if name == "apply" and args:
         for function in args[0]:
@@ -135,6 +166,18 @@ def _method(reading: Reading, of: MethodOf, args: list[Value]) -> Value:
         reader.hand_over(value, reading.where)
     # to(), half() and the like return the module itself
     return (item,) if name in ("to", "float", "half", "bfloat16", "double", "eval", "train") else NOTHING
+
+
+def _of_container(item: object, name: str, args: list[Value]) -> Value:
+    elements = each((item,))
+    if name == "items":
+        return (Many((Row((NOTHING, elements)),)),)
+    if name == "keys":
+        return (Many(tuple(item.places) if isinstance(item, Named) else elements),)
+    if name in ("get", "pop", "setdefault", "__getitem__"):
+        keys = [key for key in args[0] if isinstance(key, str)] if args else []
+        return union(*(item_at(item, key) for key in keys or [None]), *args[1:2])
+    return (Many(elements),)
 
 
 def _zipped(args: list[Value]) -> Value:
@@ -149,4 +192,6 @@ _PASSING: dict[object, Callable[[list[Value]], Value]] = {
         (list, tuple, set, reversed, iter, sorted), lambda args: (Many(each(args[0]) if args else NOTHING),)
     ),
 }
+_BELOW = "parameters named_parameters children named_children modules named_modules state_dict"
+_OF_MODULES = frozenset([*_BELOW.split(), "get_parameter", "get_submodule", "apply", "__getattr__"])
 _ASKING = {issubclass, len, id, callable, print, str, repr, bool, range, int, float}

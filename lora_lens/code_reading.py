@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -24,12 +25,14 @@ from lora_lens.code_values import (
     Made,
     Many,
     MethodOf,
+    Named,
     Row,
     Super,
     Value,
     Weight,
     ids,
     inside,
+    named_ids,
     union,
     wrapped,
 )
@@ -37,6 +40,8 @@ from lora_lens.code_values import (
 FORWARDED = {"weight", "bias", "in_features", "out_features"}  # PEFT's layer answers these as its base does
 COMMON = vars(nn.Module()).keys() - {"_parameters", "_buffers"}  # every module has them
 CHANGING = {"training", "gradient_checkpointing"}  # settings that are other ones from call to call
+SLOTS = (types.MemberDescriptorType, type(namedtuple("Pair", "one").one))
+OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType)
 DEEPEST = 40
 
 
@@ -74,7 +79,7 @@ class CodeReader:
             for value in (*args, *(kwargs or {}).values()):
                 self.hand_over(value, getattr(function, "__qualname__", "a function"))
             return NOTHING
-        key = (function, tuple(ids(v) for v in args), tuple((k, ids(v)) for k, v in (kwargs or {}).items()))
+        key = (function, tuple(ids(v) for v in args), named_ids(kwargs or {}))
         if key not in self.seen:
             self.seen[key] = NOTHING
             self.depth += 1
@@ -117,8 +122,10 @@ class CodeReader:
         if isinstance(item, nn.Module) and id(item) in self.layers:
             return self._of_layer(item, name, where)
         if isinstance(item, nn.Module):
+            if name == "__dict__":
+                return wrapped(vars(item))
             if name == "_modules":
-                return (Many(tuple(item._modules.values())),)
+                return (Named.of({key: wrapped(part) for key, part in item._modules.items()}),)
             if name in item._modules:
                 return wrapped(item._modules[name])
             if name in item._parameters or name in item._buffers:
@@ -136,6 +143,8 @@ class CodeReader:
         if isinstance(item, (Many, Row)):
             return (MethodOf(item, name),)
         own = getattr(item, "__dict__", {})
+        if name == "__dict__":
+            return wrapped(own)
         if name in own:
             return wrapped(own[name])
         found = self._of_class(type(item).__mro__, name, item)
@@ -157,7 +166,7 @@ class CodeReader:
     def _of_layer(self, layer: nn.Module, name: str, where: str) -> Value:
         if name == "weight":
             return (self.weight_of(layer),)
-        if hasattr(nn.Module, name):
+        if hasattr(nn.Module, name) and name != "__dict__":
             return (MethodOf(layer, name),)
         if name not in FORWARDED and name not in COMMON and hasattr(layer, name):
             self.report(layer, f"is needed as it is: {where} reads its {name}, which PEFT's layer lacks")
@@ -170,6 +179,8 @@ class CodeReader:
         if isinstance(found, (property, functools.cached_property)):
             read = found.fget if isinstance(found, property) else found.func
             return NOTHING if isinstance(of, type) else self.enter(read, [(of,)])
+        if isinstance(found, SLOTS) and not isinstance(of, type):
+            return wrapped(getattr(of, name, None))
         if isinstance(found, staticmethod):
             return wrapped(found.__func__)
         if isinstance(found, classmethod):
@@ -177,6 +188,8 @@ class CodeReader:
             return (types.MethodType(found.__func__, kind),)
         if isinstance(found, types.FunctionType) and not isinstance(of, type):
             return (types.MethodType(found, of),)
+        if isinstance(found, OF_C) and not isinstance(of, type):
+            return (MethodOf(of, name),)
         return wrapped(found)
 
 

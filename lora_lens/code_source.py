@@ -6,6 +6,7 @@ import ast
 import dis
 import inspect
 import linecache
+import re
 import types
 from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
@@ -18,6 +19,8 @@ _OF_VALUES = (
 )
 _OF_SHAPE = "shape size ndim dim numel nbytes itemsize element_size stride is_contiguous is_cuda is_meta"
 HARMLESS = frozenset([*_OF_VALUES.split(), *_OF_SHAPE.split()])
+_WHOLE = frozenset({"state_dict", "get_parameter", "named_parameters", "_parameters", "__dict__", "eval"})
+_WORDS = re.compile(r"\w+")
 Tree = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -36,6 +39,8 @@ def syntax_tree(function: types.FunctionType) -> Tree | None:
 
 @lru_cache(maxsize=8192)
 def _parsed(code: types.CodeType) -> Tree | None:
+    if code.co_name == "<lambda>":
+        return _lambda(code)
     lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
     try:
         lines = inspect.getblock(lines) if lines else []
@@ -44,13 +49,37 @@ def _parsed(code: types.CodeType) -> Tree | None:
     except SyntaxError:
         return None
     names = list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-    if code.co_name == "<lambda>":
-        found = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
-    else:
-        body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.If) else tree.body
-        found = [n for n in body if getattr(n, "name", None) == code.co_name and hasattr(n, "args")]
+    body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.If) else tree.body
+    found = [n for n in body if getattr(n, "name", None) == code.co_name and hasattr(n, "args")]
     found = [node for node in found if _parameters(node.args) == names]
     return found[0] if len(found) == 1 else None
+
+
+def _lambda(code: types.CodeType) -> ast.Lambda | None:
+    """A lambda's lines alone are seldom a statement, so it is looked for in the whole file by its place."""
+    places = [(line, at) for line, _, at, end in code.co_positions() if line and end]
+    names = list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    found = [
+        node
+        for node in _lambdas(code.co_filename, code.co_firstlineno)
+        if _parameters(node.args) == names
+        and all(_start(node) <= place <= (node.end_lineno, node.end_col_offset) for place in places)
+    ]
+    return max(found, key=_start) if found else None
+
+
+def _start(node: ast.expr) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+@lru_cache(maxsize=64)
+def _lambdas(file: str, line: int) -> list[ast.Lambda]:
+    """Those that start in a line of a file."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Lambda) and node.lineno == line]
 
 
 def _parameters(names: ast.arguments) -> list[str]:
@@ -69,9 +98,9 @@ def reads_in(
         layers: the ids of the modules that count.
     """
     roots, words = list(roots), words_of(code)
-    whole = words & {"state_dict", "get_parameter", "named_parameters"}
+    whole = words & _WHOLE
     whole = whole or ("parameters" in words and not words & HARMLESS)
-    in_text = any(c == "weight" for c in code.co_consts)  # as getattr(layer, "weight") has it
+    in_text = "weight" in words - {*code.co_names}  # as getattr(layer, "weight") has it
     for chain in [*_chains(code), *([["weight"]] if whole or in_text else [])]:
         for root in roots:
             for i, name in enumerate(chain):
@@ -117,6 +146,7 @@ def _chains(code: types.CodeType) -> Iterator[list[str]]:
 
 @lru_cache(maxsize=1024)
 def words_of(code: types.CodeType) -> frozenset[str]:
-    """The names and texts in the code."""
+    """The names and texts in the code, and the words of the texts, such as the parts of a path."""
     inner = [words_of(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return frozenset().union(code.co_names, (c for c in code.co_consts if isinstance(c, str)), *inner)
+    texts = [c for c in code.co_consts if isinstance(c, str)]
+    return frozenset().union(code.co_names, texts, *(_WORDS.findall(text) for text in texts), *inner)

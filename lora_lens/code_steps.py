@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import operator
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -12,36 +11,29 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_lens.code_calls import called
+from lora_lens.code_conditions import decided
 from lora_lens.code_source import inside_decorator, mentioned, reads_in, syntax_tree, words_of
 from lora_lens.code_values import (
     NOTHING,
     UNKNOWN,
     InnerFunction,
     Many,
+    Named,
     Row,
     Value,
     Weight,
     at_place,
     closure_of,
     each,
+    item_at,
+    joined,
     union,
+    with_item,
     wrapped,
 )
 
 if TYPE_CHECKING:
     from lora_lens.code_reading import CodeReader
-
-
-COMPARED = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
 
 
 class Reading:
@@ -109,8 +101,8 @@ class Reading:
         if names.vararg:
             bound[names.vararg.arg] = (Row(tuple(args[len(places) :])),)
         if names.kwarg:
-            rest = [value for name, value in kwargs.items() if name not in known]
-            bound[names.kwarg.arg] = (Many(union(*rest)),)
+            rest = {name: value for name, value in kwargs.items() if name not in known}
+            bound[names.kwarg.arg] = (Many(union(*rest.values())) if "**" in rest else Named.of(rest),)
         return bound
 
     # --- statements ---
@@ -140,14 +132,15 @@ class Reading:
                 self.value(node.value)
             case ast.If():
                 self.value(node.test)
-                decided = self.decided(node.test)
-                if decided is UNKNOWN:
+                known = decided(self, node.test)
+                if known is UNKNOWN:
                     self.either(node.body, node.orelse)
                 else:
-                    self.run(node.body if decided else node.orelse)
+                    self.run(node.body if known else node.orelse)
             case ast.For() | ast.AsyncFor():
                 elements = each(self.value(node.iter))
-                for _ in range(2):  # what the first round assigns, the second one reads
+                texts = sum(isinstance(element, str) for element in elements)  # such as the parts of a path
+                for _ in range(min(max(2, texts), 8)):  # what the first round assigns, the second one reads
                     self.either([ast.Pass()], node.body, before=(node.target, elements))
                 self.run(node.orelse)
             case ast.While():
@@ -187,31 +180,6 @@ class Reading:
             self.run(body)
             ends.append(self.env)
         self.env = {name: union(*(e.get(name, ()) for e in ends)) for name in {n for e in ends for n in e}}
-
-    def decided(self, node: ast.expr) -> object:
-        """What a condition on settings of modules and configs comes to, such as ``self.config.tp > 1``."""
-        match node:
-            case ast.Constant():
-                return node.value
-            case ast.Attribute():
-                return self.reader.setting(self.value(node.value), node.attr)
-            case ast.UnaryOp(op=ast.Not()):
-                value = self.decided(node.operand)
-                return value if value is UNKNOWN else not value
-            case ast.BoolOp():
-                values = [self.decided(part) for part in node.values]
-                ends = isinstance(node.op, ast.Or)
-                if any(value is not UNKNOWN and bool(value) == ends for value in values):
-                    return ends
-                return UNKNOWN if UNKNOWN in values else not ends
-            case ast.Compare(ops=[op]) if type(op) in COMPARED:
-                left, right = self.decided(node.left), self.decided(node.comparators[0])
-                if left is not UNKNOWN and right is not UNKNOWN:
-                    try:
-                        return COMPARED[type(op)](left, right)
-                    except TypeError:
-                        return UNKNOWN
-        return UNKNOWN
 
     def inner(self, names: ast.arguments, body: list[ast.stmt] | ast.expr) -> Value:
         made = InnerFunction(self, names, body)
@@ -253,7 +221,10 @@ class Reading:
                         layer = item.layer if isinstance(item, Weight) else item
                         self.reader.report(layer, f"is needed as it is: {self.where} sets its {target.attr}")
             case ast.Subscript():
-                self.reader.use(union(value, self.value(target.value)), self.where)
+                held = self.value(target.value)
+                self.reader.use(union(value, held), self.where)
+                if isinstance(target.value, ast.Name):
+                    self.env[target.value.id] = with_item(held, self.value(target.slice), value)
 
     # --- expressions ---
 
@@ -273,22 +244,26 @@ class Reading:
                     return (Many(union(*(self._spread(element) for element in node.elts))),)
                 return (Row(tuple(self.value(element) for element in node.elts)),)
             case ast.Dict():
-                return (Many(union(*(self.value(v) for v in node.values))),)
+                return self.dict(node)
+            case ast.JoinedStr():
+                return self.text(node)
             case ast.Subscript():
                 return self.subscript(node)
             case ast.BoolOp():
                 return union(*(self.value(v) for v in node.values))
             case ast.IfExp():
                 self.value(node.test)
-                decided = self.decided(node.test)
-                if decided is not UNKNOWN:
-                    return self.value(node.body if decided else node.orelse)
+                known = decided(self, node.test)
+                if known is not UNKNOWN:
+                    return self.value(node.body if known else node.orelse)
                 return union(self.value(node.body), self.value(node.orelse))
             case ast.BinOp():
                 both = union(self.value(node.left), self.value(node.right))
                 if any(isinstance(item, (Many, Row)) for item in both):
                     return (Many(each(both)),)
                 self.reader.use(both, self.where)
+                if isinstance(node.op, ast.Add):
+                    return joined([self.value(node.left), self.value(node.right)])
             case ast.UnaryOp():
                 value = self.value(node.operand)
                 if not isinstance(node.op, ast.Not):
@@ -313,6 +288,20 @@ class Reading:
                 self.yielded = union(self.yielded, each(self.value(node.value)))
         return NOTHING
 
+    def dict(self, node: ast.Dict) -> Value:
+        values = [self.value(value) for value in node.values]
+        keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
+        if all(isinstance(key, str) for key in keys):
+            return (Named.of(dict(zip(keys, values, strict=True))),)
+        inner = [each(v) if key is None else v for key, v in zip(node.keys, values, strict=True)]
+        return (Many(union(*inner)),)
+
+    def text(self, node: ast.JoinedStr) -> Value:
+        """Only of names: what else is written into a text does not count."""
+        inner = [part.value if isinstance(part, ast.FormattedValue) else part for part in node.values]
+        plain = all(isinstance(part, (ast.Constant, ast.Name, ast.Attribute)) for part in inner)
+        return joined([self.value(part) for part in inner]) if plain else NOTHING
+
     def _spread(self, node: ast.expr) -> Value:
         return each(self.value(node.value)) if isinstance(node, ast.Starred) else self.value(node)
 
@@ -328,21 +317,17 @@ class Reading:
         at = node.slice.value if isinstance(node.slice, ast.Constant) else None
         if isinstance(node.slice, ast.UnaryOp) and isinstance(node.slice.operand, ast.Constant):
             at = ast.literal_eval(node.slice)
-        self.reader.use(self.value(node.slice), self.where)
+        index = self.value(node.slice)
+        self.reader.use(index, self.where)
+        keys = [key for key in index if isinstance(key, str)] or [None]
         found: list[Value] = []
         for item in self.value(node.value):
             if isinstance(item, Weight):
                 self.reader.use((item,), self.where)
-            elif isinstance(item, nn.Module):
-                children = item._modules
-                keys = [str(at % len(children) if isinstance(at, int) and children else at)]
-                some = [children[key] for key in keys if key in children] or list(children.values())
-                part = tuple(module for module in some if module is not None)
-                found.append((Many(part),) if isinstance(node.slice, ast.Slice) else part)
             elif isinstance(node.slice, ast.Slice):
                 found.append((Many(each((item,))),))
             else:
-                found.append(at_place((item,), at) if isinstance(at, int) else each((item,)))
+                found += [item_at(item, key) for key in (keys if at is None else [at])]
         return union(*found)
 
     def comprehension(self, node: ast.expr) -> Value:
@@ -365,8 +350,24 @@ class Reading:
                 args += rows[0] if len(rows) == 1 == len(spread) else [each(spread)]
             else:
                 args.append(self.value(arg))
-        kwargs = {k.arg or "**": self.value(k.value) for k in node.keywords}
+        kwargs = self._keywords(node.keywords)
+        match node.func:
+            case ast.Attribute(value=ast.Name(id=name), attr="update" | "setdefault") if name in self.env:
+                given = [v for value in (*args, *kwargs.values()) for v in (each(value) or value)]
+                self.env[name] = with_item(self.env[name], NOTHING, tuple(given))
         if not callees:
             for value in (*args, *kwargs.values()):
                 self.reader.hand_over(value, self.where)
         return union(*(called(self, callee, args, kwargs) for callee in callees))
+
+    def _keywords(self, keywords: list[ast.keyword]) -> dict[str, Value]:
+        kwargs: dict[str, Value] = {}
+        for keyword in keywords:
+            value = self.value(keyword.value)
+            if keyword.arg is None and value and all(isinstance(item, Named) for item in value):
+                for item in value:
+                    kwargs |= {name: union(kwargs.get(name, ()), v) for name, v in item.places.items()}
+            else:
+                name = keyword.arg or "**"
+                kwargs[name] = union(kwargs.get(name, ()), value)
+        return kwargs

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import types
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,17 @@ class Many:
     """Something to iterate over, each of whose elements is any of ``elements``."""
 
     elements: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Named(Many):
+    """A dict whose keys are known texts."""
+
+    places: Mapping[str, Value]
+
+    @classmethod
+    def of(cls, places: Mapping[str, Value]) -> Named:
+        return cls(union(*places.values()), dict(places))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +97,8 @@ def each(value: Value) -> Value:
             found.append((item,))
         elif isinstance(item, nn.Module):
             found.append(tuple(item.children()))
+        elif isinstance(item, tuple):  # a named one
+            found += map(wrapped, item)
     return union(*found)
 
 
@@ -92,9 +107,42 @@ def at_place(value: Value, at: int) -> Value:
     for item in value:
         if isinstance(item, Row):
             found.append(item.places[at] if -len(item.places) <= at < len(item.places) else NOTHING)
+        elif isinstance(item, tuple) and -len(item) <= at < len(item):
+            found.append(wrapped(item[at]))
         else:
             found.append(each((item,)))
     return union(*found)
+
+
+def item_at(item: object, at: object) -> Value:
+    """``item[at]``, where a number or a text is known."""
+    if isinstance(item, nn.Module):
+        children = item._modules
+        key = str(at % len(children) if isinstance(at, int) and children else at)
+        some = [children[key]] if key in children else list(children.values())
+        return tuple(module for module in some if module is not None)
+    if isinstance(item, Named) and at in item.places:
+        return item.places[at]
+    return at_place((item,), at) if isinstance(at, int) else each((item,))
+
+
+def with_item(held: Value, at: Value, value: Value) -> Value:
+    """Dicts after an item is put into them: with a known name, otherwise with any."""
+    known = len(at) == 1 and isinstance(at[0], str)
+    found: list[object] = []
+    for item in held:
+        if isinstance(item, Named):
+            after = Named.of({**item.places, at[0]: value}) if known else None
+            item = after or Many(union(item.elements, value))
+        found.append(item)
+    return tuple(found)
+
+
+def joined(values: Iterable[Value]) -> Value:
+    """The text of several, where each is known."""
+    values = list(values)
+    known = all(len(value) == 1 and isinstance(value[0], str) for value in values)
+    return ("".join(value[0] for value in values),) if known else NOTHING
 
 
 def union(*values: Value) -> Value:
@@ -139,7 +187,14 @@ def ids(value: Value) -> tuple:
     return tuple(_identity(item) for item in value)
 
 
+def named_ids(places: Mapping[str, Value]) -> tuple:
+    """Of what is known; of the rest only the name that torch's layers have for their input counts."""
+    return tuple((name, ids(value)) for name, value in places.items() if value or name == "input")
+
+
 def _identity(item: object) -> object:
+    if isinstance(item, Named):
+        return (Named, *named_ids(item.places))
     if isinstance(item, (Many, Row)):
         return (type(item), *map(ids, inside(item)))
     if isinstance(item, types.MethodType):
@@ -158,5 +213,8 @@ def wrapped(found: object) -> Value:
     if isinstance(found, (list, tuple)) and not hasattr(found, "_fields"):
         return (Row(tuple(wrapped(item) for item in found[:64])),)
     if isinstance(found, dict):
-        return (Many(union(*(wrapped(item) for item in list(found.values())[:64]))),)
+        places = {key: wrapped(item) for key, item in islice(found.items(), 64)}
+        if len(found) <= 64 and all(isinstance(key, str) for key in places):
+            return (Named.of(places),)
+        return (Many(union(*places.values())),)
     return (found,)

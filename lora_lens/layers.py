@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import sys
@@ -23,9 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from lora_lens import validate
 from lora_lens.errors import InputError
 from lora_lens.heads import head_layers
+from lora_lens.kept_layers import memory
 from lora_lens.patterns import matching, routers
 from lora_lens.random_state import seeded
-from lora_lens.weight_reads import memory, used_otherwise
+from lora_lens.weight_reads import used_otherwise
 from lora_lens.window import require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 
@@ -243,7 +245,18 @@ def _adds_nothing(layer: nn.Module) -> bool:
         return True
     usual = {"training", "in_features", "out_features"}
     extra = [key for key in vars(layer) if not key.startswith("_") and key not in usual]
-    return base is nn.Linear and not extra and _is_product(kind)
+    return base is nn.Linear and not extra and _takes_one(kind) and _is_product(kind)
+
+
+def _takes_one(kind: type[nn.Module]) -> bool:
+    """Whether a call of a class's layers has the input as its only argument: others may change the result."""
+    ways = [kind.forward, *(() if kind.__call__ is nn.Module.__call__ else (kind.__call__,))]
+    try:
+        taken = [list(inspect.signature(way, follow_wrapped=False).parameters.values()) for way in ways]
+    except (TypeError, ValueError):
+        return False
+    plain = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return all(len(names) == 2 and {name.kind for name in names} <= plain for names in taken)
 
 
 @lru_cache(maxsize=256)

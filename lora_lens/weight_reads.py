@@ -8,16 +8,14 @@ fails. Both are found by reading the code of the modules above, see :mod:`lora_l
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lens.code_reading import CodeReader
-from lora_lens.code_source import mentioned
-from lora_lens.code_values import closure_of
+from lora_lens.kept_layers import Keepers
 
 
 def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -30,7 +28,6 @@ def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Mod
         layers: those of them that count.
     """
     names = {id(layer): name for name, layer in layers.items()}
-    weights = {memory(layer.weight): layer for layer in layers.values()}
 
     shapes: dict[
         int, tuple[int, bool]
@@ -48,10 +45,11 @@ def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Mod
         return shapes[id(module)]
 
     places = {id(module): path for path, module in modules.items()}
+    keepers = Keepers(places, layers.values())
     reasons: dict[str, str] = {}
     known_reads: dict[int, list[_Reads]] = {}  # by structure; several where settings differ
     for path, module in modules.items():
-        for layer, key in _held(module, names, weights):
+        for layer, key in keepers.kept(module):
             reasons[names[id(layer)]] = f"is bypassed: {type(module).__name__} also keeps it as its {key}"
         structure, holds = shape(module)
         if not holds or id(module) in names:
@@ -115,35 +113,3 @@ def _read(
         inside = {name[len(start) :]: why for name, why in found.items()}
         return _Reads(inside, [(w[len(start) :].strip("."), k, v) for w, k, v in asked], at_home=True)
     return _Reads(found, [], at_home=False)
-
-
-def memory(weight: Tensor) -> object:
-    """Where the values of a tensor lie, by which views and copies by reference are known."""
-    plain = type(weight.data) is Tensor and not weight.is_meta and weight.numel()
-    return (weight.device, weight.data_ptr()) if plain else id(weight)
-
-
-def _held(
-    module: nn.Module, names: Mapping[int, str], weights: Mapping[object, nn.Module]
-) -> Iterator[tuple[nn.Module, str]]:
-    """Layers that a module also keeps in an attribute: PEFT puts its own only in the submodule's place.
-
-    The same goes for their weights, and for layers in a function's closure, which copies share.
-    """
-    for key, value in vars(module).items():
-        if key == "_modules" or type(value) in _SIMPLE:
-            continue
-        items = value.values() if isinstance(value, dict) else value if type(value) in _ROWS else [value]
-        for item in islice(items, 1000):
-            item = item.func if isinstance(item, partial) else item
-            item = item.__self__ if isinstance(item, types.MethodType) else item
-            if isinstance(item, Tensor) and key != "_parameters":
-                item = weights.get(memory(item))
-            found = [item]
-            if isinstance(item, types.FunctionType) and item.__closure__:
-                roots = [root for root in closure_of(item).values() if isinstance(root, nn.Module)]
-                found = roots + [m for root in roots for m in mentioned(item.__code__, root)]
-            yield from ((layer, key) for layer in found if id(layer) in names and layer is not module)
-
-
-_SIMPLE, _ROWS = {bool, int, float, str, type(None)}, {list, tuple, set}

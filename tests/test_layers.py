@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import operator
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +143,31 @@ class Scaled(nn.Linear):
         return self.scale * super().forward(x)
 
 
+class ScaledByCall(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+class ScaledByKeyword(nn.Linear):
+    def forward(self, x, *, scale=1.0):
+        return super().forward(x) * scale
+
+
+class ScaledByAny(nn.Linear):
+    def forward(self, *args, **kwargs):
+        return super().forward(args[0]) * kwargs.get("scale", 1.0)
+
+
+class ScaledByMore(nn.Linear):
+    def forward(self, x, *scales):
+        return functools.reduce(operator.mul, scales, super().forward(x))
+
+
+class ScaledAround(nn.Linear):
+    def __call__(self, x, scale=1.0):
+        return super().__call__(x) * scale
+
+
 class SamePadding(nn.Conv2d):
     def forward(self, x):
         return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
@@ -155,6 +182,11 @@ class SamePadding(nn.Conv2d):
         (Rounded(8, 8), False),
         (Noisy(8, 8), False),
         (Scaled(8, 8), False),
+        (ScaledByCall(8, 8), False),
+        (ScaledByKeyword(8, 8), False),
+        (ScaledByAny(8, 8), False),
+        (ScaledByMore(8, 8), False),
+        (ScaledAround(8, 8), False),
         (SamePadding(3, 4, 3), False),
     ],
     ids=lambda value: type(value).__name__,

@@ -6,6 +6,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from asking_models import EXACT, UNKNOWN, Executed, HarmlessAsking, Net
+from kept_models import KEPT, Keeper, Knowing, ReadThroughParent
+from keyword_models import BY_KEYWORD, Positional
 from reading_models import USED, Layers
 from torch import nn
 from torch.nn import functional as F
@@ -37,6 +40,66 @@ def test_what_is_left_keeps_the_model_s_function(kind):
     for name in USED[kind]:
         with pytest.raises(ValueError, match=f"{name}, which is "):
             ll.attach(model, ll.Window.first(4), targets=name)
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_layers_that_an_object_beside_keeps_are_left_out(how):
+    torch.manual_seed(0)
+    model, x = Keeper(how).eval(), torch.randn(3, 8)
+    reasons = found(model)
+    assert set(reasons) == {"b"} and re.search(
+        "is bypassed: Keeper also keeps it as its branch", reasons["b"]
+    )
+    with pytest.warns(UserWarning, match="b: is bypassed"):
+        adapted = ll.attach(model, ll.Window.first(4))
+    assert ll.function_error(adapted, model, x) < 1e-5
+
+
+def test_an_object_that_knows_the_whole_model_keeps_no_layer_of_it():
+    assert not found(Knowing()) and set(found(ReadThroughParent())) == {"b"}
+
+
+def left_out_of_net(model: nn.Module) -> set[str]:
+    """The names that are found, after a check that the rest may be adapted."""
+    reasons, x = found(model), torch.randn(3, 8)
+    rest = sorted(set(adaptable(model).layers) - {"inner.layers.0", "inner.layers.1"})
+    if rest:
+        assert ll.function_error(ll.attach(model, ll.Window.first(4), targets=rest), model, x) < 1e-5
+    return set(reasons)
+
+
+@pytest.mark.parametrize("ask", EXACT)
+def test_weights_that_are_asked_for_by_name_are_found(ask):
+    assert left_out_of_net(Net(EXACT[ask]).eval()) == {"inner.b"}
+
+
+@pytest.mark.parametrize("ask", UNKNOWN)
+def test_where_the_name_is_not_known_all_that_may_be_meant_is_left_out(ask):
+    assert "inner.b" in left_out_of_net(Net(UNKNOWN[ask]).eval())
+
+
+def test_code_that_is_executed_is_read_and_asking_for_modules_is_harmless():
+    assert "b" in found(Executed()) and not found(HarmlessAsking())
+    assert HarmlessAsking()(torch.randn(3, 8)).shape == (3, 8)
+
+
+@pytest.mark.parametrize("kind", BY_KEYWORD, ids=lambda kind: kind.__name__)
+def test_layers_that_are_called_by_keyword_are_left_out(kind):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(3, 8)
+    reasons = found(model)
+    assert set(reasons) == {BY_KEYWORD[kind]}
+    assert "gives it input=, which PEFT's layer does not take" in reasons[BY_KEYWORD[kind]]
+    with pytest.warns(UserWarning, match="is called by keyword"):
+        adapted = ll.attach(model, ll.Window.first(4))
+    assert ll.function_error(adapted, model, x) < 1e-5
+
+
+def test_an_input_by_the_name_that_peft_has_for_it_is_fine():
+    model, x = Positional().eval(), torch.randn(3, 8)
+    assert not found(model) and not used_otherwise(dict(model.named_modules()), {"l": model.layers[2]})
+    adapted = ll.attach(model, ll.Window.first(4), targets=["a", "b.b", "layers.2"])
+    assert ll.function_error(adapted, model, x) < 1e-5
 
 
 def test_code_without_source_is_read_by_its_instructions():
