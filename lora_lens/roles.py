@@ -28,7 +28,8 @@ OF_HEAD = re.compile(
     r"(^|\.)head_dist(\.|$)|^(head\.(fc|l)|heads?\.head)(\.|$)|(lm_head|predictions)\.decoder$"
 )
 EMBEDDING = re.compile(
-    r"(?!.*(dense|proj|projection|linear)$)(.*(embed|embd)|(wte|wpe|pe_k|shared|emb|relative_attention_bias)$)",
+    r"(?!.*(dense|proj|projections?|linear)$)"
+    r"(.*(embed|embd)|(wte|wpe|pe_k|w|shared|emb|relative_attention_bias)$)",
     re.IGNORECASE,
 )
 EXPERTS = re.compile(r"expert|moe|_exps\b", re.IGNORECASE)
@@ -160,7 +161,8 @@ def _lateness(name: str) -> tuple[bool, list[tuple[int, int, str]]]:
 def is_embedding(name: str, has_bias: bool = False) -> bool:
     """Whether a matrix is looked up row by row, by its name; an embedding has no bias."""
     parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
-    return not has_bias and EMBEDDING.match(parts[-1]) is not None
+    # EoMT's queries of the whole model are called as projections in attention are.
+    return not has_bias and (name == "query" or EMBEDDING.match(parts[-1]) is not None)
 
 
 def numbers_counted(name: str) -> list[tuple[int, int, str]]:

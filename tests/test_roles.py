@@ -185,3 +185,17 @@ def test_a_bilinear_layer_and_one_dimensional_convolutions_are_no_experts(tmp_pa
     assert [w.name for w in weights(model)] == [w.name for w in weights(tmp_path)] == ["a"]
     assert weights(tmp_path, "proj")[0].shape == weights(model, "proj")[0].shape == (4, 6)
     assert load_file(tmp_path / "model.safetensors")["pair.weight"].ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "looked_up"),
+    [
+        ("transformer.w", True),  # CTRL
+        ("query", True),  # EoMT
+        ("encoder.layer.0.attention.self.query", False),
+        ("model.altup_unembed_projections.0", False),  # Gemma 3n
+        ("model.embed_tokens_per_layer", True),
+    ],
+)
+def test_embeddings_are_told_by_their_names(name, looked_up):
+    assert is_embedding(name) == looked_up
