@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_lens.roles import is_embedding
 from lora_lens.weights import weights
 
 SMALL = {
