@@ -29,7 +29,7 @@ OF_HEAD = re.compile(
 )
 EMBEDDING = re.compile(
     r"(?!.*(dense|proj|projections?|linear)$)"
-    r"(.*(embed|embd)|(wte|wpe|pe_k|w|shared|emb|relative_attention_bias)$)",
+    r"(.*(embed|embd)|(wte|wpe|pe_k|w|shared|(.*_)?emb|relative_attention_bias)$)",
     re.IGNORECASE,
 )
 EXPERTS = re.compile(r"expert|moe|_exps\b", re.IGNORECASE)

@@ -193,6 +193,7 @@ def test_a_bilinear_layer_and_one_dimensional_convolutions_are_no_experts(tmp_pa
     [
         ("transformer.w", True),  # CTRL
         ("query", True),  # EoMT
+        ("text_model.model.segment_emb", True),  # Kosmos-2.5
         ("encoder.layer.0.attention.self.query", False),
         ("model.altup_unembed_projections.0", False),  # Gemma 3n
         ("model.embed_tokens_per_layer", True),
