@@ -37,6 +37,8 @@ from lora_lens.layers import (
     adaptable,
     check_finite,
     choose,
+    frames_inside,
+    listed,
     matrix_shape,
     set_weight_matrix,
     warn_left_out,
@@ -103,8 +105,8 @@ def attach(
         TypeError: an argument is of another type than above.
 
     Warns:
-        UserWarning: dropout over a window; a group of targets, or the default, leaves out layers that the
-            model does not only call, or that are smaller than the rank.
+        UserWarning: dropout over a window; a window of zeros, which never learns; a group of targets, or the
+            default, leaves out layers that the model does not only call, or that are smaller than the rank.
     """
     saved = validate.sequence(modules_to_save, "modules_to_save", "names of modules", one=str)
     inplace = validate.flag(inplace, "inplace")
@@ -133,6 +135,7 @@ def attach(
         adapted = model if inplace else copy_around(model, [])
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
     config = peft_config(model, plan, alpha, variant, saved)
+    _warn_of_zeros(windows, spectra)
     # All that may fail comes before the first change of a weight.
     factors = {name: _factors(spectra[name], p, alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
@@ -303,6 +306,18 @@ def _by_layer(
     if not plan:
         raise InputError(f"no layer that targets={targets!r} selects has a placement: {ByLayer(method)}")
     return plan
+
+
+def _warn_of_zeros(windows: Mapping[str, Placement], spectra: SpectrumSet | None) -> None:
+    still = [
+        n for n, p in windows.items() if not spectra[n].singular_values[spectra[n].components_of(p)].any()
+    ]
+    if still:
+        warnings.warn(
+            f"all components in the window are zero in {listed(still, most=3)}, so A and B start at zero, where "
+            "neither has a gradient: these layers will not learn; choose another window or ll.LoRA for them",
+            stacklevel=frames_inside(),
+        )
 
 
 def _factors(

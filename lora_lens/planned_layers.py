@@ -73,7 +73,7 @@ def _adapted(
                 model, ADAPTER, state_dict=dict.fromkeys(f"{path}.lora_A" for path in paths)
             )
             cast_adapter_dtype(model, ADAPTER, autocast_adapter_dtype=autocast)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise InputError(f"PEFT cannot adapt these layers: {error}") from error
     finally:
         for key, value in meant.items():

@@ -28,8 +28,9 @@ OF_HEAD = re.compile(
     r"(^|\.)head_dist(\.|$)|^(head\.(fc|l)|heads?\.head)(\.|$)|(lm_head|predictions)\.decoder$"
 )
 EMBEDDING = re.compile(
-    r"(?!.*(dense|proj|projections?|linear)$)"
-    r"(.*(embed|embd)|(wte|wpe|pe_k|w|shared|(.*_)?emb|relative_attention_bias)$)",
+    r"(?!.*(dense|proj|projections?|linear)$|patch_embed)"
+    r"(.*(embed|embd)|(wte|wpe|pe_k|w|shared|(.*_)?emb|relative_attention_bias|bias_values|presence_token"
+    r"|reference_points)$)",
     re.IGNORECASE,
 )
 EXPERTS = re.compile(r"expert|moe|_exps\b", re.IGNORECASE)
@@ -135,13 +136,14 @@ def aside_names(shapes: Shapes, facts: Mapping[str, Any] | None = None) -> set[s
     timm = facts.get("pretrained_cfg")
     asked = timm.get("classifier") if isinstance(timm, Mapping) else None
     found |= {asked} if isinstance(asked, str) else set(asked or ())
+    architectures = facts.get("architectures") or ()
     firsts: dict[str, list[str]] = {}
     for name in names:
         firsts.setdefault(name.partition(".")[0], []).append(name)
         last = next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
-        if last in HEADS or name in WHOLE_HEADS or OF_HEAD.search(name):
+        known = architectures and name == "output"  # a head in Meta's own files, and none in transformers'
+        if last in HEADS or (name in WHOLE_HEADS and not known) or OF_HEAD.search(name):
             found.add(name)
-    architectures = facts.get("architectures") or ()
     if len(firsts) > 1 and any(NEW_HEADS.search(str(kind)) for kind in architectures):
         base = max(firsts, key=lambda first: len(firsts[first]))
         found |= {name for name in names if name.partition(".")[0] != base}

@@ -156,3 +156,15 @@ def test_without_targets_only_what_is_adapted_safely_is_taken_from_the_spectra()
     assert trainable(adapted) == {"linear1", "linear2"}
     with pytest.raises(ValueError, match="none of the spectra is of a layer that is adapted by default"):
         ll.attach(decoder, ll.Window.middle(4), spectra=ll.spectra(decoder, "out_proj"))
+
+
+def test_a_window_of_zeros_says_that_it_never_learns(patch_vit):
+    with torch.no_grad():
+        patch_vit.blocks[0].mlp.fc1.weight.zero_()
+        patch_vit.blocks[1].mlp.fc1.weight[:, 4:] = 0  # of rank 4
+    said = "all components in the window are zero in blocks.0.mlp.fc1, so A and B start at zero"
+    with pytest.warns(UserWarning, match=said):
+        adapted = ll.attach(patch_vit, ll.Window.first(4), targets="fc1")
+    adapted(torch.randn(2, 1, 28, 28)).square().sum().backward()
+    moved = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad.any()]
+    assert moved and all(".blocks.1." in name for name in moved)

@@ -25,7 +25,7 @@ import transformers
 from zoo.checks import TOLERANCE, check
 from zoo.families import build, timm_models, transformers_types
 
-SECONDS, BYTES = 300, 10 << 30
+SECONDS, BYTES = 300, 16 << 30
 JOBS = int(os.environ.get("JOBS", "2"))
 TABLE = Path(__file__).parent / "README.md"
 LONGEST = 160
