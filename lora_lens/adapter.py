@@ -309,13 +309,12 @@ def _by_layer(
 
 
 def _warn_of_zeros(windows: Mapping[str, Placement], spectra: SpectrumSet | None) -> None:
-    still = [
-        n for n, p in windows.items() if not spectra[n].singular_values[spectra[n].components_of(p)].any()
-    ]
-    if still:
+    values = {n: spectra[n].singular_values[spectra[n].components_of(p)] for n, p in windows.items()}
+    if still := [name for name, some in values.items() if not some.any()]:
         warnings.warn(
-            f"all components in the window are zero in {listed(still, most=3)}, so A and B start at zero, where "
-            "neither has a gradient: these layers will not learn; choose another window or ll.LoRA for them",
+            f"all components in the window are zero in {listed(still, most=3)}, so A and B start at zero, "
+            "where neither has a gradient: these layers will not learn; choose another window or ll.LoRA "
+            "for them",
             stacklevel=frames_inside(),
         )
 

@@ -55,9 +55,7 @@ def build(family: str) -> tuple[nn.Module, Any]:
         raise LookupError("a part of another type, without a class of its own")
     model = kind._from_config(small_config(CONFIG_MAPPING[name], SETTINGS.get(name))).eval().float()
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # trained ones are not zero, and a window of zeros does not learn
+        for parameter in model.parameters():  # no trained one is zero, where a window does not learn
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
     return model, inputs_for(model)
