@@ -76,7 +76,7 @@ bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK
 	@for part in preparation values memory scaling language language_evaluation continual; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
 	@echo "tables and pictures: benchmarks/results"
 
-zoo: $(VENV)/test.installed  ## try every family of timm and transformers; writes tests/zoo/README.md (an hour)
+zoo: $(VENV)/test.installed  ## try every family of timm and transformers; writes tests/zoo/README.md (half an hour)
 	cd tests && TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m zoo
 
 docs: $(VENV)/docs.installed  ## write the API reference, from the docstrings, to docs/index.html

@@ -29,10 +29,11 @@ OF_HEAD = re.compile(
 )
 EMBEDDING = re.compile(
     r"(?!.*(dense|proj|projections?|linear)$|patch_embed)"
-    r"(.*(embed|embd)|(wte|wpe|pe_k|w|shared|(.*_)?emb|relative_attention_bias|bias_values|presence_token"
+    r"(.*(embed|embd)|(wte|wpe|pe_k|shared|(.*_)?emb|relative_attention_bias|bias_values|presence_token"
     r"|reference_points)$)",
     re.IGNORECASE,
 )
+TABLES = {"query", "transformer.w"}  # by whole names: their last parts mean other things elsewhere
 EXPERTS = re.compile(r"expert|moe|_exps\b", re.IGNORECASE)
 DOWN = re.compile(r"down|w2|fc2|output|out_proj|wo$")
 UP = re.compile(r"gate|up|w1|w3|v1|fc1|fc3|input|in_proj|wi")
@@ -163,8 +164,7 @@ def _lateness(name: str) -> tuple[bool, list[tuple[int, int, str]]]:
 def is_embedding(name: str, has_bias: bool = False) -> bool:
     """Whether a matrix is looked up row by row, by its name; an embedding has no bias."""
     parts = [part for part in name.split(".") if not part.isdecimal()] or [name]
-    # EoMT's queries of the whole model are called as projections in attention are.
-    return not has_bias and (name == "query" or EMBEDDING.match(parts[-1]) is not None)
+    return not has_bias and (name in TABLES or EMBEDDING.match(parts[-1]) is not None)
 
 
 def numbers_counted(name: str) -> list[tuple[int, int, str]]:

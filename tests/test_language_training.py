@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import lora_lens as ll
-from lora_lens.store import experiment_identity
+from lora_lens.identity import experiment_identity
 
 SHORT = {"steps": 4, "batch_size": 8, "evaluations": 2, "progress": False}
 QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?")

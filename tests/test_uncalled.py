@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import operator
+import weakref
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ class Hidden(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.__dict__["near"] = weakref.proxy(self.a)
         self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
 
     def forward(self, x):
-        return self.experts[0](self.b(x)) @ operator.attrgetter("a.weight")(self)
+        return self.experts[0](self.b(x)) @ self.near.weight
 
 
 def test_a_layer_that_is_never_called_is_named_where_its_input_is_at_hand():

@@ -24,6 +24,7 @@ RANK, TOLERANCE = 2, 1e-5
 GROUPS = ("all-attention", "all-mlp", "all-conv")  # the default is all-linear
 METHOD = ll.Window(RANK, position=0.5)
 NOTHING = " has no "  # in the message for a group without a layer
+REFUSED = "PEFT cannot adapt these layers"
 
 
 @dataclass
@@ -67,7 +68,9 @@ def check(model: nn.Module, inputs: Inputs) -> Row:
             spectra = ll.spectra(model, list(plan), vectors=[METHOD], progress=False)
             adapted = ll.attach(model, METHOD, targets=targets, spectra=spectra)
         except Exception as error:
-            nothing = isinstance(error, LoraLensError) and NOTHING in str(error)
+            nothing = isinstance(error, LoraLensError) and any(
+                said in str(error) for said in (NOTHING, REFUSED)
+            )
             (row.notes if nothing else row.problems).append(f"attach: {_said(error)}")
             return row
     row.left_out = list(dict.fromkeys(str(w.message) for w in said if isinstance(w.message, UserWarning)))
@@ -224,11 +227,17 @@ def _check_spectra(row: Row, model: nn.Module, targets: str | None) -> None:
         ours, theirs = (sorted(round(float(v[0]), 4) for v in some.values()) for some in (own, filed))
         if len(own) == len(filed) and torch.allclose(torch.tensor(ours), torch.tensor(theirs), 1e-3, 1e-4):
             row.notes.append(f"files name {len(own) - len(same)} weights otherwise")
+        elif len(same) == len(filed) and all(f"{n}.weight" in _tied(model) for n in own if n not in filed):
+            row.notes.append(f"files leave out {len(own) - len(same)} tied weights")
         elif _converted(model):
             row.notes.append(f"files hold {len(filed)} weights in another form, the model {len(own)}")
         else:
             only, more = sorted(own.keys() - filed.keys()), sorted(filed.keys() - own.keys())
             row.problems.append(f"file: lacks {only[:3]} ({len(only)}), has {more[:3]} ({len(more)}) besides")
+
+
+def _tied(model: nn.Module) -> set[str]:
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def _converted(model: nn.Module) -> bool:
