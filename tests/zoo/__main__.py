@@ -134,7 +134,7 @@ def _page(found: list[dict]) -> str:
 
 def _one_line(text: str) -> str:
     text = " ".join(text.split()).replace("|", "/")
-    return text[:LONGEST] + ("..." if len(text) > LONGEST else "")
+    return text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0] + " ..."
 
 
 if __name__ == "__main__":
