@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import lora_lens as ll
-from lora_lens.identity import experiment_identity
+from lora_lens.identity import ANSWERS, MODEL_SETTINGS, experiment_identity
 
 SHORT = {"steps": 4, "batch_size": 8, "evaluations": 2, "progress": False}
 QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?")
@@ -264,7 +264,8 @@ def test_spectra_outlive_a_larger_vocabulary():
     np.testing.assert_allclose(now.losses, larger.losses, atol=1e-4)
     assert larger.loss >= before.loss  # more words to choose from
     changed = experiment_identity(model, task, known)
-    assert {key for key in identity if identity[key] != changed[key]} == {"model", "settings of the model"}
+    different = {key for key in identity if identity[key] != changed[key]}
+    assert different == {"model", MODEL_SETTINGS, ANSWERS}
     assert np.isfinite(ll.finetune(adapted, known, **SHORT).curve["test_loss"]).all()
 
 
