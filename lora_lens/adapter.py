@@ -135,10 +135,10 @@ def attach(
         adapted = model if inplace else copy_around(model, [])
         return adapted.requires_grad_(isinstance(method, FullFineTuning))
     config = peft_config(model, plan, alpha, variant, saved)
-    _warn_of_zeros(windows, spectra)
     # All that may fail comes before the first change of a weight.
     factors = {name: _factors(spectra[name], p, alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
+    _warn_of_zeros({name: spectra[name].singular_values[places] for name, places in components.items()})
     trainable, buffers = note_pretrained(model)
     originals = {} if inplace else {name: layer.weight.detach() for name, layer in layers.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -308,8 +308,7 @@ def _by_layer(
     return plan
 
 
-def _warn_of_zeros(windows: Mapping[str, Placement], spectra: SpectrumSet | None) -> None:
-    values = {n: spectra[n].singular_values[spectra[n].components_of(p)] for n, p in windows.items()}
+def _warn_of_zeros(values: Mapping[str, Tensor]) -> None:
     if still := [name for name, some in values.items() if not some.any()]:
         warnings.warn(
             f"all components in the window are zero in {listed(still, most=3)}, so A and B start at zero, "

@@ -61,8 +61,8 @@ def in_gguf(path: Path) -> list[Stored]:
     for key, name in named.items():
         shape, kind, problem, read = placed[key]
         problem = problem or problem_of(kind if kind in INTEGERS else "F32")
-        scales = [k for k in placed if k.startswith(f"{name}.") and k.endswith("scale")]
-        scales = [k for k in scales if not k.endswith(".input_scale")]
+        beside = (k for k in placed if k.startswith(f"{name}.") and k.endswith("scale"))
+        scales = [k for k in beside if k != f"{name}.input_scale"]
         if scales == [f"{name}.scale"] and math.prod(placed[scales[0]][0]) == 1:
             read = partial(_times, read, placed[scales[0]][3])  # as llama.cpp does, in BitNet and others
         elif scales:
