@@ -233,6 +233,9 @@ debug_launcher(train_with_accelerate, (Path({str(two)!r}), 4), num_processes=2)
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="torch.compile needs a C++ compiler"
 )
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="torch 2.6 cannot trace the context managers that PEFT's forward enters"
+)
 def test_a_compiled_model_is_the_eager_one_and_is_exported_like_it(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "torch._inductor.config.compile_threads", 1

@@ -120,6 +120,8 @@ def test_experts_that_are_saved_under_other_names_have_the_same_values(tmp_path,
 )
 @pytest.mark.parametrize("config", [False, True])
 def test_timm_models_and_their_files_list_the_same_weights(tmp_path, name, config):
+    if not timm.is_model(name):
+        pytest.skip(f"this version of timm does not have {name}")
     model = timm.create_model(name)
     if config:
         timm.models.save_for_hf(model, tmp_path, safe_serialization=True)

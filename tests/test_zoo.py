@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import CONFIG_MAPPING
 from zoo.checks import check
 from zoo.families import build
 
@@ -42,6 +43,9 @@ FAMILIES = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_adapted_exactly_exported_and_read_back(family: str) -> None:
+    source, name = family.split(":")
+    if source == "transformers" and name not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers does not have {name}")
     model, inputs = build(family)
     row = check(model, inputs)
     assert row.layers > 0
