@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,24 +31,15 @@ from lora_lens.injection import (
     taken_off,
     tensors_by_name,
 )
-from lora_lens.layers import (
-    Targets,
-    adaptable,
-    check_finite,
-    choose,
-    frames_inside,
-    listed,
-    matrix_shape,
-    set_weight_matrix,
-    warn_left_out,
-    weight_matrix,
-)
+from lora_lens.layers import adaptable, choose, matrix_shape, set_weight_matrix, warn_left_out, weight_matrix
 from lora_lens.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
+from lora_lens.naming import Targets, frames_inside, listed
 from lora_lens.peft_names import lies_in, peft_config, saved_modules
 from lora_lens.placement import ByLayer
 from lora_lens.precision import as_double
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
+from lora_lens.torch_tools import check_finite
 from lora_lens.window import Placement, Window, require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 
@@ -355,20 +345,3 @@ def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) ->
             f"the spectrum of {spectrum.name} is not that of this model's weight; "
             "the model changed or the spectra are another model's: call spectra(model) again"
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; then every module is in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def call(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> object:
-    """What the model makes of a batch, or of a mapping of keyword arguments."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)

@@ -28,8 +28,8 @@ from torch import Tensor
 from lora_lens.checkpoint import read_json, read_safetensors
 from lora_lens.errors import InputError, LoraLensError, MissingFileError
 from lora_lens.injection import Attachment
-from lora_lens.layers import listed
 from lora_lens.methods import Variant
+from lora_lens.naming import listed
 from lora_lens.peft_names import ADAPTER, PREFIX
 from lora_lens.replacing import (
     ABOUT,

@@ -22,7 +22,7 @@ from torch import Tensor
 from lora_lens.checkpoint import headers, metadata, read_json, read_tensor
 from lora_lens.errors import InputError, MissingFileError
 from lora_lens.factor_pairs import STRONG, Pair, is_adapter_key, pairs_among, stored_pair
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.roles import Stored
 from lora_lens.validate import flag, number, whole_number
 from lora_lens.wrappers import unwrapped

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from lora_lens.errors import InputError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.run_groups import FEWEST_SEEDS, WINDOW
 from lora_lens.tables import checked
 from lora_lens.tradeoffs import bootstrap_interval

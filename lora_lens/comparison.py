@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_lens.errors import InputError
-from lora_lens.layers import block_and_kind, listed
+from lora_lens.naming import block_and_kind, listed
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.validate import choice, instance, number, whole_number
 from lora_lens.window import Placement, Window

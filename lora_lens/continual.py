@@ -17,8 +17,9 @@ from lora_lens.adapter import chosen_layers, planned
 from lora_lens.continual_metrics import ENDED, RESULTS
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.identity import ANSWERS, model_identity, sample_loss
-from lora_lens.layers import Targets, weight_matrix
+from lora_lens.layers import weight_matrix
 from lora_lens.methods import Method, Variant, inner_method, penalty_of
+from lora_lens.naming import Targets
 from lora_lens.records import all_records, records_of, told_apart
 from lora_lens.running import checked_jobs, run_missing
 from lora_lens.scenarios import SCENARIOS, all_at_once

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_lens.errors import InputError, InputTypeError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.validate import instance, sequence, whole_number
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_lens.corpus import Corpus, Texts, same_text
 from lora_lens.errors import InputError, InputTypeError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.validate import seed_number
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")

@@ -33,7 +33,8 @@ from lora_lens.injection import (
     require_unmerged,
     trained_update,
 )
-from lora_lens.layers import block_and_kind, listed, weight_matrix
+from lora_lens.layers import weight_matrix
+from lora_lens.naming import block_and_kind, listed
 from lora_lens.spectral_metrics import effective_rank, stable_rank
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.validate import instance

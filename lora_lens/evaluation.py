@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lens import metrics
-from lora_lens.adapter import evaluating
 from lora_lens.precision import PRECISIONS, autocast
 from lora_lens.readouts import FITTING, Readout, ask, inner_model, pooled_features, taking, to_device
 from lora_lens.tasks import Examples, Task, require_examples
+from lora_lens.torch_tools import evaluating
 from lora_lens.validate import choice, instance
 
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens import validate
-from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.factorization import product_norm
 from lora_lens.injection import ADAPTER, Start, attached, lora_layers, require_unmerged
-from lora_lens.layers import block_and_kind, weight_matrix
+from lora_lens.layers import weight_matrix
+from lora_lens.naming import block_and_kind
 from lora_lens.precision import as_double
 from lora_lens.readouts import REMEDY, require_batch, taking
+from lora_lens.torch_tools import call, evaluating
 from lora_lens.uncalled import noting_uncalled
 
 

@@ -29,7 +29,8 @@ from lora_lens.injection import (
     trained_update,
     whole_modules,
 )
-from lora_lens.layers import listed, weight_matrix
+from lora_lens.layers import weight_matrix
+from lora_lens.naming import listed
 from lora_lens.peft_names import ADAPTER, PREFIX, lies_in, rank_settings
 from lora_lens.plain_peft import for_plain_peft
 from lora_lens.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about

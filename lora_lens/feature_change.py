@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError
 from lora_lens.heads import classifier
 from lora_lens.readouts import REMEDY, Inputs, require_batch, taking
+from lora_lens.torch_tools import call, evaluating
 from lora_lens.validate import instance, sequence
 from lora_lens.wrappers import named_modules
 

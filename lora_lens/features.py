@@ -9,10 +9,10 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from lora_lens.adapter import call, check_belongs, evaluating
+from lora_lens.adapter import check_belongs
 from lora_lens.errors import InputError
 from lora_lens.layers import LINEAR, weight_matrix
-from lora_lens.readouts import REMEDY, Inputs, real_positions, require_batch, taking
+from lora_lens.readouts import Inputs, layer_inputs, real_positions, require_batch
 from lora_lens.spectrum import Spectrum
 from lora_lens.validate import instance, whole_number
 from lora_lens.window import Placement, Window
@@ -235,28 +235,6 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
             "by the same matrix"
         )
     return module
-
-
-def layer_inputs(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Tensor]:
-    """The last input of each layer that one pass in evaluation mode reaches."""
-    given: dict[str, Tensor] = {}
-
-    def keep(name: str, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-        given[name] = arguments[0] if arguments else next(iter(options.values()))
-
-    handles = [
-        submodule(model, name).register_forward_pre_hook(
-            lambda _module, arguments, options, name=name: keep(name, arguments, options), with_kwargs=True
-        )
-        for name in names
-    ]
-    try:
-        with evaluating(model), torch.no_grad(), taking(model, "these inputs", REMEDY):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return given
 
 
 def _batch_size(inputs: Inputs) -> int:

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_tensor
 
 from lora_lens.errors import InputError, InputTypeError, MissingFileError
 from lora_lens.images import as_rgb, has_white
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.progress import progress_bar
 from lora_lens.tasks import Examples, Task
 from lora_lens.validate import flag, instance, number, seed_number, shown, whole_number

@@ -33,17 +33,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_lens.adapter import call, check_belongs, chosen_layers, evaluating
+from lora_lens.adapter import check_belongs, chosen_layers
 from lora_lens.drift import require_spectra, spectrum_of
 from lora_lens.errors import InputError
 from lora_lens.evaluation import example_features
-from lora_lens.layers import LINEAR, Targets, weight_matrix
+from lora_lens.layers import LINEAR, weight_matrix
+from lora_lens.naming import Targets
 from lora_lens.placement import Components
 from lora_lens.probe import drawn, fitted_head
 from lora_lens.readouts import HeadReadout, ask, real_positions, to_device
 from lora_lens.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.tasks import Examples, Task, require_examples
+from lora_lens.torch_tools import call, evaluating
 from lora_lens.validate import instance, seed_number, sequence, whole_number
 from lora_lens.window import Placement
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_lens.errors import InputError, MissingPackageError
 from lora_lens.factor_pairs import is_adapter_key, pairs_among, stored_pair
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.quantized import Signs, problem_of
 from lora_lens.roles import Stored, aside_names, is_embedding, weight_name
 

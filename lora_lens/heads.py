@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -11,12 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.errors import InputError
-
-NAMES = ("head", "heads", "classifier", "score", "fc")
-# transformers' classes whose layers outside the base model are made anew for the user's task.
-NEW_HEADS = re.compile(
-    r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|XVector|CTC)|DoubleHeads"
-)
+from lora_lens.patterns import NAMES, NEW_HEADS
 
 
 def classifier(model: nn.Module, required: bool = True) -> nn.Linear | None:

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from lora_lens.errors import InputError
 from lora_lens.fingerprint import digest_of
-from lora_lens.layers import listed, set_weight_matrix, weight_matrix
+from lora_lens.layers import set_weight_matrix, weight_matrix
 from lora_lens.methods import Variant
+from lora_lens.naming import listed
 from lora_lens.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.planned_layers import injected
 from lora_lens.weights import weights

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import re
-import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,23 +23,17 @@ from lora_lens import validate
 from lora_lens.errors import InputError
 from lora_lens.heads import head_layers
 from lora_lens.kept_layers import memory
+from lora_lens.naming import GROUPS, Targets, block_and_kind, frames_inside, listed, part_of
 from lora_lens.patterns import matching, routers
 from lora_lens.random_state import seeded
 from lora_lens.weight_reads import used_otherwise
 from lora_lens.window import require_fit
 from lora_lens.wrappers import inner_model, named_modules, submodule
 
-Targets = str | Sequence[str] | None
-
-GROUPS = ("all-linear", "all-conv", "all-attention", "all-mlp")
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 PLAIN = LoraConfig()
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-MLP = re.compile(
-    r"mlp|ffn|feed_?forward|dense|intermediate|(^|\.)(fc\d|linear\d|w[io](_\d)?|output)(\.|$)", re.I
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +128,6 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
     )
 
 
-def frames_inside() -> int:
-    """The stacklevel that shows a warning at the line outside lora_lens that led to it."""
-    level, frame = 0, sys._getframe(1)
-    inside = ("lora_lens.", "contextlib", "torch.")  # context managers and decorators are between
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
-        level, frame = level + 1, frame.f_back
-    return level + 1
-
-
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight as (out_features, in_features), a view if possible; of a convolution (out, in * kh * kw)."""
     weight = layer.weight.detach()
@@ -164,11 +147,6 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of :func:`weight_matrix`."""
     rows, columns = layer.weight.shape[0], layer.weight[0].numel()
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
-
-
-def part_of(name: str) -> str:
-    """ "attention", "mlp" or "other", by the usual names of layers."""
-    return "attention" if ATTENTION.search(name) else "mlp" if MLP.search(name) else "other"
 
 
 def adaptable(model: nn.Module) -> Adaptable:
@@ -360,29 +338,6 @@ def _empty_group(model: nn.Module, group: str, reasons: Mapping[str, str]) -> st
     said = [f"; {n} {why}" for n, why in reasons.items() if isinstance(submodule(model, n), kin)]
     refused = said[0] if said else ""
     return f"{type(model).__name__} has no {what} that can be adapted{refused}"
-
-
-def block_and_kind(name: str) -> tuple[int, str]:
-    """``"blocks.3.attn.qkv"`` -> ``(3, "attn.qkv")``; without a number the block is -1."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return int(part), ".".join(parts[i + 1 :]) or name
-    return -1, name
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    # The sum is faster than asking each, and copies nothing; it may be infinite by itself.
-    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
-        raise InputError(
-            f"{name}.weight holds NaN or infinite values, so it has no spectrum; "
-            "load the model again or repair the checkpoint"
-        )
-
-
-def listed(names: Iterable[str], most: int = 12) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _described(modules: Mapping[str, nn.Module], names: Iterable[str]) -> str:

@@ -15,11 +15,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lens.adapter import evaluating
 from lora_lens.injection import ADAPTER, factor_matrix, lora_layers
 from lora_lens.precision import autocast
 from lora_lens.readouts import Readout, ask
 from lora_lens.scenarios import Scenario
+from lora_lens.torch_tools import evaluating
 from lora_lens.training_settings import Training
 from lora_lens.validate import number, whole_number
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_lens.errors import InputError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.validate import numbers, sequence, whole_number
 
 CHUNK = 256  # rows of similarities in memory at once

@@ -13,6 +13,11 @@ NUMBERS = re.compile(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*")
 ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(shared_expert_gate|ffn_gate_inp(_shexp)?)$")
 EXPERTS = re.compile(r"(^|\.)\w*experts?(\.|$)")
 GATE = re.compile(r"(^|\.)gate(\.wg)?$")
+NAMES = ("head", "heads", "classifier", "score", "fc")
+# transformers' classes whose layers outside the base model are made anew for the user's task.
+NEW_HEADS = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|XVector|CTC)|DoubleHeads"
+)
 
 
 def matching(names: Iterable[str], pattern: str) -> set[str]:

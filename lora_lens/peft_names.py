@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens.errors import InputError
-from lora_lens.layers import listed
 from lora_lens.methods import LoRA, Variant
+from lora_lens.naming import listed
 from lora_lens.window import Placement
 from lora_lens.wrappers import named_modules, submodule
 

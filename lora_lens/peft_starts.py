@@ -20,26 +20,20 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from lora_lens import validate
-from lora_lens.adapter import call, evaluating, planned
+from lora_lens.adapter import planned
 from lora_lens.copying import copy_around
 from lora_lens.errors import InputError
-from lora_lens.features import layer_inputs
 from lora_lens.fingerprint import digest_of
-from lora_lens.injection import (
-    ADAPTER,
-    Attachment,
-    inject,
-    lora_layer,
-    note_pretrained,
-    note_start,
-)
-from lora_lens.layers import Targets, matrix_shape, weight_matrix
+from lora_lens.injection import ADAPTER, Attachment, inject, lora_layer, note_pretrained, note_start
+from lora_lens.layers import matrix_shape, weight_matrix
 from lora_lens.methods import LoRA, PeftStart, Variant
+from lora_lens.naming import Targets
 from lora_lens.peft_names import peft_config, target_settings
 from lora_lens.random_state import seeded
-from lora_lens.readouts import Inputs, ask, real_positions, to_device
+from lora_lens.readouts import Inputs, ask, layer_inputs, real_positions, to_device
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.tasks import Task
+from lora_lens.torch_tools import call, evaluating
 from lora_lens.wrappers import inner_model, paths_of, submodule
 
 EXAMPLES, BATCH = 256, 64

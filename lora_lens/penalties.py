@@ -17,13 +17,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_lens.adapter import evaluating
 from lora_lens.errors import InputError
 from lora_lens.injection import ADAPTER, factor_matrix, is_dora
 from lora_lens.methods import Penalty
 from lora_lens.precision import autocast
 from lora_lens.readouts import Readout, ask
 from lora_lens.tasks import Examples, Task, shuffled_rows
+from lora_lens.torch_tools import evaluating
 from lora_lens.training_settings import Training
 from lora_lens.validate import instance
 

@@ -15,7 +15,7 @@ from torch import nn
 from lora_lens.adapter import planned
 from lora_lens.advisor import Advice, checked_weight, in_words, value_of
 from lora_lens.errors import InputError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.spectrum import SpectrumSet
 from lora_lens.spectrum import spectra as compute_spectra
 from lora_lens.sweep import Grid, sweep

@@ -11,7 +11,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from torch import Tensor, nn
 
 from lora_lens.errors import InputError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.peft_names import ADAPTER, PREFIX, lies_in, target_settings
 from lora_lens.wrappers import named_modules, submodule, unwrapped
 

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from lora_lens.errors import InputError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.peft_names import ADAPTER
 from lora_lens.random_state import seeded
 from lora_lens.rollback import undone_on_error

@@ -1,11 +1,6 @@
 """Pictures: each takes a table or spectra and an optional ``ax``, and returns matplotlib Axes."""
 
-from lora_lens.continual_plots import (
-    accuracy_heatmap,
-    accuracy_over_time,
-    update_over_time,
-    window_survival,
-)
+from lora_lens.continual_plots import accuracy_heatmap, accuracy_over_time, update_over_time, window_survival
 from lora_lens.continual_score_plots import continual_tradeoff, forgetting_by_position
 from lora_lens.drift_plots import against_forgetting, predictors, rotation_matrix, shares
 from lora_lens.item_plots import confusion, forgotten_examples

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 
 # What quantizers store instead of a weight, behind the layer's name: GPTQ and AWQ, compressed-tensors,
 # torchao, HQQ, quanto, AQLM, VPTQ, EXL2 and EXL3, QuIP#, MXFP4.

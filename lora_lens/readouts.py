@@ -9,7 +9,7 @@ the choices, in nats per item.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -17,10 +17,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lens.adapter import call, evaluating
 from lora_lens.errors import InputError, LoraLensError
 from lora_lens.heads import classifier
+from lora_lens.torch_tools import call, evaluating
 from lora_lens.validate import instance
+from lora_lens.wrappers import submodule
 
 Inputs = Tensor | Mapping[str, Tensor]
 POOLINGS = ("model", "mean", "last")
@@ -315,3 +316,25 @@ def features_of(head: nn.Module) -> Iterator[list[Tensor]]:
         yield features
     finally:
         handle.remove()
+
+
+def layer_inputs(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Tensor]:
+    """The last input of each layer that one pass in evaluation mode reaches."""
+    given: dict[str, Tensor] = {}
+
+    def keep(name: str, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        given[name] = arguments[0] if arguments else next(iter(options.values()))
+
+    handles = [
+        submodule(model, name).register_forward_pre_hook(
+            lambda _module, arguments, options, name=name: keep(name, arguments, options), with_kwargs=True
+        )
+        for name in names
+    ]
+    try:
+        with evaluating(model), torch.no_grad(), taking(model, "these inputs", REMEDY):
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return given

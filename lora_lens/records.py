@@ -15,7 +15,7 @@ import pandas as pd
 
 from lora_lens.errors import InputError, InputTypeError, MissingFileError
 from lora_lens.identity import run_name
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.validate import shown
 
 NEEDED = frozenset(("method", "rank", "position", "start", "lr", "seed", "steps"))

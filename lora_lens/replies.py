@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_lens.adapter import evaluating
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.tokenizing import bare_tokens, check_tokenizer, special_tokens
+from lora_lens.torch_tools import evaluating
 from lora_lens.validate import instance, sequence, whole_number
 
 # Small models know these, so what training takes from them shows: SmolLM2-135M-Instruct answers all.

@@ -12,7 +12,7 @@ import pandas as pd
 from lora_lens.errors import LoraLensError
 from lora_lens.html_page import MISSING, beside, heading, html_table, paragraph, plain, points
 from lora_lens.items import forgetting_interval
-from lora_lens.layers import block_and_kind, listed
+from lora_lens.naming import block_and_kind, listed
 from lora_lens.report_words import Pieces, placed, span
 from lora_lens.run_groups import window_columns
 from lora_lens.sweep import RESULTS

@@ -13,16 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lora_lens.fronts import dominance
-from lora_lens.html_page import (
-    MISSING,
-    beside,
-    decimal,
-    html_table,
-    paragraph,
-    plain,
-    points,
-    with_interval,
-)
+from lora_lens.html_page import MISSING, beside, decimal, html_table, paragraph, plain, points, with_interval
 from lora_lens.items import forgotten_by
 from lora_lens.predictors import by_run
 from lora_lens.report_words import Pieces, names_of, parts_by_rank, span, titled

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_lens.heads import NAMES, NEW_HEADS
-from lora_lens.patterns import routers
+from lora_lens.patterns import NAMES, NEW_HEADS, routers
 from lora_lens.quantized import NARROW, Signs, problem_of
 from lora_lens.wrappers import unwrapped
 

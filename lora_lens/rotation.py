@@ -21,7 +21,7 @@ from lora_lens.drift import (
 )
 from lora_lens.errors import InputError
 from lora_lens.injection import attached, lora_layers, require_unmerged
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.spectrum import Spectrum, SpectrumSet, factorize
 from lora_lens.validate import choice, instance, number, whole_number
 from lora_lens.window import Window

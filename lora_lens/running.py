@@ -19,7 +19,7 @@ import torch
 from joblib import Parallel, delayed
 
 from lora_lens.errors import InputError, LoraLensError, StoreError
-from lora_lens.layers import listed
+from lora_lens.naming import listed
 from lora_lens.progress import progress_bar
 from lora_lens.records import read_runs
 from lora_lens.store import write_atomically

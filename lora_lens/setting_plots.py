@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from lora_lens.errors import InputError
-from lora_lens.layers import block_and_kind
+from lora_lens.naming import block_and_kind
 from lora_lens.plot_style import literal, styled
 from lora_lens.sweep_plots import LABELS, require_score, show_unit, with_unit
 from lora_lens.tables import checked

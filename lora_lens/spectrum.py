@@ -23,9 +23,10 @@ from lora_lens.cache import SpectrumCache, weight_key
 from lora_lens.devices import checked_device
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.factorization import Factors, product_svd, singular_values, some_components, thin_svd
-from lora_lens.layers import Targets, block_and_kind, check_finite, listed
+from lora_lens.naming import Targets, block_and_kind, listed
 from lora_lens.progress import progress_bar
 from lora_lens.threads import limited_threads, thread_count
+from lora_lens.torch_tools import check_finite
 from lora_lens.validate import flag, instance, sequence, suggestion
 from lora_lens.weights import Weight, weights
 from lora_lens.window import Placement, Window, require_fit

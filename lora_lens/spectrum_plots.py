@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from lora_lens.errors import InputError
-from lora_lens.layers import block_and_kind
+from lora_lens.naming import block_and_kind
 from lora_lens.plot_style import colour_bar, house_style, literal, some_axes, styled
 from lora_lens.spectral_metrics import cumulative_energy as energy_until
 from lora_lens.spectrum import Spectrum, SpectrumSet

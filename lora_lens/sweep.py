@@ -22,7 +22,6 @@ from lora_lens.errors import InputError, InputTypeError, LoraLensError
 from lora_lens.evaluation import example_features
 from lora_lens.feature_change import difference
 from lora_lens.identity import exact, exact_method, experiment_identity, named_method, named_record
-from lora_lens.layers import Targets
 from lora_lens.methods import (
     FullFineTuning,
     LinearProbe,
@@ -34,6 +33,7 @@ from lora_lens.methods import (
     inner_method,
     penalty_of,
 )
+from lora_lens.naming import Targets
 from lora_lens.neighbours import neighbour_agreement
 from lora_lens.peft_starts import attach_start, planned_start
 from lora_lens.placement import ByLayer

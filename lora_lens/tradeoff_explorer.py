@@ -12,15 +12,7 @@ from ipywidgets import HTML, ToggleButtons, VBox
 from lora_lens import plots
 from lora_lens.clickable import Spot, clickable, picked_text
 from lora_lens.errors import InputError
-from lora_lens.explorer import (
-    Parts,
-    brief_errors,
-    checkbox,
-    drawn,
-    explorer,
-    html_table,
-    table_box,
-)
+from lora_lens.explorer import Parts, brief_errors, checkbox, drawn, explorer, html_table, table_box
 from lora_lens.metrics import seed_means
 from lora_lens.run_choice import RANGED, RunChoice
 from lora_lens.run_plane import RunPlane

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_lens.layers import frames_inside, listed
+from lora_lens.naming import frames_inside, listed
 
 
 @contextmanager

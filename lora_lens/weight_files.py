@@ -21,7 +21,7 @@ from lora_lens.adapter_updates import (
 from lora_lens.checkpoint import headers, metadata, read_json, read_tensor
 from lora_lens.errors import InputError, MissingFileError
 from lora_lens.gguf_files import in_gguf
-from lora_lens.layers import frames_inside, listed
+from lora_lens.naming import frames_inside, listed
 from lora_lens.quantized import HINT, quantized_by
 from lora_lens.roles import Stored, weights_among
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lens.errors import InputError, InputTypeError
 from lora_lens.heads import head_layers
-from lora_lens.layers import GROUPS, Targets, block_and_kind, listed, part_of
+from lora_lens.naming import GROUPS, Targets, block_and_kind, listed, part_of
 from lora_lens.patterns import matching, routers
 from lora_lens.quantized import Signs, problem_in
 from lora_lens.roles import Stored, holds_experts, numbers_counted, transposed_experts

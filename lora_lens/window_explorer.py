@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lora_lens import plots
-from lora_lens.adapter import attach, chosen_layers, evaluating
+from lora_lens.adapter import attach, chosen_layers
 from lora_lens.errors import InputError
 from lora_lens.explorer import (
     Parts,
@@ -35,6 +35,7 @@ from lora_lens.spectrum_explorer import position_slider, rank_slider
 from lora_lens.spectrum_plots import some_spectra
 from lora_lens.tasks import Examples, Task
 from lora_lens.token_examples import TokenExamples
+from lora_lens.torch_tools import evaluating
 from lora_lens.validate import instance, whole_number
 from lora_lens.window import Window
 from lora_lens.window_plots import show_image

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import FalconConfig, FalconForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import lora_lens as ll
-from lora_lens.layers import adaptable, block_and_kind, part_of, target_layers
+from lora_lens.layers import adaptable, target_layers
+from lora_lens.naming import block_and_kind, part_of
 from lora_lens.weights import weights
 
 

@@ -65,6 +65,8 @@ def test_imports_point_one_way():
         "window",
         "wrappers",
         "patterns",
+        "naming",
+        "torch_tools",
         "code_values",
         "code_operators",
         "code_conditions",
