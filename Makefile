@@ -17,7 +17,7 @@ JOBS ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Notebooks under test keep finished runs in a folder named after the code that made them:
 # unchanged code is not run twice, changed code starts afresh.
-CODE := $(shell cat lora_lens/*.py data/SHA256SUMS constraints.txt notebooks/*.ipynb | cksum | cut -d' ' -f1)
+CODE := $(shell cat $$(find lora_lens -name '*.py' | sort) data/SHA256SUMS constraints.txt notebooks/*.ipynb | cksum | cut -d' ' -f1)
 TESTED := $(CURDIR)/results/test/$(CODE)
 
 help:  ## list the commands
@@ -63,6 +63,7 @@ test: lint  ## lint, unit, property and integration tests, every notebook, then 
 lint: $(VENV)/test.installed  ## check style, spelling, and that notebooks hold no outputs
 	@echo "== lint"
 	BIN=$(BIN) .ci/lint
+	$(BIN)/lint-imports --no-logo --no-cache
 
 hooks: $(VENV)/test.installed  ## have git lint what is to be committed, and refuse it
 	git config core.hooksPath .ci/hooks
@@ -79,11 +80,9 @@ bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK
 zoo: $(VENV)/test.installed  ## try every family of timm and transformers; writes tests/zoo/README.md (half an hour)
 	cd tests && TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m zoo
 
-docs: $(VENV)/docs.installed  ## write the API reference, from the docstrings, to docs/index.html
-	@# What is imported when first used is imported first. Modules that a function of their name hides have no page.
-	$(BIN)/python -c 'import lora_lens; lora_lens.report = lora_lens.report; from pdoc.__main__ import cli; cli()' \
-		--docformat google --output-directory docs lora_lens '!lora_lens.(continual|drift|feature_change|replies|sweep)$$'
-	@echo "page  docs/index.html"
+docs: $(VENV)/docs.installed  ## write the API reference, from the docstrings, to results/reference/index.html
+	$(BIN)/pdoc --docformat google --output-directory results/reference lora_lens
+	@echo "page  results/reference/index.html"
 
 pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)
 	$(BIN)/python data/pretrain_vision.py $(if $(FASHION),--fashion $(FASHION))

@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from measuring import machine, markdown, options, publish, threads
 
 import lora_lens as ll
-from lora_lens.memories import EWC, Orthogonal, Replay
-from lora_lens.strategies import Continued, Merged, Strategy
-from lora_lens.task_variants import rotated
+from lora_lens.experiments.continual.strategies import Continued, Merged, Strategy
+from lora_lens.tasks.transforms import rotated
+from lora_lens.training.memories import EWC, Orthogonal, Replay
 
 CASES: dict[str, tuple[Strategy, object]] = {
     "merged, window": (Merged(), ll.Window.middle(8)),
@@ -56,8 +56,8 @@ class Result:
 
 def measure(name: str, count: int, steps: int, test: int) -> None:
     strategy, method = CASES[name]
-    model, _ = ll.embedded.vision()
-    digits = ll.embedded.digits().first(train=1000, test=test)
+    model, _ = ll.tasks.bundled.vision()
+    digits = ll.tasks.bundled.digits().first(train=1000, test=test)
     tasks = [rotated(digits, 360 * number / count) for number in range(count)]
     windows = isinstance(method, ll.Window)
     grid = ll.Grid([method] if windows else [], lr=[1e-3], baselines=[] if windows else [method])
@@ -68,7 +68,7 @@ def measure(name: str, count: int, steps: int, test: int) -> None:
             sizes.append(os.path.getsize(arguments[0]))
             peaks.append(peak())
 
-    sequences = importlib.import_module("lora_lens.sequence_training")
+    sequences = importlib.import_module("lora_lens.experiments.continual.sequence_training")
     own = sequences.examine
 
     def timed(*arguments: object, **others: object) -> None:
@@ -81,7 +81,7 @@ def measure(name: str, count: int, steps: int, test: int) -> None:
     same = {"setting": "domain-incremental", "steps": steps, "jobs": 1, "progress": False}
     with tempfile.TemporaryDirectory() as folder, threads(1):
         peak()
-        ll.continual(model, tasks, strategy, grid, store=Path(folder) / "store", **same)
+        ll.experiments.continual_sweep(model, tasks, strategy, grid, store=Path(folder) / "store", **same)
         peaks.append(peak())
         (record,) = (json.loads(f.read_text()) for f in Path(folder).glob("store/runs/*.json"))
     share = sum(tested[1:]) / sum(record["seconds"])

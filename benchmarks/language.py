@@ -45,9 +45,9 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 import lora_lens as ll
-from lora_lens.layers import target_layers
-from lora_lens.precision import PRECISIONS
-from lora_lens.tasks import shuffled_rows
+from lora_lens._base.precision import PRECISIONS
+from lora_lens.spectrum.layers import target_layers
+from lora_lens.tasks.task import shuffled_rows
 
 RANK = 8
 FINETUNE, LEAN = "ll.finetune", "PyTorch + PEFT, leanest"
@@ -79,14 +79,14 @@ class Case:
 
 
 def minilm() -> Case:
-    model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
-    task = ll.text_task(ll.embedded_texts.sentiment("movies"), tokenizer)
+    model, tokenizer = ll.tasks.bundled.minilm(), ll.tasks.bundled.minilm_tokenizer()
+    task = ll.tasks.text_task(ll.tasks.bundled_texts.sentiment("movies"), tokenizer)
     return Case("MiniLM", model, tokenizer, task, batch_size=32, short=2, long=12).with_attention("eager")
 
 
 def smollm2() -> Case:
-    model, tokenizer = ll.embedded.smollm2(), ll.embedded.smollm2_tokenizer()
-    task = ll.label_word_task(ll.embedded_texts.sentiment("movies"), tokenizer)
+    model, tokenizer = ll.tasks.bundled.smollm2(), ll.tasks.bundled.smollm2_tokenizer()
+    task = ll.tasks.label_word_task(ll.tasks.bundled_texts.sentiment("movies"), tokenizer)
     return Case("SmolLM2", model, tokenizer, task, batch_size=16, short=1, long=4).with_attention("eager")
 
 

@@ -23,7 +23,7 @@ from measuring import OTHERS, alternating, machine, markdown, options, publish, 
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.evaluation import Answers
+from lora_lens.tasks.evaluation import Answers
 
 EXACT = "float32"
 
@@ -37,10 +37,10 @@ def quantized(model: nn.Module) -> nn.Module:
 def tasks_of(case: Case) -> Iterator[ll.Task]:
     movies = case.task.first(train=1000, test=200)
     if case.name == "MiniLM":
-        yield ll.probed(case.model, movies)
+        yield ll.tasks.probed(case.model, movies)
     else:
         yield movies
-        yield ll.language_task(ll.embedded_texts.articles(), case.tokenizer).first(test=24)
+        yield ll.tasks.language_task(ll.tasks.bundled_texts.articles(), case.tokenizer).first(test=24)
 
 
 def ways_of(case: Case) -> dict[str, Callable[[ll.Task], Answers]]:

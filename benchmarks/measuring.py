@@ -124,7 +124,7 @@ def models() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     found = {"ViT-B/16": vit()}
     if smollm2_gguf() is not None:
-        found["SmolLM2-135M"] = ll.embedded.smollm2()
+        found["SmolLM2-135M"] = ll.tasks.bundled.smollm2()
     return found
 
 

@@ -54,7 +54,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.weights import weights
+from lora_lens.spectrum.sources.matrices import weights
 
 AIM = 4  # largest matrices in float64
 BLOCKS = (torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16)

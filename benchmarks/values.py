@@ -46,8 +46,8 @@ from measuring import (
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.spectral_metrics import power_law
-from lora_lens.weights import weights
+from lora_lens.spectrum.measures import power_law
+from lora_lens.spectrum.sources.matrices import weights
 
 AGREEMENT = 1e-6  # of the largest singular value
 VALUES, WW_VALUES = "lora_lens: values", "WeightWatcher: values, its fit removed"

@@ -30,12 +30,12 @@ from math import log
 from pathlib import Path
 
 import pandas as pd
+from lora_lens.advisor import value_of
+from lora_lens.pilot import USUAL_RATE, judged_on_training_examples
 from run_sweeps import BATCH, RATES, STEPS, Setting, sweeps
 from sweeping import HERE
 
 import lora_lens as ll
-from lora_lens.advisor import value_of
-from lora_lens.pilot import USUAL_RATE, judged_on_training_examples
 
 SETTINGS = ("digits", "new_classes", "few_digits", "noise")
 WINDOWS = ll.windows(rank=8, count=5)

@@ -20,11 +20,6 @@ from pathlib import Path
 
 import timm
 import torch
-from prepare import read_fashion_mnist, write_checksums
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-
 from lora_lens.embedded import (
     FASHION_CLASSES,
     FASHION_MEAN,
@@ -33,6 +28,10 @@ from lora_lens.embedded import (
     digits,
     vision_architecture,
 )
+from prepare import read_fashion_mnist, write_checksums
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 HERE = Path(__file__).parent
 

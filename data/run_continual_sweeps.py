@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_lens.memories import EWC, Orthogonal, Replay
+from lora_lens.strategies import Continued, Joint, Merged, Moving, Separate, Strategy
 from sweeping import main
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.memories import EWC, Orthogonal, Replay
-from lora_lens.strategies import Continued, Joint, Merged, Moving, Separate, Strategy
 
 ORDERS, SEEDS = 3, 3
 LORA, MIDDLE = ll.LoRA(8), ll.Window.middle(8)

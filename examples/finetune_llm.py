@@ -103,7 +103,7 @@ def prepared(arguments: argparse.Namespace, state: PartialState) -> Experiment:
         raise ValueError(f"--batch-size {config.batch_size} is less than one text for each process")
     corpus = read(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    task = ll.label_word_task(
+    task = ll.tasks.label_word_task(
         corpus,
         tokenizer,
         prompt=arguments.prompt.replace("\\n", "\n"),
@@ -121,16 +121,16 @@ def prepared(arguments: argparse.Namespace, state: PartialState) -> Experiment:
     return Experiment(model, task, retain, window, spectra, config)
 
 
-def read(arguments: argparse.Namespace) -> ll.Corpus:
+def read(arguments: argparse.Namespace) -> ll.tasks.Corpus:
     columns = {"text": arguments.text, "label": arguments.label}
     if arguments.data is not None:
         splits = {"train": arguments.train or "train", "test": arguments.test or "test"}
-        return ll.hub_corpus(arguments.data, arguments.config, **splits, **columns, most=arguments.most)
+        return ll.tasks.hub_corpus(arguments.data, arguments.config, **splits, **columns, most=arguments.most)
     if arguments.train is None:
         raise ValueError(
             "there is nothing to train on: give --train, a file, or --data, a data set on the hub"
         )
-    return ll.text_corpus(arguments.train, arguments.test, **columns, seed=arguments.seed)
+    return ll.tasks.text_corpus(arguments.train, arguments.test, **columns, seed=arguments.seed)
 
 
 def words_of(classes: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -147,8 +147,8 @@ def words_of(classes: Sequence[str], given: Sequence[str]) -> list[str]:
 def running_text(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ll.Task | None:
     if arguments.retain is None:
         return None
-    corpus = ll.text_corpus(arguments.retain, text=arguments.text, label=None, seed=arguments.seed)
-    return ll.language_task(corpus, tokenizer)
+    corpus = ll.tasks.text_corpus(arguments.retain, text=arguments.text, label=None, seed=arguments.seed)
+    return ll.tasks.language_task(corpus, tokenizer)
 
 
 def trained(experiment: Experiment, state: PartialState, output: Path) -> ll.Run:

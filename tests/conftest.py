@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 # Where there is a GPU, training moves a model to it, and the tests compare with tensors on the CPU.
-# For those that can use one: CUDA_VISIBLE_DEVICES=0 pytest tests/test_spectrum.py
+# For those that can use one: CUDA_VISIBLE_DEVICES=0 pytest tests/spectrum
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import torch
@@ -32,7 +32,7 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pretrained() -> tuple[VisionTransformer, ll.Task]:
     """The embedded model and the task it knows."""
-    return ll.embedded.vision()
+    return ll.tasks.bundled.vision()
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def source(pretrained) -> ll.Task:
 
 @pytest.fixture(scope="session")
 def digits() -> ll.Task:
-    return ll.embedded.digits()
+    return ll.tasks.bundled.digits()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def sequence(
     before: Sequence[float] | None = None,
     **names: object,
 ) -> pd.DataFrame:
-    """The rows of one run, as ``ll.continual`` gives them.
+    """The rows of one run, as ``ll.experiments.continual_sweep`` gives them.
 
     Args:
         accuracies: R, after each task (rows) on each by its place in the order (columns).

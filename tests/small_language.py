@@ -35,7 +35,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces.train_from_iterator(ll.embedded_texts.sentiment("movies").train.texts[:300], trainer)
+    pieces.train_from_iterator(ll.tasks.bundled_texts.sentiment("movies").train.texts[:300], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<end>")
 
 
@@ -63,11 +63,11 @@ def small(
         return model(BertConfig(**sizes, **common, max_position_embeddings=positions)).eval()
 
 
-def part_of(name: str, train: int, test: int) -> ll.Corpus:
+def part_of(name: str, train: int, test: int) -> ll.tasks.Corpus:
     """The first texts of an embedded corpus."""
-    whole = ll.embedded_texts.sentiment(name)
+    whole = ll.tasks.bundled_texts.sentiment(name)
     parts = (
-        ll.Texts(part.texts[:count], part.labels[:count])
+        ll.tasks.Texts(part.texts[:count], part.labels[:count])
         for part, count in ((whole.train, train), (whole.test, test))
     )
-    return ll.Corpus(name, whole.classes, *parts)
+    return ll.tasks.Corpus(name, whole.classes, *parts)

@@ -21,9 +21,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.memories import EWC, Orthogonal, Replay
-from lora_lens.strategies import Continued, Merged, Moving, Separate, Strategy
-from lora_lens.task_variants import only_classes, rotated
+from lora_lens.experiments.continual.strategies import Continued, Merged, Moving, Separate, Strategy
+from lora_lens.tasks.transforms import only_classes, rotated
+from lora_lens.training.memories import EWC, Orthogonal, Replay
 
 WINDOW, LORA = ll.Window.middle(4), ll.LoRA(4)
 SETTINGS = {"steps": 3, "batch_size": 8, "warmup": 0.0, "jobs": 1, "progress": False}
@@ -47,13 +47,13 @@ def small_spectra() -> ll.SpectrumSet:
 @cache
 def retained() -> ll.Task:
     """Ten classes for the model's own head."""
-    return ll.embedded.digits().first(10, 30)
+    return ll.tasks.bundled.digits().first(10, 30)
 
 
 @cache
 def pairs() -> list[ll.Task]:
     """Digits in four tasks of two classes each."""
-    whole = ll.embedded.digits().first(400, 200)
+    whole = ll.tasks.bundled.digits().first(400, 200)
     parts = [only_classes(whole, [2 * i, 2 * i + 1]) for i in range(4)]
     return [task.first(train=40, test=20) for task in parts]
 
@@ -61,7 +61,7 @@ def pairs() -> list[ll.Task]:
 @cache
 def turned() -> list[ll.Task]:
     """Two digits at twenty angles."""
-    task = only_classes(ll.embedded.digits().first(300, 100), [3, 8]).first(train=30, test=8)
+    task = only_classes(ll.tasks.bundled.digits().first(300, 100), [3, 8]).first(train=30, test=8)
     return [rotated(task, 9 * i) for i in range(20)]
 
 
@@ -82,7 +82,7 @@ def learn(
     **others: object,
 ) -> pd.DataFrame:
     """A sequence of short tasks, by default three in which a window is merged."""
-    return ll.continual(
+    return ll.experiments.continual_sweep(
         small_vit() if model is None else model,
         pairs()[:3] if tasks is None else tasks,
         Merged() if strategy is None else strategy,
@@ -106,7 +106,7 @@ class Killed:
         settings = SETTINGS | {"retain": retained(), "spectra": small_spectra()}
         if len(tasks) == 20:
             settings |= {"spectra": None, "targets": "blocks.1.mlp.*", "steps": 2}
-        return ll.continual(
+        return ll.experiments.continual_sweep(
             small_vit(), tasks, self.strategy, grid(self.method), setting=self.setting, store=store,
             **settings | others,
         )  # fmt: skip

@@ -21,7 +21,7 @@ TEMPLATES = {
 def tokenizer_like(kind: str) -> PreTrainedTokenizerFast:
     """One of ``TEMPLATES``, with ids 0, 1 and 2 for unknown, beginning (or CLS) and end (or SEP)."""
     pieces, trainer = _untrained(kind)
-    pieces.train_from_iterator(ll.embedded_texts.sentiment("movies").train.texts[:300], trainer)
+    pieces.train_from_iterator(ll.tasks.bundled_texts.sentiment("movies").train.texts[:300], trainer)
     if (template := TEMPLATES[kind]) is not None:
         pieces.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[("<s>", 1), ("</s>", 2)]

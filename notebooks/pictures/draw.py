@@ -28,23 +28,23 @@ WIDTH = 900
 CELLS = (
     """
 import lora_lens as ll
-model, clothes = ll.embedded.vision()
+model, clothes = ll.tasks.bundled.vision()
 spectra = ll.spectra(model, progress=False)
 ll.widgets.window_explorer(model, spectra, clothes)
 """,
     """
-digits = ll.embedded.digits().first(train=4000, test=500)
+digits = ll.tasks.bundled.digits().first(train=4000, test=500)
 ll.widgets.training_explorer(model, digits, clothes.first(test=500), spectra)
 """,
     """
 store = "../data/results/digits.jsonl.xz"
-ll.widgets.tradeoff_explorer(ll.runs(store), store, clothes.first(test=1000))
+ll.widgets.tradeoff_explorer(ll.experiments.runs(store), store, clothes.first(test=1000))
 """,
 )
 
 
 def draw_tradeoff(path: Path) -> None:
-    table = ll.runs(REPOSITORY / "data" / "results" / "digits.jsonl.xz")
+    table = ll.experiments.runs(REPOSITORY / "data" / "results" / "digits.jsonl.xz")
     table = table[table["lr"].isin(RATES) & table["method"].isin(["window", "LoRA"])]
     with ll.plots.house_style():
         figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=[1.15, 1])

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 import lora_lens as ll
 
-model, source = ll.embedded.vision()
+model, source = ll.tasks.bundled.vision()
 spectra = ll.spectra(model, progress=False)
 two = ll.SpectrumSet([spectra["blocks.0.attn.qkv"], spectra["blocks.1.mlp.fc1"]])
-table = ll.runs("../data/results/digits.jsonl.xz")
+table = ll.experiments.runs("../data/results/digits.jsonl.xz")
 """
 
 

@@ -25,7 +25,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         notebook,
         """import lora_lens as ll
 
-model, source = ll.embedded.vision()
+model, source = ll.tasks.bundled.vision()
 ll.widgets.window_explorer(model, ll.spectra(model, progress=False), source)""",
     )
     command = [sys.executable, "-m", "nbconvert", "--to", "html", "--execute", str(notebook)]

@@ -36,7 +36,7 @@ import lora_lens as ll
 print(os.getpid())
 torch.manual_seed(0)
 model = timm.create_model("vit_base_patch16_224", num_classes=10)
-digits = ll.embedded.digits().first(train=8, test=8)
+digits = ll.tasks.bundled.digits().first(train=8, test=8)
 images = torch.nn.functional.interpolate(digits.test.inputs, size=224).expand(-1, 3, -1, -1)
 task = ll.Task("large digits", digits.classes, *2 * [ll.Examples(images, digits.test.labels)])
 ll.widgets.window_explorer(model, ll.spectra(model, progress=False), task)

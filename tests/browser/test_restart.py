@@ -11,7 +11,7 @@ from pages import Explorer, Notebook
 EXPLORERS = """import os
 import lora_lens as ll
 
-model, _ = ll.embedded.vision()
+model, _ = ll.tasks.bundled.vision()
 print(os.getpid())
 ll.widgets.spectrum_explorer(ll.spectra(model, vectors=False, progress=False))"""
 

@@ -11,8 +11,8 @@ from pages import Explorer, Notebook, eventually
 PANEL = """
 import lora_lens as ll
 
-model, source = ll.embedded.vision()
-digits = ll.embedded.digits().first(train=1000, test=200)
+model, source = ll.tasks.bundled.vision()
+digits = ll.tasks.bundled.digits().first(train=1000, test=200)
 panel = ll.widgets.training_explorer(
     model, digits, source.first(test=200), ll.spectra(model, progress=False), steps=400, evaluations=41
 )

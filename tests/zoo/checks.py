@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 import lora_lens as ll
-from lora_lens.adapter import planned
-from lora_lens.errors import LoraLensError
+from lora_lens._base.errors import LoraLensError
+from lora_lens.adapters.attaching import planned
 
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 RANK, TOLERANCE = 2, 1e-5

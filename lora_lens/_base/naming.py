@@ -1,0 +1,33 @@
+"""Names of layers, how they are listed to people, and the line of a caller's code that a warning is about."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+Targets = str | Sequence[str] | None
+
+GROUPS = ("all-linear", "all-conv", "all-attention", "all-mlp")
+
+
+def block_and_kind(name: str) -> tuple[int, str]:
+    """``"blocks.3.attn.qkv"`` -> ``(3, "attn.qkv")``; without a number the block is -1."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return int(part), ".".join(parts[i + 1 :]) or name
+    return -1, name
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def frames_inside() -> int:
+    """The stacklevel that shows a warning at the line outside lora_lens that led to it."""
+    level, frame = 0, sys._getframe(1)
+    inside = ("lora_lens.", "contextlib", "torch.")  # context managers and decorators are between
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level + 1

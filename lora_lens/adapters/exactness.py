@@ -1,0 +1,132 @@
+"""How exact an adapted model is: each weight at its start, and the function as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_lens._base import validate
+from lora_lens._base.errors import InputError
+from lora_lens._base.naming import block_and_kind
+from lora_lens._base.precision import as_double
+from lora_lens._base.torch_tools import call, evaluating
+from lora_lens.adapters.injection import ADAPTER, Start, attached, lora_layers, require_unmerged
+from lora_lens.adapters.uncalled import noting_uncalled
+from lora_lens.spectrum.layers import weight_matrix
+from lora_lens.spectrum.svd import product_norm
+from lora_lens.tasks.readouts import REMEDY, require_batch, taking
+
+
+def summary(adapted: nn.Module) -> pd.DataFrame:
+    """What is adapted, and how exactly: one row per layer.
+
+    Columns: layer, kind, rank, first and last (the lowest and highest component; missing for
+    ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that these components hold, in
+    [0, 1]; NaN where the adapter took its start from the weight, but not from components), scaling,
+    base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
+    ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
+    weight was not kept (inplace=True).
+
+    Raises:
+        ValueError: ``adapted`` does not come from :func:`attach`, or is merged.
+    """
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
+    rows = []
+    for name, layer in lora_layers(peft_model).items():
+        start = record.starts.get(name)
+        components = start.components.tolist() if start else []
+        rows.append(
+            {
+                "layer": name,
+                "kind": block_and_kind(name)[1],
+                "rank": layer.r[ADAPTER],
+                "first": components[0] if components else None,
+                "last": components[-1] if components else None,
+                "energy": 0.0 if start is None else _start_energy(layer, start),
+                "scaling": float(layer.scaling[ADAPTER]),
+                "base_dtype": str(layer.get_base_layer().weight.dtype).removeprefix("torch."),
+                "adapter_dtype": str(layer.lora_A[ADAPTER].weight.dtype).removeprefix("torch."),
+                "start_error": 0.0 if start is None else _start_error(layer, start),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> float:
+    """The largest output difference between two models, relative to the largest output.
+
+    max |f_adapted(x) - f(x)| / max |f(x)| over a batch; what :func:`attach`
+    promises to keep at the rounding level of the base's dtype.
+
+    Args:
+        adapted, model: the two models, on the inputs' device.
+        inputs: a batch, or a mapping of keyword arguments such as a tokenizer gives. Of outputs with
+            several tensors the first counts, which is the logits where the model has them. Outputs
+            at positions that an ``attention_mask`` among the inputs masks are left out.
+
+    Raises:
+        ValueError: the models do not take the inputs, or there are none; the outputs are no tensors, or of
+            different shapes.
+        TypeError: no models, or inputs of another type.
+
+    Warns:
+        UserWarning: adapted layers that were not called although the module that holds them ran.
+    """
+    for model_name, each in (("adapted", adapted), ("model", model)):
+        validate.instance(each, nn.Module, model_name, "a model")
+    require_batch(inputs)
+    with evaluating(adapted), evaluating(model), noting_uncalled(adapted):
+        reference, now = (_first_output(m, inputs) for m in (model, adapted))
+    if reference.shape != now.shape:
+        raise InputError(
+            f"the outputs of the two models have the shapes {tuple(now.shape)} and {tuple(reference.shape)}, "
+            "so they are no two states of one model"
+        )
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is not None and reference.shape[:-1] == mask.shape:
+        mask = mask.bool().to(reference.device)
+        reference, now = reference[mask], now[mask]
+    difference, largest = float((now - reference).abs().max()), float(reference.abs().max())
+    return difference / largest if largest else difference and float("inf")
+
+
+def _start_energy(layer: LoraLayer, start: Start) -> float:
+    """Window and residual are orthogonal, so their squared norms add up to that of the weight."""
+    if not len(start.components):
+        return float("nan")
+    window = layer.scaling[ADAPTER] ** 2 * float(product_norm(start.b, start.a)) ** 2
+    whole = window + float(torch.linalg.norm(weight_matrix(layer.get_base_layer()).float())) ** 2
+    return window / whole if whole > 0 else 0.0
+
+
+def _start_error(layer: LoraLayer, start: Start) -> float:
+    if start.original is None:
+        return float("nan")
+    base = layer.get_base_layer()
+    original = start.original.to(base.weight.device)
+    original = as_double(original.T if isinstance(base, Conv1D) else original.flatten(1))
+    now, b, a = map(as_double, (weight_matrix(base), start.b, start.a))
+    effective = torch.addmm(now, b, a, alpha=layer.scaling[ADAPTER])
+    norm = torch.linalg.norm(original)
+    return float(torch.linalg.norm(effective - original) / norm) if norm > 0 else 0.0
+
+
+def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    with taking(model, "these inputs", REMEDY):
+        output = call(model, inputs)
+    if not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+        first = next(iter(output.values() if isinstance(output, Mapping) else output), None)
+        output = first if logits is None else logits
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"the first output of {type(model).__name__} is a {type(output).__name__}, no tensor"
+        )
+    return as_double(output)

@@ -1,0 +1,200 @@
+"""Adapters for others: an ordinary LoRA for anybody's PEFT, or the residual base and its adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Set
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_lens._base.errors import InputError
+from lora_lens._base.hashing import digest_of
+from lora_lens._base.naming import listed
+from lora_lens._base.wrappers import unwrapped
+from lora_lens.adapters.adapter_files import FORMAT, write_adapter, write_record, write_tensors
+from lora_lens.adapters.copying import copied
+from lora_lens.adapters.injection import (
+    adapter_state,
+    attached,
+    buffers_by_name,
+    lora_layer,
+    lora_layers,
+    moved_buffers,
+    require_unmerged,
+    taken_off,
+    trained_update,
+    whole_modules,
+)
+from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, rank_settings
+from lora_lens.adapters.plain_peft import for_plain_peft
+from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
+from lora_lens.adapters.saving import weight_digests
+from lora_lens.spectrum.layers import weight_matrix
+from lora_lens.spectrum.svd import product_norm, product_svd
+from lora_lens.spectrum.window import whole_rank
+
+
+def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
+    """Write an ordinary LoRA (or DoRA) for the untouched pretrained model; any PEFT loads it.
+
+    The trained function is W - scaling B_0 A_0 + scaling B A. Seen from W the update has rank 2r:
+    scaling (B A - B_0 A_0) = scaling [B - B_0, B_0] [A; A - A_0], and rank r if one of the factors
+    was not trained. A smaller ``rank`` keeps the largest singular components of each update.
+
+    Args:
+        adapted: from :func:`lora_lens.attach`.
+        folder: as for :func:`save`.
+        rank: None for the exact update; otherwise the largest rank to write.
+
+    Returns:
+        One row per layer: layer, rank (as written), update (Frobenius norm of the whole update),
+        lost (share of its squared Frobenius norm that truncation left out, in [0, 1]).
+
+    Raises:
+        ValueError: ``adapted`` is none of attach's, is merged or holds NaN; or as :func:`save`.
+
+    Warns:
+        UserWarning: training moved buffers, such as batch norms' statistics: an adapter has no place
+            for them, so only :func:`load` brings them back, and PEFT does not.
+    """
+    most = None if rank is None else whole_rank(rank)
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
+    layers = lora_layers(peft_model)
+    state, ranks, rows = adapter_state(peft_model), {}, []
+    for name, layer in layers.items():
+        b, a, norm, lost = _truncated(*trained_update(layer, record.starts.get(name)), most)
+        if not torch.isfinite(norm):
+            raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
+        ranks[name] = len(a)
+        shapes = (layer.lora_B[ADAPTER].weight.shape, layer.lora_A[ADAPTER].weight.shape)
+        state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
+        state[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(len(a), *shapes[1][1:])
+        rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
+    if moved := moved_buffers(peft_model, record):
+        warnings.warn(
+            f"training moved {listed(moved, most=2)}, which an adapter cannot carry: with plain PEFT the "
+            "function differs; use merge_and_unload to keep it all, or train with the norms in eval mode",
+            stacklevel=2,
+        )
+    old = peft_model.peft_config[ADAPTER]
+    settings, state, in_full = for_plain_peft(peft_model, state)
+    config = LoraConfig(
+        use_dora=old.use_dora,
+        fan_in_fan_out=old.fan_in_fan_out,
+        task_type=old.task_type,
+        base_model_name_or_path=old.base_model_name_or_path,
+        **settings,
+        **rank_settings(
+            {name: rank for name, rank in ranks.items() if not lies_in(name, in_full)},
+            None,
+            settings.get("target_parameters", ()),
+        ),
+    )
+    digests = weight_digests(peft_model, record)
+    digests = {name: digest for name, digest in digests.items() if not lies_in(name, in_full)}
+    with replaced(folder, "adapter") as new:
+        write_adapter(new, config, state)
+        if moved:
+            write_tensors(new / BUFFERS, moved)
+        write_record(new, "adapter", record, digests)
+    return pd.DataFrame(rows)
+
+
+def export_residual(adapted: nn.Module, folder: str | Path) -> None:
+    """Write the residual model and the adapter as it was before training, for trainers that want both.
+
+    ``folder/base`` holds the residual model: of a transformers model with its configuration, for
+    ``from_pretrained``; of any other model its state in model.safetensors. ``folder/adapter`` holds
+    the window's factors as an ordinary PEFT adapter: load it trainable. To train over an 8- or 4-bit
+    base, load ``folder/base`` with that quantization: then only the residual is rounded, as in
+    QPiSSA (Meng et al. 2024).
+
+    Args:
+        adapted: from :func:`lora_lens.attach` with a window; what was trained since is left out.
+        folder: as for :func:`save`.
+
+    Raises:
+        ValueError: ``adapted`` holds no window, or as :func:`save`.
+    """
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
+    if not record.starts:
+        raise InputError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
+    state, digests = adapter_state(peft_model), {}
+    for name, start in record.starts.items():
+        layer = lora_layer(peft_model, name)
+        for key, factor in (("B", start.b), ("A", start.a)):
+            like = getattr(layer, f"lora_{key}")[ADAPTER].weight
+            state[f"{PREFIX}{name}.lora_{key}.weight"] = factor.reshape(like.shape)
+        residual = weight_matrix(layer.get_base_layer())
+        digests[name] = digest_of(residual)
+        if record.variant.dora:
+            key = f"{PREFIX}{name}.lora_magnitude_vector"
+            whole = torch.addmm(
+                residual.float(), start.b.float(), start.a.float(), alpha=layer.scaling[ADAPTER]
+            )
+            state[key] = torch.linalg.norm(whole, dim=1).reshape(state[key].shape).to(state[key].dtype)
+    for name, module in whole_modules(peft_model).items():
+        untrained = module.original_module.state_dict()
+        state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in untrained.items()}
+
+    # Modules of its own around the same tensors, because taking the adapter off changes modules.
+    tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
+    now = buffers_by_name(peft_model)
+    before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
+    base = taken_off(copied(peft_model, tensors | before))
+    with replaced(folder, BASE_AND_ADAPTER) as new:
+        (new / "base").mkdir()
+        (new / "adapter").mkdir()
+        _write_base(new / "base", base)
+        write_adapter(new / "adapter", peft_model.peft_config[ADAPTER], state)
+        write_record(new / "adapter", "adapter", record, digests)
+        write_about(new, {"format": FORMAT, "kind": BASE_AND_ADAPTER})
+
+
+def _write_base(folder: Path, base: nn.Module) -> None:
+    """A whole model, without what wraps its blocks; memory is shared only where reading ties it again."""
+    state = {unwrapped(key): tensor.detach() for key, tensor in base.state_dict().items()}
+    if isinstance(base, PreTrainedModel):
+        ties = base.get_expanded_tied_weights_keys(all_submodels=True)  # by its config
+        tied = {unwrapped(key) for key in [*ties, *ties.values()]}
+        base.save_pretrained(folder, state_dict=_own_memory(state, but=tied))
+    elif hasattr(base, "save_pretrained"):
+        base.save_pretrained(folder)
+    else:
+        write_tensors(folder / "model.safetensors", _without_aliases(state))
+
+
+def _own_memory(state: Mapping[str, Tensor], but: Set[str]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    own = {}
+    for key, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if place in seen and key not in but else tensor
+        seen.add(place)
+    return own
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One name for each tensor, as ``safetensors.torch.load_model`` expects it for tied weights."""
+    first: dict[tuple, str] = {}
+    for key, tensor in state.items():
+        first.setdefault((tensor.data_ptr() or key, tensor.shape, tensor.stride(), tensor.dtype), key)
+    return {key: state[key] for key in first.values()}
+
+
+def _truncated(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The factors of at most ``rank``, the norm of the whole product, and the share of it left out."""
+    norm = product_norm(b, a)
+    if rank is None or rank >= len(a) or not torch.isfinite(norm):
+        return b, a, norm, 0.0
+    left, values, right = product_svd(b.double(), a.double())
+    root, squares = values[:rank].sqrt(), values.square()
+    lost = float(squares[rank:].sum() / squares.sum()) if squares.sum() > 0 else 0.0
+    return (left[:, :rank] * root).to(b.dtype), (root[:, None] * right[:rank]).to(a.dtype), norm, lost

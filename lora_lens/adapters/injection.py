@@ -1,0 +1,386 @@
+"""PEFT's layers under a window: how they get into a model, what they started from, and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lora_lens._base.errors import InputError
+from lora_lens._base.hashing import digest_of
+from lora_lens._base.naming import listed
+from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
+from lora_lens.adapters.methods import Variant
+from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
+from lora_lens.adapters.planned_layers import injected
+from lora_lens.spectrum.layers import set_weight_matrix, weight_matrix
+from lora_lens.spectrum.sources.matrices import weights
+
+AGAIN = "attach again, or undo that"
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where the adapter of one weight started: what must be known to undo it.
+
+    Attributes:
+        components: (rank,) indices of the components, ascending; empty where the factors are not made
+            of components, as those of most of PEFT's own starts.
+        b, a: the factors as they were stored, (out_features, rank) and (rank, in_features).
+        digest: of the pretrained weight as a matrix, see :func:`lora_lens._base.hashing.digest_of`.
+        original: that weight, shared with the model that was given, and the version it had then;
+            None if the model was adapted in place.
+    """
+
+    components: Tensor
+    b: Tensor
+    a: Tensor
+    digest: str
+    original: Tensor | None = None
+    version: int = 0
+
+    def __deepcopy__(self, memo: dict) -> Start:
+        return self
+
+    def weight(self, name: str) -> Tensor:
+        """The pretrained weight as it was, in the layout of its layer.
+
+        Raises:
+            ValueError: it was not kept, or its model was trained meanwhile.
+        """
+        if self.original is None:
+            raise InputError(
+                f"the pretrained weight of {name} was not kept, because the model was adapted in place; "
+                "pass original=, the pretrained model or its file"
+            )
+        if self.original._version != self.version:
+            raise InputError(
+                f"the pretrained model was changed after attach (its {name}.weight); pass original=, "
+                "the pretrained model or its file"
+            )
+        return self.original
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """What :func:`attach` notes on the model that it returns, as the attribute ``attachment``.
+
+    Attributes:
+        method: in words.
+        variant: how the adapter was built.
+        starts: by layer name; none for ordinary LoRA.
+        trainable: the parameters of the pretrained model that required gradients.
+        buffers: of the pretrained model, such as the statistics of batch norms, which training moves.
+    """
+
+    method: str
+    variant: Variant
+    starts: Mapping[str, Start]
+    trainable: frozenset[str]
+    buffers: Mapping[str, Tensor]
+
+    def __deepcopy__(self, memo: dict) -> Attachment:
+        return self
+
+
+def require_unadapted(model: nn.Module) -> None:
+    """Raise a ValueError if PEFT is in the model: its weights may be residuals."""
+    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise InputError(
+            "this model is adapted already; start from the pretrained model instead, or first take the "
+            "adapter off (ll.detach, PEFT's unload) or in (PEFT's merge_and_unload)"
+        )
+
+
+def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
+    """The PEFT model inside wrappers (compiled, distributed), and what attach noted on it.
+
+    Raises:
+        ValueError: it does not come from attach.
+    """
+    inner = inner_model(adapted) if isinstance(adapted, nn.Module) else None
+    while not isinstance(inner, PeftModel) and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner_model(inner.module)  # in a wrapper that we do not know
+    if not isinstance(inner, PeftModel) or not hasattr(inner, "attachment"):
+        raise InputError(
+            f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; "
+            "for an adapter that was made elsewhere, use PEFT's own functions"
+        )
+    return inner, inner.attachment
+
+
+def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers by the names they have without PEFT and without wrappers.
+
+    Raises:
+        ValueError: what acts is not what attach made: a layer lost its adapter or got another one, another
+            adapter is active, or its scaling is another. Other adapters that are not active, such as the
+            reference of TRL's DPO, do not matter.
+    """
+    ours = planned_layers(peft_model)
+    for name, layer in ours.items():
+        active = list(layer.active_adapters)
+        if ADAPTER not in layer.lora_A or active != [ADAPTER]:
+            raise InputError(
+                f"{name} has {listed(active) or 'no adapter'} active and not {ADAPTER!r}, which attach "
+                f"made: call set_adapter({ADAPTER!r}), or attach again"
+            )
+        if (scaling := layer.scaling[ADAPTER]) != layer.planned_scaling:
+            raise InputError(
+                f"the scaling of {name} is {scaling:g}, and attach made it {layer.planned_scaling:g}: it "
+                "scales the pretrained components of a window, too, so it is no part of what is trained; "
+                f"undo it with PEFT's set_scale({ADAPTER!r}, 1)"
+            )
+        require_at_hand(name, layer)
+    known = {id(layer) for layer in ours.values()}
+    for path, module in peft_model.base_model.model.named_modules():
+        other = isinstance(module, LoraLayer) and id(module) not in known
+        if other and any(adapter in module.lora_A for adapter in module.active_adapters):
+            raise InputError(f"{path} was adapted by something else after attach: {AGAIN}")
+    return ours
+
+
+def planned_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+    """PEFT's layers that attach put in, by name, whatever happened to their adapters since.
+
+    Raises:
+        ValueError: some are no longer there.
+    """
+    found: dict[str, LoraLayer] = {}
+    for module in peft_model.base_model.model.modules():
+        if isinstance(module, LoraLayer) and hasattr(module, "planned_name"):
+            found.setdefault(module.planned_name, module)
+    planned = peft_model.planned_layers
+    if missing := [name for name in planned if name not in found]:
+        raise InputError(f"{listed(missing, most=3)} lost the adapter that attach gave: {AGAIN}")
+    return {name: found[name] for name in planned}
+
+
+def require_at_hand(name: str, layer: LoraLayer) -> None:
+    """Raise a ValueError if tensors of a layer are elsewhere, as after offloading and sharding."""
+    for tensor in (layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+        if tensor.is_meta or isinstance(tensor, DTensor):
+            where = "sharded (a DTensor)" if isinstance(tensor, DTensor) else "offloaded (on the meta device)"
+            raise InputError(
+                f"the weights of {name} are {where} since attach; gather them first, as accelerate's "
+                "remove_hook_from_submodules and FSDP's full state dict do"
+            )
+
+
+def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
+    return submodule(peft_model.base_model.model, name)
+
+
+def whole_modules(peft_model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
+    """What PEFT trains in full (modules_to_save), by the names that it has without PEFT and wrappers.
+
+    Raises:
+        ValueError: they are not those that attach wrapped.
+    """
+    wrapped = {
+        getattr(module, "planned_name", path): module
+        for path, module in peft_model.base_model.model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    if changed := sorted(wrapped.keys() ^ set(peft_model.planned_whole)):
+        raise InputError(f"{listed(changed, most=3)} was wrapped or unwrapped after attach: {AGAIN}")
+    return wrapped
+
+
+def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the keys that PEFT gives them in files; they share the model's memory.
+
+    Raises:
+        ValueError: the adapted layers are not those that attach adapted.
+    """
+    state = {}
+    for name, layer in lora_layers(peft_model).items():
+        for key in ("lora_A", "lora_B"):
+            state[f"{PREFIX}{name}.{key}.weight"] = getattr(layer, key)[ADAPTER].weight.detach()
+        if is_dora(layer):
+            length = layer.lora_magnitude_vector[ADAPTER].weight
+            state[f"{PREFIX}{name}.lora_magnitude_vector"] = length.detach()
+    for name, wrapper in whole_modules(peft_model).items():
+        own = wrapper.modules_to_save[ADAPTER].state_dict()
+        state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in own.items()}
+    return state
+
+
+def factor_matrix(factor: nn.ModuleDict) -> Tensor:
+    """A layer's A (rank, in_features) or B (out_features, rank), a view, also of a convolution's."""
+    return factor[ADAPTER].weight.detach().flatten(1)
+
+
+def note_pretrained(model: nn.Module) -> tuple[frozenset[str], dict[str, Tensor]]:
+    """Which parameters require gradients, and copies of the buffers: to be called before :func:`inject`."""
+    trainable = frozenset(name for name, p in tensors_by_name(model, "parameters") if p.requires_grad)
+    return trainable, {name: buffer.clone() for name, buffer in tensors_by_name(model, "buffers")}
+
+
+def tensors_by_name(model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """A model's "parameters" or "buffers" by the names that they have without PEFT and without wrappers."""
+    for name, module in named_modules(model):
+        parts = [part for part in name.split(".") if part not in ("", "base_layer", "original_module")]
+        for key, tensor in getattr(module, f"_{kind}").items():
+            if tensor is not None:
+                yield ".".join([*parts, key]), tensor
+
+
+def is_dora(layer: LoraLayer) -> bool:
+    return ADAPTER in getattr(layer, "lora_magnitude_vector", {})
+
+
+def inject(
+    model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
+) -> PeftModel:
+    """PEFT's layers in place of exactly the named ones, ready for :func:`set_start`.
+
+    Raises:
+        ValueError: PEFT refuses a layer, or adapts others than these; then the model is as it was.
+    """
+    names, whole = tuple(names), saved_modules(model, config.modules_to_save or ())
+    adapted = injected(model, config, names, whole, autocast=variant.dtype is None, seed=seed)
+    adapted.planned_layers, adapted.planned_whole = names, whole
+    adapted.training = adapted.base_model.training = model.training
+    for name in names:
+        layer = lora_layer(adapted, name)
+        layer.train(layer.get_base_layer().training)  # PEFT's are in training mode, so dropout would act
+        if variant.dtype is not None:
+            layer.lora_A.to(variant.dtype), layer.lora_B.to(variant.dtype)
+        if variant.train != "both":
+            fixed = "lora_B" if variant.train == "A" else "lora_A"
+            layer.frozen_peft_weight_names = {ADAPTER: (fixed,)}  # PEFT's set_adapter would train it again
+            getattr(layer, fixed).requires_grad_(False)
+    return adapted
+
+
+@torch.no_grad()
+def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
+    """Give a layer its first factors, (out, rank) and (rank, in), and its base the residual.
+
+    With ``keep`` the base's values go to new memory.
+    """
+    factor_matrix(layer.lora_B).copy_(b)
+    factor_matrix(layer.lora_A).copy_(a)
+    base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
+    if keep:
+        base.weight.data = base.weight.data.clone()
+    matrix = weight_matrix(base)
+    exact = torch.promote_types(matrix.dtype, torch.float32)
+    stored_b, stored_a = (factor_matrix(f).to(exact) for f in (layer.lora_B, layer.lora_A))
+    if matrix.dtype == exact:
+        residual = matrix.addmm_(stored_b, stored_a, alpha=-scaling)
+    else:
+        residual = torch.addmm(matrix.to(exact), stored_b, stored_a, alpha=-scaling)
+    if residual.data_ptr() != base.weight.data_ptr():
+        set_weight_matrix(base, residual)
+    if is_dora(layer):  # as long as the rows of the sum now are
+        layer.lora_magnitude_vector[ADAPTER].update_layer(
+            base_layer=base,
+            lora_A=layer.lora_A[ADAPTER].weight,
+            lora_B=layer.lora_B[ADAPTER].weight,
+            scaling=scaling,
+        )
+
+
+def note_start(layer: LoraLayer, components: Tensor, digest: str, original: Tensor | None) -> Start:
+    """To be called before the first training step."""
+    b, a = (factor_matrix(f).clone() for f in (layer.lora_B, layer.lora_A))
+    return Start(components, b, a, digest, original, 0 if original is None else original._version)
+
+
+def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
+    """Factors (out, R) and (R, in) of what was trained, float32 or more."""
+    scaling = layer.scaling[ADAPTER]
+    b, a = (factor_matrix(f).cpu() for f in (layer.lora_B, layer.lora_A))
+    exact = torch.promote_types(b.dtype, torch.float32)
+    b, a = b.to(exact), a.to(exact)
+    if start is None:
+        return scaling * b, a
+    b0, a0 = start.b.cpu().to(exact), start.a.cpu().to(exact)
+    if torch.equal(b, b0):
+        return scaling * b, a - a0
+    if torch.equal(a, a0):
+        return scaling * (b - b0), a
+    return scaling * torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
+
+
+def require_unmerged(peft_model: PeftModel) -> None:
+    """Raise a ValueError if an adapter is merged: its base is neither residual nor pretrained then."""
+    for name, layer in lora_layers(peft_model).items():
+        if layer.merged:
+            raise InputError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
+
+
+def moved_buffers(peft_model: PeftModel, record: Attachment) -> dict[str, Tensor]:
+    """The buffers that are not as the pretrained model had them."""
+    now, before = buffers_by_name(peft_model), record.buffers
+    return {n: b for n, b in now.items() if n in before and not torch.equal(b, before[n].to(b.device))}
+
+
+def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
+    """The model's buffers by the names that they have without PEFT and wrappers."""
+    return dict(tensors_by_name(peft_model.base_model.model, "buffers"))
+
+
+def taken_off(peft_model: PeftModel) -> nn.Module:
+    """The base model without PEFT's modules, but with its own where PEFT trained copies; uses it up."""
+    base = peft_model.base_model.model
+    kinds = (LoraLayer, ModulesToSaveWrapper)
+    # Not by PEFT's unload, which takes a child of the model's own called base_layer for one of its own.
+    for path, module in [(p, m) for p, m in base.named_modules() if isinstance(m, kinds)]:
+        parent, _, last = path.rpartition(".")
+        own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
+        base.get_submodule(parent)._modules[last] = own
+        placed(base, path)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
+
+
+def matrices_of(
+    source: nn.Module | str | Path, names: Sequence[str], prefix: str = ""
+) -> dict[str, Callable[[], Tensor]]:
+    """What reads each named weight of a model or file as a matrix.
+
+    Args:
+        prefix: the model's ``base_model_prefix``: transformers' from_pretrained also takes the file of a
+            model without its head, whose names lack it, or with a head, where they have it.
+
+    Raises:
+        ValueError: a name is missing there.
+    """
+    if not names:
+        return {}
+    within = f"{prefix}." if prefix else ""
+    ways = dict.fromkeys(
+        tuple(there)
+        for there in (names, [n.removeprefix(within) for n in names], [f"{within}{n}" for n in names])
+    )
+    errors = []
+    for there in ways:
+        try:
+            found = {w.name: w.load for w in weights(source, list(there))}
+            return {name: found[other] for name, other in zip(names, there, strict=True)}
+        except (InputError, KeyError) as error:
+            errors.append(error)
+    where = source if isinstance(source, (str, Path)) else type(source).__name__
+    raise InputError(f"{where} is not the model that was adapted: {errors[0]}") from errors[0]
+
+
+def require_same(name: str, matrix: Tensor, digest: str) -> None:
+    """Raise a ValueError that names the weight if it is not the one that was adapted."""
+    if digest_of(matrix) != digest:
+        raise InputError(
+            f"{name}.weight is not the one that this adapter was made for (their hashes differ; here "
+            f"{str(matrix.dtype).removeprefix('torch.')}, {tuple(matrix.shape)}): use the same pretrained "
+            "model, in the same dtype"
+        )

@@ -1,0 +1,287 @@
+"""PEFT's own initializations of LoRA, so that they stand in the same tables as windows.
+
+Each is PEFT's, with PEFT's default settings; only corda is asked for its knowledge-preserving mode. What
+needs data sees at most ``EXAMPLES`` training examples, drawn with the run's seed.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from itertools import count
+
+import torch
+from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor, nn
+
+from lora_lens._base import validate
+from lora_lens._base.errors import InputError
+from lora_lens._base.hashing import digest_of
+from lora_lens._base.naming import Targets
+from lora_lens._base.random_state import seeded
+from lora_lens._base.torch_tools import call, evaluating
+from lora_lens._base.wrappers import inner_model, paths_of, submodule
+from lora_lens.adapters.attaching import planned
+from lora_lens.adapters.copying import copy_around
+from lora_lens.adapters.injection import ADAPTER, Attachment, inject, lora_layer, note_pretrained, note_start
+from lora_lens.adapters.methods import LoRA, PeftStart, Variant
+from lora_lens.adapters.peft_names import peft_config, target_settings
+from lora_lens.spectrum.layers import matrix_shape, weight_matrix
+from lora_lens.spectrum.spectrum import SpectrumSet
+from lora_lens.tasks.readouts import Inputs, ask, layer_inputs, real_positions, to_device
+from lora_lens.tasks.task import Task
+
+EXAMPLES, BATCH = 256, 64
+MOST_PASSES = 1000  # batches that eva may look at before its components stand still
+TAKEN_OUT = ("pissa", "olora", "corda", "lora_ga")  # PEFT subtracts their B A from the base
+DATA = {"eva": "task", "lora_ga": "task", "corda": "retain"}
+
+
+def attach_start(
+    model: nn.Module,
+    start: PeftStart,
+    task: Task | None = None,
+    retain: Task | None = None,
+    *,
+    targets: Targets = None,
+    alpha: float | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """LoRA on a copy of ``model``, started as PEFT starts it; the function stays the pretrained one.
+
+    - eva runs the model on the new task's training inputs and shares out the ranks: a layer may get up to
+      twice ``start.rank``, or nothing and then no adapter; the sum of the ranks stays.
+    - lora_ga averages the gradients of the new task's loss over batches of 64, with the new head that
+      :func:`lora_lens.finetune` starts from at the same seed.
+    - corda takes the covariance of each layer's inputs over the retained task's training inputs.
+
+    Each of them sees 256 training examples, or all where there are fewer. They run in evaluation mode.
+    The B A of orthogonal is zero up to rounding, about 1e-7 of the weight.
+
+    The result is as from :func:`lora_lens.attach`: finetune, drift, detach, save and export take it. For
+    pissa, olora, corda and lora_ga the base is a residual, as under a window; for the others it is the
+    pretrained weight. Of these starts only pissa is one of components, so without a window
+    :func:`lora_lens.forgetting.drift` has NaN for the other starts' shares.
+
+    Args:
+        model: the pretrained model, whose adapted layers are plain ``nn.Linear``.
+        start: PEFT's name and the rank.
+        task, retain: the new task for eva and lora_ga, the retained task for corda.
+        targets, alpha: as for :func:`lora_lens.attach`.
+        seed: of what is random, of the choice of examples and of lora_ga's new head.
+
+    Raises:
+        ValueError: as :func:`lora_lens.attach`; a layer is no ``nn.Linear``, the rank is too large for
+            the method, the task that it needs is missing, a target takes no part in the loss (lora_ga),
+            too few inputs reach a layer or its components do not settle (eva).
+        TypeError: an argument is of another type than above.
+    """
+    seed = validate.whole_number(seed, "seed", least=0, most=2**63)
+    plan = planned_start(model, start, targets=targets, alpha=alpha)
+    for name, given in (("task", task), ("retain", retain)):
+        if given is not None:
+            validate.instance(given, Task, name, "an ll.Task")
+    model = inner_model(model)
+    data = {"task": task, "retain": retain}.get(DATA.get(start.name))
+    if start.name in DATA:
+        _require_use(model, start, list(plan), data)
+
+    trainable, buffers = note_pretrained(model)
+    originals = {name: submodule(model, name).weight.detach() for name in plan}
+    own = copy_around(model, [])
+    config = peft_config(own, plan, alpha, Variant(), ())
+    config.init_lora_weights = start.name
+    meant, paths = config.target_modules, paths_of(own, plan)
+    config.target_modules = "|".join(map(re.escape, paths.values()))  # PEFT's preparations look for these
+    if start.name == "corda":
+        config.corda_config = CordaConfig(corda_method="kpm")
+        _measure_covariances(own, model, config, list(plan), data, seed)
+    elif start.name == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        _measure_gradients(own, config, list(plan), data, seed)
+    elif start.name == "eva":
+        config.eva_config = EvaConfig()
+    config.target_modules = meant
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
+        adapted = inject(own, config, plan, Variant(), seed)
+    if start.name == "eva":
+        _fit_eva(adapted, start, data, seed)
+        base = adapted.get_base_model()
+        kept = tuple(name for name in plan if isinstance(submodule(base, name), LoraLayer))
+        adapted.planned_layers = kept
+        for key, value in target_settings(kept, model).items():
+            setattr(adapted.peft_config[ADAPTER], key, value)
+
+    starts = {}
+    for name, original in originals.items() if start.name in TAKEN_OUT else ():
+        components = torch.arange(start.rank if start.name == "pissa" else 0)
+        digest = digest_of(weight_matrix(submodule(model, name)))
+        starts[name] = note_start(lora_layer(adapted, name), components, digest, original)
+    _forget_recipe(adapted.peft_config[ADAPTER], start)
+    adapted.attachment = Attachment(str(start), Variant(), starts, trainable, buffers)
+    return adapted
+
+
+def planned_start(
+    model: nn.Module,
+    start: PeftStart,
+    *,
+    targets: Targets = None,
+    alpha: float | None = None,
+    spectra: SpectrumSet | None = None,
+    variant: Variant | None = None,
+) -> dict[str, PeftStart]:
+    """The start of each layer by name, after every check that needs no data. Copies and changes nothing.
+
+    Raises:
+        ValueError, TypeError: as :func:`attach_start`; or there is a variant, and PEFT builds these.
+    """
+    validate.instance(
+        start, PeftStart, "start", "an ll.adapters.PeftStart, such as ll.adapters.PeftStart('pissa', 8)"
+    )
+    if (variant or Variant()) != Variant():
+        raise InputError(f"{start} is built by PEFT and takes no variant, not {variant}")
+    plan = planned(model, LoRA(start.rank), targets=targets, alpha=alpha, spectra=spectra)
+    for name in plan:
+        layer = submodule(model, name)
+        if type(layer) is not nn.Linear:
+            raise InputError(
+                f"{start} does not fit {name}, a {type(layer).__name__}: PEFT's starts are for nn.Linear; "
+                "name other layers with targets="
+            )
+        most = _most_rank(start, matrix_shape(layer))
+        if start.rank > most:
+            raise InputError(
+                f"{start} does not fit {name}, {matrix_shape(layer)}: it needs several times as many "
+                f"directions as its rank there; use a rank of at most {most}"
+            )
+    return dict.fromkeys(plan, start)
+
+
+def _most_rank(start: PeftStart, shape: tuple[int, int]) -> int:
+    if start.name == "lora_ga":  # A from one half of 2 rank singular vectors, B from the other
+        return min(shape) // 2
+    if start.name == "eva":  # up to 2 rank components of the input, by a randomized SVD of twice as many
+        return shape[1] // 4
+    return min(shape)
+
+
+def _some_rows(examples: int, seed: int) -> Sequence[Tensor]:
+    """Batches of nearly equal size, of EXAMPLES row numbers in all."""
+    rows = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))[:EXAMPLES]
+    return rows.tensor_split(-(-len(rows) // BATCH))
+
+
+def _require_use(model: nn.Module, start: PeftStart, names: list[str], data: Task | None) -> None:
+    if data is None:
+        raise InputError(f"{start} is made from data: give attach_start {DATA[start.name]}=")
+    one = data.train.batch(torch.arange(1))
+    called = layer_inputs(model, names, to_device(one, next(model.parameters()).device))
+    for name in (n for n in names if n not in called):
+        raise InputError(
+            f"{start} needs the inputs of {name}, and the model makes its output without calling it; "
+            "leave it out of the targets"
+        )
+
+
+def _measure_covariances(
+    own: nn.Module, model: nn.Module, config: LoraConfig, names: list[str], retain: Task, seed: int
+) -> None:
+    """Leave what corda needs on the layers of ``own``.
+
+    PEFT takes each call of a layer for one sample, (1, tokens, in_features). So the inputs are taken from
+    passes of ``model`` and given to the layers of ``own`` one example at a time.
+    """
+    device = next(model.parameters()).device
+    layers = {name: submodule(own, name) for name in names}
+
+    def run() -> None:
+        for rows in _some_rows(len(retain.train), seed):
+            inputs = to_device(retain.train.batch(rows), device)
+            for name, x in layer_inputs(model, names, inputs).items():
+                x = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, in_features)
+                if (real := real_positions(inputs, x)) is not None:
+                    x = [sample[own] for sample, own in zip(x, real, strict=True)]
+                for sample in x if len(x[0]) > 1 else torch.stack(list(x)).transpose(0, 1):
+                    layers[name](sample[None])
+
+    preprocess_corda(own, config, run_model=run)
+
+
+def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], task: Task, seed: int) -> None:
+    """Leave what lora_ga needs on the layers of ``own``."""
+    device = next(own.parameters()).device
+    readout = task.new_readout(own, seed).to(device)
+
+    def train_step() -> None:
+        with evaluating(own):
+            for rows in _some_rows(len(task.train), seed):
+                nn.functional.cross_entropy(*ask(readout, own, task.train, rows)).backward()
+
+    def with_gradient(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        # PEFT's hooks fire where a gradient passes, and all weights are frozen.
+        if not given[0].requires_grad:
+            given[0].requires_grad_()
+
+    handles = [submodule(own, name).register_forward_pre_hook(with_gradient) for name in names]
+    try:
+        preprocess_loraga(own, config, train_step)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        if not hasattr(submodule(own, name), "_peft_loraga_grad"):
+            raise InputError(
+                f"{name} takes no part in the new task's loss, so lora_ga has no gradient of it; "
+                "leave it out of the targets"
+            )
+
+
+def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> None:
+    """Give eva's A to the layers, and each its rank."""
+    passes = count(1)
+
+    def forward(model: nn.Module, inputs: Inputs) -> None:
+        if next(passes) > MOST_PASSES:
+            raise InputError(
+                f"the components of {start} did not settle in {MOST_PASSES} batches of {task.name}; "
+                "use a smaller rank or more training examples"
+            )
+        call(model, inputs)
+
+    def rows_of(layer_input: tuple[Tensor, ...], inputs: Inputs, name: str) -> Tensor:
+        x = layer_input[0]
+        real = real_positions(inputs, x)
+        rows = x.flatten(0, -2) if real is None else x[real]
+        if len(rows) < 4 * start.rank:  # PEFT would wait for a larger batch forever
+            name = name.removeprefix("base_model.model.")
+            raise InputError(
+                f"{start} needs batches with at least {4 * start.rank} inputs for each layer; {name} gets "
+                f"{len(rows)}: use a smaller rank or more training examples"
+            )
+        return rows
+
+    device = next(adapted.parameters()).device
+    batches = [to_device(task.train.batch(rows), device) for rows in _some_rows(len(task.train), seed)]
+    with seeded(seed, device), evaluating(adapted):
+        initialize_lora_eva_weights(
+            adapted,
+            dataloader=batches,
+            forward_fn=forward,
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=rows_of,
+            show_progress_bar=False,
+        )
+
+
+def _forget_recipe(config: LoraConfig, start: PeftStart) -> None:
+    """A config that is saved must not make PEFT start anew when it loads: only mica says what is trained."""
+    if start.name != "mica":
+        config.init_lora_weights = start.name not in TAKEN_OUT
+        config.eva_config = config.corda_config = config.lora_ga_config = None

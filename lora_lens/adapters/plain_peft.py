@@ -1,0 +1,72 @@
+"""An adapter in the form in which plain PEFT, with its ways of matching names, makes the same model of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from torch import Tensor, nn
+
+from lora_lens._base.errors import InputError
+from lora_lens._base.naming import listed
+from lora_lens._base.wrappers import named_modules, submodule, unwrapped
+from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, target_settings
+
+
+def for_plain_peft(
+    peft_model: PeftModel, state: Mapping[str, Tensor]
+) -> tuple[dict[str, object], dict[str, Tensor], tuple[str, ...]]:
+    """PEFT's settings that name the layers, the tensors that go with them, and what these hold in full.
+
+    PEFT takes modules_to_save by the ends of names letter by letter: classifier also means pre_classifier.
+    And where it has to adapt a layer as a parameter, see
+    :func:`lora_lens.adapters.peft_names.target_settings`, it knows no DoRA. For some transformers models it
+    renames tensors when it loads them, after rules made for released checkpoints, and drops those whose new
+    name no module has. What it would take, drop or cannot adapt is written in full, with its adapter merged.
+
+    Raises:
+        ValueError: then there is no adapter left.
+    """
+    base = peft_model.base_model.model
+    layers, whole = peft_model.planned_layers, peft_model.planned_whole
+    taken = [n for n, _ in named_modules(base) if whole and n.endswith(whole) and not lies_in(n, whole)]
+    if peft_model.peft_config[ADAPTER].use_dora:
+        parameters = target_settings(layers, base).get("target_parameters", ())
+        taken += [name.removesuffix(".weight") for name in parameters]
+    taken += _dropped(peft_model, state)
+    full = tuple(name for name in taken if not lies_in(name, [other for other in taken if other != name]))
+    names = [name for name in layers if not lies_in(name, full)]
+    if not names:
+        raise InputError(
+            f"plain PEFT has no adapter for {listed(layers, most=3)} beside modules_to_save={list(whole)}; "
+            "use save and load, or PEFT's merge_and_unload"
+        )
+    kept = {key: t for key, t in state.items() if not lies_in(key.removeprefix(PREFIX), full)}
+    for name in full:
+        kept |= {f"{PREFIX}{name}.{k}": t for k, t in _merged_state(submodule(base, name)).items()}
+    settings = target_settings(names, base) | {"modules_to_save": [*whole, *full] or None}
+    return settings, kept, full
+
+
+def _dropped(peft_model: PeftModel, state: Mapping[str, Tensor]) -> list[str]:
+    """The layers whose factors PEFT would not find again when it loads these tensors."""
+    factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
+    found = convert_peft_adapter_state_dict_for_transformers(
+        peft_model, peft_model.peft_config[ADAPTER], dict(factors)
+    )
+    lost = factors.keys() - found.keys()
+    return [
+        name for name in peft_model.planned_layers if any(k.startswith(f"{PREFIX}{name}.lora_") for k in lost)
+    ]
+
+
+def _merged_state(module: nn.Module) -> dict[str, Tensor]:
+    holder = nn.ModuleDict({"copy": copy.deepcopy(module)})
+    for path, layer in list(holder.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            holder.set_submodule(path, layer.get_base_layer())
+    return {unwrapped(key): tensor for key, tensor in holder["copy"].state_dict().items()}

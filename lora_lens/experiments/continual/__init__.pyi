@@ -1,0 +1,25 @@
+from .metrics import (
+    accuracy_curve as accuracy_curve,
+    accuracy_matrix as accuracy_matrix,
+    average_accuracy as average_accuracy,
+    average_forgetting as average_forgetting,
+    backward_transfer as backward_transfer,
+    continual_scores as continual_scores,
+    forgetting_curve as forgetting_curve,
+    forward_transfer as forward_transfer,
+    intransigence as intransigence,
+    learning_accuracy as learning_accuracy,
+    score_means as score_means,
+)
+from .sequence_sweeps import (
+    continual_drifts as continual_drifts,
+    continual_runs as continual_runs,
+    continual_sweep as continual_sweep,
+)
+from .strategies import (
+    Continued as Continued,
+    Joint as Joint,
+    Merged as Merged,
+    Moving as Moving,
+    Separate as Separate,
+)

@@ -1,0 +1,271 @@
+"""Continual learning: tasks one after the other, all of them tested after each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from lora_lens._base.errors import InputError, InputTypeError
+from lora_lens._base.naming import Targets
+from lora_lens._base.validate import choice, flag, instance, sequence, whole_number
+from lora_lens._base.wrappers import submodule
+from lora_lens.adapters.attaching import chosen_layers, planned
+from lora_lens.adapters.methods import Method, Variant, inner_method, penalty_of
+from lora_lens.experiments.continual.metrics import ENDED, RESULTS
+from lora_lens.experiments.continual.sequence_training import Sequential, checkpoint_of, learn
+from lora_lens.experiments.continual.strategies import Joint, Moving, Strategy, method_of, require_method
+from lora_lens.experiments.engines import checked_jobs, run_missing
+from lora_lens.experiments.identity import ANSWERS, model_identity, sample_loss
+from lora_lens.experiments.records import all_records, records_of, told_apart
+from lora_lens.experiments.store import open_store, require_writable, run_first
+from lora_lens.experiments.sweeps import A_TASK, Grid, require_shared, shared_training
+from lora_lens.spectrum.layers import weight_matrix
+from lora_lens.spectrum.spectrum import SpectrumSet
+from lora_lens.tasks.scenarios import SCENARIOS, all_at_once
+from lora_lens.tasks.task import Task
+from lora_lens.training.settings import Training
+
+
+def continual_sweep(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    strategy: Strategy,
+    grid: Grid,
+    *,
+    setting: str = "task-incremental",
+    orders: Sequence[Sequence[int]] | None = None,
+    retain: Task | None = None,
+    store: str | Path | None = None,
+    targets: Targets = None,
+    alpha: float | None = None,
+    variant: Variant | None = None,
+    spectra: SpectrumSet | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
+    **settings: object,
+) -> pd.DataFrame:
+    """Train ``tasks`` in order and test all of them after each, for every point of ``grid`` and every order.
+
+    Every task gets the same number of steps. A sequence that is stopped goes on from its last finished task
+    and ends with the same numbers; what is kept meanwhile does not grow with the number of tasks, but for
+    their heads.
+
+    Args:
+        model: the pretrained model; it is left as it was.
+        tasks: what to learn.
+        strategy: what one task hands on to the next, see :mod:`lora_lens.experiments.continual.strategies`.
+        grid: methods (windows, LoRA, FullFineTuning, also under a penalty), learning rates and seeds.
+        setting: "task-incremental" (a head for each task), "domain-incremental" (one head) or
+            "class-incremental" (one head that grows), see :mod:`lora_lens.tasks.scenarios`. ``Separate`` has
+            a head for each task in any setting.
+        orders: permutations of range(len(tasks)); default the order given.
+        retain: what the pretrained model could do, tested after each task.
+        store: a folder that keeps one file per finished sequence and one checkpoint per unfinished one;
+            strategies and settings may share it. Without it nothing is kept.
+        targets, alpha, variant: as for :func:`lora_lens.attach`.
+        spectra: of this model, if they are at hand. With all vectors, what became of the weights is measured
+            after each task: see :func:`continual_drifts`.
+        jobs: processes; default all cores that may be used (one where there is a GPU). Every run computes
+            with one thread.
+        settings: of :class:`lora_lens.Training`, for each task; steps are those of one task.
+
+    Returns:
+        One row per sequence, number of tasks trained and task. Columns: run (identity), strategy, method,
+        rank, position, start, setting, order (the tasks' numbers as they are trained), alpha, targets, lr,
+        seed and the other settings; after (0 to the number of tasks: how many were trained); task (name);
+        place (of the task in the order, from 0); accuracy (in [0, 1]) and loss (nats) on the task's test set,
+        NaN where it has no head yet; retained_before and retained_accuracy (NaN without ``retain``);
+        diverged (such a sequence is not trained further, unless by ``Separate``); failed and reason (why,
+        else ""): such a sequence has rows without results, ends no other, and is tried again, from its last
+        finished task, by the next call. The accuracy matrix R[i, j]
+        of the literature has after = i + 1 and place = j; see :mod:`lora_lens.experiments.continual.metrics`.
+
+    Raises:
+        ValueError: fewer than two tasks, an order that is no permutation, another setting, tasks that do not
+            fit the model or the setting, a window that does not fit, ``store`` holds another experiment, or
+            all sequences failed, with the first one's reason (of an error that is not ours RuntimeError).
+        OSError: ``store`` cannot be written to.
+        TypeError: a strategy, or a method that it cannot chain.
+    """
+    instance(grid, Grid, "grid", "a lora_lens.Grid of methods, learning rates and seeds")
+    tasks = sequence(tasks, "tasks", "tasks", Task)
+    for name, given in (("each of tasks", one) for one in tasks):
+        instance(given, Task, name, A_TASK)
+    if retain is not None:
+        instance(retain, Task, "retain", A_TASK)
+    if not isinstance(strategy, Strategy):
+        raise InputTypeError(f"expected a strategy such as Merged(), not {strategy!r}")
+    require_shared(model, variant, spectra)
+    if "evaluations" in settings:
+        raise InputError(
+            "evaluations has no sense here, as tests follow tasks: do not give it to continual_sweep"
+        )
+    training = shared_training("continual_sweep", continual_sweep, {**settings, "evaluations": 2})
+    variant = variant or Variant()
+    jobs, progress = checked_jobs(jobs), flag(progress, "progress")
+    require_writable(store)
+    orders = _orders(orders, len(tasks))
+    layers = _checked(
+        model, tasks, strategy, grid, setting, retain, targets, alpha, spectra, variant, training
+    )
+    experiment = Sequential(
+        model, tasks, strategy, setting, retain, layers, alpha, variant, spectra, training
+    )
+    points = [(m, order, lr, s) for order in orders for m, lr, s in grid]
+    with open_store(store, _identity(model, tasks, retain)) as folder:
+        plan = [(point, folder / f"{experiment.record(*point)['run']}.json") for point in points]
+        bar = {"shown": progress, "desc": str(strategy), "unit": "sequence"}
+        records = run_missing(partial(learn, experiment), experiment.lost, plan, jobs, **bar)
+        for (_, path), record in zip(plan, records, strict=True):
+            if "failed" not in record:
+                checkpoint_of(path).unlink(missing_ok=True)
+        return _table(records)
+
+
+def continual_runs(store: str | Path) -> pd.DataFrame:
+    """All sequences of a results folder, or of a file from :func:`lora_lens.experiments.pack`.
+
+    Returns:
+        The columns of :func:`continual`, by setting, strategy, method, rank, position, order, rate and seed.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: it holds no sequences.
+    """
+    records = [record for record in all_records(store).values() if "rows" in record]
+    if not records:
+        raise InputError(f"{store} holds no sequences of tasks; single runs are read by ll.experiments.runs")
+    keys = ["setting", "strategy", "method", "rank", "position", "order", "lr", "seed", "after", "place"]
+    return _table(records).sort_values(keys, kind="stable", ignore_index=True)
+
+
+def continual_drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
+    """What became of the weights over each sequence in ``table``, as far as it was measured.
+
+    Returns:
+        One row per run, number of tasks trained and layer: run, after, layer, update
+        (||W - W_0||_F / ||W_0||_F with W_0 the pretrained weight), and for windows overlap_left,
+        overlap_right and block_change: what is left of the first task's window as it stood after that task,
+        see :func:`lora_lens.forgetting.window_survival.survival`; NaN for other methods.
+
+    Raises:
+        ValueError: nothing was measured: ``continual`` had no spectra with all vectors.
+    """
+    records = records_of(store, table)
+    parts = [pd.DataFrame(r["drift"]).assign(run=r["run"]) for r in records if r.get("drift")]
+    if not parts:
+        raise InputError(
+            f"no sequence in {store} was kept with its drift; continual measures it when it is given "
+            "spectra=ll.spectra(model), with all vectors"
+        )
+    return run_first(parts)
+
+
+def _checked(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    strategy: Strategy,
+    grid: Grid,
+    setting: str,
+    retain: Task | None,
+    targets: Targets,
+    alpha: float | None,
+    spectra: SpectrumSet | None,
+    variant: Variant,
+    training: Training,
+) -> dict[Method, list[str]]:
+    """The layers of each method, after every check that can be made before the first step."""
+    if len(tasks) < 2:
+        raise InputError(
+            f"a sequence needs at least two tasks, not {len(tasks)}; for one there is ll.finetune"
+        )
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise InputError(f"two tasks have one name, and their rows could not be told apart: {names}")
+    choice(setting, "setting", SCENARIOS)
+    SCENARIOS[setting](tasks)
+    for task in tasks:
+        task.new_readout(model, seed=0)
+    if retain is not None:
+        retain.own_readout(model)
+    if isinstance(strategy, Joint):
+        all_at_once(setting, tasks, model, seed=0)
+    for lr, seed in product(grid.lr, grid.seed):
+        replace(training, lr=lr, seed=seed)
+    memory = getattr(strategy, "memory", None)
+    layers = {}
+    for method in grid.methods:
+        require_method(strategy, method)
+        penalty, share = penalty_of(method), 0 if memory is None else memory.share
+        if penalty is not None and penalty.share + share >= 1:
+            raise InputError(f"{penalty} and {memory} would leave no place for new examples in a batch")
+        if penalty is not None and penalty.share and retain is None:
+            raise InputError(f"{penalty} needs examples of what is to be retained: give retain=")
+        if training.batch_size * share < 1 <= share * 2:
+            raise InputError(f"{memory} needs half of each batch, and batch_size is {training.batch_size}")
+        for place in range(len(tasks) if isinstance(strategy, Moving) else 1):
+            inner = inner_method(method_of(strategy, method, place))
+            plan = planned(model, inner, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
+            for name, placement in plan.items():
+                if isinstance(strategy, Moving):
+                    layer = weight_matrix(submodule(model, name))
+                    placement.chosen(torch.ones(min(layer.shape)), name)
+        layers[method] = list(plan) or list(chosen_layers(model, targets, spectra))
+    return layers
+
+
+def _orders(orders: Sequence[Sequence[int]] | None, count: int) -> list[tuple[int, ...]]:
+    given = [range(count)] if orders is None else sequence(orders, "orders", "orders of the tasks")
+    orders = [
+        tuple(
+            whole_number(place, "a task's number in an order")
+            for place in sequence(one, "an order", "numbers")
+        )
+        for one in given
+    ]
+    if not orders:
+        raise InputError("orders is empty: give at least one, or None for the order of the tasks")
+    for order in orders:
+        if sorted(order) != list(range(count)):
+            raise InputError(f"an order is a permutation of 0 to {count - 1}, not {order}")
+    if len(set(orders)) < len(orders):
+        raise InputError(f"an order is given twice: {orders}")
+    return orders
+
+
+def _identity(model: nn.Module, tasks: Sequence[Task], retain: Task | None) -> dict[str, str]:
+    return {
+        "lora_lens": version("lora_lens"),
+        **model_identity(model),
+        "tasks": "; ".join(f"{task.name} {task.fingerprint()}" for task in tasks),
+        "retain": "nothing" if retain is None else f"{retain.name} {retain.fingerprint()}",
+        **({} if retain is None else {ANSWERS: sample_loss(model, retain)}),
+    }
+
+
+def _table(records: Iterable[dict]) -> pd.DataFrame:
+    together = pd.DataFrame(
+        [
+            {
+                "run": record["run"],
+                **record["settings"],
+                **dict(zip(record["rows"], values, strict=True)),
+                "failed": "failed" in record,
+                "reason": record.get("failed", ""),
+            }
+            for record in told_apart(records)
+            for values in zip(*record["rows"].values(), strict=True)
+        ]
+    )
+    for name in ("rank", "position", "start", "alpha"):
+        together[name] = pd.to_numeric(together[name])  # NaN, where all are None, too
+    last = [*RESULTS, *ENDED]
+    return together[["run", *together.columns.drop(["run", *last]), *last]]

@@ -1,0 +1,344 @@
+"""One sequence of tasks: train, hand on, test all, from its last checkpoint to its end."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_lens._base.wrappers import submodule
+from lora_lens.adapters.attaching import attach
+from lora_lens.adapters.injection import lora_layer
+from lora_lens.adapters.methods import Method, Penalty, Variant, inner_method, penalty_of
+from lora_lens.experiments.continual.checkpoint import State, keep, restored
+from lora_lens.experiments.continual.metrics import RESULTS
+from lora_lens.experiments.continual.strategies import (
+    Continued,
+    Joint,
+    Separate,
+    Strategy,
+    exact_strategy,
+    method_of,
+)
+from lora_lens.experiments.identity import exact, exact_method, named_method, named_record
+from lora_lens.experiments.sweeps import ended_without_numbers, short
+from lora_lens.forgetting.weight_drift import effective_weight
+from lora_lens.forgetting.window_survival import components_of, survival
+from lora_lens.spectrum.layers import weight_matrix
+from lora_lens.spectrum.spectrum import SpectrumSet, spectra as compute_spectra
+from lora_lens.spectrum.window import Placement
+from lora_lens.tasks.evaluation import evaluate
+from lora_lens.tasks.readouts import Readout
+from lora_lens.tasks.scenarios import SCENARIOS, TaskIncremental, all_at_once, one_of
+from lora_lens.tasks.task import Task
+from lora_lens.training.loop import finetune
+from lora_lens.training.memories import Memory
+from lora_lens.training.settings import Training
+
+SEEDS_APART = 1000  # between the seeds of two tasks of one sequence
+Point = tuple[Method, tuple[int, ...], float, int]  # method, order, learning rate, seed
+
+
+@dataclass(frozen=True, eq=False)
+class Sequential:
+    """What all sequences of one call share."""
+
+    model: nn.Module
+    tasks: Sequence[Task]
+    strategy: Strategy
+    setting: str
+    retain: Task | None
+    layers: Mapping[Method, list[str]]
+    alpha: float | None
+    variant: Variant
+    spectra: SpectrumSet | None
+    training: Training
+
+    def record(self, method: Method, order: Sequence[int], lr: float, seed: int) -> dict[str, object]:
+        """What is known of a sequence before it runs: its name, and its settings for people and exactly."""
+        training = asdict(replace(self.training, lr=lr, seed=seed))
+        del training["evaluations"]
+        settings = {
+            "strategy": str(self.strategy),
+            **named_method(method),
+            "setting": self.setting,
+            "order": " ".join(map(str, order)),
+            "alpha": None if self.alpha is None else float(self.alpha),
+            "targets": " ".join(self.layers[method]),
+            **({} if self.variant == Variant() else {"variant": str(self.variant)}),
+            **{name: exact(value, name) for name, value in training.items()},
+        }
+        return named_record(settings, exact_method(method) | exact_strategy(self.strategy))
+
+    def lost(self, point: Point) -> dict[str, object]:
+        """The record of a sequence that has no results: rows without numbers."""
+        order, unknown = point[1], float("nan")
+        rows = [
+            (after, self.tasks[number].name, place, unknown, unknown, unknown, unknown, False)
+            for after in range(len(order) + 1)
+            for place, number in enumerate(order)
+        ]
+        columns = (list(column) for column in zip(*rows, strict=True))
+        return self.record(*point) | {"rows": dict(zip(RESULTS, columns, strict=True))}
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """A method's penalty and a strategy's memory as one penalty, for :func:`lora_lens.finetune`."""
+
+    penalty: Penalty | None
+    memory: Memory | None
+    state: State
+
+    @property
+    def share(self) -> float:
+        return sum(part.share for part in (self.penalty, self.memory) if part is not None)
+
+    def begin(self, model: nn.Module, retain: Task | None, config: Training) -> Callable[[], Tensor | float]:
+        terms = [] if self.penalty is None else [self.penalty.begin(model, retain, config)]
+        if self.memory is not None:
+            state = self.state
+            terms.append(self.memory.term(state.kept, model, state.scenario, state.after, config))
+        return lambda: sum(term() for term in terms)
+
+
+def learn(experiment: Sequential, point: Point, path: Path) -> dict[str, object]:
+    """The record of one sequence, trained to its end from its checkpoint, if ``path`` has one.
+
+    The checkpoint stays until the next call: the record is not on the disk yet.
+    """
+    checkpoint = checkpoint_of(path)
+    if isinstance(experiment.strategy, Joint):
+        state = _joint(experiment, point)
+    else:
+        state = restored(checkpoint, partial(_fresh, experiment, point))
+        state = state or _started(experiment, point)
+        while state.after < len(experiment.tasks):
+            _next_task(experiment, point, state)
+            if state.after < len(experiment.tasks):
+                keep(state, experiment.model, checkpoint)
+    return {
+        **experiment.record(*point),
+        "rows": pd.DataFrame(state.rows).to_dict("list"),
+        "drift": pd.DataFrame(state.drift).to_dict("list"),
+        "seconds": state.seconds,
+    }
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Where an unfinished sequence is kept whose record will be at ``path``."""
+    return path.parent / "unfinished" / f"{path.stem}.pt"
+
+
+def _started(experiment: Sequential, point: Point) -> State:
+    """Before the first task, everything tested."""
+    state = _fresh(experiment, point)
+    examine(experiment, state, point[1], diverged=False)
+    return state
+
+
+def _fresh(experiment: Sequential, point: Point) -> State:
+    """As the pretrained model is, adapted if one adapter serves all tasks."""
+    method, order, _, seed = point
+    tasks = [experiment.tasks[number] for number in order]
+    separate = isinstance(experiment.strategy, Separate)
+    model = copy.deepcopy(experiment.model)
+    if isinstance(experiment.strategy, Continued):
+        model = _attached(experiment, model, method, seed, experiment.spectra)
+    scenario = (TaskIncremental if separate else SCENARIOS[experiment.setting])(tasks)
+    scenario.prepare(model, seed)
+    return State(model, scenario)
+
+
+def _next_task(experiment: Sequential, point: Point, state: State) -> None:
+    method, order, lr, seed = point
+    strategy, place = experiment.strategy, state.after
+    started = time.monotonic()
+    config = replace(experiment.training, lr=lr, seed=seed + SEEDS_APART * place)
+    if state.rows[-1]["diverged"] and not isinstance(strategy, Separate):
+        # Nothing can start from weights that are no numbers any more: there is no spectrum, no Fisher.
+        state.scenario.begin(place, state.model, config.seed)
+        state.after += 1
+        examine(experiment, state, order, diverged=True)
+        state.seconds.append(time.monotonic() - started)
+        return
+    if isinstance(strategy, Continued):
+        adapted = state.model
+    elif isinstance(strategy, Separate):
+        adapted = copy.deepcopy(experiment.model)
+        adapted = _attached(experiment, adapted, method, config.seed, experiment.spectra)
+    else:
+        now = method_of(strategy, method, place)
+        known = experiment.spectra if place == 0 else None
+        adapted = _attached(experiment, state.model, now, config.seed, known)
+    state.scenario.begin(place, adapted, config.seed)
+    memory = getattr(strategy, "memory", None)
+    terms = _Terms(penalty_of(method), memory if place else None, state)
+    diverged = _train(experiment, adapted, *state.scenario.trained(place), config, terms)
+    if memory is not None and not diverged:
+        state.kept = memory.learnt(state.kept, adapted, state.scenario, place, config)
+    state.after += 1
+    if isinstance(strategy, Separate):
+        answers = evaluate(adapted, *state.scenario.trained(place), precision=config.precision)
+        state.own.append((answers.accuracy, answers.loss))
+    else:
+        keeps = isinstance(strategy, Continued) or not isinstance(adapted, PeftModel)
+        state.model = adapted if keeps else adapted.merge_and_unload()
+        _measure_weights(experiment, state, method_of(strategy, method, 0))
+    examine(experiment, state, order, diverged)
+    state.seconds.append(time.monotonic() - started)
+
+
+def _attached(
+    experiment: Sequential, model: nn.Module, method: Method, seed: int, spectra: SpectrumSet | None
+) -> nn.Module:
+    """``model`` itself, adapted; spectra of merged weights go to no cache: nothing asks for them again."""
+    inner, names = inner_method(method), experiment.layers
+    targets = names.get(method) or next(iter(names.values()))
+    if spectra is None and isinstance(inner, Placement):
+        wanted = {name: [inner] for name in targets}
+        spectra = compute_spectra(model, targets, vectors=wanted, cache=False, progress=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(peft_config|second time).*")  # of the merged one before
+        return attach(
+            model,
+            inner,
+            targets=targets,
+            alpha=experiment.alpha,
+            spectra=spectra,
+            variant=experiment.variant,
+            inplace=True,
+            seed=seed,
+        )
+
+
+def _train(
+    experiment: Sequential,
+    adapted: nn.Module,
+    task: Task,
+    readout: Readout,
+    config: Training,
+    terms: _Terms,
+) -> bool:
+    """Whether it diverged. Tests follow once the task is learnt, so that finetune's own see one example."""
+    needed = terms.penalty is not None and experiment.retain is not None
+    retain = experiment.retain.subset(test=1) if needed else None
+    penalty = None if terms.penalty is None and terms.memory is None else terms
+    run = finetune(
+        adapted, task.subset(test=1), retain, config, penalty=penalty, readout=readout, progress=False
+    )
+    return ended_without_numbers(run)
+
+
+def examine(experiment: Sequential, state: State, order: Sequence[int], diverged: bool) -> None:
+    """Rows of accuracies, one per task."""
+    separate = isinstance(experiment.strategy, Separate)
+
+    def answers_to(place: int) -> tuple[float, float]:
+        if separate:
+            return state.own[place] if place < state.after else (float("nan"),) * 2
+        return _asked(experiment, state.model, state.scenario.asked(place, state.after))
+
+    retained = (
+        state.rows[0]["retained_before"] if separate and state.rows else _retained(experiment, state.model)
+    )
+    _note(experiment, state, order, [answers_to(place) for place in range(len(order))], retained, diverged)
+
+
+def _note(
+    experiment: Sequential,
+    state: State,
+    order: Sequence[int],
+    answers: Sequence[tuple[float, float]],
+    retained: float,
+    diverged: bool,
+) -> None:
+    before = state.rows[0]["retained_before"] if state.rows else retained
+    for place, (accuracy, loss) in enumerate(answers):
+        state.rows.append(
+            {
+                "after": state.after,
+                "task": experiment.tasks[order[place]].name,
+                "place": place,
+                "accuracy": accuracy,
+                "loss": loss,
+                "retained_before": before,
+                "retained_accuracy": retained,
+                "diverged": diverged,
+            }
+        )
+
+
+def _asked(
+    experiment: Sequential, model: nn.Module, asked: tuple[Task, Readout] | None
+) -> tuple[float, float]:
+    if asked is None:
+        return float("nan"), float("nan")
+    answers = evaluate(model, *asked, precision=experiment.training.precision)
+    return answers.accuracy, answers.loss
+
+
+def _retained(experiment: Sequential, model: nn.Module) -> float:
+    if experiment.retain is None:
+        return float("nan")
+    return evaluate(model, experiment.retain, precision=experiment.training.precision).accuracy
+
+
+def _joint(experiment: Sequential, point: Point) -> State:
+    """All tasks at once; between the start and the end there is nothing to test."""
+    method, order, lr, seed = point
+    tasks, count = [experiment.tasks[number] for number in order], len(order)
+    started = time.monotonic()
+    adapted = _attached(experiment, copy.deepcopy(experiment.model), method, seed, experiment.spectra)
+    together, readout = all_at_once(experiment.setting, tasks, adapted, seed)
+    state = State(adapted, TaskIncremental(tasks))
+    nothing = [(float("nan"),) * 2] * count
+    _note(experiment, state, order, nothing, _retained(experiment, adapted), False)
+    config = replace(experiment.training, lr=lr, seed=seed, steps=experiment.training.steps * count)
+    terms = _Terms(penalty_of(method), None, state)
+    diverged = _train(experiment, adapted, together, readout, config, terms)
+    for state.after in range(1, count):
+        _note(experiment, state, order, nothing, float("nan"), False)
+    state.after = count
+    asked = [one_of(experiment.setting, tasks, place, readout) for place in range(count)]
+    answers = [_asked(experiment, adapted, one) for one in asked]
+    _note(experiment, state, order, answers, _retained(experiment, adapted), diverged)
+    state.seconds.append(time.monotonic() - started)
+    return state
+
+
+def _measure_weights(experiment: Sequential, state: State, method: Method) -> None:
+    """Drift and survival, if the pretrained spectra are known with all vectors."""
+    known, inner = experiment.spectra or {}, inner_method(method)
+    names = next(iter(experiment.layers.values()))
+    if not all(name in known and known[name].has_all_vectors for name in names):
+        return
+    for name in names:
+        layer = submodule(experiment.model, name)
+        before = weight_matrix(layer).detach().cpu().double()
+        now = _matrix(state.model, name)
+        row = {"after": state.after, "layer": name}
+        row["update"] = float(torch.linalg.norm(now - before) / torch.linalg.norm(before))
+        lost = dict.fromkeys(("overlap_left", "overlap_right", "block_change"), float("nan"))
+        if isinstance(inner, Placement) and torch.isfinite(now).all():
+            if state.after == 1:
+                state.window[name] = components_of(now, inner, name)
+            if name in state.window:  # not where the first task was learnt without spectra
+                lost = survival(state.window[name], now, inner)
+        state.drift.append({key: short(value) for key, value in (row | lost).items()})
+
+
+def _matrix(model: nn.Module, name: str) -> Tensor:
+    """The weight with its adapter, float64, on the CPU."""
+    if isinstance(model, PeftModel):
+        return effective_weight(lora_layer(model, name))
+    return weight_matrix(submodule(model, name)).detach().cpu().double()

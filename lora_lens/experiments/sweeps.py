@@ -1,0 +1,386 @@
+"""Many runs: a grid of windows, learning rates and seeds, kept on disk as the runs finish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from inspect import signature
+from itertools import product
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel
+from torch import nn
+
+from lora_lens._base.errors import InputError, InputTypeError, LoraLensError
+from lora_lens._base.naming import Targets
+from lora_lens._base.validate import flag, instance, number, seed_number, sequence, shown
+from lora_lens.adapters.attaching import attach, chosen_layers, planned
+from lora_lens.adapters.methods import (
+    FullFineTuning,
+    LinearProbe,
+    LoRA,
+    Method,
+    PeftStart,
+    Penalized,
+    Variant,
+    inner_method,
+    penalty_of,
+)
+from lora_lens.adapters.peft_starts import attach_start, planned_start
+from lora_lens.experiments.engines import by_itself, checked_jobs, run_missing
+from lora_lens.experiments.identity import (
+    exact,
+    exact_method,
+    experiment_identity,
+    named_method,
+    named_record,
+)
+from lora_lens.experiments.records import row_of, told_apart
+from lora_lens.experiments.store import open_store, require_writable
+from lora_lens.forgetting.basis_rotation import rotations
+from lora_lens.forgetting.neighbours import neighbour_agreement
+from lora_lens.forgetting.representations import difference
+from lora_lens.forgetting.weight_drift import drift, drift_between
+from lora_lens.spectrum.placement import ByLayer
+from lora_lens.spectrum.spectrum import SpectrumSet, spectra as compute_spectra
+from lora_lens.spectrum.window import Placement, Window
+from lora_lens.tasks.evaluation import example_features
+from lora_lens.tasks.task import Task
+from lora_lens.training.loop import Run, finetune
+from lora_lens.training.settings import Training, training_with
+
+EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
+METHODS = (Placement, ByLayer, LoRA, LinearProbe, FullFineTuning, PeftStart, Penalized)
+A_METHOD = "a window, such as ll.Window(8, 0.5), or another method"
+A_TASK = "a lora_lens.Task, such as those of ll.tasks.bundled, ll.tasks.folder_task or ll.tasks.text_task"
+RESULTS = (
+    "trainable", "loss", "accuracy", "retained_before", "retained_accuracy", "forgetting", "retained_loss",
+    "loss_rise",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every method at every learning rate with every seed.
+
+    Attributes:
+        window: the windows, such as ``windows(rank=8, count=9)``; other placements and mappings of
+            target patterns to placements may be among them or among the baselines.
+        lr: learning rates.
+        seed: seeds.
+        baselines: other methods to run beside the windows, also PEFT's own starts and methods under
+            a penalty (:class:`lora_lens.adapters.PeftStart`, :class:`lora_lens.adapters.Penalized`).
+
+    Each may be a single value. A placement of your own must be a frozen dataclass: its fields and the code of
+    its methods are what its runs are found by in a store (what those methods read elsewhere is not).
+
+    Raises:
+        TypeError, ValueError: something else, a value twice, a rate that is not positive, or nothing to run.
+    """
+
+    window: Sequence[Window] = ()
+    lr: Sequence[float] = (1e-3,)
+    seed: Sequence[int] = (0,)
+    baselines: Sequence[Method] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("window", "baselines"):
+            given = sequence(getattr(self, name), name, "windows and other methods", (*METHODS, Mapping))
+            methods = tuple(ByLayer(m) if isinstance(m, Mapping) else m for m in given)
+            for method in methods:
+                instance(
+                    method,
+                    METHODS,
+                    f"each of {name}",
+                    A_METHOD,
+                )
+            object.__setattr__(self, name, methods)
+        rates, seeds = (_one_or_more(getattr(self, name), name) for name in ("lr", "seed"))
+        object.__setattr__(self, "lr", tuple(number(rate, "lr", above=0) for rate in rates))
+        object.__setattr__(self, "seed", tuple(seed_number(seed) for seed in seeds))
+        for name in ("window", "lr", "seed", "baselines"):
+            _require_different(getattr(self, name), name)
+        _require_different(self.methods, "window and baselines together")
+        if not (self.methods and self.lr and self.seed):
+            raise InputError("a grid needs at least one window or baseline, one lr and one seed")
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return (*self.window, *self.baselines)
+
+    def __len__(self) -> int:
+        return len(self.methods) * len(self.lr) * len(self.seed)
+
+    def __iter__(self) -> Iterator[tuple[Method, float, int]]:
+        """(method, lr, seed), a whole seed before the next, so that a stopped sweep is balanced."""
+        return ((m, lr, s) for s in self.seed for lr in self.lr for m in self.methods)
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """What all runs of a sweep share."""
+
+    model: nn.Module
+    task: Task
+    retain: Task
+    watch: tuple[Task, ...]
+    layers: dict[Method, list[str]]
+    alpha: float | None
+    variant: Variant
+    spectra: SpectrumSet | None
+    training: Training
+
+    def record(self, method: Method, lr: float, seed: int) -> dict[str, object]:
+        """What is known of a run before it runs: its name, and its settings for people and exactly."""
+        variant = {} if self.variant == Variant() else {"variant": str(self.variant)}
+        training = asdict(replace(self.training, lr=lr, seed=seed))
+        if self.training.precision == Training.precision:  # so that earlier versions' runs are found
+            del training["precision"]
+        settings = {
+            **named_method(method),
+            "alpha": None if self.alpha is None else float(self.alpha),
+            "targets": " ".join(self.layers[method]),
+            **variant,
+            **{name: exact(value, name) for name, value in training.items()},
+        }
+        return named_record(settings, exact_method(method))
+
+    def lost(self, point: tuple[Method, float, int]) -> dict[str, object]:
+        """The record of a run that has no results."""
+        return self.record(*point) | {"result": dict.fromkeys(RESULTS, float("nan")) | {"diverged": False}}
+
+
+def sweep(
+    grid: Grid,
+    *,
+    model: nn.Module,
+    task: Task,
+    retain: Task,
+    watch: Sequence[Task] = (),
+    store: str | Path | None = None,
+    targets: Targets = None,
+    alpha: float | None = None,
+    variant: Variant | None = None,
+    spectra: SpectrumSet | None = None,
+    jobs: int | None = None,
+    progress: bool = True,
+    **settings: object,
+) -> pd.DataFrame:
+    """Run every point of ``grid`` on a fresh copy of ``model``; one factorization serves all windows.
+
+    Args:
+        grid: what to vary.
+        model, task, retain, watch, targets, alpha, variant: as for ``attach`` and ``finetune``; what was
+            watched is in :func:`lora_lens.experiments.watched`.
+        store: a folder that keeps one small file per finished run. A sweep
+            that was interrupted, or a larger grid, runs only what is missing.
+            Without it nothing is kept.
+        spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
+            kept, too: see :func:`lora_lens.experiments.drifts`.
+        jobs: processes; default all cores that may be used (one where there is a GPU). Every
+            run computes with one thread, so the numbers do not depend on it.
+        settings: of :class:`lora_lens.Training`, the same for all runs.
+
+    A run that fails, even one whose process is killed because memory ran out, ends no other: its row has the
+    reason and no results, a warning counts such runs, and the next call tries them again.
+
+    Returns:
+        One row per run in the grid's order. Columns: run (identity), method
+        (window, LoRA, linear probe, full fine-tuning, or another method in words), rank, position,
+        start, alpha, variant (if one was given), lr, seed and the other settings; trainable (adapter
+        parameters trained, without the new head); loss (nats, mean since the last
+        evaluation, without a penalty); accuracy, retained_before, retained_accuracy (in [0, 1]);
+        forgetting (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise
+        (its rise over the run, nats per example, of a language task per token; positive = forgot);
+        diverged; failed and reason (why, else ""). Two methods that are described alike have a few digits of
+        their identity behind.
+
+    Raises:
+        ValueError, TypeError: as ``attach`` and ``finetune`` do, before the first run; ``store`` holds a
+            different experiment or is no folder; or all runs failed, with the first one's reason (of an error
+            that is not ours RuntimeError).
+        OSError: ``store`` cannot be written to.
+    """
+    instance(grid, Grid, "grid", "a lora_lens.Grid of windows, learning rates and seeds")
+    watch = sequence(watch, "watch", "tasks", Task)
+    if retain is None:
+        raise InputTypeError(
+            "retain must be the task that the model knows, as a sweep measures what is forgotten of it; to "
+            "train without one there is ll.finetune"
+        )
+    for name, given in (("task", task), ("retain", retain), *(("each of watch", one) for one in watch)):
+        instance(given, Task, name, A_TASK)
+    require_shared(model, variant, spectra)
+    training = shared_training("sweep", sweep, settings)
+    jobs, progress = checked_jobs(jobs), flag(progress, "progress")
+    require_writable(store)
+    variant = variant or Variant()
+    usual = list(chosen_layers(model, targets, spectra))
+    choices = {"targets": targets, "alpha": alpha, "spectra": spectra, "variant": variant}
+    plans = {method: _planned(model, method, choices) for method in grid.methods}
+    for lr, seed in product(grid.lr, grid.seed):
+        replace(training, lr=lr, seed=seed)  # raises where they are impossible
+    one, watched = (task.subset(1, 1), retain.subset(1, 1)), [t.subset(1, 1) for t in watch]
+    once = {"steps": 1, "evaluations": 2, "watch": watched, "progress": False}
+    with by_itself():
+        for penalty in {penalty_of(method) for method in grid.methods} | {None}:
+            rehearsal = attach(model, LoRA(1), targets=usual, variant=Variant(dora=variant.dora))
+            finetune(rehearsal, *one, penalty=penalty, batch_size=training.batch_size, **once)
+        if any(isinstance(method, LinearProbe) for method in grid.methods):
+            finetune(attach(model, LinearProbe()), *one, **once)
+
+    with open_store(store, experiment_identity(model, task, retain, watch)) as folder:
+        if spectra is None:
+            wanted = _placements_by_layer(plans.values())
+            spectra = (
+                compute_spectra(model, list(wanted), vectors=wanted, progress=progress) if wanted else None
+            )
+        layers = {method: list(plan) or usual for method, plan in plans.items()}
+        experiment = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
+        plan = [(point, folder / f"{experiment.record(*point)['run']}.json") for point in grid]
+        bar = {"shown": progress, "desc": "sweep", "unit": "run"}
+        records = run_missing(partial(_run, experiment), experiment.lost, plan, jobs, **bar)
+        return pd.DataFrame([row_of(record) for record in told_apart(records)])
+
+
+def require_shared(model: nn.Module, variant: Variant | None, spectra: SpectrumSet | None) -> None:
+    """What sweep and continual are given alike."""
+    instance(model, nn.Module, "model", "a torch.nn.Module, the pretrained model")
+    if variant is not None:
+        instance(variant, Variant, "variant", "a lora_lens.Variant, such as ll.Variant(rslora=True)")
+    if spectra is not None:
+        instance(spectra, SpectrumSet, "spectra", "what ll.spectra(model) returns")
+
+
+def shared_training(name: str, function: Callable, settings: Mapping[str, object]) -> Training:
+    """The settings that all runs share.
+
+    Raises:
+        InputTypeError: there is no such setting.
+        InputError: it is one of the grid's, or has an impossible value.
+    """
+    for taken in ("lr", "seed"):
+        if taken in settings:
+            raise InputError(f"lr and seed are the grid's: give them to Grid, not to {name}")
+    return training_with(settings, name, also=list(signature(function).parameters)[:-1])
+
+
+def _one_or_more(value: object, name: str) -> tuple[object, ...]:
+    """One number, or several."""
+    return (value,) if getattr(value, "ndim", None) == 0 else sequence(value, name, "numbers", Real)
+
+
+def _require_different(values: Sequence[object], name: str) -> None:
+    """By equality, and for methods also by content: two names for one run are one too many."""
+    try:
+        same = len(set(values)) < len(values)
+    except TypeError:  # from hash()
+        raise InputTypeError(
+            f"{name} holds something that cannot be hashed, and so cannot be told apart: {shown(values)}; a "
+            "placement of your own must be a frozen dataclass, with tuples for lists and arrays"
+        ) from None
+    contents = {json.dumps(exact(value, f"one of {name}")) for value in values}
+    if same or len(contents) < len(values):
+        raise InputError(f"{name} holds the same value twice: {values}")
+
+
+def _planned(
+    model: nn.Module, method: Method, choices: Mapping[str, object]
+) -> dict[str, Placement | LoRA | PeftStart]:
+    inner = inner_method(method)
+    return (planned_start if isinstance(inner, PeftStart) else planned)(model, inner, **choices)
+
+
+def _attached(experiment: Experiment, method: Method, seed: int) -> nn.Module:
+    inner = inner_method(method)
+    same = {"targets": experiment.layers[method], "alpha": experiment.alpha, "seed": seed}
+    if isinstance(inner, PeftStart):
+        return attach_start(experiment.model, inner, experiment.task, experiment.retain, **same)
+    return attach(experiment.model, inner, variant=experiment.variant, spectra=experiment.spectra, **same)
+
+
+def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, list[Placement]]:
+    wanted: dict[str, list[Placement]] = {}
+    for plan in plans:
+        for name, placement in plan.items():
+            if isinstance(placement, Placement):
+                wanted.setdefault(name, []).append(placement)
+    return wanted
+
+
+def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) -> dict[str, object]:
+    """The record of one run."""
+    method, lr, seed = point
+    adapted = _attached(experiment, method, seed)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    run = finetune(
+        adapted,
+        experiment.task,
+        experiment.retain,
+        replace(experiment.training, lr=lr, seed=seed),
+        penalty=penalty_of(method),
+        watch=experiment.watch,
+        progress=False,
+    )
+    diverged = ended_without_numbers(run)
+    values = (
+        trainable,
+        float(run.curve["loss"].iloc[-1]),
+        run.accuracy,
+        run.retained_before,
+        run.retained_accuracy,
+        run.forgetting,
+        float(run.curve["retained_loss"].iloc[-1]),
+        run.loss_rise,
+    )
+    return {
+        **experiment.record(*point),
+        "result": dict(zip(RESULTS, values, strict=True)) | {"diverged": diverged},
+        "curve": run.curve.to_dict("list"),
+        "items": run.items.to_dict("list"),
+        **({} if run.watched is None else {"watched": run.watched.to_dict("list")}),
+        **({} if diverged else _mechanism(experiment, method, adapted)),
+        "seconds": run.seconds,
+    }
+
+
+def ended_without_numbers(run: Run) -> bool:
+    """Whether it diverged, be it with the last step, which only the tests after it show."""
+    last = run.curve.iloc[-1]
+    losses = last[["test_loss"] if run.items is None else ["test_loss", "retained_loss"]]
+    return run.diverged or not np.isfinite(losses.to_numpy(float)).all()
+
+
+def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> dict[str, object]:
+    """What the run did to weights and features, if the spectra tell; nothing for a linear probe."""
+    known = experiment.spectra or {}
+    names = experiment.layers[method]
+    if not all(name in known and known[name].has_all_vectors for name in names):
+        return {}
+    spectra = SpectrumSet([known[name] for name in names])
+    if isinstance(adapted, PeftModel):
+        moved = drift(adapted, spectra).merge(rotations(adapted, spectra), on="layer")
+    elif any(p.requires_grad for p in adapted.parameters()):
+        moved = drift_between(experiment.model, adapted, spectra)
+    else:
+        return {}
+    some = experiment.retain.test.sampled(EXAMPLES_OF_FEATURES)
+    before, after = (example_features(m, experiment.retain, some) for m in (experiment.model, adapted))
+    try:
+        neighbours = neighbour_agreement(before, after)
+    except LoraLensError:  # too few examples, or features without a direction: one measure less
+        neighbours = float("nan")
+    return {
+        "drift": {column: [short(v) for v in values] for column, values in moved.to_dict("list").items()},
+        "features": difference(before, after) | {"neighbours": neighbours},
+    }
+
+
+def short(value: object) -> object:
+    """Six digits are more than one run's noise, and half the space."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

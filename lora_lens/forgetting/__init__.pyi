@@ -1,0 +1,37 @@
+from .aggregate import (
+    ends_and_interior as ends_and_interior,
+    pareto_front as pareto_front,
+    seed_means as seed_means,
+)
+from .basis_rotation import rotations as rotations
+from .examples import (
+    confusion as confusion,
+    forgetting_interval as forgetting_interval,
+    forgotten_by as forgotten_by,
+    forgotten_by_one as forgotten_by_one,
+    transitions as transitions,
+)
+from .fair_comparison import (
+    at_equal_rate as at_equal_rate,
+    at_matched_accuracy as at_matched_accuracy,
+    at_matched_update as at_matched_update,
+    at_own_best_rate as at_own_best_rate,
+    bootstrap_interval as bootstrap_interval,
+    rate_robustness as rate_robustness,
+    relative_updates as relative_updates,
+)
+from .features import (
+    FeatureEnergies as FeatureEnergies,
+    FeatureNorms as FeatureNorms,
+    FeatureSplit as FeatureSplit,
+    feature_energies as feature_energies,
+    feature_split as feature_split,
+)
+from .first_order import foresee as foresee
+from .generations import replies as replies, replies_before_after as replies_before_after
+from .neighbours import neighbour_agreement as neighbour_agreement, neighbour_table as neighbour_table
+from .pareto import dominance as dominance, front_by_method as front_by_method, hypervolume as hypervolume
+from .predictors import by_run as by_run, predict_forgetting as predict_forgetting
+from .representations import cka as cka, feature_change as feature_change
+from .u_shape import UShape as UShape, u_shape_test as u_shape_test
+from .weight_drift import drift as drift

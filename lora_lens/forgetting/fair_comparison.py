@@ -1,0 +1,343 @@
+"""Comparisons that hold: forgetting at equal learning, and how sure the seeds let us be.
+
+A method that learns less looks as if it forgot less. So forgetting is compared at equal learning rates,
+at every method's own best rate, and where the runs pass the same accuracy on the new task; and each mean
+comes with the number of seeds and an interval. All functions are pure and take the table of
+:func:`lora_lens.sweep`, one row per run. A window is a row's method, rank, position and start (and
+variant, where the table has one); baselines are told apart in the same way. Accuracies and forgetting are
+shares in [0, 1], rates are those of the grid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.interpolate import PchipInterpolator
+
+from lora_lens._base.errors import InputError
+from lora_lens._base.schema import checked
+from lora_lens._base.validate import choice, number, numbers, resample_count, seed_number, share
+from lora_lens.forgetting.run_groups import (
+    DRIFTS,
+    FEWEST_SEEDS,
+    WINDOW,
+    groups,
+    interval,
+    mean_and_interval,
+    resampled,
+    seeds_by_rate,
+    window_columns,
+)
+
+SCORES = ["accuracy", "forgetting"]
+LEVEL = 0.05  # below this p value a U-shape is called one
+
+
+def bootstrap_interval(
+    values: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the mean of ``values``, one per seed, by the percentile bootstrap.
+
+    Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13. The same arguments give the
+    same interval. One value has no interval: (NaN, NaN). With few seeds the interval is too narrow (for n
+    values its width is about sqrt((n - 1) / n) of that from the standard error, before any correction for
+    few seeds), so read it as a lower bound of the uncertainty.
+
+    Raises:
+        ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
+    """
+    values = numbers(values, "values").ravel()
+    if values.size == 0 or np.isnan(values).any():
+        raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
+    level = number(level, "level", above=0, below=1)
+    return interval(values, level, resample_count(resamples), seed_number(seed))
+
+
+def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
+    """What every window gained and lost at each learning rate, all at the same number of steps.
+
+    Returns:
+        One row per window and rate. Columns: method, rank, position, start, lr; seeds (those with both
+        scores: a run that failed has none) and diverged (how many of them did); accuracy and forgetting
+        (means over seeds), and each of the two with the suffixes ``_low`` and ``_high``, its 95% interval
+        (see :func:`bootstrap_interval`).
+
+    Raises:
+        ValueError: a column is missing, or two runs share window, rate and seed.
+    """
+    table = _runs(table, *SCORES, "diverged")
+    rows = [
+        {**names, **_summary(group)}
+        for names, group in groups(table, [*window_columns(table), "lr"], [*SCORES, "diverged"])
+    ]
+    return pd.DataFrame(rows)
+
+
+def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
+    """What every window gained and lost at the learning rate that suits it best.
+
+    The best rate has the highest mean of ``score`` over seeds; of equals, the lowest. The best of several
+    noisy means is higher than it ought to be, the more so the more rates were tried. Where a window has at
+    least 4 seeds, its rate is therefore chosen on the lower half of them (by number) and all that the row
+    tells comes from the other half. Only the seeds that were run at every rate of the window take part.
+
+    Returns:
+        One row per window with the columns of :func:`at_equal_rate` (lr is the chosen rate, seeds those
+        that the means are of), and rates (how many it was chosen from) and selected_on ("other seeds", or
+        "same seeds" where there were fewer than 4: then the score leans upwards).
+
+    Raises:
+        ValueError: ``score`` is not accuracy or retained_accuracy, a column is missing, two runs share
+            window, rate and seed, or no seed of a window was run at all its rates.
+    """
+    score = choice(score, "score", ("accuracy", "retained_accuracy"))
+    table, rows = _runs(table, score, *SCORES, "diverged"), []
+    for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
+        by_seed = seeds_by_rate(group, score, names)
+        half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
+        choosing, told = by_seed.iloc[: half or None], by_seed.index[half:]
+        rate = choosing.mean().idxmax()  # the first of equals, and the rates ascend
+        chosen = group[(group["lr"] == rate) & group["seed"].isin(told)]
+        selected_on = "other seeds" if half else "same seeds"
+        row = {"lr": rate, **_summary(chosen), "rates": by_seed.shape[1], "selected_on": selected_on}
+        rows.append({**names, **row})
+    return pd.DataFrame(rows)
+
+
+def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+    """What the runs had forgotten when they first reached ``accuracy`` on the new task.
+
+    Along a run's evaluations the accuracy so far (its running maximum) is joined by straight lines, and
+    so is the retained accuracy; the first crossing is read off both. A run whose first evaluation is good
+    enough already is read there. With ``most_reached`` the rows reduce to one per window:
+    ``result[result["most_reached"]]``. The rate is picked by reach alone, never by forgetting, so the
+    forgetting at it is not flattered by the choice.
+
+    Args:
+        curves: from :func:`lora_lens.experiments.curves` (run, step, accuracy, retained_accuracy).
+        accuracy: the accuracy to compare at, in [0, 1].
+
+    Returns:
+        One row per window and rate. Columns: method, rank, position, start, lr; seeds, and reached (how
+        many of them got there); step and forgetting (means over the runs that got there, NaN without
+        any), and each of the two with ``_low`` and ``_high``, its 95% interval; most_reached (True for
+        the rate of each window with the largest share of runs that got there; of equals, the lowest).
+        Where reached is less than seeds, the means are of the better runs only: compare with care.
+
+    Raises:
+        ValueError: ``accuracy`` is out of range, a column is missing, a run has no curve, or two runs
+            share window, rate and seed.
+    """
+    accuracy = share(accuracy, "accuracy")
+    table = _runs(table, "run", "retained_before")
+    curves = checked(
+        curves,
+        ["run", "step", "accuracy", "retained_accuracy"],
+        "the table of curves",
+        "ll.experiments.curves(store, table)",
+    )
+    by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
+    scored = table.dropna(subset="retained_before")["run"]  # a run that failed has no curve
+    without = [run for run in scored if run not in by_run]
+    if without:
+        raise InputError(
+            f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
+        )
+    rows = []
+    for names, group in groups(table, [*window_columns(table), "lr"], ["retained_before"]):
+        found = [_first_crossing(by_run.get(run, curves[:0]), accuracy) for run in group["run"]]
+        step, retained = np.array(found, float).T
+        there = ~np.isnan(step)
+        forgotten = group["retained_before"].to_numpy(float) - retained
+        row = {"seeds": len(group), "reached": int(there.sum())}
+        rows.append(
+            {
+                **names,
+                **row,
+                **mean_and_interval("step", step[there]),
+                **mean_and_interval("forgetting", forgotten[there]),
+            }
+        )
+    result = pd.DataFrame(rows)
+    order = result.assign(share=result["reached"] / result["seeds"]).sort_values(
+        ["share", "lr"], ascending=[False, True], kind="stable"
+    )
+    first = ~order.duplicated(window_columns(table))
+    return result.assign(most_reached=first.reindex(result.index))
+
+
+def relative_updates(drifts: pd.DataFrame) -> pd.Series:
+    """How far each run moved its adapted weights, by run: sqrt(sum ||dW||_F^2 / sum ||W||_F^2) over layers.
+
+    Args:
+        drifts: from :func:`lora_lens.experiments.drifts` (run, update, relative, and norm, which stores from
+            before it was kept lack: there a layer that a run left unmoved has the norm that it has in the
+            other runs, and is left out where none moved it).
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
+    norms = drifts["norm"] if "norm" in drifts else pd.Series(np.nan, drifts.index)
+    norms = norms.fillna(drifts["update"] / drifts["relative"])
+    if "layer" in drifts:
+        norms = norms.fillna(norms.groupby(drifts["layer"]).transform("max"))
+    squares = pd.DataFrame({"update": drifts["update"], "weight": norms}) ** 2
+    sums = squares.groupby(drifts["run"], sort=False).sum()
+    still = sums["update"] == 0  # whatever its weights are
+    return np.sqrt(sums["update"] / sums["weight"].mask(still, 1.0)).rename("update")
+
+
+def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) -> pd.DataFrame:
+    """What every window gained and lost where its runs had moved the weights equally far.
+
+    A method that moves the weights less forgets less, whatever it moves. So for each window and seed the
+    runs are put in the order of their relative update (see :func:`relative_updates`), which the learning
+    rate drives, and accuracy and forgetting are joined by a curve over its logarithm and read off at
+    ``update``. All runs are taken at their end, so the number of steps is the same.
+
+    The curve is the cubic that is monotone wherever the runs are (Fritsch and Carlson 1980, "Monotone
+    piecewise cubic interpolation"); through two runs it is a straight line. Straight lines are off more,
+    the more so for windows whose runs are far from ``update``, and that alone can look like a U-shape. The
+    curve is not free of it: of rates of 0.002 to 0.02 on digits, 0.01 was left out and read off the others.
+    Straight lines were off by 11 points of forgetting (mean over windows of the absolute error), the curve
+    by 5: it was 13 too low at position 0 and 3 to 5 too high from 0.25 on. With rates half as far apart
+    less is to be expected, but compare close to the updates of measured runs.
+
+    Args:
+        drifts: from :func:`lora_lens.experiments.drifts`; runs that diverged or trained no adapter have none
+            and are left out.
+        update: the relative update to compare at, such as 0.1.
+
+    Returns:
+        One row per window. Columns: method, rank, position, start; seeds, and reached (how many of them
+        have runs on both sides of ``update``); accuracy and forgetting (means over these, NaN without
+        any), and each of the two with ``_low`` and ``_high``, its 95% interval over seeds.
+
+    Raises:
+        ValueError: ``update`` is not positive, a column is missing, no run of the table has a drift, or two
+            runs share window, rate and seed.
+    """
+    update = number(update, "update, a share of the weights' norm,", above=0)
+    table = _runs(table, "run", *SCORES)
+    drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
+    if not table["run"].isin(drifts["run"]).any():
+        raise InputError("none of the table's runs has a drift; pass ll.experiments.drifts(store, table)")
+    sized = table.assign(size=table["run"].map(relative_updates(drifts)))
+    rows = []
+    for names, group in groups(sized, window_columns(table), SCORES):
+        found = [_at_size(runs, update) for _, runs in group[group["size"] > 0].groupby("seed")]
+        found = np.array([f for f in found if f is not None], float).reshape(-1, len(SCORES))
+        row = {"seeds": group["seed"].nunique(), "reached": len(found)}
+        for score, values in zip(SCORES, found.T, strict=True):
+            row |= mean_and_interval(score, values)
+        rows.append({**names, **row})
+    return pd.DataFrame(rows)
+
+
+def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
+    """How much the learning rate may be off before it costs accuracy on the new task.
+
+    Args:
+        tolerance: the accuracy that a rate may lose against the best one, in shares.
+
+    Returns:
+        One row per window. Columns: method, rank, position, start; seeds (those run at every rate; the
+        others are left out), rates; best_lr (of equals, the lowest) and accuracy with accuracy_low and
+        accuracy_high there (chosen on the same seeds, so it leans upwards; see
+        :func:`at_own_best_rate`); lowest and highest (the ends of the unbroken run of rates around the
+        best one whose mean accuracy is within ``tolerance`` of it); octaves (log2 of highest / lowest)
+        with octaves_low and octaves_high, its 95% interval when the seeds are resampled; at_grid_end
+        (True where that run of rates ends at an end of the grid: then the width is a lower bound);
+        collapse (the lowest rate above the best at which the mean accuracy is below half of the best; NaN
+        if the grid holds none).
+
+    Raises:
+        ValueError: ``tolerance`` is negative, a column is missing, two runs share window, rate and seed,
+            or no seed of a window was run at all its rates.
+    """
+    tolerance = number(tolerance, "tolerance", least=0)
+    table, rows = _runs(table, "accuracy"), []
+    for names, group in groups(table, window_columns(table), ["accuracy"]):
+        by_seed = seeds_by_rate(group, "accuracy", names)
+        rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
+        means = scores.mean(0)
+        low, best, high = _plateau(means, tolerance)
+        too_high = rates[best + 1 :][means[best + 1 :] < means[best] / 2]
+        rows.append(
+            {
+                **names,
+                "seeds": len(scores),
+                "rates": len(rates),
+                "best_lr": rates[best],
+                **mean_and_interval("accuracy", scores[:, best]),
+                "lowest": rates[low],
+                "highest": rates[high],
+                "octaves": np.log2(rates[high] / rates[low]),
+                **_width_interval(scores, rates, tolerance),
+                "at_grid_end": low == 0 or high == len(rates) - 1,
+                "collapse": too_high[0] if len(too_high) else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _first_crossing(curve: pd.DataFrame, accuracy: float) -> tuple[float, float]:
+    """(step, retained accuracy) where the accuracy so far first reaches ``accuracy``; NaN if never."""
+    steps, retained = curve["step"].to_numpy(float), curve["retained_accuracy"].to_numpy(float)
+    so_far = np.maximum.accumulate(curve["accuracy"].to_numpy(float))
+    good = np.flatnonzero(so_far >= accuracy)
+    if not len(good):
+        return float("nan"), float("nan")
+    i = good[0]
+    if i == 0:
+        return steps[0], retained[0]
+    share = (accuracy - so_far[i - 1]) / (so_far[i] - so_far[i - 1])
+    return tuple(v[i - 1] + share * (v[i] - v[i - 1]) for v in (steps, retained))
+
+
+def _at_size(runs: pd.DataFrame, update: float) -> list[float] | None:
+    """The scores of one window and seed at this size of the update; None where its runs do not span it."""
+    scores = runs.groupby("size")[SCORES].mean()  # ascending, runs of equal size as one
+    sizes = np.log(scores.index.to_numpy(float))
+    if not sizes[0] <= np.log(update) <= sizes[-1]:
+        return None
+    if len(scores) == 1:
+        return scores.iloc[0].to_list()
+    return PchipInterpolator(sizes, scores.to_numpy(float))(np.log(update)).tolist()
+
+
+def _plateau(means: np.ndarray, tolerance: float) -> tuple[int, int, int]:
+    """(first, best, last): the unbroken run around the best mean of those within ``tolerance`` of it."""
+    best = low = high = int(means.argmax())
+    enough = means >= means[best] - tolerance - 1e-12  # 0.90 - 0.88 is more than 0.02 by rounding
+    while low > 0 and enough[low - 1]:
+        low -= 1
+    while high < len(means) - 1 and enough[high + 1]:
+        high += 1
+    return low, best, high
+
+
+def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> dict[str, float]:
+    """The 95% interval of the plateau's width in octaves, when the seeds are resampled."""
+    if len(scores) == 1:
+        return {"octaves_low": np.nan, "octaves_high": np.nan}
+    means = scores[resampled(len(scores), 2000, 0)].mean(1)
+    ends = np.array([_plateau(m, tolerance) for m in means])
+    low, high = np.quantile(np.log2(rates[ends[:, 2]] / rates[ends[:, 0]]), [0.025, 0.975])
+    return {"octaves_low": low, "octaves_high": high}
+
+
+def _summary(group: pd.DataFrame) -> dict[str, float]:
+    """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate."""
+    scored = group.dropna(subset=SCORES)
+    row = {"seeds": len(scored), "diverged": int(scored["diverged"].sum())}
+    for score in SCORES:
+        row |= mean_and_interval(score, scored[score])
+    return row
+
+
+def _runs(table: object, *columns: str) -> pd.DataFrame:
+    """The runs of a sweep that did not fail."""
+    return checked(table, [*WINDOW, "lr", "seed", *columns])

@@ -1,0 +1,5 @@
+"""One page to hand on: a sweep in words, tables and pictures."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+from .sweep_report import report as report

@@ -1,0 +1,158 @@
+"""The pictures of a report on a sweep, each with its caption and told in words for who cannot see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from lora_lens._base.errors import LoraLensError
+from lora_lens.forgetting.fair_comparison import at_matched_accuracy, at_own_best_rate, rate_robustness
+from lora_lens.plots.settings import by_setting
+from lora_lens.plots.sweeps import accuracy_curve, forgetting_curve, tradeoff
+from lora_lens.plots.trade_offs import comparison, fronts_by_method, robustness, surface
+from lora_lens.reports.page import figure, heading, paragraph, plain, points
+from lora_lens.reports.words import Pieces, names_of, parts_by_rank, placed, titled
+
+
+def figures_section(table: pd.DataFrame) -> Pieces:
+    """The pictures of a sweep, for each rank of windows its own."""
+    pieces = _by_rank(table)
+    for part, rows in parts_by_rank(table):
+        pieces += [heading(part.capitalize(), 3)] if part else []
+        pieces += _curves_of(rows) + _plane_of(rows)
+        pieces += _over_rates_if_any(rows)
+    return pieces
+
+
+def _by_rank(table: pd.DataFrame) -> Pieces:
+    windows = placed(table)
+    if windows["rank"].nunique() == 1 or table["lr"].nunique() > 1 or "variant" in table or windows.empty:
+        return []
+    told = ", ".join(
+        f"rank {rank:g} from {points(mean.iloc[0])} at position {mean.index[0]:.3g} to "
+        f"{points(mean.iloc[-1])} at {mean.index[-1]:.3g}"
+        for rank, rows in windows.groupby("rank")
+        for mean in [rows.groupby("position")["forgetting"].mean()]
+    )
+    return [
+        figure(
+            partial(by_setting, table, "rank"),
+            f"Line chart of forgetting against the position of the window, one line per rank: {told}.",
+            "One line per rank: mean over seeds, in a band from lowest to highest. Dashed lines are LoRA.",
+        )
+    ]
+
+
+def _curves_of(table: pd.DataFrame) -> Pieces:
+    if placed(table).empty:
+        return [paragraph("No curves over positions: the table has no windows placed by position.")]
+    reading = (
+        "One line per learning rate: mean over seeds, in a band from the lowest to the highest seed. "
+        "Flat lines are methods without a position."
+    )
+    return [
+        figure(partial(draw, table), _told_by_rate(table, score), reading)
+        for draw, score in ((forgetting_curve, "forgetting"), (accuracy_curve, "accuracy"))
+    ]
+
+
+def _told_by_rate(table: pd.DataFrame, score: str) -> str:
+    """The curve in words: ends and extremes at every rate."""
+    told = [f"Line chart of {score} against the position of the window."]
+    for lr, rows in placed(table).groupby("lr"):
+        mean = rows.groupby("position")[score].mean()
+        told.append(
+            f"At learning rate {plain(lr)}: {points(mean.iloc[0])} at position {mean.index[0]:.3g}, lowest "
+            f"{points(mean.min())} at {mean.idxmin():.3g}, highest {points(mean.max())} at "
+            f"{mean.idxmax():.3g}, {points(mean.iloc[-1])} at {mean.index[-1]:.3g}."
+        )
+    return " ".join(told)
+
+
+def _plane_of(table: pd.DataFrame) -> Pieces:
+    alt = (
+        "Scatter of accuracy on the retained task against accuracy on the new task, one point per window or "
+    )
+    return [
+        figure(
+            partial(tradeoff, table),
+            f"{alt}method and learning rate; the numbers are in the tables at equal learning rates.",
+            "Means over seeds. The line joins the points that no other point beats on both tasks.",
+            height=4.8,
+        )
+    ]
+
+
+def _over_rates_if_any(table: pd.DataFrame) -> Pieces:
+    if table["lr"].nunique() == 1:
+        return []
+    try:
+        return _figures_over_rates(table)
+    except LoraLensError as error:  # a half-finished sweep has no best rate yet
+        return [paragraph(f"No pictures over learning rates: {error}.")]
+
+
+def _figures_over_rates(table: pd.DataFrame) -> Pieces:
+    own, robust = at_own_best_rate(table), rate_robustness(table)
+    tall = 1.6 + 0.3 * len(own)
+    chosen = ", ".join(
+        f"{name} {points(v)}" for name, v in zip(names_of(own), own["forgetting"], strict=True)
+    )
+    ranges = ", ".join(
+        f"{name} {plain(low)} to {plain(high)}"
+        for name, low, high in zip(names_of(robust), robust["lowest"], robust["highest"], strict=True)
+    )
+    collapse = " Cross: the accuracy halves." if robust["collapse"].notna().any() else ""
+    maps = [
+        figure(
+            partial(surface, table, score=score),
+            f"Heat map of {score}, windows and methods by learning rates; the numbers are in the table at "
+            "equal learning rates.",
+            "Means over seeds in points. A frame marks each row's rate with the highest accuracy.",
+            height=tall,
+        )
+        for score in ("forgetting", "accuracy")
+    ]
+    return [
+        *maps,
+        figure(
+            partial(fronts_by_method, table),
+            "Lines of accuracy on the retained task against accuracy on the new task, one line per window or "
+            "method from its lowest rate to its highest; the numbers are in the tables at equal rates.",
+            "What each window offers when only its learning rate is chosen.",
+            height=4.8,
+        ),
+        figure(
+            partial(comparison, own, score="forgetting"),
+            f"Forgetting at each window's own best rate, in points: {chosen}.",
+            "At the rate of each window with the highest accuracy; 95% bootstrap intervals over seeds.",
+            height=4.6,
+        ),
+        figure(
+            partial(robustness, robust),
+            f"Bars of the learning rates within 2 points of the best accuracy: {ranges}.",
+            f"Bars: rates within 2 points of the best accuracy. Dot: best rate.{collapse}",
+            height=tall,
+        ),
+    ]
+
+
+def matched_figures(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> Pieces:
+    """Forgetting where the runs first reach ``accuracy``, for each rank of windows."""
+    return [_matched_figure(part, rows, curves, accuracy) for part, rows in parts_by_rank(table)]
+
+
+def _matched_figure(part: str, rows: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> str:
+    result = at_matched_accuracy(rows, curves, accuracy)
+    result = result[result["most_reached"]]
+    told = ", ".join(f"{n} {points(v)}" for n, v in zip(names_of(result), result["forgetting"], strict=True))
+    draw: Callable[..., Axes] = partial(comparison, result, score="forgetting")
+    caption = (
+        f"{titled(part)}Forgetting at {points(accuracy)}% on the new task. Hollow: not all runs got there."
+    )
+    return figure(
+        draw, f"{titled(part)}Forgetting at equal accuracy, in points: {told}.", caption, height=4.6
+    )

@@ -1,0 +1,170 @@
+"""How a report names windows, and how it answers its question: is forgetting U-shaped?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from lora_lens._base.errors import LoraLensError
+from lora_lens.forgetting.fair_comparison import LEVEL
+from lora_lens.forgetting.u_shape import UShape, u_shape_test
+from lora_lens.reports.page import MISSING, bullets, html_table, paragraph, plain, with_interval
+
+Pieces = list[str]
+
+
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Windows by rank and place, then the other methods; rates and seeds ascend."""
+    keys = ["method", "rank", "position", "start", "lr", "seed"]
+    return table.sort_values(
+        keys, key=lambda c: c != "window" if c.name == "method" else pd.to_numeric(c), kind="stable"
+    )
+
+
+def names_of(result: pd.DataFrame) -> list[str]:
+    """Each row's window or method in words; rank and variant are named where one place has several."""
+    places = result.groupby(["method", "position", "start"], dropna=False)
+    differ = [c for c in ("rank", "variant") if c in result and places[c].nunique(dropna=False).max() > 1]
+    return [_name(row, differ) for row in result.to_dict("records")]
+
+
+def _name(row: dict[str, object], differ: list[str]) -> str:
+    name = str(row["method"])
+    if name == "window" and pd.notna(row["position"]):
+        ends = {0.0: " (PiSSA)", 1.0: " (MiLoRA)"}
+        name = f"window at {row['position']:.3g}{ends.get(row['position'], '')}"
+    elif name == "window" and pd.notna(row["start"]):
+        name = f"window from component {row['start']:g}"
+    return ", ".join([name, *(_told(c, row[c]) for c in differ if pd.notna(row[c]))])
+
+
+def _told(column: str, value: object) -> str:
+    return f"rank {value:g}" if column == "rank" else str(value)
+
+
+def parts_by_rank(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """(what it is, its rows) for each rank and variant of windows, with the methods to compare them with."""
+    windows = table[table["method"] == "window"]
+    columns = [c for c in ("rank", "variant") if c in table and windows[c].nunique(dropna=False) > 1]
+    if not columns:
+        yield "", table
+        return
+    for values, _ in windows.groupby(columns, dropna=False, sort=True):
+        mine = np.ones(len(table), bool)
+        for column, value in zip(columns, values, strict=True):
+            mine &= table[column].isna() | (table[column] == value)
+        yield ", ".join(map(_told, columns, values)), table[mine]
+
+
+def placed(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs of windows placed by position."""
+    return table[(table["method"] == "window") & table["position"].notna()]
+
+
+def u_shape_section(table: pd.DataFrame) -> Pieces:
+    """Is forgetting U-shaped? One test for each rate (and rank), adjusted for their number."""
+    positions = placed(table)["position"].nunique()
+    if positions < 3:
+        return [
+            paragraph(
+                "Not tested: a U-shape needs windows at positions 0, 1 and between, and the number of "
+                f"positions is {positions}."
+            )
+        ]
+    found, refused = u_shapes(table)
+    told = [paragraph(_verdict(found))] if found else []
+    told.append(bullets([f"{titled(part)}{test.words}" for part, test in found] + refused))
+    return told + ([_u_shape_table(found)] if found else [])
+
+
+def u_shapes(table: pd.DataFrame) -> tuple[list[tuple[str, UShape]], list[str]]:
+    """((part, test) where there is a test, why there is none) over all rates."""
+    found, refused = [], []
+    for part, rows in parts_by_rank(table):
+        for lr in sorted(placed(rows)["lr"].unique()):
+            try:
+                found.append((part, u_shape_test(rows, lr)))
+            except LoraLensError as error:
+                refused.append(f"{titled(part)}No test at learning rate {plain(lr)}: {error}.")
+    return found, refused
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values adjusted for their number; NaN are no tests and stay.
+
+    Holm 1979, "A simple sequentially rejective multiple test procedure": of m values in ascending order,
+    the i-th (from 0) is multiplied by m - i, and none becomes smaller than the one before or larger than 1.
+    """
+    p = np.asarray(p, float)
+    adjusted = np.full(len(p), np.nan)
+    order = np.argsort(p)[: int((~np.isnan(p)).sum())]  # NaN come last
+    factors = len(order) - np.arange(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1)
+    return adjusted
+
+
+def titled(part: str) -> str:
+    return f"{part.capitalize()}: " if part else ""
+
+
+def _verdict(found: list[tuple[str, UShape]]) -> str:
+    p = np.array([test.p for _, test in found])
+    if np.isnan(p).all():
+        return "The seeds are too few for a test."
+    tests = int((~np.isnan(p)).sum())
+    stands = [
+        titled(part).lower() + plain(t.lr) for (part, t), q in zip(found, holm(p), strict=True) if q <= LEVEL
+    ]
+    adjusted = f"after Holm's adjustment for {tests} tests" if tests > 1 else "in the one test"
+    if not stands:
+        verdict = f"No U-shape is established at any learning rate {adjusted} (level {LEVEL:g})."
+        return " ".join([verdict, *_what_seeds_can_show(max(test.seeds for _, test in found), tests)])
+    return f"A U-shape is established {adjusted} (level {LEVEL:g}) at learning rate {', '.join(stands)}."
+
+
+def _what_seeds_can_show(seeds: int, tests: int) -> list[str]:
+    """That no data would have established a U-shape, if so: one p is at least 2^-seeds, then adjusted."""
+    smallest = min(tests * 2.0**-seeds, 1.0)
+    if smallest <= LEVEL:
+        return []
+    needed = int(np.ceil(np.log2(tests / LEVEL)))
+    after = " after the adjustment" if tests > 1 else ""
+    return [
+        f"None could be: {seeds} seeds cannot give a p value below {smallest:.3g}{after}. It takes {needed}."
+    ]
+
+
+def _u_shape_table(found: list[tuple[str, UShape]]) -> str:
+    tests = [test for _, test in found]
+    cells = pd.DataFrame(
+        {
+            "learning rate": [", ".join(filter(None, (plain(t.lr), part))) for part, t in found],
+            "seeds": [str(t.seeds) for t in tests],
+            "best between": [f"{t.position:.3g}" for t in tests],
+            "PiSSA end, excess": [with_interval(t.first_excess, *t.first_interval) for t in tests],
+            "MiLoRA end, excess": [with_interval(t.last_excess, *t.last_interval) for t in tests],
+            "p": [_p(t.p) for t in tests],
+            "p, adjusted": [_p(p) for p in holm([t.p for t in tests])],
+        }
+    )
+    return html_table(
+        cells,
+        "What the end windows forget more than the best window between, in points, with 95% intervals. p: "
+        "sign-flip test that both ends forget more (Berger 1982; Romano and Wolf 2005); adjusted for the "
+        "number of tests after Holm 1979.",
+    )
+
+
+def _p(p: float) -> str:
+    if np.isnan(p):
+        return MISSING
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def span(counts: pd.Series, unit: str = "seed") -> str:
+    """ "5 seeds" or "3 to 5 seeds"."""
+    low, high = int(counts.min()), int(counts.max())
+    plural = unit if high == 1 else f"{unit}s"
+    return f"{low} {plural}" if low == high else f"{low} to {high} {plural}"

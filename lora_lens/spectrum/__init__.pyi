@@ -1,0 +1,31 @@
+from . import measures as measures
+from .cache import SpectrumCache as SpectrumCache
+from .comparison import (
+    Change as Change,
+    change as change,
+    compare as compare,
+    intruder_dimensions as intruder_dimensions,
+    overlap as overlap,
+    overlap_matrix as overlap_matrix,
+    principal_angles as principal_angles,
+    rotation as rotation,
+)
+from .layers import target_layers as target_layers
+from .patterns import part_of as part_of
+from .placement import (
+    AfterEnergy as AfterEnergy,
+    AtEffectiveRank as AtEffectiveRank,
+    ByLayer as ByLayer,
+    Components as Components,
+    HoldingEnergy as HoldingEnergy,
+    RandomComponents as RandomComponents,
+    SpreadComponents as SpreadComponents,
+)
+from .sources.matrices import Weight as Weight, weights as weights
+from .spectrum import (
+    Spectrum as Spectrum,
+    SpectrumSet as SpectrumSet,
+    factorize as factorize,
+    spectra as spectra,
+)
+from .window import Placement as Placement, Window as Window, windows as windows

@@ -1,0 +1,1 @@
+"""Where weights come from: models, safetensors, GGUF and adapter files."""

@@ -1,0 +1,200 @@
+"""The weights of any source as matrices: a model, a checkpoint, a GGUF file, an adapter.
+
+Listing reads names and shapes only; a matrix is read when its ``load`` is called, so one that is
+dropped before the next keeps memory flat however large the source is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lora_lens._base.errors import InputError, InputTypeError
+from lora_lens._base.naming import GROUPS, Targets, block_and_kind, listed
+from lora_lens._base.validate import flag, sequence, shown
+from lora_lens._base.wrappers import inner_model
+from lora_lens.spectrum.patterns import matching, part_of
+from lora_lens.spectrum.sources.files import tensors_in
+from lora_lens.spectrum.sources.roles import Stored, numbers_counted
+
+FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv"}  # not query_key_value and qkv_proj, which mix q, k, v by head
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One matrix (out, in) that is not read yet.
+
+    Attributes:
+        name: dotted module name, with a suffix for a part: ``blocks.0.attn.qkv[q]``,
+            ``mlp.experts.down_proj[3]``.
+        shape: (out, in).
+        load: reads the matrix, in its stored dtype, float8 as float32; what it returns may share memory
+            with the model or the file, so do not write to it. Raises ValueError for a damaged file.
+        factors: of an adapter's update, reads (scaling * B, A), shapes (out, r) and (r, in), whose
+            product is the matrix; otherwise None.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    load: Callable[[], Tensor]
+    factors: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+
+def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: bool = False) -> list[Weight]:
+    """The matrices of ``source``, none of them read yet.
+
+    Args:
+        source: one of
+
+            - a model: its linear and embedding layers, convolutions as (out, in * kh * kw), GPT-2's
+              ``Conv1D`` transposed, each expert of a mixture of experts. Of a model under PEFT the
+              base weights, by the names they have without PEFT;
+            - a ``.safetensors`` file, or a folder with one, with shards or with an index of them. A file
+              does not tell kinds of layers apart, so everything named ``.weight`` and every 3-D tensor
+              of experts counts. Which matrices are stored transposed (GPT-2's, the experts of gpt-oss,
+              Llama 4 and Qwen3-VL) is read from their shapes and the ``config.json`` beside the file.
+              float8 without a scale is read; whatever is quantized is refused with the reason;
+            - a ``.gguf`` file, dequantized with the gguf package; a split one is read whole. Its
+              names are llama.cpp's, and q and k of Llama models have their rows permuted;
+            - a LoRA adapter: PEFT's folder or file, a folder of :func:`lora_lens.save`, a file of kohya's
+              scripts, diffusers, MLX or llama.cpp that says how it is scaled: the update of each adapted
+              layer, scaling * B @ A, relative to the pretrained weight. Adapters whose base is a
+              residual (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, unless converted) and other methods than
+              LoRA are refused.
+        targets: None for the linear layers and experts, without embeddings, output head and
+            routers (in files: by their usual names); or patterns and groups as in
+            :func:`lora_lens.spectrum.target_layers`, which choose among all of the above.
+        split_qkv: q, k and v as three weights for layers named qkv, c_attn, Wqkv or attn_qkv of
+            shape (3 * in, in). Those that mix q, k and v by head stay whole.
+
+    Returns:
+        In the model's order, or for files by name with numbers counted.
+
+    Raises:
+        FileNotFoundError: no such file, no weights in a folder, a missing shard.
+        TypeError: an argument is of another type.
+        ValueError: nothing matches; a file is damaged or unsafe to open; a chosen weight is empty,
+            on the meta device or quantized.
+        ImportError: the gguf package is needed.
+
+    Warns:
+        UserWarning: experts adapted as parameters and outputs of nn.MultiheadAttention are left out of an
+            adapter; nothing says which way round experts are.
+    """
+    split_qkv = flag(split_qkv, "split_qkv")
+    patterns = patterns_of(targets)
+    if isinstance(source, nn.Module):
+        from lora_lens.spectrum.sources.models import in_model  # files need neither peft nor transformers
+
+        source = inner_model(source)
+        stored, where = list(in_model(source)), type(source).__name__
+    elif isinstance(source, (str, Path)):
+        stored, where = sorted(tensors_in(Path(source)), key=lambda s: numbers_counted(s.name)), str(source)
+    else:
+        raise InputTypeError(
+            f"expected a model, or the path of a file or folder as a string or Path, not {shown(source)}"
+        )
+
+    matrices = [(tensor, weight) for tensor in stored for weight in _matrices(tensor, split_qkv)]
+    if not matrices:
+        raise InputError(
+            f"{where} holds no weights: expected tensors of two or more dimensions named .weight"
+        )
+    could = f"these could match: {listed(sorted({block_and_kind(s.name)[1] for s in stored}))}"
+    chosen = {id(s) for s in stored if s.usual} if patterns is None else set()
+    if patterns is None and not chosen:
+        raise InputError(f"{where} has no linear layers besides its head; choose others by name, {could}")
+    for pattern in patterns or ():
+        names = _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
+        found = {id(w) for s, w in matrices if s.name in names or f".{w.name}".endswith(f".{pattern}")}
+        if not found:
+            raise InputError(
+                f"no layer of {where} belongs to {pattern!r}; {could}"
+                if pattern in GROUPS
+                else f"target {pattern!r} matches no weight of {where}; {could}"
+            )
+        chosen |= found
+    picked = [(s, w) for s, w in matrices if id(s) in chosen or id(w) in chosen]
+    for tensor, _ in picked:
+        if tensor.problem or 0 in tensor.shape:
+            raise InputError(f"{tensor.name} {tensor.problem or f'is empty: its shape is {tensor.shape}'}")
+    if doubtful := {s.name for s, _ in picked if s.doubtful}:
+        warnings.warn(
+            f"the experts {listed(sorted(doubtful), most=2)} are read as (experts, out, in): neither a "
+            "config with the hidden size nor their shapes say so; if they are (experts, in, out), left and "
+            "right singular vectors are exchanged",
+            stacklevel=2,
+        )
+    left = [s for s in stored if s.factors and s.problem and not s.usual] if patterns is None else []
+    if left:
+        warnings.warn(
+            f"left out {listed((s.name for s in left), most=3)}: {left[0].name} {left[0].problem}",
+            stacklevel=2,
+        )
+    return [weight for _, weight in picked]
+
+
+def patterns_of(targets: Targets) -> tuple[str, ...] | None:
+    """``targets`` as patterns, or None for the usual weights.
+
+    Raises:
+        TypeError, ValueError: it is neither a pattern nor a sequence of them, or holds none.
+    """
+    if targets is None:
+        return None
+    patterns = sequence(targets, "targets", "patterns, or one pattern", one=str)
+    if not patterns:
+        raise InputError("targets is empty: give None for all linear layers, or names such as 'q_proj'")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise InputTypeError(f"targets must hold patterns such as 'q_proj', not {shown(pattern)}")
+    return patterns
+
+
+def _group(stored: list[Stored], group: str) -> set[str]:
+    if group == "all-conv":
+        return {s.name for s in stored if len(s.shape) > 2 and not s.experts}
+    return {s.name for s in stored if s.usual and group in ("all-linear", f"all-{part_of(s.name)}")}
+
+
+def _matrices(stored: Stored, split_qkv: bool) -> list[Weight]:
+    out, *rest = stored.shape[1:] if stored.experts else stored.shape
+    shape = (math.prod(rest), out) if stored.transposed else (out, math.prod(rest))
+    if stored.experts:
+        experts = range(stored.shape[0])
+        return [Weight(f"{stored.name}[{i}]", shape, partial(_matrix, stored, i)) for i in experts]
+    whole = Weight(stored.name, shape, partial(_matrix, stored, None), stored.factors)
+    fused = stored.thirds and stored.name.rpartition(".")[2] in FUSED
+    if not (split_qkv and fused and shape[0] == 3 * shape[1]):
+        return [whole]
+    size = shape[1]
+    return [_rows(whole, f"{whole.name}[{part}]", i * size, size) for i, part in enumerate("qkv")]
+
+
+def _matrix(stored: Stored, expert: int | None) -> Tensor:
+    matrix = stored.read(expert)
+    matrix = matrix.float() if matrix.itemsize == 1 else matrix  # of float8 little can be computed
+    matrix = matrix.flatten(1) if matrix.ndim > 2 else matrix
+    return matrix.T if stored.transposed else matrix
+
+
+def _rows(whole: Weight, name: str, first: int, count: int) -> Weight:
+    factors = whole.factors and partial(_factor_rows, whole.factors, first, count)
+    return Weight(name, (count, whole.shape[1]), partial(_load_rows, whole.load, first, count), factors)
+
+
+def _load_rows(load: Callable[[], Tensor], first: int, count: int) -> Tensor:
+    return load()[first : first + count]
+
+
+def _factor_rows(
+    factors: Callable[[], tuple[Tensor, Tensor]], first: int, count: int
+) -> tuple[Tensor, Tensor]:
+    b, a = factors()
+    return b[first : first + count], a

@@ -1,0 +1,396 @@
+"""The spectrum of a weight: its singular values and vectors, computed once and then sliced.
+
+``spectra(model)`` factorizes every matching weight; windows, adapters and
+plots read from the result and never factorize again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lora_lens._base.devices import checked_device
+from lora_lens._base.errors import InputError, InputTypeError
+from lora_lens._base.naming import Targets, block_and_kind, listed
+from lora_lens._base.progress import progress_bar
+from lora_lens._base.threads import limited_threads, thread_count
+from lora_lens._base.torch_tools import check_finite
+from lora_lens._base.validate import flag, instance, sequence, suggestion
+from lora_lens.spectrum import measures
+from lora_lens.spectrum.cache import SpectrumCache, weight_key
+from lora_lens.spectrum.sources.matrices import Weight, weights
+from lora_lens.spectrum.svd import Factors, product_svd, singular_values, some_components, thin_svd
+from lora_lens.spectrum.window import Placement, Window, require_fit
+
+Vectors = bool | Sequence[Placement] | Mapping[str, Iterable[Placement]]
+
+METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
+CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
+WORTH_PICKING = 3  # computing some components pays when there are this many times more
+WINDOW = "a window or other placement, such as ll.Window.middle(8)"
+SIDE_BY_SIDE = 2**22  # entries from which on a matrix gets all threads, instead of one beside others
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The thin singular value decomposition W = U S V^T of one weight.
+
+    Attributes:
+        name: dotted module name, such as ``blocks.0.attn.qkv``.
+        shape: (out_features, in_features) of the weight.
+        singular_values: S, shape (k,), float64, descending; k = min(out, in), or
+            the rank of an adapter's update.
+        left: U, shape (out_features, c), float32, orthonormal columns; None if
+            only the values were computed.
+        right: V^T, shape (c, in_features), float32, orthonormal rows; or None.
+        components: shape (c,), which components ``left`` and ``right`` hold,
+            ascending; None if they hold all k.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    singular_values: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+    components: Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        """The number of components."""
+        return len(self.singular_values)
+
+    @property
+    def has_all_vectors(self) -> bool:
+        return self.left is not None and self.left.shape[1] == self.k
+
+    @property
+    def effective_rank(self) -> float:
+        """See :func:`lora_lens.spectrum.measures.effective_rank`."""
+        return measures.effective_rank(self.singular_values)
+
+    @property
+    def stable_rank(self) -> float:
+        """See :func:`lora_lens.spectrum.measures.stable_rank`."""
+        return measures.stable_rank(self.singular_values)
+
+    def energy(self, window: Placement) -> float:
+        """The share of the squared Frobenius norm, sum_w(s^2) / sum(s^2): in [0, 1]."""
+        squares = self.singular_values.square()
+        total = squares.sum()
+        part = self._part(window)
+        return float(squares[part].sum() / total) if total > 0 else 0.0
+
+    def components_of(self, window: Placement) -> Tensor:
+        """The indices of a window's or another placement's components, shape (rank,), ascending.
+
+        Raises:
+            ValueError: the placement does not fit.
+        """
+        return torch.arange(self.k)[self._part(window)]
+
+    def vectors(self, window: Placement) -> tuple[Tensor, Tensor]:
+        """U_w, shape (out_features, rank), and V_w^T, shape (rank, in_features), float32.
+
+        Raises:
+            ValueError: the placement does not fit, or its vectors were not computed.
+        """
+        part = self._part(window)
+        if self.left is None or self.right is None:
+            raise InputError(
+                f"the spectrum of {self.name} has no singular vectors; "
+                "compute it with spectra(..., vectors=True)"
+            )
+        if self.components is not None:
+            wanted = self.components_of(window)
+            part = torch.searchsorted(self.components, wanted).clamp_max(len(self.components) - 1)
+            if not torch.equal(self.components[part], wanted):
+                raise InputError(
+                    f"the spectrum of {self.name} holds vectors for other components than {_named(wanted)}; "
+                    "compute it with spectra(..., vectors=True) for all"
+                )
+            if int(part[-1] - part[0]) == len(part) - 1:
+                part = slice(int(part[0]), int(part[-1]) + 1)  # a view instead of a copy
+        return self.left[:, part], self.right[part]
+
+    def component(self, window: Placement) -> Tensor:
+        """The part of the weight the window holds, U_w S_w V_w^T: (out_features, in_features), float32.
+
+        Raises:
+            ValueError: as :meth:`vectors`.
+        """
+        left, right = self.vectors(window)
+        return left * self.singular_values[self._part(window)].float() @ right
+
+    def _part(self, window: Placement) -> slice | Tensor:
+        return instance(window, Placement, "window", WINDOW).chosen(self.singular_values, self.name)
+
+
+def _named(components: Tensor) -> str:
+    first, last = int(components[0]), int(components[-1])
+    if last - first == len(components) - 1:
+        return f"[{first}, {last + 1})"
+    return listed([str(int(i)) for i in components], most=6)
+
+
+class SpectrumSet(Mapping[str, Spectrum]):
+    """The spectra of a model's weights by module name, in the model's order."""
+
+    def __init__(self, spectra: Iterable[Spectrum]):
+        """Raises TypeError, ValueError: something else is among them, or one name twice."""
+        self._spectra: dict[str, Spectrum] = {}
+        for spectrum in sequence(spectra, "spectra", "Spectrum objects"):
+            instance(spectrum, Spectrum, "spectra", "a sequence of Spectrum objects")
+            if spectrum.name in self._spectra:
+                raise InputError(f"two spectra are of one weight, {spectrum.name}; a set has one of each")
+            self._spectra[spectrum.name] = spectrum
+
+    def __getitem__(self, name: str) -> Spectrum:
+        if name not in self._spectra:
+            raise KeyError(f"no spectrum of {name!r}; there are spectra of {listed(self._spectra)}")
+        return self._spectra[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spectra)
+
+    def __len__(self) -> int:
+        return len(self._spectra)
+
+    def __repr__(self) -> str:
+        return f"SpectrumSet of {len(self)} weights: {listed(self._spectra)}"
+
+    def table(self, window: Placement | None = None, *, power_law: bool = False) -> pd.DataFrame:
+        """One row per weight.
+
+        Columns: layer (module name), block (first number in the name, or -1),
+        kind (the name without that number), out, in, k, largest and smallest
+        (singular values); effective_rank, stable_rank, participation_ratio,
+        spectral_gap and condition_number; mp_edge and above_mp, the largest
+        singular value of a random matrix with the same bulk and how many exceed
+        it (Marchenko and Pastur). With a ``window`` also start (of the window in
+        this weight) and energy (its share, in [0, 1]). With ``power_law`` also
+        alpha, distance and tail of the fit to the largest eigenvalues, which
+        takes longer for large weights. All are defined in
+        :mod:`lora_lens.spectrum.measures`.
+        """
+        flag(power_law, "power_law")
+        if window is not None:
+            instance(window, Placement, "window", WINDOW)
+        rows = []
+        for spectrum in self.values():
+            block, kind = block_and_kind(spectrum.name)
+            s = spectrum.singular_values
+            bulk = measures.marchenko_pastur(s, spectrum.shape)
+            row = {
+                "layer": spectrum.name,
+                "block": block,
+                "kind": kind,
+                "out": spectrum.shape[0],
+                "in": spectrum.shape[1],
+                "k": spectrum.k,
+                "largest": float(s[0]),
+                "smallest": float(s[-1]),
+                "effective_rank": spectrum.effective_rank,
+                "stable_rank": spectrum.stable_rank,
+                "participation_ratio": measures.participation_ratio(s),
+                "spectral_gap": measures.spectral_gap(s),
+                "condition_number": measures.condition_number(s),
+                "mp_edge": bulk.edge,
+                "above_mp": bulk.above,
+            }
+            if window is not None:
+                row["start"] = int(spectrum.components_of(window)[0])
+                row["energy"] = spectrum.energy(window)
+            if power_law:
+                fit = measures.power_law(s)
+                row |= {"alpha": fit.alpha, "distance": fit.distance, "tail": fit.tail}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+
+def spectra(
+    source: nn.Module | str | Path,
+    targets: Targets = None,
+    *,
+    vectors: bool | Placement | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
+    split_qkv: bool = False,
+    device: torch.device | str | None = None,
+    cache: bool = True,
+    progress: bool = True,
+) -> SpectrumSet:
+    """Factorize every matching weight of ``source`` once.
+
+    Args:
+        source: a model, a ``.safetensors`` or ``.gguf`` file, a folder of shards or of a PEFT
+            adapter; see :func:`lora_lens.spectrum.weights`. Files are read one matrix at a time.
+        targets: which layers, see there; default all linear layers but the classifier.
+        vectors: True for all singular vectors; windows or other placements for theirs alone, in less
+            time and memory, or by weight name those for each; False for the singular values only, which
+            is enough for tables and most pictures.
+        split_qkv: fused q, k and v as three weights, see there.
+        device: where to compute; default where each weight lies. It needs float64, so the CPU
+            stands in for "mps".
+        cache: keep all factors of large weights on disk and find them there by the weight's
+            content; see :class:`lora_lens.spectrum.SpectrumCache`.
+        progress: show a bar when it takes longer than a moment.
+
+    Returns:
+        One :class:`Spectrum` per weight, on the CPU, computed in float64. Weights of up to 4 M
+        entries are factorized side by side, as many as ``torch.get_num_threads()``.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values,
+            a window does not fit, ``device`` is not there, or as :func:`lora_lens.spectrum.weights`.
+    """
+    chosen, place = _checked_vectors(vectors), checked_device(device)
+    cache, progress = flag(cache, "cache"), flag(progress, "progress")
+    found = weights(source, targets, split_qkv)
+    if isinstance(chosen, Mapping):
+        for name in chosen.keys() - {weight.name for weight in found}:
+            meant = suggestion(name, [weight.name for weight in found])
+            raise InputError(f"vectors names {name!r}, which is not among the weights{meant}")
+    live = isinstance(source, nn.Module)
+    for weight in found:  # meet what is wrong before the work starts
+        wanted = _wanted(chosen, weight.name)
+        for placement in [] if weight.factors or isinstance(wanted, bool) else wanted:
+            _require_room(placement, min(weight.shape), weight.name)
+        if live:
+            check_finite(weight.name, weight.load())
+    kept = SpectrumCache() if cache and chosen else None
+    work = partial(_spectrum, vectors=chosen, device=place, cache=kept, checked=live)
+    done: dict[str, Spectrum] = {}
+    with progress_bar(total=len(found), shown=progress, desc="spectra", unit="weight", delay=0.5) as bar:
+        for spectrum in _side_by_side(work, found):
+            done[spectrum.name] = spectrum
+            bar.update()
+    return SpectrumSet([done[weight.name] for weight in found])
+
+
+def _checked_vectors(vectors: object) -> Vectors:
+    if isinstance(vectors, (bool, np.bool_)):
+        return bool(vectors)
+    if isinstance(vectors, Mapping) and vectors:
+        return {name: _placements(given, f"vectors[{name!r}]") for name, given in vectors.items()}
+    return _placements(() if isinstance(vectors, Mapping) else vectors, "vectors")
+
+
+def _placements(given: object, name: str) -> tuple[Placement, ...]:
+    what = "windows or other placements"
+    if given is None or isinstance(given, (str, int)):
+        raise InputTypeError(
+            f"{name} must be True, False or {what}, such as [ll.Window.middle(8)], not {given!r}"
+        )
+    found = sequence(given, name, what, one=Placement)
+    for placement in found:
+        instance(placement, Placement, name, f"{what}, such as [ll.Window.middle(8)]")
+    if not found and name == "vectors":
+        raise InputError("vectors is empty: give False for the singular values alone, or windows")
+    return found
+
+
+def _wanted(vectors: Vectors, name: str) -> bool | Sequence[Placement]:
+    return vectors.get(name, ()) if isinstance(vectors, Mapping) else vectors
+
+
+def _require_room(placement: Placement, k: int, name: str) -> None:
+    """Before the singular values are known: whether the placement can fit at all."""
+    require_fit(placement.rank, k, name)
+    if isinstance(placement, Window):
+        placement.slice(k, name)
+
+
+def _union(placements: Sequence[Placement], values: Tensor, name: str) -> Tensor:
+    every = torch.arange(len(values))
+    return torch.cat([every[p.chosen(values, name)] for p in placements]).unique()
+
+
+def factorize(name: str, weight: Tensor) -> Spectrum:
+    """The spectrum of one (out_features, in_features) weight, exact to float64 rounding."""
+    return _packed(name, tuple(weight.shape), thin_svd(weight.detach()))
+
+
+def _packed(
+    name: str, shape: tuple[int, int], factors: Factors, components: Tensor | None = None
+) -> Spectrum:
+    # Contiguous, so that products with fresh factors round as with those from the cache.
+    left, values, right = (factor.cpu() for factor in factors)
+    return Spectrum(name, shape, values, left.float().contiguous(), right.float().contiguous(), components)
+
+
+def _side_by_side(work: Callable[[Weight], Spectrum], found: Sequence[Weight]) -> Iterator[Spectrum]:
+    """In the order of completion. LAPACK gains little from threads on small matrices, so each gets one."""
+    threads = thread_count()
+    small = [w for w in found if math.prod(w.shape) < SIDE_BY_SIDE]
+    large = [w for w in found if math.prod(w.shape) >= SIDE_BY_SIDE]
+    yield from _in_workers(work, small, workers=threads, blas=1)
+    yield from _in_workers(work, large, workers=1, blas=threads)
+
+
+def _in_workers(
+    work: Callable[[Weight], Spectrum], found: Sequence[Weight], workers: int, blas: int
+) -> Iterator[Spectrum]:
+    """BLAS shares a matrix among ``blas`` threads; torch's own, which would wait spinning, are off."""
+    if not found:
+        return
+    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
+    with limited_threads(1, blas):
+        try:
+            for finished in as_completed([pool.submit(work, weight) for weight in found]):
+                yield finished.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _spectrum(
+    weight: Weight,
+    vectors: Vectors,
+    device: torch.device | None,
+    cache: SpectrumCache | None,
+    checked: bool,
+) -> Spectrum:
+    wanted = _wanted(vectors, weight.name)
+    if weight.factors is not None:
+        b, a = (factor.to("cpu", torch.float64) for factor in weight.factors())
+        check_finite(weight.name, b)
+        check_finite(weight.name, a)
+        left, values, right = product_svd(b, a)
+        if not wanted:
+            return Spectrum(weight.name, weight.shape, values)
+        return _packed(weight.name, weight.shape, (left, values, right))
+    matrix = weight.load().detach()
+    if not checked:
+        check_finite(weight.name, matrix)
+    if not wanted:
+        return Spectrum(weight.name, weight.shape, singular_values(_placed(matrix, device)).cpu())
+    k = min(weight.shape)
+    large = k >= CACHED_FROM
+    key = weight_key(matrix, _method(matrix, device)) if cache and large else ""
+    if key and (known := cache.get(key)) is not None:
+        return _packed(weight.name, weight.shape, known)
+    if large and wanted is not True and WORTH_PICKING * sum(p.rank for p in wanted) <= k:
+        choose = partial(_union, wanted, name=weight.name)
+        factors, components = some_components(_placed(matrix, device), choose)
+        return _packed(weight.name, weight.shape, factors, components)
+    spectrum = factorize(weight.name, _placed(matrix, device))
+    if key:
+        cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)
+    return spectrum
+
+
+def _method(matrix: Tensor, device: torch.device | None) -> str:
+    """What the factors depend on besides the matrix: accelerators round them otherwise."""
+    kind = (matrix.device if device is None else device).type
+    return METHOD if kind in ("cpu", "mps") else f"{METHOD}, {kind}"
+
+
+def _placed(matrix: Tensor, device: torch.device | None) -> Tensor:
+    place = matrix.device if device is None else device
+    return matrix.cpu() if place.type == "mps" else matrix.to(place)

@@ -1,0 +1,263 @@
+"""A task from a folder of images, one subfolder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
+
+from lora_lens._base.errors import InputError, InputTypeError, MissingFileError
+from lora_lens._base.naming import listed
+from lora_lens._base.progress import progress_bar
+from lora_lens._base.validate import flag, instance, number, seed_number, shown, whole_number
+from lora_lens.tasks.images import as_rgb, has_white
+from lora_lens.tasks.task import Examples, Task
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+Transform = Callable[[Image.Image], Tensor]
+Files = dict[str, list[Path]]  # of every class, in the order of the labels
+LISTED = 5  # names in an error
+
+
+def folder_task(
+    path: str | Path,
+    transform: Transform | None = None,
+    *,
+    train: str = "train",
+    test: str | None = None,
+    test_share: float | None = None,
+    limit: int | tuple[int | None, int | None] | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    progress: bool = True,
+) -> Task:
+    """A task from image files, ``path/train/<class>/*.jpg`` and ``path/val/<class>/*.jpg``.
+
+    With ``test_share``, from one folder without such parts,
+    ``path/<class>/*.jpg``: that share of every class, drawn at random, is for
+    testing. Files end in one of ``SUFFIXES``, in any case; others, and what is
+    hidden, are left out. Images are read as people see them, see
+    :func:`lora_lens.tasks.images.as_rgb`: turned by their EXIF data, on white where they
+    are transparent, of several frames the first. Classes are sorted by name. That is the order of
+    ImageNet's heads if its folders are called by their WordNet numbers, n01440764
+    and so on.
+
+    The setting of a vision transformer that learns Caltech101 and is to retain
+    ImageNet::
+
+        model = timm.create_model("vit_base_patch16_224", pretrained=True)
+        transform = timm_transform(model)
+        # half of the validation images would be for training, which retaining does not need: 1 per class
+        imagenet = folder_task("imagenet/val", transform, test_share=0.5, limit=(1, 5), name="ImageNet")
+        # without the folder BACKGROUND_Google, which is not one of the 101 classes
+        caltech = folder_task("caltech101", transform, test_share=0.2, limit=(30, 20), name="Caltech101")
+        adapted = lora_lens.attach(model, lora_lens.Window(rank=8, position=0.5))
+        run = lora_lens.finetune(adapted, caltech, retain=imagenet)
+
+    All images are in memory at once, 4 bytes per value: 0.6 MB for one of
+    3 x 224 x 224, so 3.6 GB for this ImageNet and at most 3.0 GB for this Caltech101.
+    ``limit`` bounds that.
+
+    Args:
+        path: the folder.
+        transform: from an RGB image to a floating-point tensor of the same shape for all,
+            such as :func:`timm_transform`; without one, pixels in [0, 1], (3, h, w), as large as they are.
+        train: the subfolder of the training images.
+        test: the subfolder of the test images; by default "val", or "test" if there is no "val".
+        test_share: in (0, 1), instead of the two subfolders. It is rounded to whole images, and every
+            class keeps at least one image on either side.
+        limit: images per class, at most, in each part; or a pair, for training and for testing, of
+            which None is no limit. They are drawn at random.
+        seed: of the split and of the images drawn.
+        name: of the task; by default the folder's.
+        progress: show a bar while checking and loading.
+
+    Raises:
+        FileNotFoundError: the folder or a part of it is missing.
+        ValueError: there are fewer than two classes, a class without images,
+            or one that is in one part only; one folder for both parts; a file is no readable image, or one
+            of 32-bit numbers; tensors of different shapes; a share, limit or seed out of range.
+        TypeError: the transform does not return floating-point tensors; an argument of another type.
+    """
+    path = Path(instance(path, (str, Path), "path", "a folder's path"))
+    if transform is not None and not callable(transform):
+        raise InputTypeError(f"transform must be a function of an image, not {shown(transform)}")
+    for part, given in (("train", train), ("test", test)):
+        if part == "train" or given is not None:
+            instance(given, (str, Path), part, "a subfolder's name")
+    limits, progress = _limits(limit), flag(progress, "progress")
+    random = np.random.default_rng(seed_number(seed))
+    if test_share is None:
+        parts = _parts(path, train, test)
+    else:
+        if test is not None:
+            raise InputError(f"give either test={test!r} or test_share={test_share}, not both")
+        test_share = number(test_share, "test_share", above=0, below=1)
+        parts = _split(_files(path), test_share, random)
+    parts = [
+        {c: _drawn(files, most, random) for c, files in part.items()}
+        for part, most in zip(parts, limits, strict=True)
+    ]
+    _check([f for part in parts for files in part.values() for f in files], progress)
+    return Task(
+        path.resolve().name if name is None else name,
+        tuple(parts[0]),
+        *(_loaded(part, transform or to_tensor, progress) for part in parts),
+    )
+
+
+def timm_transform(model: nn.Module) -> Transform:
+    """How a timm model wants its images: resized, cropped at the centre and normalised, without augmentation.
+
+    The size is the model's own, also if it was made for another than it was
+    pretrained with (``timm.create_model(..., img_size=...)``).
+
+    Raises:
+        ValueError: the model does not say how it was pretrained: it is not from ``timm.create_model``.
+    """
+    config = getattr(model, "pretrained_cfg", None)
+    if not config:
+        raise InputError(
+            f"this {type(model).__name__} has no pretrained_cfg, which timm.create_model gives its models; "
+            "pass folder_task a transform of your own"
+        )
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    own = {} if size is None else {"input_size": (3, *size)}
+    return create_transform(**resolve_model_data_config(model, args=own), is_training=False)
+
+
+def _limits(limit: int | tuple[int | None, int | None] | None) -> list[int | None]:
+    """For training and for testing."""
+    if limit is None:
+        return [None, None]
+    pair = limit if isinstance(limit, (tuple, list)) else (limit, limit)
+    if len(pair) != 2:
+        raise InputError(f"limit must be a number of images per class, or a pair of them, not {limit!r}")
+    return [None if most is None else whole_number(most, "limit", least=1) for most in pair]
+
+
+def _parts(path: Path, train: str, test: str | None) -> list[Files]:
+    if not path.is_dir():
+        raise MissingFileError(f"there is no folder {path}")
+    if test is None:
+        test = next((n for n in ("val", "test") if (path / n).is_dir()), None)
+    if test is None or not ((path / train).is_dir() and (path / test).is_dir()):
+        raise MissingFileError(
+            f"{path} needs the folders {train!r} and {test or 'val or test'!r}; "
+            "if it holds the classes themselves, give test_share, such as 0.2"
+        )
+    if (path / train).resolve() == (path / test).resolve():
+        raise InputError(
+            f"{path}: train and test are both the folder {test!r}, and a test on it would tell what was "
+            "memorized; name two folders, or give test_share"
+        )
+    parts = [_files(path / train), _files(path / test)]
+    for here, there in ((0, 1), (1, 0)):
+        lost = [c for c in parts[here] if c not in parts[there]]
+        if lost:
+            has, lacks = (train, test) if here == 0 else (test, train)
+            raise InputError(
+                f"{path}: classes in {has!r} but not in {lacks!r}: "
+                f"{listed(lost, most=LISTED)}; both need the same"
+            )
+    return parts
+
+
+def _files(folder: Path) -> Files:
+    """Every class's image files, sorted by name."""
+    if not folder.is_dir():
+        raise MissingFileError(f"there is no folder {folder}")
+    classes = [f for f in _sorted(folder) if f.is_dir()]
+    if len(classes) < 2:
+        raise InputError(
+            f"{folder} has {len(classes)} subfolders; expected one for each of at least two classes"
+        )
+    files = {c.name: [f for f in _sorted(c) if f.suffix.lower() in SUFFIXES] for c in classes}
+    empty = [c for c, found in files.items() if not found]
+    if empty:
+        raise InputError(
+            f"{folder}: no {', '.join(SUFFIXES)} files in {listed(empty, most=LISTED)}; "
+            "every subfolder is a class, so fill or remove them"
+        )
+    return files
+
+
+def _sorted(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, in the same order on every system."""
+    return sorted((f for f in folder.iterdir() if not f.name.startswith(".")), key=lambda f: f.name)
+
+
+def _split(files: Files, share: float, random: np.random.Generator) -> list[Files]:
+    train, test = {}, {}
+    for name, found in files.items():
+        if len(found) < 2:
+            raise InputError(f"class {name!r} has 1 image, {found[0]}; splitting it takes at least 2")
+        count = min(max(round(share * len(found)), 1), len(found) - 1)
+        for_test = set(random.permutation(len(found))[:count].tolist())
+        test[name] = [f for i, f in enumerate(found) if i in for_test]
+        train[name] = [f for i, f in enumerate(found) if i not in for_test]
+    return [train, test]
+
+
+def _drawn(files: list[Path], most: int | None, random: np.random.Generator) -> list[Path]:
+    if most is None or len(files) <= most:
+        return files
+    return [files[i] for i in sorted(random.permutation(len(files))[:most])]
+
+
+def _check(files: list[Path], progress: bool) -> None:
+    """Open every file before the long work of decoding; damage beyond the header may show only there."""
+    broken, deep = [], []
+    for file in progress_bar(files, shown=progress, desc="checking images", unit="image"):
+        try:
+            with Image.open(file) as image:
+                if not has_white(image):
+                    deep.append(str(file))
+                image.verify()
+        except MemoryError:
+            raise
+        except Exception:  # Pillow's formats raise many kinds
+            broken.append(str(file))
+    if broken:
+        raise InputError(f"not readable as images, restore or remove them: {listed(broken, most=LISTED)}")
+    if deep:
+        raise InputError(
+            "images of 32-bit numbers, of which none is known to be white; save them with 8 or 16 bits: "
+            f"{listed(deep, most=LISTED)}"
+        )
+
+
+def _loaded(part: Files, transform: Transform, progress: bool) -> Examples:
+    """Inputs of all files, class after class, in one tensor that is allocated once."""
+    files = [(f, label) for label, found in enumerate(part.values()) for f in found]
+    inputs = None
+    for row, (file, _) in enumerate(progress_bar(files, shown=progress, desc="loading", unit="image")):
+        made = transform(_rgb(file))
+        if not (isinstance(made, Tensor) and made.is_floating_point()):
+            kind = made.dtype if isinstance(made, Tensor) else type(made).__name__
+            raise InputTypeError(f"the transform must return a floating-point tensor, not {kind}, for {file}")
+        if inputs is None:
+            inputs = made.new_empty((len(files), *made.shape))
+        if made.shape != inputs.shape[1:]:
+            raise InputError(
+                f"{file} became a tensor of shape {tuple(made.shape)}, but {files[0][0]} one of "
+                f"{tuple(inputs.shape[1:])}; give a transform that makes all the same, such as timm_transform"
+            )
+        inputs[row] = made
+    return Examples(inputs, torch.tensor([label for _, label in files]))
+
+
+def _rgb(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return as_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file may be cut off after a sound header
+        raise InputError(f"not readable as an image, restore or remove it: {file} ({error})") from error

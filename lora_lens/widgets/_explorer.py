@@ -1,0 +1,375 @@
+"""What all explorers are made of: controls over pictures and tables, slow parts, errors said in place."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import zlib
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, wraps
+from html import escape
+from importlib.resources import files
+from io import BytesIO
+from threading import RLock, Timer
+
+import numpy as np
+import pandas as pd
+from IPython.display import HTML as StaticHTML, display
+from ipywidgets import HTML, Checkbox, Dropdown, HBox, Layout, VBox, Widget as Control
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from lora_lens import plots
+from lora_lens._base.errors import LoraLensError
+from lora_lens._base.validate import known_settings
+from lora_lens.plots._style import DRAWING
+
+ALL = ""  # not None, for which ipywidgets shows an empty box
+WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
+WIDE = 660  # pixels: on a phone, wider pictures are moved sideways rather than made too small to read
+BUSY_AFTER = 0.3  # seconds
+PAUSE = 0.15  # seconds without a change before slow parts begin
+BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
+DONE = object()
+
+LOG = logging.getLogger(__name__)
+
+Parts = Iterator[tuple[HTML, str] | None]
+
+
+class _BusySign(HTML):
+    """Says that something is worked at, once it takes long: a sign for every move would slow all down."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self._soon: Timer | None = None
+        super().__init__()
+
+    def begin(self) -> None:
+        with self._lock:
+            if self._soon is not None:
+                self._soon.cancel()
+            self._soon = Timer(BUSY_AFTER, self._say)
+            self._soon.daemon = True
+            self._soon.start()
+
+    def end(self) -> None:
+        with self._lock:
+            if self._soon is not None:
+                self._soon.cancel()
+            self._soon, self.value = None, ""
+
+    def _say(self) -> None:
+        with self._lock:
+            if self._soon is not None:  # not ended while this waited for the lock
+                self.value = BUSY
+
+
+class Explorer(VBox):
+    """Controls over a message over results; in a saved page, a still copy of the first view below."""
+
+    def __init__(
+        self, rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]
+    ) -> None:
+        self._draw = draw
+        self._results = VBox(results)
+        self._message, self._busy, self._page = HTML(), _BusySign(), HTML()
+        self._drawing = False
+        self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
+        self._slow: set[HTML] = set()
+        self._following: asyncio.Task | None = None
+        self._fill(draw() or ())
+        for row in rows:
+            for control in row:
+                control.observe(self._redraw, "value")
+        wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
+        controls = [HBox(row, layout=wrapped) for row in rows]
+        super().__init__([self._page, *controls, self._message, self._busy, self._results])
+        self.add_class("ll-explorer")
+        self._page.value = _page_of(self.model_id)
+        self._still = _still(rows, results)
+
+    def close(self) -> None:
+        self._busy.end()
+        self._view += 1
+        super().close()
+
+    def _ipython_display_(self) -> None:
+        display(self._repr_mimebundle_(), raw=True)
+        display(StaticHTML(f'<div class="ll-still ll-{self.model_id}">{self._still}</div>'))
+
+    def _redraw(self, _change: object) -> None:
+        """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
+        if self._drawing:
+            return
+        self._drawing = True
+        self._view += 1
+        self._busy.begin()
+        follows = False
+        try:
+            parts = self._draw()
+            if self._message.value:
+                self._message.value, self._results.layout.display = "", None
+            loop = running_loop()
+            if parts is not None and loop is not None:
+                for box in self._slow:
+                    box.add_class("ll-stale")
+                self._following = loop.create_task(self._follow(parts, self._view))
+                follows = True
+            else:
+                self._fill(parts or ())
+        except Exception as error:
+            self._say(said(error, "this view", log=False))
+            if not isinstance(error, LoraLensError):
+                raise
+        finally:
+            self._drawing = False
+            if not follows:
+                self._busy.end()
+
+    async def _follow(self, parts: Parts, view: int) -> None:
+        """Show slow parts as they are ready, as long as nobody asks for another view."""
+        await asyncio.sleep(PAUSE)
+        try:
+            while view == self._view:
+                part = await asyncio.get_running_loop().run_in_executor(_worker(), next, parts, DONE)
+                if part is DONE:
+                    break
+                if view == self._view:
+                    self._fill([part])
+        except Exception as error:
+            words = said(error, "this view")
+            if view == self._view:
+                self._say(words)
+        finally:
+            if view == self._view:
+                self._busy.end()
+
+    def _fill(self, parts: Iterable[tuple[HTML, str] | None]) -> None:
+        for part in parts:
+            if part is not None:
+                box, html = part
+                box.value = html
+                box.remove_class("ll-stale")
+                self._slow.add(box)
+
+    def _say(self, words: str) -> None:
+        self._message.value = f'<p role="alert"><b>{escape(words)}</b></p>'
+        self._results.layout.display = "none"  # a stale picture would answer another question
+
+
+def explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]) -> Explorer:
+    """Rows of controls over a message over results; the first view raises, later ones say what is wrong.
+
+    ``draw`` sets the results and may change controls itself; that draws nothing again. For what takes
+    longer than a slider's move may, it returns an iterator: each pair of a box and its content is shown as it
+    comes, each None is a place to stop at. It runs in a thread of its own after a short pause, and is dropped
+    as soon as a control changes; at first, and where no event loop runs, all of it is done at once.
+    """
+    return Explorer(rows, results, draw)
+
+
+def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
+    """Let a notebook show bad arguments of an explorer in one line, without the way that led there."""
+
+    parameters = inspect.signature(make).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    @wraps(make)
+    def made(*arguments: object, **options: object) -> VBox:
+        try:
+            if not open_ended:
+                known_settings(options, list(parameters), make.__name__)
+            return make(*arguments, **options)
+        except LoraLensError as error:
+            line = f"{type(error).__name__}: {error}"
+            error._render_traceback_ = lambda: [line]  # IPython asks for it
+            raise
+
+    return made
+
+
+def said(error: Exception, what: str, log: bool = True) -> str:
+    """An error in one line: a mistake in the input in its own words, a bug with its type, and in the log."""
+    if isinstance(error, LoraLensError):
+        return str(error)
+    if log:
+        LOG.error("%s failed", what, exc_info=error)
+    return f"{what} failed: {type(error).__name__}: {error}"
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+@cache
+def _worker() -> ThreadPoolExecutor:
+    """One thread for the slow parts of all explorers: two would only slow each other down."""
+    return ThreadPoolExecutor(1, thread_name_prefix="explorer")
+
+
+def _page_of(model_id: str) -> str:
+    """The style, the script and the words that show where no kernel answers.
+
+    HTML that a widget inserts runs no script elements, but it runs what a picture does when it is loaded.
+    """
+    style, script = (files("lora_lens").joinpath(f"explorer.{kind}").read_text() for kind in ("css", "js"))
+    once = "const root = this.closest('.ll-explorer'); if (root && !root.dataset.ready)"
+    script = f"{once} {{ root.dataset.ready = 1; (function (root) {{\n{script}\n}})(root) }}"
+    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+    return (
+        f"<style>{style} .ll-still.ll-{model_id} {{ display: none }}</style>"
+        f'<img class="ll-script" alt="" src="{pixel}" onload="{escape(script)}">'
+        '<p class="ll-no-kernel">No kernel answers: this is the last view. Run the cell again to explore.</p>'
+    )
+
+
+def _still(rows: list[list[Control]], results: list[Control]) -> str:
+    """The first view without its controls, but with what they said."""
+    chosen = [
+        f"{control.description}: {getattr(control, 'label', None) or control.value}"
+        for row in rows
+        for control in row
+        if getattr(control, "description", "") and hasattr(control, "value")
+    ]
+    shown = [box.value for box in _boxes(results)]
+    return f"<p>{escape('; '.join(chosen))}</p>" + "\n".join(shown)
+
+
+def _boxes(results: Iterable[Control]) -> Iterator[HTML]:
+    for result in results:
+        if isinstance(result, HTML):
+            yield result
+        yield from _boxes(getattr(result, "children", ()))
+
+
+def dropdown(description: str, options: Iterable[str] = ()) -> Dropdown:
+    options = list(options)
+    return Dropdown(options=options, index=0 if options else None, description=description)
+
+
+def offer_with_all(choice: Dropdown, options: list[tuple[str, object]]) -> None:
+    """``all`` and ``options``; the value stays if it is among them."""
+    options = [("all", ALL), *options]
+    if tuple(options) != choice.options:
+        kept = choice.value
+        choice.options = options
+        choice.value = kept if kept in dict(options).values() else ALL
+
+
+def rate_choice(table: pd.DataFrame) -> Dropdown:
+    """The learning rates; at first the one that learns most."""
+    learnt = table.groupby("lr")["accuracy"].mean()
+    options = [(f"{rate:g}", rate) for rate in learnt.index]
+    return Dropdown(options=options, value=learnt.idxmax(), description="learning rate", style=WORDS)
+
+
+def checkbox(description: str) -> Checkbox:
+    return Checkbox(True, description=description, indent=False, layout=Layout(width="max-content"))
+
+
+def table_box() -> HTML:
+    numbers = HTML()
+    numbers.add_class("jp-RenderedHTMLCommon")  # so that it looks like every other table of the notebook
+    return numbers
+
+
+def drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] = (8, 4.2)) -> str:
+    """A picture of constant size as an HTML image with a text for screen readers.
+
+    Not ipywidgets' Image: that has no alternative text, and its view fails in some versions of
+    JupyterLab. Drawn without pyplot, so that no figure stays open.
+    """
+    with plots.house_style():
+        figure = Figure(figsize=size)
+        draw(figure)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return _as_html(canvas, alt)
+
+
+class Picture:
+    """A picture in which a few things move: the rest is drawn once, so that a move takes milliseconds.
+
+    Args:
+        draw: draws on the figure, and returns the artists that move. Between two calls of
+            :meth:`html` they may be given other data, places and words; all else stays as it is.
+        size: in inches.
+    """
+
+    def __init__(
+        self, draw: Callable[[Figure], Iterable[Artist]], size: tuple[float, float] = (8, 4.2)
+    ) -> None:
+        with plots.house_style():
+            figure = Figure(figsize=size)
+            self._canvas = FigureCanvasAgg(figure)
+            self._moving = list(draw(figure))
+            words = {artist: artist.get_text() for artist in self._moving if isinstance(artist, Text)}
+            for artist in self._moving:
+                artist.set_animated(True)  # left out of what is drawn now
+            for text in words:
+                text.set_text("")  # an axis draws its label, animated or not
+            self._canvas.draw()
+            for text, said in words.items():
+                text.set_text(said)
+            self._still = self._canvas.copy_from_bbox(figure.bbox)
+
+    def html(self, alt: str) -> str:
+        """The picture as it is now, as :func:`drawn` gives it."""
+        with DRAWING:
+            self._canvas.restore_region(self._still)
+            for artist in self._moving:
+                artist.draw(self._canvas.get_renderer())
+            return _as_html(self._canvas, alt)
+
+
+def _as_html(canvas: FigureCanvasAgg, alt: str) -> str:
+    """What is drawn on the canvas."""
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    png = BytesIO()
+    # Speed counts: a picture lives until the next move.
+    pixels.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
+    source = b64encode(png.getvalue()).decode()
+    wide = ' class="ll-wide"' if pixels.width > WIDE else ""
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%"{wide}>'
+
+
+def fixed_axes(figure: Figure, place: tuple[float, float, float, float] = (0.085, 0.14, 0.9, 0.77)) -> Axes:
+    """Axes that stay where they are as labels change, without the time that arranging them takes."""
+    figure.set_layout_engine("none")
+    return figure.add_axes(place)
+
+
+def fixed_row(figure: Figure, count: int, **margins: float) -> np.ndarray:
+    """Likewise ``count`` Axes side by side; shape (count,)."""
+    figure.set_layout_engine("none")
+    places = {"left": 0.065, "right": 0.99, "bottom": 0.15, "top": 0.86, "wspace": 0.17, **margins}
+    return figure.subplots(1, count, squeeze=False, gridspec_kw=places)[0]
+
+
+def html_table(table: pd.DataFrame, rows_in_view: int | None = None, headings: str = "right") -> str:
+    text = table.to_html(index=False, border=0, na_rep="", justify=headings)
+    if rows_in_view is None or len(table) <= rows_in_view:
+        return text
+    height = f"max-height: {2 * rows_in_view}em; overflow: auto"
+    return f'<div tabindex="0" role="region" aria-label="table" style="{height}">{text}</div>'
+
+
+def counted(number: int, what: str) -> str:
+    """As in "1 seed" and "2 seeds"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def plain_texts(values: pd.Series) -> list[str]:
+    """Numbers and names as short as they can be said; nothing where there is nothing."""
+    return ["" if pd.isna(v) else f"{v:g}" if isinstance(v, float) else str(v) for v in values]

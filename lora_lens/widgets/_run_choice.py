@@ -1,0 +1,91 @@
+"""Controls that choose runs of a sweep: windows, and ranges of both accuracies, set by sliders or a brush."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from ipywidgets import Button, FloatRangeSlider, Layout, SelectMultiple, Widget as Control
+from matplotlib.axes import Axes
+
+from lora_lens._base.errors import InputError
+from lora_lens.widgets._clickable import brushed_ranges, brushed_text
+from lora_lens.widgets._explorer import WORDS
+
+RANGED = ["accuracy", "retained_accuracy"]  # along x and along y
+STEP = 0.01  # of their sliders, in shares
+
+
+class RunChoice:
+    """Which runs are looked at; all of them at first.
+
+    The sliders are the one truth: a rectangle drawn in the plane moves them.
+
+    Args:
+        table: with the scores and window, the name of each run's window or method.
+
+    Attributes:
+        controls: to be shown, and to be observed.
+    """
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self._table = table
+        names = list(table.sort_values(["method", "position"], ascending=[False, True])["window"].unique())
+        self._windows = SelectMultiple(
+            options=names, value=names, rows=min(len(names), 6), description="windows",
+            layout=Layout(width="24em", max_width="98%"),
+        )  # fmt: skip
+        self._ranges = [_range_slider(table[column], column.replace("_", " ")) for column in RANGED]
+        self._brushed = brushed_text()
+        everything = Button(description="all runs", tooltip="undo the choice of windows and of ranges")
+        everything.on_click(self._choose_all)
+        self.controls: list[Control] = [self._windows, *self._ranges, everything, self._brushed]
+
+    def take_brush(self, ax: Axes) -> None:
+        """Move the sliders to the rectangle that was drawn in the Axes, if there is one.
+
+        Raises:
+            ValueError: it is no rectangle.
+        """
+        text, self._brushed.value = self._brushed.value, ""  # the same one may be drawn again
+        if text:
+            for slider, (low, high) in zip(self._ranges, brushed_ranges(text, ax), strict=True):
+                ends = np.floor(low / STEP) * STEP, np.ceil(high / STEP) * STEP  # what is inside stays inside
+                slider.value = np.clip(ends, slider.min, slider.max).tolist()
+
+    def values(self) -> tuple[tuple[str, ...], tuple[float, float], tuple[float, float]]:
+        """The names of windows, and the ranges of accuracy and retained accuracy.
+
+        Raises:
+            ValueError: no window is chosen.
+        """
+        if not self._windows.value:
+            raise InputError("choose at least one window or method")
+        return self._windows.value, *(slider.value for slider in self._ranges)
+
+    def inside(self) -> pd.Series:
+        """True for each run of the table that is chosen."""
+        names, *ranges = self.values()
+        inside = self._table["window"].isin(names)
+        for column, (low, high) in zip(RANGED, ranges, strict=True):
+            inside &= self._table[column].between(low - 1e-9, high + 1e-9)
+        return inside
+
+    def narrowed(self) -> tuple[tuple[float, float], tuple[float, float]] | None:
+        """The ranges, unless both are whole."""
+        if all(slider.value == (slider.min, slider.max) for slider in self._ranges):
+            return None
+        return tuple(slider.value for slider in self._ranges)
+
+    def _choose_all(self, _click: Button) -> None:
+        self._windows.value = self._windows.options
+        self._brushed.value = "0,0,1,1"
+
+
+def _range_slider(values: pd.Series, description: str) -> FloatRangeSlider:
+    """From the step below the lowest to the step above the highest value, in percent."""
+    low, high = np.floor(values.min() / STEP) * STEP, np.ceil(values.max() / STEP) * STEP
+    high = max(high, low + STEP)
+    return FloatRangeSlider(
+        value=(low, high), min=low, max=high, step=STEP, readout_format=".0%", description=description,
+        style=WORDS, layout=Layout(width="30em", max_width="98%"),
+    )  # fmt: skip

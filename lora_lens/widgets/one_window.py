@@ -1,0 +1,283 @@
+"""The explorer of one window: what it cuts out of a weight and of features, while all answers stay."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import lru_cache
+from textwrap import shorten
+from threading import Lock
+
+import pandas as pd
+import torch
+from ipywidgets import HTML, Dropdown, HBox, Layout, VBox
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from lora_lens import plots
+from lora_lens._base.errors import InputError
+from lora_lens._base.torch_tools import evaluating
+from lora_lens._base.validate import instance, whole_number
+from lora_lens.adapters.attaching import attach, chosen_layers
+from lora_lens.forgetting.features import (
+    FeatureEnergies,
+    FeatureNorms,
+    feature_energies,
+    patch_grid,
+    splittable,
+)
+from lora_lens.plots._style import literal
+from lora_lens.plots.spectra import some_spectra
+from lora_lens.plots.windows import show_image
+from lora_lens.spectrum.spectrum import SpectrumSet
+from lora_lens.spectrum.window import Window
+from lora_lens.tasks.readouts import to_device
+from lora_lens.tasks.task import Examples, Task
+from lora_lens.tasks.tokens import TokenExamples
+from lora_lens.widgets._explorer import (
+    Parts,
+    brief_errors,
+    drawn,
+    dropdown,
+    explorer,
+    fixed_row,
+    html_table,
+    table_box,
+)
+from lora_lens.widgets._live_pictures import DecompositionPicture, FeatureMapsPicture, SpectrumPicture
+from lora_lens.widgets.spectra import position_slider, rank_slider
+
+IMAGES_WITH_FEATURES = 3
+LETTERS = 300  # of a text
+HALF = (5, 4)  # inches, of two pictures side by side
+SIDE_BY_SIDE = Layout(flex_flow="row wrap")
+SHARE = {"flex": "1 1 20em", "min_width": "0"}  # of a row, on a phone all of it
+
+
+@brief_errors
+def window_explorer(
+    model: nn.Module, spectra: SpectrumSet, task: Task, rank: int = 8, images: int = 8
+) -> VBox:
+    """Cut a window out of every weight, look at one of them, and see that the model still says the same.
+
+    Controls: the layer to look at, rank and position of the window, and of texts
+    which one. Shown while the window moves: the layer's spectrum with the window shaded; what the window
+    and the residual carry of the features of three images, or of each token of the text
+    (:func:`lora_lens.forgetting.feature_split`); the window's energy in this layer and in these features; the
+    weight, the window's slice of it and the residual. Once it rests: the task's predictions for a few
+    test examples before and after :func:`lora_lens.attach`, and the largest difference of the logits,
+    relative to the largest. Of a language task, whose predictions are tokens, it is counted how many are
+    the same.
+
+    Args:
+        model: the pretrained model; it is only read.
+        spectra: its spectra. The layers to look at are those whose inputs are an image's tokens on a
+            square grid, or a text's tokens: linear layers, no convolutions.
+        task: what the model can do, by itself or with the head of :func:`lora_lens.tasks.probed`; its first
+            test examples are shown, images (n, channels, height, width) or texts.
+        rank: of the window at first.
+        images: how many test images or texts to show with their predictions.
+
+    Raises:
+        ValueError: there are no spectra or they are another model's, the rank
+            does not fit a weight, the inputs are neither images nor texts, no layer has their tokens, or the
+            model cannot do the task.
+    """
+    instance(model, nn.Module, "model", "the pretrained model, a torch module")
+    some_spectra(spectra)
+    instance(task, Task, "task", "a Task that the model can do, such as that of ll.tasks.bundled.vision()")
+    rank, images = whole_number(rank, "rank", least=1), whole_number(images, "images", least=1)
+    examples = task.test.first(images)
+    look = _look_of(task, examples)
+    device = next(model.parameters()).device
+    before = _logits(model, task, examples)
+    prefix = getattr(model, "num_prefix_tokens", None)  # timm's count of class token and registers
+    layer = dropdown("layer", look.layers(model, spectra, prefix))
+    cuts = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
+    size, position = rank_slider(rank, cuts), position_slider()
+    reading = Lock()  # one thread at a time: reading switches the model to evaluation and back
+    place, seen = HTML(layout=Layout(**SHARE)), HTML(layout=Layout(**SHARE))
+    numbers, cut, answers = table_box(), HTML(), HTML()
+
+    @lru_cache(maxsize=1)
+    def spectrum_of(name: str) -> tuple[SpectrumPicture, DecompositionPicture]:
+        return SpectrumPicture(spectra[name], size=HALF), DecompositionPicture(spectra[name])
+
+    @lru_cache(maxsize=1)
+    def features_of(name: str, rows: tuple[int, ...]) -> FeatureEnergies:
+        inputs = to_device(examples.batch(torch.tensor(rows)), device)
+        with reading:
+            return feature_energies(model, name, spectra[name], inputs)
+
+    def draw() -> Parts:
+        window = Window(size.value, position=position.value)
+        for s in cuts.values():
+            window.slice(s.k, s.name)
+        spectrum = spectra[layer.value]
+        part = window.slice(spectrum.k)
+        curve, matrices = spectrum_of(layer.value)
+        split = features_of(layer.value, tuple(look.rows().tolist())).norms(window)
+        place.value = curve.html(window, f"{layer.value}: singular values with the {window} shaded")
+        seen.value = look.features(split, prefix, f"{layer.value}, {window}: {look.features_in_words()}")
+        cut.value = matrices.html(
+            window, f"{layer.value}: the weight, the slice in the {window}, and the residual"
+        )
+        facts = {
+            "window": f"[{part.start}, {part.stop}) of {spectrum.k}",
+            "energy in the window": f"{spectrum.energy(window):.2%}",
+            "energy in the residual": f"{1 - spectrum.energy(window):.2%}",
+            f"of the features of {look.what()}": f"{float(split.shares.mean()):.2%} in the window",
+        }
+        numbers.value = html_table(pd.DataFrame([facts]))
+        return attached(window)
+
+    def attached(window: Window) -> Parts:
+        """All weights get their adapter, which takes a while in a large model."""
+        with reading:
+            adapted = attach(model, window, spectra=spectra)
+        yield
+        after = _logits(adapted, task, examples)
+        same = int((before.argmax(-1) == after.argmax(-1)).sum())
+        words = (
+            f"Same predictions after attaching: {same} of {before.argmax(-1).numel()}. Largest difference of "
+            f"the logits, relative to the largest: {_relative_difference(after, before):.1e}."
+        )
+        yield answers, f"<p>{words}</p>{look.answers(before, after)}"
+
+    shown = [HBox([place, seen], layout=SIDE_BY_SIDE), numbers, cut, answers]
+    return explorer([[layer, *look.controls], [size, position]], shown, draw)
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, task: Task, examples: Examples) -> Tensor:
+    """What the model answers as it does the task by itself, (items, choices)."""
+    device = next(model.parameters()).device
+    inputs = to_device(examples.batch(torch.arange(len(examples))), device)
+    with evaluating(model):
+        return task.own_readout(model).to(device)(model, inputs, examples.labels.to(device))[0].float()
+
+
+def _relative_difference(now: Tensor, reference: Tensor) -> float:
+    return float((now.double() - reference).abs().max() / reference.abs().max())
+
+
+def _look_of(task: Task, examples: Examples) -> _Look:
+    if hasattr(examples, "pieces"):
+        return _Texts(task, examples)
+    if examples.inputs.ndim == 4:
+        return _Images(task, examples)
+    raise InputError(
+        f"{task.name} has inputs of shape {tuple(examples.inputs.shape[1:])}; this explorer shows images, "
+        "(channels, height, width), and texts"
+    )
+
+
+class _Images:
+    """How images are looked at: the first three with maps of their features, all with their answers."""
+
+    def __init__(self, task: Task, examples: Examples) -> None:
+        self.task, self.examples = task, examples
+        self.controls: list[Dropdown] = []
+        self.maps: FeatureMapsPicture | None = None
+
+    def rows(self) -> Tensor:
+        """The examples whose features are shown."""
+        return torch.arange(min(IMAGES_WITH_FEATURES, len(self.examples)))
+
+    def what(self) -> str:
+        return f"{len(self.rows())} images"
+
+    def features_in_words(self) -> str:
+        return f"maps of what window and residual carry of the features of {self.what()}"
+
+    def layers(self, model: nn.Module, spectra: SpectrumSet, prefix: int | None) -> list[str]:
+        """Those with a spectrum whose inputs are tokens that lie on the images."""
+        inputs = to_device(self.examples.batch(self.rows()), next(model.parameters()).device)
+        found = []
+        for name, positions in splittable(model, spectra, inputs).items():
+            with suppress(InputError):
+                if patch_grid(positions, prefix)[1] > 1:  # one position is no map
+                    found.append(name)
+        if not found:
+            raise InputError(
+                f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are an "
+                "image's tokens on a square grid, so there are no features to lay over the images"
+            )
+        return found
+
+    def features(self, split: FeatureNorms, prefix: int | None, alt: str) -> str:
+        if self.maps is None:
+            self.maps = FeatureMapsPicture(self.examples.batch(self.rows()), split, prefix, HALF)
+        return self.maps.html(split, alt)
+
+    def answers(self, before: Tensor, after: Tensor) -> str:
+        names = [[self.task.classes[i] for i in logits.argmax(-1).tolist()] for logits in (before, after)]
+
+        def draw(figure: Figure) -> None:
+            axes = fixed_row(figure, len(self.examples), bottom=0.02, top=0.76, wspace=0.1)
+            for ax, image, old, new in zip(axes, self.examples.inputs, *names, strict=True):
+                show_image(ax, image)
+                ax.set_title(literal(f"before: {old}\nafter: {new}"), fontsize=8, loc="center")
+
+        alt = f"{len(after)} test images with the predicted class before and after attaching"
+        return drawn(draw, alt, size=(10, 1.85))
+
+
+class _Texts:
+    """How texts are looked at: one, chosen among them, token by token, and all with their answers."""
+
+    def __init__(self, task: Task, examples: TokenExamples) -> None:
+        self.task, self.examples = task, examples
+        self.beginnings = [self._written(row, 40) for row in range(len(examples))]
+        options = [(f"{row + 1}: {start}", row) for row, start in enumerate(self.beginnings)]
+        self.controls = [Dropdown(options=options, description="text")]
+
+    def rows(self) -> Tensor:
+        """The examples whose features are shown."""
+        return torch.tensor([self.controls[0].value])
+
+    def what(self) -> str:
+        return f"text {self.controls[0].value + 1}"
+
+    def features_in_words(self) -> str:
+        return f"the window's share of the features of each token of {self.what()}"
+
+    def layers(self, model: nn.Module, spectra: SpectrumSet, _prefix: int | None) -> list[str]:
+        """Those with a spectrum whose inputs are the texts' tokens."""
+        inputs = to_device(self.examples.batch(self.rows()), next(model.parameters()).device)
+        tokens = inputs["input_ids"].shape[1]
+        found = [name for name, number in splittable(model, spectra, inputs).items() if number == tokens]
+        if not found:
+            raise InputError(
+                f"none of the layers with a spectrum ({spectra!r}) is a linear one whose inputs are a text's "
+                "tokens, so there are no features to show of them"
+            )
+        return found
+
+    def features(self, split: FeatureNorms, _prefix: int | None, alt: str) -> str:
+        def draw(figure: Figure) -> None:
+            figure.set_layout_engine("none")
+            ax = figure.add_axes((0.02, 0.04, 0.96, 0.84))
+            plots.token_shares(self.examples.pieces(int(self.rows())), split.position_shares[0], ax=ax)
+
+        return drawn(draw, alt, HALF)
+
+    def answers(self, before: Tensor, after: Tensor) -> str:
+        """A table; nothing for a language task, whose answers are tokens."""
+        if not self.task.classes:
+            return ""
+        right, old, new = (
+            [self.task.classes[i] for i in numbers.tolist()]
+            for numbers in (self.examples.labels, before.argmax(-1), after.argmax(-1))
+        )
+        texts = [self._written(row, LETTERS) for row in range(len(self.examples))]
+        columns = {"class": right, "before": old, "after": new, "text": texts}
+        with pd.option_context("display.max_colwidth", None):
+            return html_table(pd.DataFrame(columns), headings="left")
+
+    def _written(self, row: int, letters: int) -> str:
+        texts = self.examples.texts
+        whole = "".join(self.examples.pieces(row)) if texts is None else texts[row]
+        return shorten(whole, letters, placeholder=" ...")
+
+
+_Look = _Images | _Texts

@@ -1,0 +1,153 @@
+"""The explorer of a sweep's trade-offs: filter, brush and pick runs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+from ipywidgets import HTML, ToggleButtons, VBox
+
+from lora_lens import plots
+from lora_lens._base.errors import InputError
+from lora_lens.forgetting.aggregate import seed_means
+from lora_lens.tasks.task import Task
+from lora_lens.widgets._clickable import Spot, clickable, picked_text
+from lora_lens.widgets._explorer import Parts, brief_errors, checkbox, drawn, explorer, html_table, table_box
+from lora_lens.widgets._run_choice import RANGED, RunChoice
+from lora_lens.widgets._run_plane import RunPlane
+from lora_lens.widgets._run_view import KeptRuns, RunView, named_runs, require_task, run_in_words
+
+HINT = (
+    "<div>Pick a point to see its run. Press the mouse on free space and drag to choose runs, or move the "
+    "sliders.</div>"
+)
+CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
+
+
+@brief_errors
+def tradeoff_explorer(
+    table: pd.DataFrame, store: str | Path | None = None, retain: Task | None = None
+) -> VBox:
+    """A sweep's runs as curves and in the trade-off plane, to be filtered, brushed and picked.
+
+    Controls: the score of the curves; which learning rates to show; which windows and methods; and ranges of
+    both accuracies, as sliders and as a rectangle that is drawn in the plane. Shown: the score against the
+    window's position; the plane, a point per run, where runs outside of the choice are pale; how many runs
+    are inside, and their means over seeds; and one run, that with the largest sum of both accuracies until
+    another point is picked. Of that run: its scores and settings; with ``store`` its learning curve, and how
+    far it moved every weight; and with ``retain`` examples that it forgot.
+
+    Args:
+        table: from :func:`lora_lens.sweep`; runs of windows placed by position.
+        store: the folder or file that keeps these runs. What it does not keep of one is said in place.
+        retain: the retained task, with its test examples in the order of the sweep; a longer test set that
+            starts with them will do. It needs the store.
+
+    Raises:
+        ValueError: the table is empty, lacks columns of a sweep, or has no run of a window placed by
+            position; the store holds none of its runs; there is a retained task without a store, or its test
+            examples are others, or are neither images nor texts with classes.
+        FileNotFoundError: there is no such store.
+    """
+    table, task = _with_run(named_runs(table, *(["run"] if store is not None else []))), retain
+    if not ((table["method"] == "window") & table["position"].notna()).any():
+        raise InputError("the table has no runs of windows placed by position")
+    if task is not None and store is None:
+        raise InputError("examples that were forgotten are read from the store; give it along with retain")
+    kept = None if store is None else KeptRuns(store, table["run"])
+    if kept is not None:
+        require_task(kept, task)
+    score = ToggleButtons(options=list(CURVES), description="score")
+    rates = {rate: checkbox(f"{rate:g}") for rate in sorted(table["lr"].unique())}
+    choice, picked = RunChoice(table), picked_text(table.loc[_best(table), "run"])
+    curve, plane, sentence, numbers = HTML(), HTML(), HTML(), table_box()
+    points, view = RunPlane(table), RunView(table, kept, task)
+
+    @lru_cache(maxsize=16)
+    def curve_of(score: str, rates: tuple[float, ...], windows: tuple[str, ...]) -> str:
+        runs = table[table["window"].isin(windows)]
+        if runs["position"].isna().all():
+            return "<p>None of these is a window placed by position, so there is no curve.</p>"
+        there = [rate for rate in rates if rate in set(runs["lr"])]
+        return drawn(
+            lambda figure: CURVES[score](runs, there, ax=figure.subplots()),
+            f"{score} against the position of the window, one line per learning rate",
+        )
+
+    @lru_cache(maxsize=1)
+    def plane_of(rates: tuple[float, ...], windows: tuple[str, ...], *ranges: tuple[float, float]) -> str:
+        """Kept as it is while points are picked: the page marks them, and the focus stays where it is."""
+        shown = table["lr"].isin(rates)
+        inside = shown & choice.inside()
+        alt = (
+            "accuracy on the retained task against accuracy on the new task, a point per run, "
+            f"{inside.sum()} of {len(table)} in colour"
+        )
+        image = points.html(shown, inside, choice.narrowed(), alt)
+        rows = table[shown].assign(aside=~inside).sort_values(RANGED)
+        spots = [
+            Spot(row["accuracy"], row["retained_accuracy"], run_in_words(row), row["run"], row["aside"])
+            for _, row in rows.iterrows()
+        ]
+        return clickable(image, points.ax, spots, name="runs", picked=picked.value, brush=True)
+
+    def draw() -> Parts | None:
+        chosen = tuple(rate for rate, box in rates.items() if box.value)
+        if not chosen:
+            raise InputError("choose at least one learning rate")
+        choice.take_brush(points.ax)
+        windows, *ranges = choice.values()
+        curve.value = curve_of(score.value, chosen, windows)
+        plane.value = plane_of(chosen, windows, *ranges)
+        runs = table[table["lr"].isin(chosen) & choice.inside()]
+        sentence.value = f"<p>{_chosen_in_words(runs, len(table))}</p>"
+        numbers.value = html_table(_means(runs), rows_in_view=10) if len(runs) else ""
+        return view.show(picked.value)
+
+    controls = [[score], [HTML("learning rates"), *rates.values()], choice.controls, [picked]]
+    return explorer(controls, [curve, HTML(HINT), plane, sentence, *view.boxes, numbers], draw)
+
+
+def _with_run(table: pd.DataFrame) -> pd.DataFrame:
+    """Each row with the name of its run: the store's, or without a store any."""
+    return table if "run" in table else table.assign(run=table.index.astype(str))
+
+
+def _best(table: pd.DataFrame) -> int:
+    """The row with the largest sum of both accuracies."""
+    return table[RANGED].sum(axis=1, min_count=2).fillna(-1).idxmax()
+
+
+def _chosen_in_words(runs: pd.DataFrame, count: int) -> str:
+    if runs.empty:
+        return f"0 of {count} runs: none lies in these ranges; widen them, or choose more windows or rates."
+    if len(runs) == 1:
+        return f"1 of {count} runs: {escape(run_in_words(runs.iloc[0]))}."
+    units = {**dict.fromkeys(RANGED, "%"), "forgetting": " points"}
+    spans = [
+        f"{score.replace('_', ' ')} from {100 * runs[score].min():.1f} to {100 * runs[score].max():.1f}{unit}"
+        for score, unit in units.items()
+    ]
+    return f"{len(runs)} of {count} runs: {', '.join(spans)}."
+
+
+def _means(table: pd.DataFrame) -> pd.DataFrame:
+    means = seed_means(table).sort_values(["lr", "method", "position"], ascending=[True, False, True])
+    scores = {
+        name.replace("_", " ") + " (%)": [
+            f"{100 * mean:.1f}" + ("" if pd.isna(spread) else f" ± {100 * spread:.1f}")
+            for mean, spread in zip(means[name], means[f"{name}_std"], strict=True)
+        ]
+        for name in ("accuracy", "retained_accuracy", "forgetting")
+    }
+    return pd.DataFrame(
+        {
+            "method": means["method"].to_numpy(),
+            "position": ["" if pd.isna(p) else f"{p:g}" for p in means["position"]],
+            "learning rate": [f"{rate:g}" for rate in means["lr"]],
+            "seeds": means["seeds"].to_numpy(),
+            **scores,
+        }
+    )

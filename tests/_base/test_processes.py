@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import sys
+import torch
+from explored import narrow_vit
+import lora_lens as ll
+from lora_lens._base.processes import accelerator
+
+model = ll.attach(narrow_vit(0), ll.FullFineTuning())
+task = ll.tasks.bundled.digits().subset(64, 10)
+settings = {"steps": 3, "batch_size": 8, "lr": 1e-2, "warmup": 0.0, "evaluations": 2, "progress": False}
+ll.finetune(model, task, weight_decay=0.5, **settings)
+if accelerator().is_main_process:
+    torch.save(model.state_dict(), sys.argv[1])
+"""
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def trained(folder: Path, name: str, launcher: list[str]) -> dict[str, torch.Tensor]:
+    script, output = folder / "train.py", folder / name
+    script.write_text(SCRIPT)
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(output)],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return torch.load(output)
+
+
+def test_two_processes_leave_alone_what_one_leaves_alone(tmp_path):
+    """The old head of full fine-tuning gets no gradient, so no weight decay either."""
+    one, two = trained(tmp_path, "one", []), trained(tmp_path, "two", TWO)
+    assert torch.equal(one["head.weight"], two["head.weight"])
+    for name, weight in one.items():
+        assert weight.numpy() == pytest.approx(two[name].numpy(), abs=2e-3), name
+    assert any(not torch.equal(one[name], two[name]) for name in one)  # they did share the batches

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lora_lens as ll
+from lora_lens.adapters.methods import PEFT_STARTS, PeftStart, Penalized
+from lora_lens.adapters.peft_starts import attach_start
+from lora_lens.training.penalties import KLAnchor, L2ToInitial
+
+SETTINGS = {"steps": 4, "batch_size": 16, "evaluations": 2, "progress": False}
+GRID = ll.Grid(
+    window=ll.windows(rank=8, count=3),
+    lr=[1e-3, 1e-2],
+    seed=range(2),
+    baselines=[ll.LoRA(8), ll.LinearProbe()],
+)
+
+
+@pytest.fixture(scope="module")
+def experiment(model, source, digits, spectra) -> dict:
+    return {
+        "model": model,
+        "task": digits.first(64, 50),
+        "retain": source.first(10, 50),
+        "spectra": spectra,
+    }
+
+
+@pytest.fixture(scope="module")
+def table(experiment) -> pd.DataFrame:
+    return ll.sweep(GRID, **experiment, **SETTINGS, jobs=1)
+
+
+def test_one_tidy_row_per_run_in_the_grid_s_order(table):
+    assert len(table) == len(GRID) == 20
+    assert table["run"].is_unique
+    assert table["method"].value_counts().to_dict() == {"window": 12, "LoRA": 4, "linear probe": 4}
+    assert table["seed"].tolist() == [0] * 10 + [1] * 10
+    assert sorted(table["position"].dropna().unique()) == [0, 0.5, 1]
+    assert table[["accuracy", "retained_accuracy", "retained_before"]].stack().between(0, 1).all()
+    pd.testing.assert_series_equal(
+        table["forgetting"], table["retained_before"] - table["retained_accuracy"], check_names=False
+    )
+    assert table["retained_before"].nunique() == 1
+    assert (table.loc[table["method"] == "linear probe", "forgetting"] == 0).all()
+    assert not any(isinstance(cell, (list, dict, torch.Tensor)) for cell in table.to_numpy().ravel())
+
+
+def test_the_same_seeds_give_the_same_table_in_one_process_or_two(table, experiment):
+    again = ll.sweep(GRID, **experiment, **SETTINGS, jobs=2)
+    pd.testing.assert_frame_equal(table, again, check_exact=True)
+
+
+def test_a_row_is_what_attach_and_finetune_give(table, experiment):
+    row = table.iloc[7]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    window = ll.Window(int(row["rank"]), position=row["position"])
+    adapted = ll.attach(experiment["model"], window, spectra=experiment["spectra"], seed=row["seed"])
+    run = ll.finetune(
+        adapted, experiment["task"], experiment["retain"], lr=row["lr"], seed=row["seed"], **SETTINGS
+    )
+    torch.set_num_threads(threads)
+    assert (run.accuracy, run.forgetting) == (row["accuracy"], row["forgetting"])
+
+
+def test_finished_runs_are_kept_and_a_larger_grid_runs_only_what_is_missing(tmp_path, table, experiment):
+    small = ll.Grid(window=GRID.window, lr=[1e-3], seed=[0])
+    ll.sweep(small, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "s" / "runs").iterdir()}
+    assert len(files) == 3
+    larger = ll.sweep(GRID, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    assert all(f.stat().st_mtime_ns == t for f, t in files.items())
+    pd.testing.assert_frame_equal(larger, table, check_exact=True)
+
+    curves = ll.experiments.curves(tmp_path / "s", larger)
+    assert len(curves) == 2 * len(larger)
+    last = curves.groupby("run")["accuracy"].last()
+    pd.testing.assert_series_equal(last.sort_index(), larger.set_index("run")["accuracy"].sort_index())
+
+
+def test_a_damaged_file_is_run_again_with_a_warning(tmp_path, experiment):
+    grid = ll.Grid(window=[ll.Window.first(8)])
+    first = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    (path,) = (tmp_path / "s" / "runs").iterdir()
+    path.write_text(path.read_text()[:40])
+    with pytest.warns(UserWarning, match="1 file in .* is damaged or no run of a sweep, and is run again: "):
+        again = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+
+
+def test_a_folder_of_a_different_experiment_is_refused_and_left_alone(tmp_path, experiment, source):
+    grid = ll.Grid(window=[ll.Window.first(8)])
+    ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    before = {f: f.read_bytes() for f in (tmp_path / "s").rglob("*") if f.is_file()}
+    other = experiment | {"retain": source.first(10, 49)}
+    with pytest.raises(ValueError, match=r"holds a different experiment \(retain: there fashion_mnist"):
+        ll.sweep(grid, **other, **SETTINGS, store=tmp_path / "s", jobs=1)
+    assert before == {f: f.read_bytes() for f in (tmp_path / "s").rglob("*") if f.is_file()}
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("a cat")
+    with pytest.raises(ValueError, match="is not empty and holds no experiment"):
+        ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "photos")
+
+
+def test_bad_points_are_met_before_the_first_run(tmp_path, experiment):
+    grid = ll.Grid(window=[ll.Window.first(8), ll.Window(8, start=90)])
+    with pytest.raises(ValueError, match=r"\[90, 98\) does not fit blocks.0.attn.qkv"):
+        ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s")
+    with pytest.raises(ValueError, match="lr must be positive"):
+        ll.sweep(
+            ll.Grid(window=[ll.Window.first(8)], lr=[1e-3, -1]),
+            **experiment,
+            **SETTINGS,
+            store=tmp_path / "s",
+        )
+    with pytest.raises(ValueError, match="lr and seed are the grid's"):
+        ll.sweep(GRID, **experiment, **SETTINGS, lr=1e-3, store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_impossible_grids_are_refused():
+    with pytest.raises(ValueError, match="at least one window or baseline"):
+        ll.Grid()
+    with pytest.raises(ValueError, match="lr holds the same value twice"):
+        ll.Grid(window=ll.windows(8, 2), lr=[1e-3, 0.001])
+    with pytest.raises(TypeError, match=r"each of window must be a window, .* or another method, not 8"):
+        ll.Grid(window=[8])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window": "first"}, "window must be a sequence of windows and other methods, .* not 'first'"),
+        ({"window": ["first"]}, "each of window must be a window, .* not 'first'"),
+        ({"window": None}, "window must be a sequence"),
+        ({"baselines": ll.LoRA}, "baselines must be a sequence"),
+        ({"baselines": [ll.Window.first(8)]}, "together holds the same value twice"),
+        ({"lr": "1e-3"}, "lr must be a sequence of numbers, such as a list, not '1e-3'"),
+        ({"lr": ["1e-3"]}, "lr must be a number, not '1e-3'"),
+        ({"lr": float("inf")}, "lr must be positive and finite, not inf"),
+        ({"lr": None}, "lr must be a sequence of numbers"),
+        ({"lr": []}, "one lr and one seed"),
+        ({"lr": [1e-3, np.float64(0.001)]}, "lr holds the same value twice"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"seed": [True]}, "seed must be a whole number, not True"),
+        ({"seed": {0, 1}}, "seed must be a sequence"),
+    ],
+)
+def test_bad_grids_are_refused_in_words(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ll.Grid(**{"window": [ll.Window.first(8)]} | wrong)
+
+
+def test_a_grid_takes_single_values_arrays_and_tensors():
+    middle = ll.Window.middle(8)
+    grid = ll.Grid(middle, lr=np.logspace(-3, -1, 3), seed=np.arange(2), baselines=ll.LoRA(8))
+    assert grid == ll.Grid([middle], [1e-3, 1e-2, 1e-1], (0, 1), [ll.LoRA(8)])
+    assert [type(value) for value in (*grid.lr, *grid.seed)] == [float] * 3 + [int] * 2
+    same = ll.Grid([middle], lr=torch.tensor(0.5), seed=pd.Series([3]), baselines={"all-mlp": middle})
+    assert (same.lr, same.seed, len(same.baselines)) == ((0.5,), (3,), 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"grid": [ll.Window.first(8)]}, "grid must be a lora_lens.Grid"),
+        ({"model": None}, "model must be a torch.nn.Module, the pretrained model, not None"),
+        ({"task": None}, "task must be a lora_lens.Task, .* not None"),
+        ({"retain": None}, "retain must be the task that the model knows, .* there is ll.finetune"),
+        ({"watch": [None]}, "each of watch must be a lora_lens.Task"),
+        ({"watch": "digits"}, "watch must be a sequence of tasks"),
+        ({"spectra": True}, r"spectra must be what ll.spectra\(model\) returns, not True"),
+        ({"variant": "dora"}, "variant must be a lora_lens.Variant"),
+        ({"progress": "no"}, "progress must be True or False, not 'no'"),
+        ({"learning_rate": 1e-3}, "sweep has no setting 'learning_rate'; did you mean 'lr'"),
+        ({"n_jobs": 2}, "sweep has no setting 'n_jobs'; did you mean 'jobs'"),
+        ({"batchsize": 2}, "sweep has no setting 'batchsize'; did you mean 'batch_size'"),
+        ({"seed": 1}, "lr and seed are the grid's"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(wrong, message, experiment, tmp_path):
+    good = experiment | SETTINGS | {"grid": GRID, "store": tmp_path / "s"}
+    with pytest.raises((ValueError, TypeError), match=message):
+        ll.sweep(**good | wrong)
+    assert not (tmp_path / "s").exists()
+
+
+def test_numpy_s_numbers_and_a_single_task_do_as_settings(experiment, tmp_path):
+    grid = ll.Grid(baselines=ll.LinearProbe())
+    settings = SETTINGS | {"steps": np.int64(2), "warmup": np.float32(0), "weight_decay": np.float64(0.5)}
+    same = experiment | {"watch": experiment["retain"], "jobs": np.int64(1), "store": tmp_path / "s"}
+    table = ll.sweep(grid, **same, **settings)
+    assert table.loc[0, ["steps", "warmup", "weight_decay"]].tolist() == [2, 0, 0.5]
+    assert len(ll.experiments.watched(tmp_path / "s", table)) == 1
+
+
+ELSEWHERE = [
+    *(PeftStart(name, 4) for name in PEFT_STARTS),
+    Penalized(ll.Window.middle(4), L2ToInitial(0.1)),
+    Penalized(ll.LoRA(4), KLAnchor(1)),
+    Penalized(ll.FullFineTuning(), L2ToInitial(0.1)),
+    Penalized(PeftStart("corda", 4), KLAnchor(1)),
+]
+FEW = {"targets": "blocks.0.*", "jobs": 1}
+
+
+@pytest.fixture(scope="module")
+def elsewhere(experiment, tmp_path_factory) -> tuple[pd.DataFrame, Path]:
+    store = tmp_path_factory.mktemp("elsewhere") / "s"
+    grid = ll.Grid(window=[ll.Window.middle(4)], lr=[1e-2], baselines=ELSEWHERE)
+    return ll.sweep(grid, **experiment, **SETTINGS, **FEW, store=store), store
+
+
+def test_starts_and_penalties_stand_in_the_same_table(elsewhere):
+    table, store = elsewhere
+    assert table["method"].tolist() == ["window", *map(str, ELSEWHERE)]
+    assert table["run"].is_unique and not table["diverged"].any()
+    assert table.loc[1:, ["position", "start"]].isna().all(axis=None)
+    assert table["rank"].tolist()[:10] == [4] * 10 and table["rank"].isna().tolist()[10:] == [True, False]
+    assert table["retained_before"].nunique() == 1
+    measured = ll.experiments.drifts(store, table)
+    assert set(measured["run"]) == set(table["run"])
+    assert (measured["relative"] > 0).all() and measured["cka"].notna().all()
+
+
+def test_their_rows_are_what_attach_start_and_finetune_give(elsewhere, experiment):
+    row = elsewhere[0].iloc[-1]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    task, retain = experiment["task"], experiment["retain"]
+    start = ELSEWHERE[-1].method
+    adapted = attach_start(experiment["model"], start, task, retain, targets="blocks.0.*", seed=0)
+    run = ll.finetune(adapted, task, retain, lr=1e-2, penalty=KLAnchor(1), **SETTINGS)
+    torch.set_num_threads(threads)
+    assert (run.accuracy, run.forgetting) == (row["accuracy"], row["forgetting"])
+    assert run.curve["loss"].iloc[-1] == row["loss"]
+
+
+def test_the_identity_of_earlier_methods_does_not_change(table, elsewhere):
+    known = table.set_index(["method", "position", "lr", "seed"])["run"]
+    assert known["window", 0.5, 1e-3, 0] == "8a0f21d18d541f97"
+    assert known["LoRA"].iloc[0] == "b1ac6f76c173d52e"
+
+
+@pytest.mark.parametrize(
+    ("method", "choices", "message"),
+    [
+        (PeftStart("lora_ga", 64), {}, "lora_ga of rank 64 does not fit blocks.0.attn.qkv"),
+        (PeftStart("pissa", 4), {"variant": ll.Variant(rslora=True)}, "takes no variant, not rslora"),
+        (Penalized(ll.Window(8, start=90), KLAnchor(1)), {}, r"\[90, 98\) does not fit"),
+        (Penalized(ll.LoRA(4), KLAnchor(1)), {"batch_size": 1}, "half of each batch, and batch_size is 1"),
+        (Penalized(ll.LoRA(4), L2ToInitial(1)), {"variant": ll.Variant(dora=True)}, "DoRA changes"),
+    ],
+)
+def test_bad_starts_and_penalties_are_met_before_the_first_run(
+    method, choices, message, tmp_path, experiment
+):
+    grid = ll.Grid(window=[ll.Window.first(8)], baselines=[method])
+    with pytest.raises(ValueError, match=message):
+        ll.sweep(grid, **experiment, **SETTINGS | choices, store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def small_sweep(store: Path | None, jobs: int) -> pd.DataFrame:
+    model, source = ll.tasks.bundled.vision()
+    task, retain = ll.tasks.bundled.digits().first(64, 50), source.first(10, 50)
+    settings = SETTINGS | {"model": model, "task": task, "retain": retain}
+    grid = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
+    return ll.sweep(grid, **settings, store=store, jobs=jobs)
+
+
+def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):
+    store = tmp_path / "killed"
+    script = f"import test_sweep; test_sweep.small_sweep({str(store)!r}, 2); raise SystemExit('not killed')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, cwd=Path(__file__).parents[1]
+    )
+    while len(list(store.glob("runs/[!.]*.json"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {f: f.stat().st_mtime_ns for f in store.glob("runs/[!.]*.json")}
+    assert 3 <= len(kept) < 10
+    assert all(json.loads(f.read_text())["run"] == f.stem for f in kept)
+
+    resumed = small_sweep(store, jobs=2)
+    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    pd.testing.assert_frame_equal(resumed, small_sweep(None, jobs=1), check_exact=True)

@@ -1,0 +1,130 @@
+"""Promises of the repository as a whole: environments in step, tidy notebooks, light imports."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
+
+
+def requirements() -> set[str]:
+    """Of everything but the benchmarks, the reference and other people's trainers, which no user needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = project["optional-dependencies"].items()
+    extras = [line for name, group in groups if name not in ("bench", "docs", "loops") for line in group]
+    return {line for line in [*project["dependencies"], *extras] if not line.startswith("lora_lens")}
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower()
+
+
+def test_conda_users_get_the_same_environment():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    packages = {line for line in conda if isinstance(line, str) and line != "pip"}
+    expected = {
+        line.replace(name_of(line), CONDA_NAMES.get(name_of(line), name_of(line)), 1)
+        for line in requirements()
+    }
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert packages == expected | {f"python{python}"}
+    assert conda[-1] == {"pip": ["--no-deps -e ."]}
+
+
+def test_every_requirement_is_pinned_to_the_version_that_was_tested():
+    pinned = {name_of(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {name_of(line) for line in requirements()} <= pinned
+
+
+def test_importing_the_package_draws_nothing():
+    code = "import sys, lora_lens; print({'matplotlib', 'ipywidgets', 'seaborn'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_spectra_of_a_file_need_no_library_of_models(tmp_path):
+    save_file({"a.weight": torch.randn(4, 3)}, tmp_path / "model.safetensors")
+    heavy = {"accelerate", "matplotlib", "peft", "timm", "torchvision", "transformers"}
+    code = f"import sys, lora_lens as ll; ll.spectra({str(tmp_path)!r}); print({heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_no_function_has_the_name_of_its_module():
+    """Or ``from lora_lens.tasks import text`` would give either, depending on what was imported first."""
+    for path in (ROOT / "lora_lens").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert path.stem not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, path
+
+
+def test_tests_lie_where_the_modules_lie():
+    """``tests/spectrum/test_window.py`` is about ``lora_lens/spectrum/window.py``."""
+    packages = {p.parent.relative_to(ROOT / "lora_lens") for p in (ROOT / "lora_lens").rglob("__init__.py")}
+    others = {Path("browser"), Path("project"), Path("zoo")}
+    folders = {p.parent.relative_to(ROOT / "tests") for p in (ROOT / "tests").rglob("test_*.py")}
+    assert folders <= packages | others
+
+
+def test_all_public_names_exist_and_are_documented():
+    import lora_lens as ll
+
+    assert 30 <= len(ll.__all__) <= 40
+    rooms = [ll, *(getattr(ll, name) for name in ll.__all__ if isinstance(getattr(ll, name), ModuleType))]
+    for room in rooms:
+        for name in getattr(room, "__all__", []):
+            assert getattr(room, name).__doc__, (room.__name__, name)
+    with pytest.raises(AttributeError, match="No lora_lens attribute nothing"):
+        ll.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_as_a_reader_expects(path):
+    """That they hold no outputs is checked by ``make lint``."""
+    notebook = json.loads(path.read_text())
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    for cell in notebook["cells"]:
+        assert "id" in cell
+    assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text())
+
+
+def test_lint_refuses_outputs_misspellings_and_other_styles(tmp_path):
+    def complaints(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        run = subprocess.run([ROOT / ".ci/lint"], cwd=tmp_path, env=tools, capture_output=True, text=True)
+        (tmp_path / name).write_text("" if name != notebook else clean)
+        return run.stdout + run.stderr if run.returncode else "none"
+
+    tools = {**os.environ, "BIN": str(Path(sys.executable).parent)}
+    notebook = "notebooks/02_windows.ipynb"
+    clean = (ROOT / notebook).read_text()
+    printed = '"outputs": [{"output_type": "stream", "name": "stdout", "text": "1"}]'
+    for folder in ("notebooks", "lora_lens"):  # by its folder ruff knows what is imported last
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+
+    assert complaints(notebook, clean) == "none"
+    assert "run make format" in complaints(notebook, clean.replace('"outputs": []', printed, 1))
+    assert "==> the" in complaints("README.md", f"{'het'[::-1]} window\n")
+    assert "rooms.py" in complaints("rooms.py", "x=1\n")
+    assert complaints("rooms.py", "x = 1\n") == "none"
+
+
+def test_the_readme_s_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    short = example.replace("steps=150", "steps=5, evaluations=2")
+    assert short != example
+    subprocess.run([sys.executable, "-c", short], check=True, cwd=ROOT)
