@@ -11,8 +11,8 @@ means is too high, by the same amount for every rule: compare the rules, the lev
 Rules, by window and rate:
 - first, middle, last, random (a window drawn by the seed), each with "fixed rate", 5e-3, and with
   "rate pilot", the rate whose one run of full length is best on held-out training examples;
-- foreseen: the window of the largest ratio of ``ll.foresee``, with the fixed rate, and with "scaled rate":
-  the rate at which it disturbs as much as the middle window does at the fixed one;
+- foreseen: the window of the largest ratio of ``ll.forgetting.foresee``, with the fixed rate, and with
+  "scaled rate": the rate at which it disturbs as much as the middle window does at the fixed one;
 - advisor: ``ll.advise`` with its usual budget. It has as many steps to choose by as a rate pilot, and its
   final runs, which choose nothing.
 
@@ -30,12 +30,12 @@ from math import log
 from pathlib import Path
 
 import pandas as pd
-from lora_lens.advisor import value_of
-from lora_lens.pilot import USUAL_RATE, judged_on_training_examples
 from run_sweeps import BATCH, RATES, STEPS, Setting, sweeps
 from sweeping import HERE
 
 import lora_lens as ll
+from lora_lens.experiments.advisor import value_of
+from lora_lens.experiments.pilot import USUAL_RATE, judged_on_training_examples
 
 SETTINGS = ("digits", "new_classes", "few_digits", "noise")
 WINDOWS = ll.windows(rank=8, count=5)
@@ -81,7 +81,9 @@ def recommendations(
         for name, window in fixed.items():
             yield f"{name}, fixed rate", seed, window, USUAL_RATE, 0
         known = retain.train.first(500)
-        window, rate = foreseen(ll.foresee(model, task, known, WINDOWS, spectra=spectra, seed=seed))
+        window, rate = foreseen(
+            ll.forgetting.foresee(model, task, known, WINDOWS, spectra=spectra, seed=seed)
+        )
         yield "foreseen, fixed rate", seed, window, USUAL_RATE, 0
         yield "foreseen, scaled rate", seed, window, rate, 0
 
@@ -126,7 +128,7 @@ def main() -> None:
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
     for name, path in found.items():
         started = time.monotonic()
-        values = cell_values(ll.runs(path), [w.position for w in WINDOWS])
+        values = cell_values(ll.experiments.runs(path), [w.position for w in WINDOWS])
         for recommendation in recommendations(known[name].setting(), seeds, arguments.store / name):
             rows.append(regret_row(name, recommendation, values))
         print(f"{name}: {(time.monotonic() - started) / 60:.1f} min")

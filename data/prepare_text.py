@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lora_lens.corpus import same_text
+from lora_lens.tasks.corpus import same_text
 
 HERE = Path(__file__).parent
 SEED = 0

@@ -20,7 +20,12 @@ from pathlib import Path
 
 import timm
 import torch
-from lora_lens.embedded import (
+from prepare import read_fashion_mnist, write_checksums
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lora_lens.tasks.bundled import (
     FASHION_CLASSES,
     FASHION_MEAN,
     FASHION_STD,
@@ -28,10 +33,6 @@ from lora_lens.embedded import (
     digits,
     vision_architecture,
 )
-from prepare import read_fashion_mnist, write_checksums
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 HERE = Path(__file__).parent
 
@@ -191,7 +192,7 @@ def model_card(
 A small timm `VisionTransformer` ({parameters:,} parameters, float32) pretrained by the lora_lens
 project on {TRAINED_ON[name]}:
 28 x 28 grey images, convolutional stem (three 3 x 3 convolutions of stride 2), 16 tokens of width
-96, 6 blocks, 3 heads, average pooling. Architecture: `lora_lens.embedded.vision_architecture`.
+96, 6 blocks, 3 heads, average pooling. Architecture: `lora_lens.tasks.bundled.vision_architecture`.
 
 | measured once, after the last epoch | |
 |---|---|

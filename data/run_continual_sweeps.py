@@ -10,7 +10,7 @@
   Fashion-MNIST turned by 90 degrees.
 - texts: all-MiniLM-L6-v2 learns the sentiment in films, products, tweets and newspapers with one head.
 
-``ll.continual_runs("data/results/split_fashion.jsonl.xz")`` reads a file.
+``ll.experiments.continual_runs("data/results/split_fashion.jsonl.xz")`` reads a file.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lens.memories import EWC, Orthogonal, Replay
-from lora_lens.strategies import Continued, Joint, Merged, Moving, Separate, Strategy
 from sweeping import main
 from torch import nn
 
 import lora_lens as ll
+from lora_lens.experiments.continual.strategies import Continued, Joint, Merged, Moving, Separate, Strategy
+from lora_lens.training.memories import EWC, Orthogonal, Replay
 
 ORDERS, SEEDS = 3, 3
 LORA, MIDDLE = ll.LoRA(8), ll.Window.middle(8)
 WINDOWS = ll.windows(rank=8, count=5)
-NEAR_LAST = ll.Penalized(LORA, ll.penalties.L2ToInitial(0.01))
+NEAR_LAST = ll.adapters.Penalized(LORA, ll.training.L2ToInitial(0.01))
 Plan = Sequence[tuple[Strategy, Sequence[ll.methods.Method], float]]  # methods and their learning rate
 
 
@@ -45,8 +45,8 @@ class Setting:
 
 
 def split_fashion(kind: str = "task-incremental") -> Setting:
-    model, digits = ll.embedded.vision_of_digits()
-    tasks = ll.task_sequences.split_fashion(test=200)
+    model, digits = ll.tasks.bundled.vision_of_digits()
+    tasks = ll.tasks.sequences.split_fashion(test=200)
     return Setting(model, tasks, kind, digits.first(test=300), ll.spectra(model, progress=False))
 
 
@@ -55,16 +55,16 @@ def split_fashion_classes() -> Setting:
 
 
 def images() -> Setting:
-    model, known, _ = ll.embedded.vision_of_known_classes()
-    tasks = ll.task_sequences.fashion_digits_corrupted_rotated(test=300)
+    model, known, _ = ll.tasks.bundled.vision_of_known_classes()
+    tasks = ll.tasks.sequences.fashion_digits_corrupted_rotated(test=300)
     return Setting(model, tasks, "task-incremental", known.first(test=300), ll.spectra(model, progress=False))
 
 
 def texts() -> Setting:
-    model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
-    tasks = ll.task_sequences.text_corpora(tokenizer, test=150)
-    genres = ll.text_task(ll.embedded_texts.genres(), tokenizer).first(test=200)
-    retain = ll.probed(model, genres, examples=2000)
+    model, tokenizer = ll.tasks.bundled.minilm(), ll.tasks.bundled.minilm_tokenizer()
+    tasks = ll.tasks.sequences.text_corpora(tokenizer, test=150)
+    genres = ll.tasks.text_task(ll.tasks.bundled_texts.genres(), tokenizer).first(test=200)
+    retain = ll.tasks.probed(model, genres, examples=2000)
     return Setting(model, tasks, "domain-incremental", retain, None)
 
 
@@ -125,9 +125,9 @@ SWEEPS: dict[str, tuple[Callable[[], Setting], Plan, dict[str, object]]] = {
 def run(name: str, store: Path, jobs: int | None) -> None:
     make, plan, settings = SWEEPS[name]
     setting = make()
-    for order in ll.task_sequences.orders(len(setting.tasks), ORDERS):
+    for order in ll.tasks.sequences.orders(len(setting.tasks), ORDERS):
         for strategy, methods, lr in plan:  # all of them before the next order, so a stopped set is balanced
-            ll.continual(
+            ll.experiments.continual_sweep(
                 setting.model,
                 setting.tasks,
                 strategy,

@@ -13,7 +13,8 @@
 - minilm_attention, minilm_mlp: as minilm, but only one part of each block is trained, by the four last
   windows at one rate. Is it attention, whose weights are nearly singular, that makes the last one forget?
 
-``ll.runs("data/results/minilm.jsonl.xz")`` reads a file, ``ll.watched`` what was watched.
+``ll.experiments.runs("data/results/minilm.jsonl.xz")`` reads a file, ``ll.experiments.watched`` what was
+watched.
 """
 
 from __future__ import annotations
@@ -44,34 +45,34 @@ class Setting:
 
 @cache  # three sweeps have it
 def minilm() -> Setting:
-    model, tokenizer = ll.embedded.minilm(), ll.embedded.minilm_tokenizer()
+    model, tokenizer = ll.tasks.bundled.minilm(), ll.tasks.bundled.minilm_tokenizer()
 
-    def task(corpus: ll.Corpus, test: int) -> ll.Task:
-        return ll.text_task(corpus, tokenizer).first(test=test)
+    def task(corpus: ll.tasks.Corpus, test: int) -> ll.Task:
+        return ll.tasks.text_task(corpus, tokenizer).first(test=test)
 
-    known = [task(ll.embedded_texts.sentiment(name), 400) for name in OTHERS]
+    known = [task(ll.tasks.bundled_texts.sentiment(name), 400) for name in OTHERS]
     return Setting(
         model,
-        task(ll.embedded_texts.sentiment("movies"), 500),
-        ll.probed(model, task(ll.embedded_texts.genres(), 1000), examples=2000),
-        [ll.probed(model, corpus) for corpus in known],
+        task(ll.tasks.bundled_texts.sentiment("movies"), 500),
+        ll.tasks.probed(model, task(ll.tasks.bundled_texts.genres(), 1000), examples=2000),
+        [ll.tasks.probed(model, corpus) for corpus in known],
         ll.spectra(model, progress=False),
     )
 
 
 def smollm2() -> Setting:
-    model, tokenizer = ll.embedded.smollm2(), ll.embedded.smollm2_tokenizer()
+    model, tokenizer = ll.tasks.bundled.smollm2(), ll.tasks.bundled.smollm2_tokenizer()
     model.set_attn_implementation("eager")  # on short texts a quarter faster than the fused one, on a CPU
 
     def task(name: str, test: int) -> ll.Task:
-        return ll.label_word_task(ll.embedded_texts.sentiment(name), tokenizer).first(test=test)
+        return ll.tasks.label_word_task(ll.tasks.bundled_texts.sentiment(name), tokenizer).first(test=test)
 
-    running_text = ll.language_task(ll.embedded_texts.articles(), tokenizer).first(test=24)
+    running_text = ll.tasks.language_task(ll.tasks.bundled_texts.articles(), tokenizer).first(test=24)
     return Setting(model, task("movies", 300), running_text, [task(name, 150) for name in OTHERS])
 
 
 def windows_and_baselines(count: int, rates: tuple[float, ...], seeds: int) -> ll.Grid:
-    baselines = [ll.LoRA(8), ll.Penalized(ll.LoRA(8), ll.penalties.L2ToInitial(0.01))]
+    baselines = [ll.LoRA(8), ll.adapters.Penalized(ll.LoRA(8), ll.training.L2ToInitial(0.01))]
     return ll.Grid(ll.windows(rank=8, count=count), lr=rates, seed=range(seeds), baselines=baselines)
 
 

@@ -5,7 +5,7 @@
     python data/run_sweeps.py --store FOLDER     # keep the runs there; finished runs are not run again
 
 Every file holds all its runs with their settings, curves, answers and drift, and the versions that made
-them: ``ll.runs("data/results/digits.jsonl.xz")`` reads it.
+them: ``ll.experiments.runs("data/results/digits.jsonl.xz")`` reads it.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ def after_fashion(task: Callable[[ll.Task], ll.Task]) -> Callable[[], Setting]:
     """The setting where the model pretrained on all of Fashion-MNIST learns what ``task`` makes of it."""
 
     def setting() -> Setting:
-        model, fashion = ll.embedded.vision()
+        model, fashion = ll.tasks.bundled.vision()
         return model, task(fashion), fashion.first(test=EXAMPLES["test"])
 
     return setting
 
 
 def known_classes() -> Setting:
-    model, known, new = ll.embedded.vision_of_known_classes()
+    model, known, new = ll.tasks.bundled.vision_of_known_classes()
     return model, new.first(**EXAMPLES), known.first(test=EXAMPLES["test"])
 
 
 def digits(_fashion: ll.Task) -> ll.Task:
-    return ll.embedded.digits().first(**EXAMPLES)
+    return ll.tasks.bundled.digits().first(**EXAMPLES)
 
 
 def few_digits(_fashion: ll.Task) -> ll.Task:
-    return ll.task_variants.few_shot(ll.embedded.digits(), 20).first(test=EXAMPLES["test"])
+    return ll.tasks.few_shot(ll.tasks.bundled.digits(), 20).first(test=EXAMPLES["test"])
 
 
 def noisy(fashion: ll.Task) -> ll.Task:
-    return ll.task_variants.corrupted(fashion.first(**EXAMPLES), "gaussian_noise", 5)
+    return ll.tasks.corrupted(fashion.first(**EXAMPLES), "gaussian_noise", 5)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def windows_and_lora(seeds: int, rates: tuple[float, ...] = RATES, rank: int = 8
 
 
 def sweeps() -> Iterator[tuple[str, Sweep]]:
-    controls = [ll.LoRA(8), ll.placement.RandomComponents(8)]
+    controls = [ll.LoRA(8), ll.spectrum.RandomComponents(8)]
     grid = ll.Grid(ll.windows(rank=8, count=9), lr=RATES, seed=range(5), baselines=controls)
     yield "digits", Sweep(after_fashion(digits), [(grid, {"evaluations": 5})])
     for name, setting in {
@@ -80,9 +80,12 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
         yield name, Sweep(setting, [(windows_and_lora(seeds), {})])
 
     elsewhere = [
-        *(ll.PeftStart(start, 8) for start in ll.methods.PEFT_STARTS if start != "pissa"),
-        *(ll.Penalized(ll.LoRA(8), ll.penalties.L2ToInitial(strength)) for strength in (0.01, 0.1)),
-        *(ll.Penalized(method, ll.penalties.KLAnchor(1.0)) for method in (ll.LoRA(8), ll.Window.middle(8))),
+        *(ll.adapters.PeftStart(start, 8) for start in ll.adapters.methods.PEFT_STARTS if start != "pissa"),
+        *(ll.adapters.Penalized(ll.LoRA(8), ll.training.L2ToInitial(strength)) for strength in (0.01, 0.1)),
+        *(
+            ll.adapters.Penalized(method, ll.training.KLAnchor(1.0))
+            for method in (ll.LoRA(8), ll.Window.middle(8))
+        ),
     ]
     grid = ll.Grid(lr=RATES, seed=range(3), baselines=elsewhere)
     yield "elsewhere", Sweep(after_fashion(digits), [(grid, {})])

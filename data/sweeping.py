@@ -33,7 +33,7 @@ def main(description: str, names: Iterable[str], run: Callable[[str, Path, int |
     for name in arguments.names or names:
         started = time.monotonic()
         run(name, arguments.store / name, arguments.jobs)
-        path = ll.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
+        path = ll.experiments.pack(arguments.store / name, arguments.output / f"{name}.jsonl.xz")
         count = len(list((arguments.store / name / "runs").glob("*.json")))
         minutes = (time.monotonic() - started) / 60
         size = path.stat().st_size / 1e6

@@ -152,6 +152,7 @@ def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: I
     Raises:
         ValueError, TypeError: as :func:`feature_split`; the spectrum lacks vectors.
     """
+    instance(model, nn.Module, "model", "a torch.nn.Module, the pretrained model")
     instance(spectrum, Spectrum, "spectrum", "that of the layer, such as ll.spectra(model)[layer]")
     x = _tokens(model, layer, inputs)
     everything = Window(spectrum.k, start=0)

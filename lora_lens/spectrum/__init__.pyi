@@ -1,5 +1,4 @@
 from . import measures as measures
-from .cache import SpectrumCache as SpectrumCache
 from .comparison import (
     Change as Change,
     change as change,

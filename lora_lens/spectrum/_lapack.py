@@ -83,9 +83,9 @@ def some_eigenvectors(
         return values, vectors
     block, end = np.ones(n, np.intc), np.full(n, n, np.intc)  # one block, the whole matrix
     spare, failed = np.empty((2, n), np.intc)
-    if _lapack("dstein", n, diagonal, beside, c, wanted, block, end, vectors, n, room, spare, failed):
+    if _run("dstein", n, diagonal, beside, c, wanted, block, end, vectors, n, room, spare, failed):
         return None
-    _lapack("dormtr", b"L", b"L", b"N", n, c, matrix, n, scales, vectors, n, room, room.size)
+    _run("dormtr", b"L", b"L", b"N", n, c, matrix, n, scales, vectors, n, room, room.size)
     return values, vectors
 
 
@@ -100,17 +100,17 @@ def _tridiagonal(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     n = len(matrix)
     diagonal, beside, scales = np.empty((3, n))
     room = np.empty(BLOCKING * (n + BLOCKING + 1))
-    _lapack("dsytrd", b"L", n, matrix, n, diagonal, beside, scales, room, room.size)
+    _run("dsytrd", b"L", n, matrix, n, diagonal, beside, scales, room, room.size)
     return diagonal, beside, scales, room
 
 
 def _eigenvalues_of_tridiagonal(diagonal: np.ndarray, beside: np.ndarray) -> np.ndarray:
-    if _lapack("dsterf", len(diagonal), diagonal, beside):
+    if _run("dsterf", len(diagonal), diagonal, beside):
         raise np.linalg.LinAlgError("the eigenvalues do not converge")
     return diagonal
 
 
-def _lapack(name: str, *arguments: bytes | int | np.ndarray) -> int:
+def _run(name: str, *arguments: bytes | int | np.ndarray) -> int:
     """Returns LAPACK's ``info``: 0 for success."""
     info = np.zeros(1, np.intc)
     _call(cython_lapack, name, *arguments, info)

@@ -76,6 +76,7 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
             reason: embeddings, tied weights, quantized values, a weight that its parent reads by itself,
             grouped or dilated convolutions, ...
     """
+    validate.instance(model, nn.Module, "model", "a torch.nn.Module")
     return choose(adaptable(model), targets)[0]
 
 

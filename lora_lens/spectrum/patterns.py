@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from lora_lens._base.errors import InputError
+from lora_lens._base.errors import InputError, InputTypeError
+from lora_lens._base.validate import shown
 
 MOST_NUMBERS = 10_000
 NUMBERS = re.compile(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*")
@@ -44,6 +45,8 @@ def matching(names: Iterable[str], pattern: str) -> set[str]:
 
 def part_of(name: str) -> str:
     """ "attention", "mlp" or "other", by the usual names of layers."""
+    if not isinstance(name, str):
+        raise InputTypeError(f"a layer's name must be a string, not {shown(name)}")
     return "attention" if ATTENTION.search(name) else "mlp" if MLP.search(name) else "other"
 
 

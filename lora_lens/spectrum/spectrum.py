@@ -313,7 +313,16 @@ def _union(placements: Sequence[Placement], values: Tensor, name: str) -> Tensor
 
 
 def factorize(name: str, weight: Tensor) -> Spectrum:
-    """The spectrum of one (out_features, in_features) weight, exact to float64 rounding."""
+    """The spectrum of one (out_features, in_features) weight, exact to float64 rounding.
+
+    Raises:
+        TypeError: ``name`` is no string, or ``weight`` no tensor.
+        ValueError: the weight is no matrix.
+    """
+    instance(name, str, "name", "the layer's name")
+    instance(weight, Tensor, "weight", "a matrix, (out_features, in_features)")
+    if weight.ndim != 2:
+        raise InputError(f"weight must be a matrix, (out_features, in_features), not {tuple(weight.shape)}")
     return _packed(name, tuple(weight.shape), thin_svd(weight.detach()))
 
 

@@ -5,12 +5,6 @@ from .hub import dataset_corpus as dataset_corpus, hub_corpus as hub_corpus
 from .image_folder import folder_task as folder_task, timm_transform as timm_transform
 from .linear_probe import probed as probed
 from .readers import text_corpus as text_corpus
-from .scenarios import (
-    ClassIncremental as ClassIncremental,
-    DomainIncremental as DomainIncremental,
-    OwnHeads as OwnHeads,
-    TaskIncremental as TaskIncremental,
-)
 from .task import Examples as Examples, Task as Task
 from .text import label_word_task as label_word_task, language_task as language_task, text_task as text_task
 from .transforms import (

@@ -223,7 +223,10 @@ def _page_of(model_id: str) -> str:
 
     HTML that a widget inserts runs no script elements, but it runs what a picture does when it is loaded.
     """
-    style, script = (files("lora_lens").joinpath(f"explorer.{kind}").read_text() for kind in ("css", "js"))
+    style, script = (
+        files("lora_lens.widgets").joinpath("static", f"explorer.{kind}").read_text()
+        for kind in ("css", "js")
+    )
     once = "const root = this.closest('.ll-explorer'); if (root && !root.dataset.ready)"
     script = f"{once} {{ root.dataset.ready = 1; (function (root) {{\n{script}\n}})(root) }}"
     pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="

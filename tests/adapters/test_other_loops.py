@@ -207,10 +207,10 @@ def test_two_processes_train_as_one_does_on_both_their_batches(tmp_path):
     code = f"""
 from pathlib import Path
 from accelerate import debug_launcher
-from test_loops import train_with_accelerate
+from test_other_loops import train_with_accelerate
 debug_launcher(train_with_accelerate, (Path({str(two)!r}), 4), num_processes=2)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, timeout=300)
     train_with_accelerate(one, 8)
 
     alone, *both = (torch.load(f) for f in (one / "rank0.pt", two / "rank0.pt", two / "rank1.pt"))

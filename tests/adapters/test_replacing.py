@@ -375,7 +375,9 @@ def test_a_disk_that_is_full_at_any_byte_changes_nothing(tmp_path):
 TWO = """
 def writes(rank):
     mine = trained(rank, ll.Window(rank=rank, start=0))
-    for turn in range(12):
+    for turn in range(500):
+        if turn >= 12 and len(seen) == 2:  # on a busy machine the other one may come late
+            break
         (ll.save if turn % 2 else ll.export)(mine, folder / "run")
         there = ll.load(model, folder / "run")
         rank = ll.summary(there)["rank"].max()

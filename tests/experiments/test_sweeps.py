@@ -284,9 +284,9 @@ def small_sweep(store: Path | None, jobs: int) -> pd.DataFrame:
 
 def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):
     store = tmp_path / "killed"
-    script = f"import test_sweep; test_sweep.small_sweep({str(store)!r}, 2); raise SystemExit('not killed')"
+    script = f"import test_sweeps; test_sweeps.small_sweep({str(store)!r}, 2); raise SystemExit('not killed')"
     process = subprocess.Popen(
-        [sys.executable, "-c", script], start_new_session=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", script], start_new_session=True, cwd=Path(__file__).parent
     )
     while len(list(store.glob("runs/[!.]*.json"))) < 3:
         assert process.poll() is None

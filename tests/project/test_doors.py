@@ -25,7 +25,8 @@ BAD = {"None": None, "3": 3, "'x'": "x", "[]": [], "{}": {}, "object()": object(
 INSIDE = ("tasks.bundled.PACKAGE",)
 # What functions return: nobody but they makes one, and they hold whatever they are given.
 RESULTS = """
-experiments.Advice training.Progress Run Spectrum spectrum.Change
+experiments.Advice forgetting.FeatureEnergies forgetting.FeatureNorms forgetting.FeatureSplit
+forgetting.UShape spectrum.Weight tasks.Answers training.Progress Run Spectrum spectrum.Change
 spectrum.measures.PowerLaw spectrum.measures.MarchenkoPastur
 """.split()  # noqa: SIM905
 # Bad for most, good for these: a rank, a number of classes or of examples, an accuracy.
@@ -40,6 +41,8 @@ TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
     "Grid": ("[]",),
     "SpectrumSet": ("[]",),
     "forgetting.hypervolume": ("[]",),
+    "spectrum.factorize": ("'x'",),
+    "spectrum.part_of": ("'x'",),
     "tasks.hub_corpus": ("'x'",),  # a name; that there is no such dataset takes a network to say
     "experiments.continual.Continued": ("None",),
     "experiments.continual.Merged": ("None",),
@@ -138,6 +141,8 @@ def others(empty: Path) -> dict[str, tuple]:
         "export": (folder,),
         "export_residual": (folder,),
         "forgetting.feature_change": (narrow_vit(0), task().test.inputs),
+        "forgetting.feature_energies": ("blocks.0.attn.qkv", spectrum(), task().test.inputs),
+        "spectrum.factorize": (torch.randn(4, 3),),
         "forgetting.feature_split": ("blocks.0.attn.qkv", spectrum(), window, task().test.inputs),
         "finetune": (task(),),
         "forgetting.foresee": (task(), task().train, [window]),
@@ -375,7 +380,10 @@ LATER = {
         lambda: ll.plots.accuracy_heatmap(continual_table(), run=["x"]),
         "run must be one of",
     ),
-    "overlap of a table": (lambda: ll.plots.overlap(pd.DataFrame({"a": [1]})), "matrix must be what ll.comp"),
+    "overlap of a table": (
+        lambda: ll.plots.overlap(pd.DataFrame({"a": [1]})),
+        "matrix must be what ll.spectrum",
+    ),
     "turned of a table": (lambda: ll.plots.rotation_matrix(pd.DataFrame({"a": [1]})), "turned must be what"),
     "turned of angles": (lambda: ll.plots.rotation_matrix([[2.0]]), "turned must have entries in [0, 1]"),
     "no vectors by name": (lambda: ll.spectra(source()[0], vectors={}), "vectors is empty"),

@@ -103,7 +103,7 @@ def test_bad_examples_are_refused(inputs, labels, message):
         ({"name": None}, TypeError, "name must be a string, not None"),
         ({"classes": "ab"}, TypeError, "classes must be a sequence of names"),
         ({"classes": [0, 1]}, TypeError, "a class's name must be a string, not 0"),
-        ({"train": None}, TypeError, r"t: train must be lora_lens\.Examples, or texts"),
+        ({"train": None}, TypeError, r"t: train must be ll\.Examples, or texts"),
         ({"test": torch.zeros(2)}, TypeError, "t: test must be"),
         ({"pooling": "means"}, ValueError, "pooling must be .* did you mean 'mean'"),
         ({"head": 3}, TypeError, r"head must be an nn\.Linear"),

@@ -217,7 +217,7 @@ def test_kept_runs_are_what_the_library_reads(table):
     some = table.iloc[[3, 0]]
     kept = KeptRuns(DIGITS, table["run"])
     for name in ("curves", "drifts", "answers"):
-        expected = getattr(ll, name)(DIGITS, some)
+        expected = getattr(ll.experiments, name)(DIGITS, some)
         if name == "drifts":  # without the measures of features, which are the same for all layers
             expected = expected.drop(columns=["cka", "relative_change"])
         found = getattr(kept, name)(some["run"]).reset_index(drop=True)

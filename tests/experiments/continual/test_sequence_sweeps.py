@@ -426,7 +426,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(what, tmp_path):
         ({"orders": 3}, "orders must be a sequence"),
         ({"orders": [(0, 1.0, 2)]}, "a task's number in an order must be a whole number"),
         ({"orders": []}, "orders is empty"),
-        ({"learning_rate": 1e-3}, "continual has no setting 'learning_rate'; did you mean 'lr'"),
+        ({"learning_rate": 1e-3}, "continual_sweep has no setting 'learning_rate'; did you mean 'lr'"),
         ({"jobs": 0}, "jobs, the number of processes"),
         ({"spectra": 1}, "spectra must be what"),
     ],
