@@ -24,7 +24,7 @@ from .adapters import (
     save as save,
     summary as summary,
 )
-from .experiments import Grid as Grid, advise as advise, sweep as sweep
+from .experiments import Grid as Grid, Sweep as Sweep, advise as advise, sweep as sweep
 from .spectrum import (
     Spectrum as Spectrum,
     SpectrumSet as SpectrumSet,

@@ -88,7 +88,7 @@ def learn(
         Merged() if strategy is None else strategy,
         grid(method, lr, seeds),
         **SETTINGS | others,
-    )
+    ).table
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Killed:
         return ll.experiments.continual_sweep(
             small_vit(), tasks, self.strategy, grid(self.method), setting=self.setting, store=store,
             **settings | others,
-        )  # fmt: skip
+        ).table  # fmt: skip
 
 
 KILLED = {

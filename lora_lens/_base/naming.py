@@ -24,6 +24,11 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(number: int, what: str) -> str:
+    """As in "1 seed" and "2 seeds"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def frames_inside() -> int:
     """The stacklevel that shows a warning at the line outside lora_lens that led to it."""
     level, frame = 0, sys._getframe(1)

@@ -11,7 +11,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from lora_lens._base.errors import InputError, InputTypeError
-from lora_lens._base.validate import SYNONYMS, instance, shown, suggestion
+from lora_lens._base.validate import SYNONYMS, shown, suggestion
 
 # Columns that hold words; all others that a function needs hold numbers.
 WORDS = frozenset(
@@ -48,6 +48,7 @@ def checked(
         InputError: it is empty, all its runs failed, a column is missing or holds other things than
             numbers where numbers are meant or percentages in place of shares, or a run stands in it twice.
     """
+    table = table_of(table)
     if not isinstance(table, pd.DataFrame):
         raise InputTypeError(
             f"{name} must be what {source} returns, a table, not {shown(table)}{_hint(table)}"
@@ -88,14 +89,15 @@ def sweep_table(table: object, *more: str, once: bool = False) -> pd.DataFrame:
     return table
 
 
-def require_store(store: object) -> None:
-    """Refuse what is no place of a store."""
-    instance(store, (str, Path), "store", "the folder or file that keeps the runs")
+def table_of(value: object) -> object:
+    """The table of a sweep; anything else as it is."""
+    table = getattr(value, "table", None)
+    return table if isinstance(table, pd.DataFrame) and not isinstance(value, pd.DataFrame) else value
 
 
 def _hint(value: object) -> str:
     if isinstance(value, (str, Path)):
-        return "; a store is read with ll.experiments.runs(store)"
+        return "; a store is opened with ll.Sweep.open(path)"
     if isinstance(value, (list, tuple, dict)) and value:
         return "; pandas.DataFrame(...) makes a table of rows or columns"
     return ""

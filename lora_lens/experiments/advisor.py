@@ -72,7 +72,7 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     told apart by chance.
 
     Args:
-        table: from :func:`lora_lens.sweep` or :func:`lora_lens.experiments.runs`.
+        table: from :func:`lora_lens.sweep` or :meth:`lora_lens.Sweep.open`.
         weight: of forgetting in the value, 0 or more.
 
     Returns:

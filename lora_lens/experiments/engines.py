@@ -19,12 +19,12 @@ import torch
 from joblib import Parallel, delayed
 
 from lora_lens._base.errors import InputError, LoraLensError, StoreError
+from lora_lens._base.files import write_atomically
 from lora_lens._base.naming import listed
 from lora_lens._base.progress import progress_bar
 from lora_lens._base.threads import limited_threads
 from lora_lens._base.validate import whole_number
 from lora_lens.experiments.records import read_runs
-from lora_lens.experiments.store import write_atomically
 
 LAUNCHED = (  # what torchrun and accelerate launch hand to their processes
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",

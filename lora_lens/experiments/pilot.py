@@ -203,7 +203,7 @@ def _piloted(pilot: Pilot, shared: dict[str, object]) -> Advice:
     ) -> pd.DataFrame:
         faster = sqrt(pilot.steps / steps)
         stands_for = {rate * faster: rate for rate in rates}
-        table = sweep(Grid(windows, lr=list(stands_for), seed=seeds), steps=steps, **shared)
+        table = sweep(Grid(windows, lr=list(stands_for), seed=seeds), steps=steps, **shared).table
         value, stands_for = value_of(table, pilot.weight), table["lr"].map(stands_for)
         return table.assign(rung=rung, stands_for=stands_for, value=value)
 

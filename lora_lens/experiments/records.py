@@ -42,39 +42,15 @@ def require_runs(table: pd.DataFrame) -> list[str]:
         InputError: it has no column run, or no rows.
     """
     if not isinstance(table, pd.DataFrame):
-        raise InputTypeError(
-            f"table must be what ll.sweep or ll.experiments.runs returns, not {shown(table)}"
-        )
+        raise InputTypeError(f"table must be the table of an ll.Sweep, not {shown(table)}")
     if "run" not in table:
         raise InputError(
             f"the table has no column run; it has {listed(map(str, table.columns), most=20)}; pass what "
             "ll.sweep or ll.experiments.runs returns"
         )
     if table.empty:
-        raise InputError("the table has no runs; pass what ll.sweep or ll.experiments.runs returns")
+        raise InputError("the table has no runs; pass the table of an ll.Sweep")
     return list(dict.fromkeys(table["run"]))
-
-
-def records_of(store: str | Path, table: pd.DataFrame) -> list[dict]:
-    """The records of the runs in ``table``, in its order, without those of failed runs.
-
-    Raises:
-        MissingFileError: there is no such store, or a run is not in it.
-        InputError: all of the runs failed.
-    """
-    store, runs = store_path(store), require_runs(table)
-    if store.is_dir():
-        places = {run: store / "runs" / f"{run}.json" for run in runs}
-        kept = read_runs(places.values(), "passed over")
-        found = {run: kept[path] for run, path in places.items() if path in kept}
-    else:
-        found = all_records(store)
-    if absent := [run for run in runs if run not in found]:
-        raise MissingFileError(f"{store} holds no run {absent[0]}; give the store that the table is of")
-    finished = [found[run] for run in runs if "failed" not in found[run]]
-    if not finished:
-        raise InputError(f"all runs of the table failed, the first with: {found[runs[0]]['failed']}")
-    return finished
 
 
 def all_records(store: str | Path) -> dict[str, dict]:

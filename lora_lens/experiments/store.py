@@ -4,6 +4,7 @@ experiment.json     which model and tasks the runs belong to, and the versions t
 runs/<run>.json     settings, results, curve, answers and drift of one run; <run> is a hash of all that it
                     was made with (lora_lens.experiments.identity), of which "exact" has what the settings do
                     not tell
+columns.parquet     the same as columns, once there are many; it may be deleted at any time
 
 A run that failed has the reason under "failed", and no results.
 
@@ -17,51 +18,18 @@ import json
 import lzma
 import math
 import os
-import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
-
 from lora_lens._base.errors import ExistingFileError, InputError, LoraLensError, MissingFileError, StoreError
+from lora_lens._base.files import create_file, replace_file
 from lora_lens.experiments.identity import ANSWERS, MODEL_SETTINGS
-from lora_lens.experiments.records import (
-    all_records,
-    experiment_in,
-    packed,
-    records_of,
-    row_of,
-    store_path,
-    told_apart,
-)
+from lora_lens.experiments.records import all_records, experiment_in, packed, store_path
 
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in a folder, as "._*"
-
-
-def runs(store: str | Path) -> pd.DataFrame:
-    """All runs of a results folder, or of a file from :func:`pack`, without running anything.
-
-    Files in the folder that are damaged or no run of a sweep are passed over; a warning names them.
-
-    Returns:
-        One row per run with the columns of :func:`lora_lens.sweep`, by method, rank, position, rate and seed.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: it holds no runs, or is no such file.
-        TypeError: ``store`` is no path.
-    """
-    records = all_records(store).values()
-    if any("result" not in record for record in records):
-        raise InputError(f"{store} holds sequences of tasks; read them with ll.experiments.continual_runs")
-    table = pd.DataFrame([row_of(record) for record in told_apart(records)])
-    if table.empty:
-        raise InputError(f"{store} holds no finished runs")
-    order = ["method", "rank", "position", "start", "steps", "lr", "seed"]
-    return table.sort_values(order, kind="stable", ignore_index=True)
 
 
 def pack(store: str | Path, path: str | Path) -> Path:
@@ -76,7 +44,7 @@ def pack(store: str | Path, path: str | Path) -> Path:
         ``path``.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`runs`.
+        FileNotFoundError, ValueError: as :meth:`lora_lens.Sweep.open`.
         FileExistsError: something else than a pack is at ``path``.
     """
     path, records = store_path(path, "path", "that of the file to write"), all_records(store)
@@ -131,104 +99,10 @@ def experiment(store: str | Path) -> dict[str, dict[str, str]]:
         ) from None
 
 
-def curves(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The evaluations along the way of every run in ``table``.
-
-    Returns:
-        One row per run and evaluation: run, step, loss, accuracy, test_loss, retained_accuracy,
-        retained_loss, as in :class:`lora_lens.Run`; without the two test losses where an earlier version
-        kept the runs.
-
-    Raises:
-        FileNotFoundError: a run is not in the store.
-        ValueError: the store holds sequences of tasks.
-    """
-    records = records_of(store, table)
-    if any("curve" not in record for record in records):
-        raise InputError(f"{store} holds sequences of tasks, which have no curves")
-    return run_first([pd.DataFrame(record["curve"]).assign(run=record["run"]) for record in records])
-
-
-def answers(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
-    """What every run in ``table`` did to each test example of the retained task.
-
-    Returns:
-        One row per run and example: run, item (its place in the test set), label, before and after
-        (the predicted class before and after training). See :mod:`lora_lens.forgetting.examples`.
-
-    Raises:
-        FileNotFoundError: a run is not in the store.
-        ValueError: a run was kept by a version that did not note its answers.
-    """
-    parts = []
-    for record in records_of(store, table):
-        if "items" not in record:
-            raise InputError(
-                f"run {record['run']} in {store} was kept without its answers, by an earlier version; "
-                "sweep again into another folder to have them"
-            )
-        kept = pd.DataFrame(record["items"]).rename_axis("item").reset_index()
-        parts.append(kept.assign(run=record["run"]))
-    return pd.concat(parts, ignore_index=True)[["run", "item", "label", "before", "after"]]
-
-
-def drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
-    """What every run in ``table`` did to each adapted weight, as far as the sweep measured it.
-
-    Returns:
-        One row per run and layer: run, and the columns of :func:`lora_lens.forgetting.drift` and
-        :func:`lora_lens.forgetting.rotations`; cka, relative_change and neighbours, the same for all layers
-        of a run, are those of the retained task's features, see :func:`lora_lens.forgetting.representations`
-        and :func:`lora_lens.forgetting.neighbour_agreement`. Runs without an adapter or that diverged have no
-        rows.
-
-    Raises:
-        FileNotFoundError: a run is not in the store.
-        ValueError: none of the runs has a drift.
-    """
-    parts = [
-        pd.DataFrame(record["drift"]).assign(run=record["run"], **record["features"])
-        for record in records_of(store, table)
-        if "drift" in record
-    ]
-    if not parts:
-        raise InputError(
-            f"no run in {store} was kept with its drift; sweep measures it when it is given "
-            "spectra=ll.spectra(model), with all vectors"
-        )
-    return run_first(parts)
-
-
-def watched(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
-    """What every run in ``table`` did to the tasks that the sweep watched beside the retained one.
-
-    Returns:
-        One row per run and task: run, task, before and after (accuracies, in [0, 1]), loss_before and
-        loss_after (nats per example, of a language task per token), forgetting (before - after) and
-        loss_rise (loss_after - loss_before); in the last two positive = forgot.
-
-    Raises:
-        FileNotFoundError: a run is not in the store.
-        ValueError: the sweep watched nothing.
-    """
-    parts = [
-        pd.DataFrame(record["watched"]).assign(run=record["run"])
-        for record in records_of(store, table)
-        if "watched" in record
-    ]
-    if not parts:
-        raise InputError(f"no run in {store} watched other tasks; give the sweep watch=[...]")
-    together = run_first(parts)
-    return together.assign(
-        forgetting=together["before"] - together["after"],
-        loss_rise=together["loss_after"] - together["loss_before"],
-    )
-
-
-def run_first(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of several runs as one, with the column that names the run in front."""
-    together = pd.concat(parts, ignore_index=True)
-    return together[["run", *together.columns.drop("run")]]
+def new_experiment(identity: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What runs of this identity that are made now belong to; as :func:`experiment` reads it."""
+    versions = {name: version(name) for name in ("torch", "timm", "peft", "accelerate")}
+    return {"identity": identity, "versions": versions}
 
 
 def require_writable(store: str | Path | None) -> None:
@@ -281,8 +155,7 @@ def _opened(store: Path, identity: dict[str, str]) -> Path:
     if not described.exists():
         if others:
             raise InputError(f"the folder {store} is not empty and holds no experiment; choose another one")
-        versions = {name: version(name) for name in ("torch", "timm", "peft", "accelerate")}
-        _create(described, json.dumps({"identity": identity, "versions": versions}, indent=1).encode())
+        create_file(described, json.dumps(new_experiment(identity), indent=1).encode())
     found = experiment(store)["identity"]
     # Earlier versions did not note all.
     known = {key: identity.get(key) for key in (MODEL_SETTINGS, ANSWERS)} | found
@@ -307,56 +180,3 @@ def _same(key: str, there: object, here: object) -> bool:
 def _of_no_matter(name: str) -> bool:
     """Left by a kill, or by a file manager."""
     return name in LITTER or name.startswith(("._", ".experiment."))
-
-
-def write_atomically(path: Path, record: dict) -> None:
-    """Keep a record; as :func:`write_bytes`."""
-    write_bytes(path, json.dumps(record, indent=1).encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """A file of a results folder, whole or not at all.
-
-    Raises:
-        StoreError: the disk is full, or the folder cannot be written to.
-    """
-    try:
-        path.parent.mkdir(exist_ok=True)
-        replace_file(path, content)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}; the runs that have ended are kept: start again "
-            "once there is room"
-        ) from None
-
-
-def _create(path: Path, content: bytes) -> None:
-    """The file appears whole, unless another process was first: then that one's stays."""
-    with _written(path, content) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            if not path.exists():
-                os.replace(temporary, path)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """The new file appears whole or the old one stays, also after a kill or on a full disk."""
-    with _written(path, content) as temporary:
-        os.replace(temporary, path)
-
-
-@contextmanager
-def _written(path: Path, content: bytes) -> Iterator[Path]:
-    """A file beside ``path`` that holds the content, safe on the disk; what is left of it goes afterwards."""
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from peft import PeftModel
 from torch import nn
 
@@ -40,8 +39,8 @@ from lora_lens.experiments.identity import (
     named_method,
     named_record,
 )
-from lora_lens.experiments.records import row_of, told_apart
-from lora_lens.experiments.store import open_store, require_writable
+from lora_lens.experiments.results import Sweep
+from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.forgetting.basis_rotation import rotations
 from lora_lens.forgetting.neighbours import neighbour_agreement
 from lora_lens.forgetting.representations import difference
@@ -170,18 +169,18 @@ def sweep(
     jobs: int | None = None,
     progress: bool = True,
     **settings: object,
-) -> pd.DataFrame:
+) -> Sweep:
     """Run every point of ``grid`` on a fresh copy of ``model``; one factorization serves all windows.
 
     Args:
         grid: what to vary.
         model, task, retain, watch, targets, alpha, variant: as for ``attach`` and ``finetune``; what was
-            watched is in :func:`lora_lens.experiments.watched`.
+            watched is in :meth:`lora_lens.Sweep.watched`.
         store: a folder that keeps one small file per finished run. A sweep
             that was interrupted, or a larger grid, runs only what is missing.
             Without it nothing is kept.
         spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
-            kept, too: see :func:`lora_lens.experiments.drifts`.
+            kept, too: see :meth:`lora_lens.Sweep.drifts`.
         jobs: processes; default all cores that may be used (one where there is a GPU). Every
             run computes with one thread, so the numbers do not depend on it.
         settings: of :class:`lora_lens.Training`, the same for all runs.
@@ -190,15 +189,15 @@ def sweep(
     reason and no results, a warning counts such runs, and the next call tries them again.
 
     Returns:
-        One row per run in the grid's order. Columns: run (identity), method
-        (window, LoRA, linear probe, full fine-tuning, or another method in words), rank, position,
-        start, alpha, variant (if one was given), lr, seed and the other settings; trainable (adapter
-        parameters trained, without the new head); loss (nats, mean since the last
-        evaluation, without a penalty); accuracy, retained_before, retained_accuracy (in [0, 1]);
-        forgetting (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise
-        (its rise over the run, nats per example, of a language task per token; positive = forgot);
-        diverged; failed and reason (why, else ""). Two methods that are described alike have a few digits of
-        their identity behind.
+        A :class:`lora_lens.Sweep`, whose table has one row per run in the grid's order. Columns: run
+        (identity), method (window, LoRA, linear probe, full fine-tuning, or another method in words), rank,
+        position, start, alpha, variant (if one was given), lr, seed and the other settings; trainable
+        (adapter parameters trained, without the new head); loss (nats, mean since the last evaluation,
+        without a penalty); accuracy, retained_before, retained_accuracy (in [0, 1]); forgetting
+        (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise (its rise over
+        the run, nats per example, of a language task per token; positive = forgot); diverged; failed and
+        reason (why, else ""). Two methods that are described alike have a few digits of their identity
+        behind.
 
     Raises:
         ValueError, TypeError: as ``attach`` and ``finetune`` do, before the first run; ``store`` holds a
@@ -234,18 +233,21 @@ def sweep(
         if any(isinstance(method, LinearProbe) for method in grid.methods):
             finetune(attach(model, LinearProbe()), *one, **once)
 
-    with open_store(store, experiment_identity(model, task, retain, watch)) as folder:
+    identity = experiment_identity(model, task, retain, watch)
+    with open_store(store, identity) as folder:
         if spectra is None:
             wanted = _placements_by_layer(plans.values())
             spectra = (
                 compute_spectra(model, list(wanted), vectors=wanted, progress=progress) if wanted else None
             )
         layers = {method: list(plan) or usual for method, plan in plans.items()}
-        experiment = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
-        plan = [(point, folder / f"{experiment.record(*point)['run']}.json") for point in grid]
+        shared = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
+        plan = [(point, folder / f"{shared.record(*point)['run']}.json") for point in grid]
         bar = {"shown": progress, "desc": "sweep", "unit": "run"}
-        records = run_missing(partial(_run, experiment), experiment.lost, plan, jobs, **bar)
-        return pd.DataFrame([row_of(record) for record in told_apart(records)])
+        records = run_missing(partial(_run, shared), shared.lost, plan, jobs, **bar)
+    if store is None:
+        return Sweep.of(records, new_experiment(identity))
+    return Sweep.of(records, experiment(store), Path(store))
 
 
 def require_shared(model: nn.Module, variant: Variant | None, spectra: SpectrumSet | None) -> None:

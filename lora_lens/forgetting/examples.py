@@ -1,7 +1,7 @@
 """Which examples of the retained task were forgotten, and by whom: pure functions on tables of answers.
 
 All take ``items`` with one row per run and test example: run, item, label, before and after (the
-predicted class before and after training), as :func:`lora_lens.experiments.answers` returns them.
+predicted class before and after training), as :meth:`lora_lens.Sweep.answers` returns them.
 """
 
 from __future__ import annotations
@@ -206,4 +206,4 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
 
 
 def _answers(items: object, *more: str) -> pd.DataFrame:
-    return checked(items, [*COLUMNS, *more], "the table of answers", "ll.experiments.answers(store, table)")
+    return checked(items, [*COLUMNS, *more], "the table of answers", "sweep.answers()")

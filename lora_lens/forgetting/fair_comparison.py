@@ -115,7 +115,7 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
     forgetting at it is not flattered by the choice.
 
     Args:
-        curves: from :func:`lora_lens.experiments.curves` (run, step, accuracy, retained_accuracy).
+        curves: from :meth:`lora_lens.Sweep.curves` (run, step, accuracy, retained_accuracy).
         accuracy: the accuracy to compare at, in [0, 1].
 
     Returns:
@@ -135,7 +135,7 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
         curves,
         ["run", "step", "accuracy", "retained_accuracy"],
         "the table of curves",
-        "ll.experiments.curves(store, table)",
+        "sweep.curves()",
     )
     by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
     scored = table.dropna(subset="retained_before")["run"]  # a run that failed has no curve
@@ -171,7 +171,7 @@ def relative_updates(drifts: pd.DataFrame) -> pd.Series:
     """How far each run moved its adapted weights, by run: sqrt(sum ||dW||_F^2 / sum ||W||_F^2) over layers.
 
     Args:
-        drifts: from :func:`lora_lens.experiments.drifts` (run, update, relative, and norm, which stores from
+        drifts: from :meth:`lora_lens.Sweep.drifts` (run, update, relative, and norm, which stores from
             before it was kept lack: there a layer that a run left unmoved has the norm that it has in the
             other runs, and is left out where none moved it).
 
@@ -206,7 +206,7 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     less is to be expected, but compare close to the updates of measured runs.
 
     Args:
-        drifts: from :func:`lora_lens.experiments.drifts`; runs that diverged or trained no adapter have none
+        drifts: from :meth:`lora_lens.Sweep.drifts`; runs that diverged or trained no adapter have none
             and are left out.
         update: the relative update to compare at, such as 0.1.
 
@@ -223,7 +223,7 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     table = _runs(table, "run", *SCORES)
     drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     if not table["run"].isin(drifts["run"]).any():
-        raise InputError("none of the table's runs has a drift; pass ll.experiments.drifts(store, table)")
+        raise InputError("none of the table's runs has a drift; pass sweep.drifts()")
     sized = table.assign(size=table["run"].map(relative_updates(drifts)))
     rows = []
     for names, group in groups(sized, window_columns(table), SCORES):

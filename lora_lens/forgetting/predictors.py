@@ -27,7 +27,7 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
     """One row per run instead of one per layer.
 
     Args:
-        drifts: from :func:`lora_lens.experiments.drifts`.
+        drifts: from :meth:`lora_lens.Sweep.drifts`.
 
     Returns:
         Columns: run; update, the root of the sum over layers of ||dW||_F^2; relative, that over the same
@@ -84,7 +84,7 @@ def predict_forgetting(
 
     Args:
         table: from :func:`lora_lens.sweep`; runs without a drift are left out.
-        drifts: from :func:`lora_lens.experiments.drifts`.
+        drifts: from :meth:`lora_lens.Sweep.drifts`.
         folds: of the cross-validation, at least 2; one for each window and rate where there are fewer.
         resamples, seed: of the intervals, and the seed also of the folds.
 

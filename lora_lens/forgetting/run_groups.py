@@ -16,7 +16,7 @@ from lora_lens._base.schema import checked
 from lora_lens._base.validate import resample_count, seed_number
 
 WINDOW = ["method", "rank", "position", "start"]
-DRIFTS = ("the table of drifts", "ll.experiments.drifts(store, table)")
+DRIFTS = ("the table of drifts", "sweep.drifts()")
 FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
 
 

@@ -41,7 +41,7 @@ OTHERS, RETAINED = "#404040", "#202020"
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 OTHER_MARKERS = ("X", "P", "v", "<", ">", "*", "d", "p")
 LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 4)))
-DRIFTS = ("the table of drifts", "ll.experiments.continual_drifts(store, table)")
+DRIFTS = ("the table of drifts", "sweep.drifts()")
 GAP = 0.25  # cells between the tasks and the retained one
 
 
@@ -177,7 +177,7 @@ def window_survival(
     Lines are coloured by the window's position and dashed by strategy, in 95% bands over runs.
 
     Args:
-        drifts: from :func:`lora_lens.experiments.continual_drifts`.
+        drifts: from :meth:`lora_lens.experiments.ContinualSweep.drifts`.
         table: the same runs, from :func:`lora_lens.experiments.continual_sweep`.
         measure: block_change, 0 where what the first task's window does is untouched; or overlap_left or
             overlap_right, the mean squared cosine between the subspace of the window as it stood after the
@@ -207,7 +207,7 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
     methods have hollow markers; dashes tell strategies apart. Bands are 95% intervals over runs.
 
     Args:
-        drifts: from :func:`lora_lens.experiments.continual_drifts`.
+        drifts: from :meth:`lora_lens.experiments.ContinualSweep.drifts`.
         table: the same runs, from :func:`lora_lens.experiments.continual_sweep`.
 
     Raises:
@@ -216,9 +216,7 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
     """
     runs = _drifts_by_run(drifts, table, "update").dropna(subset=["update"])
     if runs.empty:
-        raise InputError(
-            "none of the table's runs has a drift; pass ll.experiments.continual_drifts(store, table)"
-        )
+        raise InputError("none of the table's runs has a drift; pass sweep.drifts()")
     _draw_drifts(ax, runs, "update")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.set(ylabel="update, ||dW|| / ||W||", title="How far the weights have moved")

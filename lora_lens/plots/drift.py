@@ -105,7 +105,7 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
     shares are those of :func:`lora_lens.forgetting.drift`.
 
     Args:
-        drifts: from :func:`lora_lens.experiments.drifts`, with position merged from the table of runs; rows
+        drifts: from :meth:`lora_lens.Sweep.drifts`, with position merged from the table of runs; rows
             without a position (other methods) or an update are left out.
 
     Raises:

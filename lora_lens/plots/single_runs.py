@@ -29,14 +29,14 @@ def two_curves(curves: Mapping[str, pd.DataFrame], column: str = "accuracy", *, 
     """One score along training: the mean over runs, in a band from the lowest to the highest.
 
     Args:
-        curves: from :func:`lora_lens.experiments.curves`, by the name in the legend; at most two.
+        curves: from :meth:`lora_lens.Sweep.curves`, by the name in the legend; at most two.
         column: "accuracy", on the new task, or "retained_accuracy".
 
     Raises:
         ValueError: a column is missing.
     """
     for look, (name, curve) in zip(LOOKS, curves.items(), strict=False):
-        curve = checked(curve, ["step", column], "the table of curves", "ll.experiments.curves(store, table)")
+        curve = checked(curve, ["step", column], "the table of curves", "sweep.curves()")
         along = curve.groupby("step")[column]
         ax.fill_between(
             along.mean().index, along.min(), along.max(), color=look["color"], alpha=0.2, linewidth=0
@@ -53,14 +53,14 @@ def relative_updates(drifts: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
     """How far training moved each weight, ||dW|| / ||W||, kind by kind, in each from the first block on.
 
     Args:
-        drifts: from :func:`lora_lens.experiments.drifts`, by the name in the legend; at most two, of the same
+        drifts: from :meth:`lora_lens.Sweep.drifts`, by the name in the legend; at most two, of the same
             model. Rows of several runs are averaged, and a layer that only one has is shown of that one.
 
     Raises:
         ValueError: a column is missing, or there is no layer.
     """
     if not drifts:
-        raise InputError("there is no layer to show; pass what ll.experiments.drifts returned")
+        raise InputError("there is no layer to show; pass what sweep.drifts() returned")
     columns = ["layer", "kind", "block", "relative"]
     drifts = {name: checked(drift, columns, *DRIFTS) for name, drift in drifts.items()}
     layers = _in_order(pd.concat(drifts.values()))

@@ -180,7 +180,7 @@ def watched(
     Each panel is read like :func:`accuracy_curve`.
 
     Args:
-        results: from :func:`lora_lens.experiments.watched`.
+        results: from :meth:`lora_lens.Sweep.watched`.
         table: the same runs, from :func:`lora_lens.sweep`.
         rates: the learning rates to draw; default all.
         score: forgetting, on one scale for all tasks; or loss_rise, in nats per example, of a language task
@@ -197,14 +197,11 @@ def watched(
     """
     require_score(score, LOST)
     table = checked(table, ["run", "method", "position", "lr"], once=True)
-    results = checked(
-        results, ["run", "task", score], "the table of watched tasks", "ll.experiments.watched(store, table)"
-    )
+    results = checked(results, ["run", "task", score], "the table of watched tasks", "sweep.watched()")
     columns = whole_number(columns, "columns", least=1)
     if without := table.loc[~table["run"].isin(results["run"]), "run"].tolist():
         raise InputError(
-            f"nothing was watched in {len(without)} runs, such as {without[0]}; "
-            f"pass ll.experiments.watched(store, table)"
+            f"nothing was watched in {len(without)} runs, such as {without[0]}; pass sweep.watched()"
         )
     runs = table.drop(columns=score, errors="ignore")
     _require_placed(table)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lora_lens._base.errors import LoraLensError
-from lora_lens._base.naming import block_and_kind, listed
+from lora_lens._base.naming import block_and_kind, counted, listed
 from lora_lens.experiments.sweeps import RESULTS
 from lora_lens.forgetting.examples import forgetting_interval
 from lora_lens.forgetting.fair_comparison import LEVEL, at_equal_rate, rate_robustness
@@ -68,24 +68,20 @@ def _in_words(table: pd.DataFrame, kept: Kept | None, failed: int) -> str:
     methods = table[window_columns(table)].drop_duplicates()
     windows = int((methods["method"] == "window").sum())
     others = methods.loc[methods["method"] != "window", "method"].unique()
-    parts = [_counted(windows, "window")] if windows else []
+    parts = [counted(windows, "window")] if windows else []
     if len(others):
-        counted = _counted(len(others), "other method" if windows else "method")
-        parts.append(f"{counted} ({'; '.join(others)})")
+        many = counted(len(others), "other method" if windows else "method")
+        parts.append(f"{many} ({'; '.join(others)})")
     rates, seeds = table["lr"].nunique(), table["seed"].nunique()
     diverged, learned = int(table["diverged"].sum()), ""
     if kept:
         tasks = task_names(kept)
         learned = f", learning {tasks['task']} and measuring what is forgotten of {tasks['retain']}"
-    lost = f" {_counted(failed, 'more run')} failed, and this page leaves them out." if failed else ""
+    lost = f" {counted(failed, 'more run')} failed, and this page leaves them out." if failed else ""
     return (
-        f"{' and '.join(parts)} at {_counted(rates, 'learning rate')} with {_counted(seeds, 'seed')}: "
-        f"{_counted(len(table), 'run')}{learned}. {diverged or 'None'} diverged.{lost}"
+        f"{' and '.join(parts)} at {counted(rates, 'learning rate')} with {counted(seeds, 'seed')}: "
+        f"{counted(len(table), 'run')}{learned}. {diverged or 'None'} diverged.{lost}"
     )
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _varied(table: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +120,7 @@ def _shown(column: str, value: object) -> str:
     if column == "targets":
         layers = str(value).split()
         kinds = dict.fromkeys(block_and_kind(name)[1] for name in layers)
-        return f"{_counted(len(layers), 'layer')}: {listed(kinds)}"
+        return f"{counted(len(layers), 'layer')}: {listed(kinds)}"
     if column == "retained_before":
         return points(value)
     if column == "alpha" and pd.isna(value):
@@ -162,7 +158,7 @@ def limits(table: pd.DataFrame, kept: Kept | None) -> list[str]:
         *_of_rates(table),
     ]
     if diverged := int(table["diverged"].sum()):
-        said.append(f"{_counted(diverged, 'run')} diverged; the scores after that are part of the means.")
+        said.append(f"{counted(diverged, 'run')} diverged; the scores after that are part of the means.")
     if kept is not None and kept.answers is not None:
         said += _of_examples(table, kept.answers)
     else:

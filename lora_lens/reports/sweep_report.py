@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from lora_lens._base.errors import InputError, LoraLensError
-from lora_lens._base.schema import require_store, sweep_table
+from lora_lens._base.files import replace_file
+from lora_lens._base.schema import sweep_table, table_of
 from lora_lens._base.validate import instance, share
-from lora_lens.experiments.store import answers, curves, drifts, experiment, replace_file
+from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.run_groups import window_columns
 from lora_lens.reports.facts import IDENTITY, Kept, facts_section, limits, settings_of, task_names
 from lora_lens.reports.figures import figures_section, matched_figures
@@ -36,10 +37,9 @@ NEEDED = (*IDENTITY, "accuracy", "retained_before", "retained_accuracy", "forget
 
 
 def report(
-    table: pd.DataFrame,
+    sweep: Sweep | pd.DataFrame,
     path: str | Path,
     *,
-    store: str | Path | None = None,
     title: str | None = None,
     accuracy: float | None = None,
 ) -> Path:
@@ -47,14 +47,13 @@ def report(
 
     In this order: what was run and with which versions; whether forgetting is U-shaped, tested at every
     rate and adjusted for their number; figures; tables with 95% intervals at equal rates, at own best
-    rates and of windows against each other; with ``store`` also at equal accuracy, by class of the
-    retained task and what the weights did; and the limits of all that.
+    rates and of windows against each other; unless there is a table alone, also at equal accuracy, by class
+    of the retained task and what the weights did; and the limits of all that.
 
     Args:
-        table: from :func:`lora_lens.sweep` or :func:`lora_lens.experiments.runs`, of one sweep: windows,
-            methods, ranks, rates and seeds may differ, nothing else.
+        sweep: from :func:`lora_lens.sweep` or :meth:`lora_lens.Sweep.open`: windows, methods, ranks, rates
+            and seeds may differ, nothing else.
         path: the file to write, ``.html``. An earlier report is replaced when the new one is complete.
-        store: the folder or packed file that holds the runs of ``table``.
         title: of the page; a description by default.
         accuracy: on the new task, in [0, 1], to compare forgetting at; by default the highest whole
             percentage that 80% of every method's runs reach at one of its rates.
@@ -63,25 +62,27 @@ def report(
         ``path``.
 
     Raises:
-        ValueError: ``path`` does not end in .html, ``table`` is empty, lacks a column or mixes
-            settings, or ``accuracy`` is given without ``store`` or is no share.
-        FileNotFoundError: there is no such store or folder, or a run of ``table`` is not in the store.
+        ValueError: ``path`` does not end in .html, the table is empty, lacks a column or mixes
+            settings, or ``accuracy`` is given beside a table alone or is no share.
+        FileNotFoundError: there is no such folder.
         FileExistsError: something else than a report is at ``path``.
     """
-    given, table = table, _checked(table, store)
+    kept = sweep if isinstance(sweep, Sweep) else None
+    table = _checked(sweep)
+    failed = len(table_of(sweep)) - len(table)
     path = page_path(path, GENERATOR)
-    if accuracy is not None and store is None:
-        raise InputError("to compare at an accuracy, report needs the curves of the runs: pass store=, too")
+    if accuracy is not None and kept is None:
+        raise InputError("to compare at an accuracy, report needs the curves of the runs: pass the ll.Sweep")
     accuracy = None if accuracy is None else share(accuracy, "accuracy")
     if title is not None:
         instance(title, str, "title", "the page's title in words")
     table = in_order(table)
-    kept = None if store is None else _kept(store, table)
+    kept = None if kept is None else _kept(kept.only(table))
     title = title or _title(table, kept)
     pieces = [
         heading(title, 1),
         f'<p class="date">{date.today().isoformat()}</p>',
-        *facts_section(table, kept, len(given) - len(table)),
+        *facts_section(table, kept, failed),
         *_results(table, kept, accuracy),
         *_section("Limits", lambda: [paragraph(" ".join(limits(table, kept)))]),
     ]
@@ -89,10 +90,8 @@ def report(
     return path
 
 
-def _checked(table: object, store: object) -> pd.DataFrame:
-    if store is not None:
-        require_store(store)
-    table = sweep_table(table, *NEEDED, *(["run"] if store is not None else []))
+def _checked(sweep: object) -> pd.DataFrame:
+    table = sweep_table(sweep, *NEEDED, *(["run"] if isinstance(sweep, Sweep) else []))
     if table.duplicated([*window_columns(table), "lr", "seed"]).any():
         differ = [c for c in settings_of(table) if table[c].nunique(dropna=False) > 1]
         if not differ:
@@ -105,20 +104,13 @@ def _checked(table: object, store: object) -> pd.DataFrame:
     return table
 
 
-def _kept(store: str | Path, table: pd.DataFrame) -> Kept:
-    return Kept(
-        experiment(store),
-        curves(store, table),
-        _if_kept(answers, store, table),
-        _if_kept(drifts, store, table),
-    )
+def _kept(sweep: Sweep) -> Kept:
+    return Kept(sweep.experiment, sweep.curves(), _if_kept(sweep.answers), _if_kept(sweep.drifts))
 
 
-def _if_kept(
-    read: Callable[..., pd.DataFrame], store: str | Path, table: pd.DataFrame
-) -> pd.DataFrame | None:
+def _if_kept(read: Callable[[], pd.DataFrame]) -> pd.DataFrame | None:
     try:
-        return read(store, table)
+        return read()
     except InputError:  # kept without it
         return None
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import zlib
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
 from html import escape
 from importlib.resources import files
-from io import BytesIO
 from threading import RLock, Timer
 
 import numpy as np
@@ -24,16 +21,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
 
 from lora_lens import plots
 from lora_lens._base.errors import LoraLensError
 from lora_lens._base.validate import known_settings
+from lora_lens.plots._image import as_html
 from lora_lens.plots._style import DRAWING
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
-WIDE = 660  # pixels: on a phone, wider pictures are moved sideways rather than made too small to read
 BUSY_AFTER = 0.3  # seconds
 PAUSE = 0.15  # seconds without a change before slow parts begin
 BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
@@ -287,20 +283,6 @@ def table_box() -> HTML:
     return numbers
 
 
-def drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] = (8, 4.2)) -> str:
-    """A picture of constant size as an HTML image with a text for screen readers.
-
-    Not ipywidgets' Image: that has no alternative text, and its view fails in some versions of
-    JupyterLab. Drawn without pyplot, so that no figure stays open.
-    """
-    with plots.house_style():
-        figure = Figure(figsize=size)
-        draw(figure)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return _as_html(canvas, alt)
-
-
 class Picture:
     """A picture in which a few things move: the rest is drawn once, so that a move takes milliseconds.
 
@@ -333,18 +315,7 @@ class Picture:
             self._canvas.restore_region(self._still)
             for artist in self._moving:
                 artist.draw(self._canvas.get_renderer())
-            return _as_html(self._canvas, alt)
-
-
-def _as_html(canvas: FigureCanvasAgg, alt: str) -> str:
-    """What is drawn on the canvas."""
-    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    png = BytesIO()
-    # Speed counts: a picture lives until the next move.
-    pixels.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
-    source = b64encode(png.getvalue()).decode()
-    wide = ' class="ll-wide"' if pixels.width > WIDE else ""
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%"{wide}>'
+            return as_html(self._canvas, alt)
 
 
 def fixed_axes(figure: Figure, place: tuple[float, float, float, float] = (0.085, 0.14, 0.9, 0.77)) -> Axes:
@@ -366,11 +337,6 @@ def html_table(table: pd.DataFrame, rows_in_view: int | None = None, headings: s
         return text
     height = f"max-height: {2 * rows_in_view}em; overflow: auto"
     return f'<div tabindex="0" role="region" aria-label="table" style="{height}">{text}</div>'
-
-
-def counted(number: int, what: str) -> str:
-    """As in "1 seed" and "2 seeds"."""
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def plain_texts(values: pd.Series) -> list[str]:

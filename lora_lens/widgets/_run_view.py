@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from html import escape
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,14 +12,15 @@ from ipywidgets import HTML, HBox, Layout
 
 from lora_lens import plots
 from lora_lens._base.errors import InputError, LoraLensError
-from lora_lens._base.schema import require_store, sweep_table
-from lora_lens.experiments.store import all_records
+from lora_lens._base.schema import sweep_table
+from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting import examples
+from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.plots.single_runs import relative_updates
 from lora_lens.tasks.task import Task
 from lora_lens.training.loop import Run, Training
-from lora_lens.widgets._explorer import Parts, drawn, html_table, plain_texts
+from lora_lens.widgets._explorer import Parts, html_table, plain_texts
 from lora_lens.widgets.forgotten import require_same_examples, shown_examples, window_names
 
 EXAMPLES = 12
@@ -33,56 +33,9 @@ LONGEST_SETTING = 60  # characters
 SIZE = (4.7, 3.2)
 
 
-class KeptRuns:
-    """What a store keeps of the runs of a table, read once: the whole file is unpacked for a single run.
-
-    Args:
-        store: the folder or file.
-        runs: the names of all runs that may be asked for.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: it is no such file, or holds none of these runs.
-    """
-
-    def __init__(self, store: str | Path, runs: Iterable[str]) -> None:
-        require_store(store)
-        self._store, wanted = store, set(runs)
-        self._records = {run: record for run, record in all_records(store).items() if run in wanted}
-        if not self._records:
-            raise InputError(f"{store} holds none of the table's runs; give the store of this sweep")
-
-    def curves(self, runs: Iterable[str]) -> pd.DataFrame:
-        """As :func:`lora_lens.experiments.curves`, but a run that the store lacks is a ValueError."""
-        kept = self._kept(runs, "curve", "its learning curve")
-        return pd.concat([pd.DataFrame(found).assign(run=run) for run, found in kept.items()])
-
-    def drifts(self, runs: Iterable[str]) -> pd.DataFrame:
-        """As :func:`lora_lens.experiments.drifts`, but a run without a drift is a ValueError, too."""
-        kept = self._kept(runs, "drift", "its update of each weight; a sweep notes it when given spectra")
-        return pd.concat([pd.DataFrame(found).assign(run=run) for run, found in kept.items()])
-
-    def answers(self, runs: Iterable[str]) -> pd.DataFrame:
-        """As :func:`lora_lens.experiments.answers`, but a run that the store lacks is a ValueError."""
-        kept = self._kept(runs, "items", "its answers, by an earlier version")
-        return pd.concat(
-            [
-                pd.DataFrame(found).rename_axis("item").reset_index().assign(run=run)
-                for run, found in kept.items()
-            ]
-        )
-
-    def answered(self) -> list[str]:
-        """The runs whose answers were kept."""
-        return [run for run, record in self._records.items() if "items" in record]
-
-    def _kept(self, runs: Iterable[str], key: str, what: str) -> dict[str, dict]:
-        runs = list(runs)
-        if absent := [run for run in runs if run not in self._records]:
-            raise InputError(f"{self._store} does not hold run {absent[0]}")
-        if without := [run for run in runs if key not in self._records[run]]:
-            raise InputError(f"run {without[0]} was kept without {what}")
-        return {run: self._records[run][key] for run in runs}
+def those(sweep: Sweep, runs: Iterable[str]) -> Sweep:
+    """The sweep with these runs alone."""
+    return sweep.only(sweep.table[sweep.table["run"].isin(list(runs))])
 
 
 class RunView:
@@ -97,7 +50,7 @@ class RunView:
         boxes: to be shown, in this order.
     """
 
-    def __init__(self, table: pd.DataFrame, kept: KeptRuns | None, task: Task | None) -> None:
+    def __init__(self, table: pd.DataFrame, kept: Sweep | None, task: Task | None) -> None:
         self._rows = table.set_index("run")
         self._kept, self._task = kept, task
         self._about, self._curve, self._drift, self._forgotten = HTML(), HTML(), HTML(), HTML()
@@ -138,7 +91,7 @@ class RunView:
         self._complete = run == self._asked
 
     def _draw_curve(self, run: str) -> str:
-        curve = self._kept.curves([run])
+        curve = those(self._kept, [run]).curves()
         config = Training(lr=float(self._rows.at[run, "lr"]))
         kept = Run(config, curve, diverged=False, seconds=np.nan, head=None)
         return drawn(
@@ -148,7 +101,7 @@ class RunView:
         )
 
     def _draw_drift(self, run: str) -> str:
-        drift = self._kept.drifts([run])
+        drift = those(self._kept, [run]).drifts()
         return drawn(
             lambda figure: relative_updates({"": drift}, ax=figure.subplots()),
             f"how far the run moved each of {len(drift)} weights: by {span(drift)} of its size",
@@ -157,7 +110,7 @@ class RunView:
 
     def _show_forgotten(self, run: str) -> str:
         kind = shown_as(self._task)
-        given = self._kept.answers([run])
+        given = those(self._kept, [run]).answers()
         known = examples.forgotten_by(given)
         forgotten = known[known["forgotten"] > 0]
         gained = int(examples.transitions(given)["gained"].iloc[0])
@@ -182,7 +135,7 @@ def named_runs(table: object, *more: str) -> pd.DataFrame:
     return table.assign(window=window_names(table))
 
 
-def require_task(kept: KeptRuns, task: Task | None) -> None:
+def require_task(sweep: Sweep, task: Task | None) -> None:
     """Refuse a task whose examples are not those that the runs answered.
 
     Raises:
@@ -191,8 +144,11 @@ def require_task(kept: KeptRuns, task: Task | None) -> None:
     if task is None:
         return
     shown_as(task)
-    if answered := kept.answered():
-        require_same_examples(kept.answers(answered[:1]), task)
+    try:
+        answered = sweep.only(sweep.table.query("not failed").head(1)).answers()
+    except InputError:  # an earlier version's, without answers
+        return
+    require_same_examples(answered, task)
 
 
 def or_why_not(make: Callable[[], str]) -> str:

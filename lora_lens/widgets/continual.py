@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 
 from lora_lens import plots
 from lora_lens._base.errors import InputError
+from lora_lens._base.naming import counted
 from lora_lens._base.schema import checked
 from lora_lens.experiments.continual.metrics import SCORES, continual_scores, score_means
+from lora_lens.plots._image import drawn
 from lora_lens.plots.continual import DRIFTS, method_names, name_of_windows, placed_windows
 from lora_lens.widgets._explorer import (
     ALL,
     WORDS,
     brief_errors,
-    counted,
-    drawn,
     explorer,
     html_table,
     offer_with_all,
@@ -42,8 +42,8 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
 
     Args:
         table: from :func:`lora_lens.experiments.continual_sweep` or
-            :func:`lora_lens.experiments.continual_runs`.
-        drifts: of the same runs, from :func:`lora_lens.experiments.continual_drifts`.
+            :meth:`lora_lens.experiments.ContinualSweep.open`.
+        drifts: of the same runs, from :meth:`lora_lens.experiments.ContinualSweep.drifts`.
 
     Raises:
         ValueError: the table is empty, lacks a column or the rows of a run (see
@@ -55,10 +55,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
     if drifts is not None:
         drifts = checked(drifts, DRIFT, *DRIFTS)
         if not scores["run"].isin(drifts["run"]).any():
-            raise InputError(
-                "none of the table's runs has a drift; pass "
-                "ll.experiments.continual_drifts(store, table), or no drifts"
-            )
+            raise InputError("none of the table's runs has a drift; pass sweep.drifts(), or no drifts")
     setting, method = _choice("setting"), _choice("strategy and method", "32em")
     rate, order, seed = _choice("learning rate", "14em"), _choice("order"), _choice("seed", "12em")
     position = SelectionSlider(

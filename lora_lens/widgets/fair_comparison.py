@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from html import escape
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,16 +12,16 @@ from ipywidgets import HTML, Dropdown, FloatLogSlider, FloatSlider, Layout, Togg
 
 from lora_lens import plots
 from lora_lens._base.errors import InputError, LoraLensError
-from lora_lens._base.schema import require_store, sweep_table
-from lora_lens.experiments.store import curves, drifts
+from lora_lens._base.naming import counted
+from lora_lens._base.schema import sweep_table
+from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting import fair_comparison
 from lora_lens.forgetting.u_shape import u_shape_test
+from lora_lens.plots._image import drawn
 from lora_lens.widgets._explorer import (
     WORDS,
     brief_errors,
     checkbox,
-    counted,
-    drawn,
     dropdown,
     explorer,
     html_table,
@@ -37,7 +36,7 @@ MATCHED_ACCURACY, MATCHED_UPDATE = "matched accuracy", "matched update"
 
 
 @brief_errors
-def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) -> VBox:
+def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
     """Forgetting against the window's position, with the learning made equal in one way or another.
 
     Controls: the comparison, at one learning rate (:func:`lora_lens.forgetting.at_equal_rate`), at each
@@ -50,21 +49,18 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
     (:func:`~lora_lens.forgetting.rate_robustness`).
 
     Args:
-        table: from :func:`lora_lens.sweep` or :func:`lora_lens.experiments.runs`: the runs of one sweep, with
-            one value of every setting but window, rate and seed.
-        store: the folder or file that keeps these runs. Matched accuracy needs their curves and matched
-            update their drifts; without a store, or without drifts in it, that comparison is not offered.
+        sweep: from :func:`lora_lens.sweep`: runs with one value of every setting but window, rate and seed.
+            Matched accuracy needs their curves and matched update their drifts; for a table alone, or
+            without drifts, that comparison is not offered.
 
     Raises:
         ValueError: the table is empty or lacks columns of a sweep, two runs share window, rate and seed,
             or no seed of a window was run at all its rates.
-        FileNotFoundError: a run is not in the store.
     """
-    table = sweep_table(table, "diverged", *(["run"] if store is not None else []))
-    if store is not None:
-        require_store(store)
-    along = None if store is None else curves(store, table)
-    moved = None if store is None else _drifts_in(store, table)
+    table = sweep_table(sweep, "diverged", *(["run"] if isinstance(sweep, Sweep) else []))
+    kept = sweep.only(table) if isinstance(sweep, Sweep) else None
+    along = None if kept is None else kept.curves()
+    moved = None if kept is None else _drifts_in(kept)
     rate = rate_choice(table)
     compare: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
         EQUAL_RATE: lambda runs: fair_comparison.at_equal_rate(runs[runs["lr"] == rate.value]),
@@ -125,9 +121,9 @@ def comparison_explorer(table: pd.DataFrame, store: str | Path | None = None) ->
     return explorer(rows, [picture, sentence, numbers, bars], draw)
 
 
-def _drifts_in(store: str | Path, table: pd.DataFrame) -> pd.DataFrame | None:
+def _drifts_in(sweep: Sweep) -> pd.DataFrame | None:
     try:
-        return drifts(store, table)
+        return sweep.drifts()
     except InputError:  # none was kept: a comparison fewer, not an error
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from textwrap import shorten
 
 import numpy as np
@@ -13,15 +12,15 @@ from matplotlib.figure import Figure
 
 from lora_lens import plots
 from lora_lens._base.errors import InputError
-from lora_lens._base.schema import require_store, sweep_table
-from lora_lens.experiments.store import answers
+from lora_lens._base.schema import sweep_table
+from lora_lens.experiments.results import Sweep, require_sweep
 from lora_lens.forgetting import examples as items
+from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.tasks.task import Task
 from lora_lens.widgets._explorer import (
     ALL,
     brief_errors,
-    drawn,
     dropdown,
     explorer,
     html_table,
@@ -35,7 +34,7 @@ LETTERS = 400  # of a text
 
 
 @brief_errors
-def forgotten_explorer(table: pd.DataFrame, store: str | Path, retain: Task) -> VBox:
+def forgotten_explorer(sweep: Sweep, retain: Task) -> VBox:
     """Which images or texts of the retained task were forgotten, and what they were taken for.
 
     Controls: windows and other methods (several may be chosen), learning rate, class. Shown: how many of
@@ -44,22 +43,20 @@ def forgotten_explorer(table: pd.DataFrame, store: str | Path, retain: Task) -> 
     for all classes, which was taken for which before and after (:func:`lora_lens.forgetting.confusion`).
 
     Args:
-        table: the runs, from :func:`lora_lens.sweep` or :func:`lora_lens.experiments.runs`.
-        store: the folder or file that keeps these runs with their answers.
+        sweep: the runs with their answers, from :func:`lora_lens.sweep` or :meth:`lora_lens.Sweep.open`.
         retain: the retained task, with its test examples in the order of the sweep; a longer test set that
             starts with them will do.
 
     Raises:
-        ValueError: the table is empty or lacks columns of a sweep, the store has no answers, or the test
+        ValueError: the sweep has no runs or no answers, or the test
             examples of ``retain`` are others, or are neither images nor texts with classes.
-        FileNotFoundError: a run is not in the store.
     """
-    table, task = sweep_table(table, "run"), retain
-    require_store(store)
+    require_sweep(sweep)
+    table, task = sweep_table(sweep, "run"), retain
     kind = shown_as(task)
     table = table.assign(window=window_names(table))
     table = table.sort_values(["method", "position"], ascending=[False, True], kind="stable")
-    given = answers(store, table)
+    given = sweep.only(table).answers()
     require_same_examples(given, task)
     names = list(table["window"].unique())
     windows = SelectMultiple(

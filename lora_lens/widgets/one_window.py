@@ -25,6 +25,7 @@ from lora_lens.forgetting.features import (
     patch_grid,
     splittable,
 )
+from lora_lens.plots._image import drawn
 from lora_lens.plots._style import literal
 from lora_lens.plots.spectra import some_spectra
 from lora_lens.plots.windows import show_image
@@ -36,7 +37,6 @@ from lora_lens.tasks.tokens import TokenExamples
 from lora_lens.widgets._explorer import (
     Parts,
     brief_errors,
-    drawn,
     dropdown,
     explorer,
     fixed_row,

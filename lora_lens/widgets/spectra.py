@@ -9,6 +9,7 @@ import pandas as pd
 from ipywidgets import HTML, FloatSlider, IntSlider, Layout, VBox
 
 from lora_lens._base.errors import InputError
+from lora_lens._base.naming import counted
 from lora_lens._base.validate import whole_number
 from lora_lens.plots.spectra import named_spectra, some_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
@@ -16,7 +17,6 @@ from lora_lens.spectrum.window import Window
 from lora_lens.widgets._explorer import (
     ALL,
     brief_errors,
-    counted,
     dropdown,
     explorer,
     html_table,

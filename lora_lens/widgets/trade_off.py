@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from functools import lru_cache
 from html import escape
-from pathlib import Path
 
 import pandas as pd
 from ipywidgets import HTML, ToggleButtons, VBox
 
 from lora_lens import plots
 from lora_lens._base.errors import InputError
+from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.aggregate import seed_means
+from lora_lens.plots._image import drawn
 from lora_lens.tasks.task import Task
 from lora_lens.widgets._clickable import Spot, clickable, picked_text
-from lora_lens.widgets._explorer import Parts, brief_errors, checkbox, drawn, explorer, html_table, table_box
+from lora_lens.widgets._explorer import Parts, brief_errors, checkbox, explorer, html_table, table_box
 from lora_lens.widgets._run_choice import RANGED, RunChoice
 from lora_lens.widgets._run_plane import RunPlane
-from lora_lens.widgets._run_view import KeptRuns, RunView, named_runs, require_task, run_in_words
+from lora_lens.widgets._run_view import RunView, named_runs, require_task, run_in_words
 
 HINT = (
     "<div>Pick a point to see its run. Press the mouse on free space and drag to choose runs, or move the "
@@ -27,36 +28,35 @@ CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve
 
 
 @brief_errors
-def tradeoff_explorer(
-    table: pd.DataFrame, store: str | Path | None = None, retain: Task | None = None
-) -> VBox:
+def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -> VBox:
     """A sweep's runs as curves and in the trade-off plane, to be filtered, brushed and picked.
 
     Controls: the score of the curves; which learning rates to show; which windows and methods; and ranges of
     both accuracies, as sliders and as a rectangle that is drawn in the plane. Shown: the score against the
     window's position; the plane, a point per run, where runs outside of the choice are pale; how many runs
     are inside, and their means over seeds; and one run, that with the largest sum of both accuracies until
-    another point is picked. Of that run: its scores and settings; with ``store`` its learning curve, and how
-    far it moved every weight; and with ``retain`` examples that it forgot.
+    another point is picked. Of that run: its scores and settings; unless there is a table alone, its learning
+    curve, and how far it moved every weight; and with ``retain`` examples that it forgot.
 
     Args:
-        table: from :func:`lora_lens.sweep`; runs of windows placed by position.
-        store: the folder or file that keeps these runs. What it does not keep of one is said in place.
+        sweep: from :func:`lora_lens.sweep`; runs of windows placed by position. What was not kept of one is
+            said in place.
         retain: the retained task, with its test examples in the order of the sweep; a longer test set that
-            starts with them will do. It needs the store.
+            starts with them will do. It needs more than a table.
 
     Raises:
         ValueError: the table is empty, lacks columns of a sweep, or has no run of a window placed by
-            position; the store holds none of its runs; there is a retained task without a store, or its test
-            examples are others, or are neither images nor texts with classes.
-        FileNotFoundError: there is no such store.
+            position; there is a retained task beside a table alone, or its test examples are others, or are
+            neither images nor texts with classes.
     """
-    table, task = _with_run(named_runs(table, *(["run"] if store is not None else []))), retain
+    kept, task = sweep if isinstance(sweep, Sweep) else None, retain
+    table = _with_run(named_runs(sweep, *(["run"] if kept is not None else [])))
     if not ((table["method"] == "window") & table["position"].notna()).any():
         raise InputError("the table has no runs of windows placed by position")
-    if task is not None and store is None:
-        raise InputError("examples that were forgotten are read from the store; give it along with retain")
-    kept = None if store is None else KeptRuns(store, table["run"])
+    if task is not None and kept is None:
+        raise InputError(
+            "examples that were forgotten are no part of a table; with retain, give the ll.Sweep"
+        )
     if kept is not None:
         require_task(kept, task)
     score = ToggleButtons(options=list(CURVES), description="score")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache, partial
 from html import escape
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,22 +11,16 @@ from ipywidgets import HTML, Dropdown, VBox
 from matplotlib.figure import Figure
 
 from lora_lens._base.errors import InputError, LoraLensError
+from lora_lens._base.naming import counted
+from lora_lens.experiments.results import Sweep, require_sweep
 from lora_lens.forgetting import examples
 from lora_lens.forgetting.run_groups import groups, mean_and_interval, window_columns
+from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.plots.single_runs import relative_updates, two_curves
 from lora_lens.tasks.task import Task
-from lora_lens.widgets._explorer import (
-    WORDS,
-    Parts,
-    brief_errors,
-    counted,
-    drawn,
-    explorer,
-    html_table,
-    table_box,
-)
-from lora_lens.widgets._run_view import KeptRuns, named_runs, of_all_classes, or_why_not, require_task, span
+from lora_lens.widgets._explorer import WORDS, Parts, brief_errors, explorer, html_table, table_box
+from lora_lens.widgets._run_view import named_runs, of_all_classes, or_why_not, require_task, span, those
 from lora_lens.widgets.forgotten import shown_examples
 
 SIDES = ("A", "B")
@@ -41,7 +34,7 @@ Runs = tuple[tuple[str, tuple[str, ...]], ...]  # what A and B are, and the name
 
 
 @brief_errors
-def pair_explorer(table: pd.DataFrame, store: str | Path, retain: Task | None = None) -> VBox:
+def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
     """Two windows or methods side by side.
 
     Controls: window or method A and B, and a learning rate for each; at first the first and the middle
@@ -51,22 +44,20 @@ def pair_explorer(table: pd.DataFrame, store: str | Path, retain: Task | None = 
     than half of the runs of A, of B or of both forgot.
 
     Args:
-        table: from :func:`lora_lens.sweep` or :func:`lora_lens.experiments.runs`: the runs of one sweep, with
-            one value of every setting but window, rate and seed.
-        store: the folder or file that keeps these runs. What it does not keep of them is said in place.
+        sweep: from :func:`lora_lens.sweep` or :meth:`lora_lens.Sweep.open`: runs with one value of every
+            setting but window, rate and seed. What was not kept of them is said in place.
         retain: the retained task, with its test examples in the order of the sweep; without it no examples
             are shown.
 
     Raises:
         ValueError: the table is empty or lacks columns of a sweep, there is one window only, two runs share
-            window, rate and seed, the store holds none of the runs, or the test examples of
-            ``retain`` are others or are neither images nor texts with classes.
-        FileNotFoundError: there is no such store.
+            window, rate and seed, or the test examples of ``retain`` are others or are neither images nor
+            texts with classes.
     """
-    table, task = named_runs(table, "run"), retain
+    require_sweep(sweep)
+    table, task = named_runs(sweep, "run"), retain
     groups(table, window_columns(table), [])  # no two runs of a window, rate and seed
-    kept = KeptRuns(store, table["run"])
-    require_task(kept, task)
+    require_task(sweep, task)
     table = table.sort_values(["method", "position", "start"], ascending=[False, True, True], kind="stable")
     first, middle = _first_and_middle(table)
     names = list(table["window"].unique())
@@ -78,7 +69,7 @@ def pair_explorer(table: pd.DataFrame, store: str | Path, retain: Task | None = 
     numbers, sentence, forgotten, curves, drift = table_box(), HTML(), HTML(), HTML(), HTML()
     forgotten.add_class("jp-RenderedHTMLCommon")
 
-    made = lru_cache(maxsize=64)(lambda make, runs: or_why_not(lambda: make(kept, runs)))
+    made = lru_cache(maxsize=64)(lambda make, runs: or_why_not(lambda: make(sweep, runs)))
     slow = [(curves, _curves), (drift, _drifts)]
     if task is not None:
         slow.append((forgotten, partial(_forgotten, task=task)))
@@ -173,8 +164,8 @@ def _seeds_in_words(a: pd.DataFrame, b: pd.DataFrame) -> str:
     )
 
 
-def _curves(kept: KeptRuns, runs: Runs) -> str:
-    along = {name: kept.curves(some) for name, some in runs}
+def _curves(sweep: Sweep, runs: Runs) -> str:
+    along = {name: those(sweep, some).curves() for name, some in runs}
 
     def draw(figure: Figure) -> None:
         for ax, column in zip(figure.subplots(1, 2), ("accuracy", "retained_accuracy"), strict=True):
@@ -188,11 +179,11 @@ def _curves(kept: KeptRuns, runs: Runs) -> str:
     return drawn(draw, f"accuracy on the new and on the retained task along training: {told}", size=(10, 3.5))
 
 
-def _drifts(kept: KeptRuns, runs: Runs) -> str:
+def _drifts(sweep: Sweep, runs: Runs) -> str:
     moved, missing = {}, []
     for name, some in runs:
         try:
-            moved[name] = kept.drifts(some)
+            moved[name] = those(sweep, some).drifts()
         except LoraLensError as error:
             missing.append(f"{name}: {error}")
     if not moved:
@@ -206,10 +197,12 @@ def _drifts(kept: KeptRuns, runs: Runs) -> str:
     return picture + "".join(f'<p class="ll-missing">Not shown of {escape(words)}.</p>' for words in missing)
 
 
-def _forgotten(kept: KeptRuns, runs: Runs, task: Task) -> str:
+def _forgotten(sweep: Sweep, runs: Runs, task: Task) -> str:
     """Counts of what A alone, B alone and both forgot, and some of each."""
     kind = shown_as(task)
-    of_each = [kept.answers(some).assign(side=side) for side, (_, some) in zip(SIDES, runs, strict=True)]
+    of_each = [
+        those(sweep, some).answers().assign(side=side) for side, (_, some) in zip(SIDES, runs, strict=True)
+    ]
     given = pd.concat(of_each)
     known = examples.forgotten_by(given, by="side")
     lost = known[list(SIDES)] > 0.5

@@ -38,13 +38,13 @@ ll.widgets.training_explorer(model, digits, clothes.first(test=500), spectra)
 """,
     """
 store = "../data/results/digits.jsonl.xz"
-ll.widgets.tradeoff_explorer(ll.experiments.runs(store), store, clothes.first(test=1000))
+ll.widgets.tradeoff_explorer(ll.Sweep.open(store), clothes.first(test=1000))
 """,
 )
 
 
 def draw_tradeoff(path: Path) -> None:
-    table = ll.experiments.runs(REPOSITORY / "data" / "results" / "digits.jsonl.xz")
+    table = ll.Sweep.open(REPOSITORY / "data" / "results" / "digits.jsonl.xz").table
     table = table[table["lr"].isin(RATES) & table["method"].isin(["window", "LoRA"])]
     with ll.plots.house_style():
         figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=[1.15, 1])

@@ -30,7 +30,7 @@ def test_a_good_table_goes_through_as_it_is(table):
     ("given", "said"),
     [
         (None, "the table must be what ll.sweep returns, a table, not None"),
-        ("results/digits", "not 'results/digits'; a store is read with ll.experiments.runs"),
+        ("results/digits", "not 'results/digits'; a store is opened with ll.Sweep.open"),
         ([{"lr": 1}], r"pandas.DataFrame\(...\) makes a table"),
         ({"lr": [1]}, r"pandas.DataFrame\(...\) makes a table"),
         (np.ones((2, 2)), "not ndarray"),

@@ -17,7 +17,7 @@ import lora_lens as ll
 model, source = ll.tasks.bundled.vision()
 spectra = ll.spectra(model, progress=False)
 two = ll.SpectrumSet([spectra["blocks.0.attn.qkv"], spectra["blocks.1.mlp.fc1"]])
-table = ll.experiments.runs("../data/results/digits.jsonl.xz")
+table = ll.Sweep.open("../data/results/digits.jsonl.xz").table
 """
 
 

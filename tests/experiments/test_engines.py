@@ -45,7 +45,7 @@ class Goes(Penalty):
 def swept(method: object, seeds=(0, 1), store: Path | None = None, **others: object) -> pd.DataFrame:
     grid = ll.Grid(lr=1e-2, seed=seeds, baselines=[ll.LoRA(2), method])
     settings = {"task": pairs()[0], "retain": retained(), "jobs": 1} | FAST | others
-    return ll.sweep(grid, model=small_vit(), store=store, **settings)
+    return ll.sweep(grid, model=small_vit(), store=store, **settings).table
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(wrong, r
     assert table["reason"].tolist() == ["", "", "", reason]
     assert table.loc[3, ["accuracy", "forgetting", "trainable", "loss_rise"]].isna().all()
     assert table.loc[:2, "accuracy"].notna().all() and not table["diverged"].any()
-    assert ll.experiments.runs(tmp_path / "s")["failed"].sum() == 1
+    assert ll.Sweep.open(tmp_path / "s").table["failed"].sum() == 1
     packed = ll.experiments.pack(tmp_path / "s", tmp_path / "p.jsonl.xz")
     for store in (tmp_path / "s", packed):
-        assert set(ll.experiments.curves(store, table)["run"]) == set(table["run"][:3])
+        assert set(ll.Sweep.open(store).only(table).curves()["run"]) == set(table["run"][:3])
         with pytest.raises(ValueError, match=f"all runs of the table failed, the first with: {reason}"):
-            ll.experiments.answers(store, table[3:])
+            ll.Sweep.open(store).only(table[3:]).answers()
 
 
 def test_the_next_call_tries_a_failed_run_again_and_no_other(tmp_path):
@@ -104,16 +104,16 @@ def test_a_measure_that_cannot_be_had_is_missing_and_no_failure(tmp_path):
     few = retained().subset(test=5)
     table = swept(ll.Window.middle(2), (0,), tmp_path / "s", spectra=small_spectra(), retain=few)
     assert not table["failed"].any()
-    drifts = ll.experiments.drifts(tmp_path / "s", table)  # 5 examples have 4 neighbours each, not 10
+    drifts = ll.Sweep.open(tmp_path / "s").only(table).drifts()  # 5 examples have 4 neighbours each, not 10
     assert drifts["neighbours"].isna().all() and drifts[["cka", "update"]].notna().all(axis=None)
 
 
 def test_weights_that_are_no_numbers_after_the_last_step_are_a_divergence(tmp_path):
     grid = ll.Grid(lr=[1e-2, 1e30], baselines=[ll.FullFineTuning(), ll.LoRA(2)])
     same = {"model": small_vit(), "task": pairs()[0], "retain": retained(), "spectra": small_spectra()}
-    table = ll.sweep(grid, store=tmp_path / "s", jobs=1, **same, **FAST | {"steps": 1})
+    table = ll.sweep(grid, store=tmp_path / "s", jobs=1, **same, **FAST | {"steps": 1}).table
     assert table["diverged"].tolist() == [False, False, True, True] and not table["failed"].any()
-    assert set(ll.experiments.drifts(tmp_path / "s", table)["run"]) == set(table["run"][:2])
+    assert set(ll.Sweep.open(tmp_path / "s").only(table).drifts()["run"]) == set(table["run"][:2])
 
 
 def test_a_sequence_that_fails_is_rows_without_results_and_goes_on_from_its_checkpoint(tmp_path):
@@ -122,11 +122,11 @@ def test_a_sequence_that_fails_is_rows_without_results_and_goes_on_from_its_chec
         learn(Merged(), method, store=tmp_path / "s", retain=retained())
     (checkpoint,) = (tmp_path / "s" / "runs" / "unfinished").glob("*.pt")
     assert torch.load(checkpoint, weights_only=True)["after"] == 1
-    table = ll.experiments.continual_runs(tmp_path / "s")
+    table = ll.experiments.ContinualSweep.open(tmp_path / "s").table
     assert len(table) == 4 * 3 and table["failed"].all() and (table["reason"] == "no such luck").all()
     assert table[["accuracy", "loss", "retained_accuracy"]].isna().all(axis=None)
     with pytest.raises(ValueError, match="all runs of the table failed"):
-        ll.experiments.continual_drifts(tmp_path / "s", table)
+        ll.experiments.ContinualSweep.open(tmp_path / "s").only(table).drifts()
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1.5, True, "2"])

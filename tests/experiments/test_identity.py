@@ -172,11 +172,11 @@ def test_two_methods_of_one_text_are_two_runs_and_two_rows_in_words(tmp_path):
     sets = [Components(range(7)), Components((0, 1, 2, 3, 4, 5, 20)), RandomComponents(7)]
     grid = ll.Grid(lr=1e-2, baselines=[*sets, Called(2, 0), Called(2, 4), ll.LoRA(2), Called(2, 0, "LoRA")])
     same = {"model": small_vit(), "task": pairs()[0], "retain": retained(), "evaluations": 2} | SETTINGS
-    table = ll.sweep(grid, store=tmp_path / "s", **same)
+    table = ll.sweep(grid, store=tmp_path / "s", **same).table
     assert table["run"].is_unique and table["method"].is_unique
     assert table["method"].iloc[2] == "7 random components, seed 0"  # alone with its text
     assert table["method"].iloc[5] == "LoRA" and table["method"].iloc[6].startswith("LoRA [")
-    runs = ll.experiments.runs(tmp_path / "s").set_index("run")
+    runs = ll.Sweep.open(tmp_path / "s").table.set_index("run")
     assert runs.loc[table["run"], "method"].tolist() == table["method"].tolist()
     adapted = ll.attach(small_vit(), sets[1])
     run = ll.finetune(adapted, pairs()[0], retained(), lr=1e-2, evaluations=2, **FEW)

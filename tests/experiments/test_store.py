@@ -170,20 +170,21 @@ def swept(model, source, digits, spectra, tmp_path_factory):
     )
     settings = {"steps": 2, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
     tasks = {"task": digits.first(32, 50), "retain": source.first(10, 60)}
-    return folder, ll.sweep(grid, model=model, **tasks, spectra=spectra, store=folder, **settings)
+    return folder, ll.sweep(grid, model=model, **tasks, spectra=spectra, store=folder, **settings).table
 
 
 def test_a_folder_and_its_packed_file_tell_the_same(swept, tmp_path):
     folder, table = swept
     packed = ll.experiments.pack(folder, tmp_path / "packed.jsonl.xz")
     assert packed.stat().st_size < sum(f.stat().st_size for f in folder.rglob("*.json")) / 5
-    runs = ll.experiments.runs(packed)
-    pd.testing.assert_frame_equal(runs, ll.experiments.runs(folder))
+    runs = ll.Sweep.open(packed).table
+    pd.testing.assert_frame_equal(runs, ll.Sweep.open(folder).table)
     by_run = table.set_index("run").loc[runs["run"]].reset_index()
     pd.testing.assert_frame_equal(runs, by_run[runs.columns], check_dtype=False)
     assert runs["seed"].tolist()[:2] == [0, 1]
-    for read in (ll.experiments.curves, ll.experiments.answers, ll.experiments.drifts):
-        pd.testing.assert_frame_equal(read(packed, table), read(folder, table))
+    of_file, of_folder = (ll.Sweep.open(place).only(table) for place in (packed, folder))
+    for read in (ll.Sweep.curves, ll.Sweep.answers, ll.Sweep.drifts):
+        pd.testing.assert_frame_equal(read(of_file), read(of_folder))
 
 
 def test_nothing_but_an_earlier_pack_is_replaced(swept, tmp_path):
@@ -214,14 +215,14 @@ def test_a_sweep_s_runs_are_no_sequences(swept, tmp_path):
     folder, _ = swept
     for store in (folder, ll.experiments.pack(folder, tmp_path / "packed.jsonl.xz")):
         with pytest.raises(
-            ValueError, match=r"holds no sequences of tasks; single runs are read by ll\.experiments\.runs"
+            ValueError, match=r"holds no sequences of tasks; single runs are opened by ll\.Sweep\.open"
         ):
-            ll.experiments.continual_runs(store)
+            ll.experiments.ContinualSweep.open(store)
 
 
 def test_drifts_are_those_of_the_trained_models(swept, model, source, digits, spectra):
     folder, table = swept
-    found = ll.experiments.drifts(folder, table)
+    found = ll.Sweep.open(folder).only(table).drifts()
     adapters = table[table["method"].isin(["window", "LoRA"])]
     full = table[table["method"] == "full fine-tuning"]
     assert set(found["run"]) == {*adapters["run"], *full["run"]}
@@ -246,30 +247,30 @@ def test_drifts_are_measured_where_all_vectors_are_known(model, source, digits, 
     settings = {"steps": 1, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
     tasks = {"task": digits.first(16, 20), "retain": source.first(10, 20)}
     grid, store = ll.Grid([ll.Window.first(8)]), tmp_path / "s"
-    table = ll.sweep(grid, model=model, **tasks, spectra=few, store=store, **settings)
+    table = ll.sweep(grid, model=model, **tasks, spectra=few, store=store, **settings).table
     with pytest.raises(ValueError, match=r"was kept with its drift; .* spectra=ll.spectra\(model\)"):
-        ll.experiments.drifts(store, table)
+        ll.Sweep.open(store).only(table).drifts()
 
 
 def test_what_is_no_store_is_refused(swept, tmp_path):
     folder, table = swept
-    for read in (ll.experiments.runs, lambda path: ll.experiments.pack(path, tmp_path / "p.jsonl.xz")):
+    for read in (ll.Sweep.open, lambda path: ll.experiments.pack(path, tmp_path / "p.jsonl.xz")):
         with pytest.raises(FileNotFoundError, match="there is no results folder or file"):
             read(tmp_path / "nowhere")
     (tmp_path / "text.jsonl.xz").write_text("no xz")
     with pytest.raises(ValueError, match=r"is damaged or was not written by ll\.experiments\.pack"):
-        ll.experiments.runs(tmp_path / "text.jsonl.xz")
+        ll.Sweep.open(tmp_path / "text.jsonl.xz")
     packed = ll.experiments.pack(folder, tmp_path / "packed.jsonl.xz")
     whole = packed.read_bytes()
     packed.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"is damaged or was not written by ll\.experiments\.pack"):
-        ll.experiments.curves(packed, table)
+        ll.Sweep.open(packed).only(table).curves()
     (tmp_path / "empty" / "runs").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds no finished runs"):
-        ll.experiments.runs(tmp_path / "empty")
+        ll.Sweep.open(tmp_path / "empty")
     packed.write_bytes(whole)
     with pytest.raises(FileNotFoundError, match="holds no run abc"):
-        ll.experiments.answers(packed, table.assign(run="abc"))
+        ll.Sweep.open(packed).only(table.assign(run="abc")).answers()
     with pytest.raises(ValueError, match="holds no finished runs"):
         ll.experiments.pack(tmp_path / "empty", packed)
     assert packed.read_bytes() == whole
@@ -395,20 +396,20 @@ def test_foreign_and_damaged_files_among_the_runs_are_named_and_passed_over(swep
     (places / "copy.json").write_bytes(one.read_bytes())
     another.write_bytes(another.read_bytes()[:50])
     for read in (
-        ll.experiments.runs,
-        lambda store: ll.experiments.runs(ll.experiments.pack(store, tmp_path / "p.jsonl.xz")),
+        ll.Sweep.open,
+        lambda store: ll.Sweep.open(ll.experiments.pack(store, tmp_path / "p.jsonl.xz")),
     ):
         with pytest.warns(
             UserWarning, match=rf"7 files in .* passed over: \._{one.name} \(no whole JSON\)"
         ) as said:
             found = read(tmp_path / "s")
         assert len(said) == 1
-        assert set(found["run"]) == set(table["run"]) - {another.stem}
+        assert set(found.table["run"]) == set(table["run"]) - {another.stem}
     with (
         pytest.warns(UserWarning, match=f"1 file .* passed over: {another.name}"),
         pytest.raises(FileNotFoundError, match=f"holds no run {another.stem}"),
     ):
-        ll.experiments.curves(tmp_path / "s", table)
+        ll.Sweep.open(tmp_path / "s").only(table).curves()
 
 
 def test_a_packed_file_is_parsed_once_and_again_when_it_has_changed(swept, tmp_path):
@@ -424,33 +425,9 @@ def test_a_packed_file_is_parsed_once_and_again_when_it_has_changed(swept, tmp_p
 @pytest.mark.parametrize(
     "read",
     [
-        ll.experiments.curves,
-        ll.experiments.answers,
-        ll.experiments.drifts,
-        ll.experiments.watched,
-        ll.experiments.continual_drifts,
-    ],
-)
-def test_a_store_and_a_table_that_are_exchanged_or_missing_are_refused_in_words(read, swept):
-    folder, table = swept
-    for store, given, message in (
-        (table, folder, "give the store first, then the table"),
-        (None, table, "store must be the folder or packed file of a sweep, not None"),
-        (folder, None, r"table must be what ll\.sweep or ll\.experiments\.runs returns, not None"),
-        (folder, [table], r"table must be what ll\.sweep or ll\.experiments\.runs returns, not list \["),
-        (folder, table.drop(columns="run"), "the table has no column run; it has method, "),
-        (folder, table[:0], "the table has no runs"),
-    ):
-        with pytest.raises((ValueError, TypeError), match=message):
-            read(store, given)
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        ll.experiments.runs,
+        ll.Sweep.open,
         ll.experiments.experiment,
-        ll.experiments.continual_runs,
+        ll.experiments.ContinualSweep.open,
         lambda s: ll.experiments.pack(s, "p"),
     ],
 )
@@ -484,4 +461,4 @@ def test_a_run_s_file_with_other_content_is_no_result(swept, tmp_path, place, va
     (record if len(place) == 1 else record[place[0]])[place[-1]] = value
     path.write_text(json.dumps(record))
     with pytest.warns(UserWarning, match=f"passed over: {path.name} .{reason}"):
-        assert path.stem not in set(ll.experiments.runs(tmp_path / "s")["run"])
+        assert path.stem not in set(ll.Sweep.open(tmp_path / "s").table["run"])

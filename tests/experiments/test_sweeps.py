@@ -39,7 +39,7 @@ def experiment(model, source, digits, spectra) -> dict:
 
 @pytest.fixture(scope="module")
 def table(experiment) -> pd.DataFrame:
-    return ll.sweep(GRID, **experiment, **SETTINGS, jobs=1)
+    return ll.sweep(GRID, **experiment, **SETTINGS, jobs=1).table
 
 
 def test_one_tidy_row_per_run_in_the_grid_s_order(table):
@@ -58,7 +58,7 @@ def test_one_tidy_row_per_run_in_the_grid_s_order(table):
 
 
 def test_the_same_seeds_give_the_same_table_in_one_process_or_two(table, experiment):
-    again = ll.sweep(GRID, **experiment, **SETTINGS, jobs=2)
+    again = ll.sweep(GRID, **experiment, **SETTINGS, jobs=2).table
     pd.testing.assert_frame_equal(table, again, check_exact=True)
 
 
@@ -80,11 +80,11 @@ def test_finished_runs_are_kept_and_a_larger_grid_runs_only_what_is_missing(tmp_
     ll.sweep(small, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "s" / "runs").iterdir()}
     assert len(files) == 3
-    larger = ll.sweep(GRID, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    larger = ll.sweep(GRID, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1).table
     assert all(f.stat().st_mtime_ns == t for f, t in files.items())
     pd.testing.assert_frame_equal(larger, table, check_exact=True)
 
-    curves = ll.experiments.curves(tmp_path / "s", larger)
+    curves = ll.Sweep.open(tmp_path / "s").only(larger).curves()
     assert len(curves) == 2 * len(larger)
     last = curves.groupby("run")["accuracy"].last()
     pd.testing.assert_series_equal(last.sort_index(), larger.set_index("run")["accuracy"].sort_index())
@@ -92,11 +92,11 @@ def test_finished_runs_are_kept_and_a_larger_grid_runs_only_what_is_missing(tmp_
 
 def test_a_damaged_file_is_run_again_with_a_warning(tmp_path, experiment):
     grid = ll.Grid(window=[ll.Window.first(8)])
-    first = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+    first = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1).table
     (path,) = (tmp_path / "s" / "runs").iterdir()
     path.write_text(path.read_text()[:40])
     with pytest.warns(UserWarning, match="1 file in .* is damaged or no run of a sweep, and is run again: "):
-        again = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1)
+        again = ll.sweep(grid, **experiment, **SETTINGS, store=tmp_path / "s", jobs=1).table
     pd.testing.assert_frame_equal(first, again, check_exact=True)
 
 
@@ -202,9 +202,9 @@ def test_numpy_s_numbers_and_a_single_task_do_as_settings(experiment, tmp_path):
     grid = ll.Grid(baselines=ll.LinearProbe())
     settings = SETTINGS | {"steps": np.int64(2), "warmup": np.float32(0), "weight_decay": np.float64(0.5)}
     same = experiment | {"watch": experiment["retain"], "jobs": np.int64(1), "store": tmp_path / "s"}
-    table = ll.sweep(grid, **same, **settings)
+    table = ll.sweep(grid, **same, **settings).table
     assert table.loc[0, ["steps", "warmup", "weight_decay"]].tolist() == [2, 0, 0.5]
-    assert len(ll.experiments.watched(tmp_path / "s", table)) == 1
+    assert len(ll.Sweep.open(tmp_path / "s").only(table).watched()) == 1
 
 
 ELSEWHERE = [
@@ -221,7 +221,7 @@ FEW = {"targets": "blocks.0.*", "jobs": 1}
 def elsewhere(experiment, tmp_path_factory) -> tuple[pd.DataFrame, Path]:
     store = tmp_path_factory.mktemp("elsewhere") / "s"
     grid = ll.Grid(window=[ll.Window.middle(4)], lr=[1e-2], baselines=ELSEWHERE)
-    return ll.sweep(grid, **experiment, **SETTINGS, **FEW, store=store), store
+    return ll.sweep(grid, **experiment, **SETTINGS, **FEW, store=store).table, store
 
 
 def test_starts_and_penalties_stand_in_the_same_table(elsewhere):
@@ -231,7 +231,7 @@ def test_starts_and_penalties_stand_in_the_same_table(elsewhere):
     assert table.loc[1:, ["position", "start"]].isna().all(axis=None)
     assert table["rank"].tolist()[:10] == [4] * 10 and table["rank"].isna().tolist()[10:] == [True, False]
     assert table["retained_before"].nunique() == 1
-    measured = ll.experiments.drifts(store, table)
+    measured = ll.Sweep.open(store).only(table).drifts()
     assert set(measured["run"]) == set(table["run"])
     assert (measured["relative"] > 0).all() and measured["cka"].notna().all()
 
@@ -279,7 +279,7 @@ def small_sweep(store: Path | None, jobs: int) -> pd.DataFrame:
     task, retain = ll.tasks.bundled.digits().first(64, 50), source.first(10, 50)
     settings = SETTINGS | {"model": model, "task": task, "retain": retain}
     grid = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
-    return ll.sweep(grid, **settings, store=store, jobs=jobs)
+    return ll.sweep(grid, **settings, store=store, jobs=jobs).table
 
 
 def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):

@@ -191,9 +191,7 @@ def test_intervals_refuse_runs_that_do_not_belong_together():
 
 
 def test_other_tables_are_refused(items):
-    with pytest.raises(
-        ValueError, match=r"the table of answers has no column after; .* ll\.experiments\.answers\(store"
-    ):
+    with pytest.raises(ValueError, match=r"the table of answers has no column after; .* sweep\.answers\(\)"):
         transitions(items.drop(columns="after"))
     with pytest.raises(ValueError, match="when must be one of 'before', 'after', not 'now'"):
         confusion(items, 3, "now")
@@ -215,17 +213,17 @@ def test_a_sweep_keeps_the_answers_of_every_run(patch_vit, digits, source, tmp_p
     retain = source.first(1, 30)
     grid = ll.Grid(window=ll.windows(2, 2), lr=[1e-2])
     settings = {"model": patch_vit, "task": digits.first(64, 20), "retain": retain, "store": tmp_path / "s"}
-    table = ll.sweep(grid, steps=4, evaluations=2, progress=False, **settings)
-    items = ll.experiments.answers(tmp_path / "s", table)
+    table = ll.sweep(grid, steps=4, evaluations=2, progress=False, **settings).table
+    items = ll.Sweep.open(tmp_path / "s").only(table).answers()
     assert len(items) == 2 * 30
     assert (items["label"].to_numpy().reshape(2, 30) == retain.test.labels.numpy()).all()
     counted = transitions(items).set_index("run")["forgetting"]
     assert counted.loc[table["run"]].tolist() == pytest.approx(table["forgetting"].tolist())
     with pytest.raises(FileNotFoundError, match="holds no run nothing"):
-        ll.experiments.answers(tmp_path / "s", pd.DataFrame({"run": ["nothing"]}))
+        ll.Sweep.open(tmp_path / "s").only(pd.DataFrame({"run": ["nothing"]})).answers()
     for path in (tmp_path / "s" / "runs").iterdir():
         record = json.loads(path.read_bytes())
         del record["items"]
         ll.experiments.store.write_atomically(path, record)
     with pytest.raises(ValueError, match="was kept without its answers, by an earlier version"):
-        ll.experiments.answers(tmp_path / "s", table)
+        ll.Sweep.open(tmp_path / "s").only(table).answers()

@@ -302,7 +302,7 @@ def test_a_real_sequence_shows_what_it_measured(model, source, digits):
     table = continual_sweep(
         model, tasks, Merged(), ll.Grid([ll.Window(4, position=0.5)], lr=2e-3, seed=0), jobs=1,
         retain=small(source, "clothes"), steps=2, batch_size=16, progress=False,
-    )  # fmt: skip
+    ).table  # fmt: skip
     ax = accuracy_heatmap(table)
     assert texts(ax.get_xticklabels())[:2] == ["0 and 1", "2 and 3"] and hatched(ax) == {(1, 0)}
     at_end = table[table["after"] == 2].sort_values("place")

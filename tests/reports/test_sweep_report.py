@@ -292,8 +292,8 @@ def test_runs_that_failed_are_counted_and_results_are_no_settings(tmp_path):
 
 def test_a_store_adds_who_where_and_what_was_forgotten(store, tmp_path):
     kept = ll.experiments.pack(store, tmp_path / "runs.jsonl.xz")
-    table = ll.experiments.runs(kept)
-    page = Page(ll.reports.report(table, tmp_path / "p.html", store=kept))
+    table = ll.Sweep.open(kept).table
+    page = Page(ll.reports.report(ll.Sweep.open(kept).only(table), tmp_path / "p.html"))
     identity = experiment(kept)["identity"]
     assert page.table("What the runs belong to")["hash"].tolist() == [
         identity[key] for key in ("model", "task", "retain")
@@ -304,7 +304,7 @@ def test_a_store_adds_who_where_and_what_was_forgotten(store, tmp_path):
         == (experiment(kept)["versions"]["torch"])
     )
 
-    curves = ll.experiments.curves(kept, table)
+    curves = ll.Sweep.open(kept).only(table).curves()
     chosen = matched_accuracy(table, curves)
     result = fair_comparison.at_matched_accuracy(table, curves, chosen).query("most_reached")
     shown = page.table("Where the runs first reach").set_index("window or method")
@@ -314,21 +314,19 @@ def test_a_store_adds_who_where_and_what_was_forgotten(store, tmp_path):
         found == result.query("method == 'window'").sort_values("position")["forgetting"].map(points).tolist()
     )
 
-    known = ll.forgetting.forgotten_by(ll.experiments.answers(kept, table))
+    known = ll.forgetting.forgotten_by(ll.Sweep.open(kept).only(table).answers())
     classes = page.table("Test examples by class")
     assert classes["right before"].astype(int).sum() == len(known)
     assert classes["by some run"].astype(int).sum() == (known["share"] > 0).sum()
     weights = page.table("What training did").set_index("window or method")
     runs = table.query("position == 0.5")
-    updates = fair_comparison.relative_updates(ll.experiments.drifts(kept, runs))
+    updates = fair_comparison.relative_updates(ll.Sweep.open(kept).only(runs).drifts())
     assert weights.loc["window at 0.5", "size of the update (% of the weights)"] == points(updates.mean())
     assert "The retained task has 60 test examples" in page.text
 
 
 def test_an_accuracy_may_be_asked_for(store, tmp_path):
-    page = Page(
-        ll.reports.report(ll.experiments.runs(store), tmp_path / "p.html", store=store, accuracy=0.99)
-    )
+    page = Page(ll.reports.report(ll.Sweep.open(store), tmp_path / "p.html", accuracy=0.99))
     shown = page.table("Where the runs first reach an accuracy of 99.0% on the new task (as asked for)")
     assert set(shown["reached"]) == {"0 of 2"} and set(shown["forgetting (points)"]) == {"-"}
 

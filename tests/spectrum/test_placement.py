@@ -200,7 +200,7 @@ def test_a_sweep_runs_other_placements_beside_windows(patch_vit, digits, source)
         evaluations=2,
         progress=False,
         variant=ll.Variant(split="A"),
-    )
+    ).table
     assert table["method"].tolist() == ["window", "2 random components, seed 0", str(ByLayer(both))]
     assert table["trainable"].nunique() == 1
     assert set(table["variant"]) == {"S in A"}

@@ -299,12 +299,12 @@ GRID = ll.Grid(ll.windows(4, 2), lr=[1e-2], baselines=[ll.LoRA(4), ll.LinearProb
 @pytest.fixture(scope="module")
 def swept(experiment, tmp_path_factory) -> tuple[Path, pd.DataFrame]:
     store = tmp_path_factory.mktemp("sweep") / "s"
-    return store, ll.sweep(GRID, **experiment, **SHORT, store=store, jobs=1)
+    return store, ll.sweep(GRID, **experiment, **SHORT, store=store, jobs=1).table
 
 
 def test_a_sweep_keeps_what_it_watched(swept, experiment):
     store, table = swept
-    watched = ll.experiments.watched(store, table)
+    watched = ll.Sweep.open(store).only(table).watched()
     assert watched.columns.tolist() == [
         "run", "task", "before", "after", "loss_before", "loss_after", "forgetting", "loss_rise",
     ]  # fmt: skip
@@ -324,12 +324,12 @@ def test_a_sweep_keeps_what_it_watched(swept, experiment):
 
 def test_a_sweep_of_texts_tells_losses_and_drift(swept):
     store, table = swept
-    curves = ll.experiments.curves(store, table)
+    curves = ll.Sweep.open(store).only(table).curves()
     last, first = (curves.groupby("run", sort=False)["retained_loss"].nth(place) for place in (-1, 0))
     assert table["retained_loss"].tolist() == last.tolist()
     assert table["loss_rise"].tolist() == pytest.approx((last.to_numpy() - first.to_numpy()).tolist())
     assert curves["test_loss"].notna().all() and curves["test_loss"].gt(0).all()
-    drifts = ll.experiments.drifts(store, table)
+    drifts = ll.Sweep.open(store).only(table).drifts()
     assert drifts["run"].nunique() == 3 and drifts["neighbours"].between(0, 1).all()
 
 
@@ -337,14 +337,16 @@ def test_what_was_watched_is_in_the_packed_file(swept, tmp_path):
     store, table = swept
     file = ll.experiments.pack(store, tmp_path / "s.jsonl.xz")
     pd.testing.assert_frame_equal(
-        ll.experiments.watched(file, table), ll.experiments.watched(store, table), check_exact=True
+        ll.Sweep.open(file).only(table).watched(),
+        ll.Sweep.open(store).only(table).watched(),
+        check_exact=True,
     )
     pd.testing.assert_frame_equal(
-        ll.experiments.curves(file, table), ll.experiments.curves(store, table), check_exact=True
+        ll.Sweep.open(file).only(table).curves(), ll.Sweep.open(store).only(table).curves(), check_exact=True
     )
     names = [part.split()[0] for part in ll.experiments.experiment(file)["identity"]["watch"].split("; ")]
     assert names == ["products", "newspaper"]
-    assert set(ll.experiments.runs(file)["loss_rise"]) == set(table["loss_rise"])
+    assert set(ll.Sweep.open(file).table["loss_rise"]) == set(table["loss_rise"])
 
 
 def test_a_folder_of_a_sweep_that_watched_something_else_is_refused(swept, experiment, tmp_path):
@@ -353,12 +355,12 @@ def test_a_folder_of_a_sweep_that_watched_something_else_is_refused(swept, exper
         with pytest.raises(ValueError, match=r"different experiment \(watch: there products"):
             ll.sweep(GRID, **experiment | {"watch": watch}, **SHORT, store=store, jobs=1)
     one = ll.Grid(ll.windows(4, 2)[:1], lr=[1e-2])
-    bare = ll.sweep(one, **experiment | {"watch": ()}, **SHORT, store=tmp_path / "bare", jobs=1)
+    bare = ll.sweep(one, **experiment | {"watch": ()}, **SHORT, store=tmp_path / "bare", jobs=1).table
     assert bare["accuracy"].tolist() == table["accuracy"].tolist()[:1]
     with pytest.raises(ValueError, match=r"different experiment \(watch: there None, here products"):
         ll.sweep(one, **experiment, **SHORT, store=tmp_path / "bare", jobs=1)
     with pytest.raises(ValueError, match=r"watched other tasks; give the sweep watch=\[...\]"):
-        ll.experiments.watched(tmp_path / "bare", bare)
+        ll.Sweep.open(tmp_path / "bare").only(bare).watched()
 
 
 def test_a_sweep_over_next_tokens_refuses_a_linear_probe_before_its_first_run(tmp_path):
@@ -367,7 +369,7 @@ def test_a_sweep_over_next_tokens_refuses_a_linear_probe_before_its_first_run(tm
     with pytest.raises(ValueError, match="nothing to train: tweets"):
         ll.sweep(grid, **tasks, **SHORT, store=tmp_path / "s", jobs=1)
     assert not (tmp_path / "s").exists()
-    table = ll.sweep(ll.Grid(ll.windows(4, 2)), **tasks, **SHORT, store=tmp_path / "s", jobs=1)
+    table = ll.sweep(ll.Grid(ll.windows(4, 2)), **tasks, **SHORT, store=tmp_path / "s", jobs=1).table
     assert np.isfinite(table["loss_rise"]).all() and len(
-        ll.experiments.answers(tmp_path / "s", table)
+        ll.Sweep.open(tmp_path / "s").only(table).answers()
     ) == 2 * 15 * len(tasks["retain"].test)

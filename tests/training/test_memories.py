@@ -189,7 +189,7 @@ def test_parameters_without_use_or_without_a_row_are_no_trouble():
 
 def sequence(strategy: object, method: object = LORA, **others: object) -> pd.DataFrame:
     settings = SETTINGS | {"setting": "domain-incremental", "retain": retained()} | others
-    return ll.experiments.continual_sweep(small_vit(), pairs()[:3], strategy, grid(method), **settings)
+    return ll.experiments.continual_sweep(small_vit(), pairs()[:3], strategy, grid(method), **settings).table
 
 
 def test_ewc_of_strength_0_is_no_memory_bit_for_bit():
@@ -203,7 +203,9 @@ def test_a_strong_ewc_holds_what_the_first_task_learnt(tmp_path):
     for strength in (0, 1e6):
         store = tmp_path / str(strength)
         table = sequence(Continued(EWC(strength, examples=8)), store=store, spectra=small_spectra(), steps=8)
-        drift = ll.experiments.continual_drifts(store, table).groupby("after")["update"].mean()
+        drift = (
+            ll.experiments.ContinualSweep.open(store).only(table).drifts().groupby("after")["update"].mean()
+        )
         update.append((drift[1], drift[3]))
     assert update[0][0] == update[1][0] and update[0][1] > 1.3 * update[0][0]
     assert abs(update[1][1] / update[1][0] - 1) < 0.3 * (update[0][1] / update[0][0] - 1)

@@ -42,7 +42,7 @@ def table(narrow, digits) -> pd.DataFrame:
         batch_size=16,
         jobs=1,
         progress=False,
-    )
+    ).table
 
 
 @pytest.fixture

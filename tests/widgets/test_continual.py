@@ -33,8 +33,8 @@ def results(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame]:
         small_vit(), tasks, Merged(), ll.Grid(lr=[1e-3, 2e-2], baselines=[lora]), **fast
     )
     ll.experiments.continual_sweep(small_vit(), tasks, Joint(), ll.Grid(lr=[2e-2], baselines=[lora]), **fast)
-    table = ll.experiments.continual_runs(store)
-    return table, ll.experiments.continual_drifts(store, table)
+    table = ll.experiments.ContinualSweep.open(store).table
+    return table, ll.experiments.ContinualSweep.open(store).only(table).drifts()
 
 
 @pytest.fixture

@@ -41,12 +41,12 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(store) -> pd.DataFrame:
-    return ll.experiments.runs(store)
+    return ll.Sweep.open(store).table
 
 
 @pytest.fixture
 def explorer(table, store) -> VBox:
-    return ll.widgets.comparison_explorer(table, store)
+    return ll.widgets.comparison_explorer(ll.Sweep.open(store).only(table))
 
 
 def simulated(seeds: int = 6, depth: float = 0.3) -> pd.DataFrame:
@@ -160,7 +160,9 @@ def test_at_a_matched_accuracy_the_numbers_are_those_of_the_library(explorer, ta
     control(explorer, "comparison").value = "matched accuracy"
     accuracy = control(explorer, "accuracy to match")
     accuracy.value = accuracy.max
-    result = fair_comparison.at_matched_accuracy(table, ll.experiments.curves(store, table), accuracy.max)
+    result = fair_comparison.at_matched_accuracy(
+        table, ll.Sweep.open(store).only(table).curves(), accuracy.max
+    )
     result = result[result["most_reached"]]
     assert shown(explorer, FORGETTING) == expected(result, "forgetting")
     reached = {f"{row.reached} of {row.seeds}" for row in result.itertuples()}
@@ -172,7 +174,7 @@ def test_at_a_matched_accuracy_the_numbers_are_those_of_the_library(explorer, ta
 def test_at_a_matched_update_the_numbers_are_those_of_the_library(explorer, table, store):
     control(explorer, "comparison").value = "matched update"
     update = control(explorer, "update to match").value
-    result = fair_comparison.at_matched_update(table, ll.experiments.drifts(store, table), update)
+    result = fair_comparison.at_matched_update(table, ll.Sweep.open(store).only(table).drifts(), update)
     assert (result["reached"] > 0).any()
     assert shown(explorer, FORGETTING) == expected(result, "forgetting")
     assert shown(explorer, ACCURACY) == expected(result, "accuracy")
@@ -185,7 +187,7 @@ def test_where_all_got_there_it_says_so(explorer):
 
 
 def test_the_sliders_span_what_the_runs_reached(explorer, table, store):
-    curves, drifts = ll.experiments.curves(store, table), ll.experiments.drifts(store, table)
+    curves, drifts = ll.Sweep.open(store).only(table).curves(), ll.Sweep.open(store).only(table).drifts()
     accuracy, update = (control(explorer, f"{name} to match") for name in ("accuracy", "update"))
     assert accuracy.max == pytest.approx(curves["accuracy"].max(), abs=0.01)
     assert accuracy.min == pytest.approx(curves.loc[curves["step"] == 0, "accuracy"].mean(), abs=0.01)
@@ -221,7 +223,7 @@ def test_a_store_without_drifts_has_no_matched_update(table, store, tmp_path):
         record = json.loads(path.read_text())
         del record["drift"]
         path.write_text(json.dumps(record))
-    explorer = ll.widgets.comparison_explorer(table, earlier)
+    explorer = ll.widgets.comparison_explorer(ll.Sweep.open(earlier).only(table))
     assert control(explorer, "comparison").options == (
         "equal learning rate", "own best rate", "matched accuracy",
     )  # fmt: skip
@@ -229,7 +231,7 @@ def test_a_store_without_drifts_has_no_matched_update(table, store, tmp_path):
 
 def test_the_store_is_read_once(table, store, tmp_path):
     folder = shutil.copytree(store, tmp_path / "copy")
-    explorer = ll.widgets.comparison_explorer(table, folder)
+    explorer = ll.widgets.comparison_explorer(ll.Sweep.open(folder).only(table))
     shutil.rmtree(folder)
     for comparison in control(explorer, "comparison").options:
         control(explorer, "comparison").value = comparison
@@ -288,4 +290,4 @@ def test_what_is_no_sweep_or_mixes_several_is_refused(table, store, tmp_path):
     with pytest.raises(ValueError, match="share learning rate"):
         ll.widgets.comparison_explorer(pd.concat([table, table]))
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        ll.widgets.comparison_explorer(simulated(), store)
+        ll.widgets.comparison_explorer(ll.Sweep.open(store).only(simulated()))

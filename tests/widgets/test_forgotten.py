@@ -41,12 +41,12 @@ def store(known, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def table(store) -> pd.DataFrame:
-    return ll.experiments.runs(store)
+    return ll.Sweep.open(store).table
 
 
 @pytest.fixture
 def explorer(table, store, known) -> VBox:
-    explorer = ll.widgets.forgotten_explorer(table, store, known)
+    explorer = ll.widgets.forgotten_explorer(ll.Sweep.open(store).only(table), known)
     control(explorer, "learning rate").value = RATES[1]
     return explorer
 
@@ -58,7 +58,7 @@ def classes(known) -> list[int]:
 
 
 def test_it_shows_images_and_confusions_of_all_windows_before_any_click(table, store, known):
-    explorer = ll.widgets.forgotten_explorer(table, store, known)
+    explorer = ll.widgets.forgotten_explorer(ll.Sweep.open(store).only(table), known)
     assert [row["window"] for row in numbers(explorer)] == ["window at 0", "window at 1", "LoRA"]
     assert control(explorer, "windows").value == ("window at 0", "window at 1", "LoRA")
     images, taken = alts(explorer)
@@ -69,7 +69,7 @@ def test_it_shows_images_and_confusions_of_all_windows_before_any_click(table, s
 
 def test_the_numbers_are_those_of_the_library(explorer, table, store):
     runs = table[table["lr"] == RATES[1]]
-    moved = ll.forgetting.transitions(ll.experiments.answers(store, runs))
+    moved = ll.forgetting.transitions(ll.Sweep.open(store).only(runs).answers())
     lora = runs.loc[runs["method"] == "LoRA", "run"]
     mean = moved[moved["run"].isin(lora)].mean(numeric_only=True)
     row = numbers(explorer)[-1]
@@ -81,7 +81,9 @@ def test_the_numbers_are_those_of_the_library(explorer, table, store):
 
 
 def test_the_sentence_counts_what_some_and_what_all_runs_forgot(explorer, table, store):
-    forgotten = ll.forgetting.forgotten_by(ll.experiments.answers(store, table[table["lr"] == RATES[1]]))
+    forgotten = ll.forgetting.forgotten_by(
+        ll.Sweep.open(store).only(table[table["lr"] == RATES[1]]).answers()
+    )
     some, every = (forgotten["share"] > 0).sum(), (forgotten["share"] == 1).sum()
     assert sentence(explorer) == (
         f"Of 100 images that were classified right before, {some} were forgotten in at least one of 6 runs, "
@@ -131,15 +133,17 @@ def test_runs_that_forgot_nothing_show_no_images(table, store, known, tmp_path):
     grid = ll.Grid(window=ll.windows(4, 2), lr=(1e-9,), seed=(0,))
     fast = {"steps": 2, "evaluations": 2, "batch_size": 16, "jobs": 1, "progress": False}
     digits = ll.tasks.bundled.digits().first(64, 40)
-    still = ll.sweep(grid, model=narrow_vit(0), task=digits, retain=known, store=tmp_path / "runs", **fast)
-    explorer = ll.widgets.forgotten_explorer(still, tmp_path / "runs", known)
+    still = ll.sweep(
+        grid, model=narrow_vit(0), task=digits, retain=known, store=tmp_path / "runs", **fast
+    ).table
+    explorer = ll.widgets.forgotten_explorer(ll.Sweep.open(tmp_path / "runs").only(still), known)
     assert "0 were forgotten in at least one of 2 runs" in sentence(explorer)
     assert len(pictures(explorer)) == 1 and "was taken for which" in alts(explorer)[0]
 
 
 def test_the_store_is_read_once(table, store, known, tmp_path):
     folder = shutil.copytree(store, tmp_path / "copy")
-    explorer = ll.widgets.forgotten_explorer(table, folder, known)
+    explorer = ll.widgets.forgotten_explorer(ll.Sweep.open(folder).only(table), known)
     shutil.rmtree(folder)
     control(explorer, "windows").value = ("LoRA",)
     assert shows_results(explorer) and len(numbers(explorer)) == 1
@@ -147,26 +151,28 @@ def test_the_store_is_read_once(table, store, known, tmp_path):
 
 def test_a_longer_test_set_will_do_and_another_one_is_refused(table, store, known):
     more = ll.Examples(known.test.inputs.repeat(2, 1, 1, 1), known.test.labels.repeat(2))
-    ll.widgets.forgotten_explorer(table, store, replace(known, test=more))
+    ll.widgets.forgotten_explorer(ll.Sweep.open(store).only(table), replace(known, test=more))
     for other in (known.first(test=50), ll.tasks.bundled.digits()):
         with pytest.raises(ValueError, match="answers are to 100 other test images"):
-            ll.widgets.forgotten_explorer(table, store, other)
+            ll.widgets.forgotten_explorer(ll.Sweep.open(store).only(table), other)
 
 
 def test_ranks_are_told_apart(table, store, known, tmp_path):
     grid = ll.Grid(window=[ll.Window(4, position=0.0), ll.Window(2, position=0.0)], lr=(1e-2,), seed=(0,))
     fast = {"steps": 2, "evaluations": 2, "batch_size": 16, "jobs": 1, "progress": False}
     digits = ll.tasks.bundled.digits().first(64, 40)
-    two = ll.sweep(grid, model=narrow_vit(0), task=digits, retain=known, store=tmp_path / "runs", **fast)
-    explorer = ll.widgets.forgotten_explorer(two, tmp_path / "runs", known)
+    two = ll.sweep(
+        grid, model=narrow_vit(0), task=digits, retain=known, store=tmp_path / "runs", **fast
+    ).table
+    explorer = ll.widgets.forgotten_explorer(ll.Sweep.open(tmp_path / "runs").only(two), known)
     assert set(control(explorer, "windows").options) == {"window at 0, rank 4", "window at 0, rank 2"}
 
 
 def test_what_is_no_sweep_is_refused(table, store, known):
     with pytest.raises(ValueError, match="the table is empty"):
-        ll.widgets.forgotten_explorer(table.iloc[:0], store, known)
+        ll.widgets.forgotten_explorer(ll.Sweep.open(store).only(table.iloc[:0]), known)
     with pytest.raises(ValueError, match="no column forgetting"):
-        ll.widgets.forgotten_explorer(table.drop(columns="forgetting"), store, known)
+        ll.widgets.forgotten_explorer(ll.Sweep.open(store).only(table.drop(columns="forgetting")), known)
 
 
 def test_texts_are_shown_as_they_were_written(tmp_path):
@@ -176,9 +182,9 @@ def test_texts_are_shown_as_they_were_written(tmp_path):
     known = replace(known, test=replace(known.test, labels=torch.tensor(ll.evaluate(model, known).predicted)))
     grid = ll.Grid(window=ll.windows(4, 2), lr=(3e-2,), seed=(0,))
     fast = {"steps": 4, "evaluations": 2, "batch_size": 16, "jobs": 1, "progress": False}
-    table = ll.sweep(grid, model=model, task=movies, retain=known, store=tmp_path / "runs", **fast)
-    explorer = ll.widgets.forgotten_explorer(table, tmp_path / "runs", known)
-    forgotten = ll.forgetting.forgotten_by(ll.experiments.answers(tmp_path / "runs", table))
+    table = ll.sweep(grid, model=model, task=movies, retain=known, store=tmp_path / "runs", **fast).table
+    explorer = ll.widgets.forgotten_explorer(ll.Sweep.open(tmp_path / "runs").only(table), known)
+    forgotten = ll.forgetting.forgotten_by(ll.Sweep.open(tmp_path / "runs").only(table).answers())
     first = forgotten.iloc[0]
     assert first["share"] > 0  # or there would be nothing to show
     assert sentence(explorer).startswith("Of 40 texts that were classified right before")
@@ -191,13 +197,13 @@ def test_texts_are_shown_as_they_were_written(tmp_path):
         " ".join(known.test.texts[int(first["item"])].split()),
     ]
     with pytest.raises(ValueError, match="answers are to 40 other test texts"):
-        ll.widgets.forgotten_explorer(table, tmp_path / "runs", known.first(test=20))
+        ll.widgets.forgotten_explorer(ll.Sweep.open(tmp_path / "runs").only(table), known.first(test=20))
 
 
 def test_a_task_of_tokens_has_no_examples_to_explore(table, store):
     running = ll.tasks.language_task(part_of("movies", 20, 20), byte_tokenizer(), block=16)
     with pytest.raises(ValueError, match="its items are the tokens that it predicts"):
-        ll.widgets.forgotten_explorer(table, store, running)
+        ll.widgets.forgotten_explorer(ll.Sweep.open(store).only(table), running)
 
 
 def test_of_one_run_no_share_is_told(known):

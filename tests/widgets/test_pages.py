@@ -29,7 +29,7 @@ def test_a_page_is_made_when_it_is_first_opened_and_stays():
 
 def test_a_page_that_cannot_be_made_says_why_and_the_others_are_there(tmp_path):
     tabs = ll.widgets.pages(
-        {"lost": lambda: ll.experiments.runs(tmp_path / "none"), "second": lambda: HTML("here")}
+        {"lost": lambda: ll.Sweep.open(tmp_path / "none").table, "second": lambda: HTML("here")}
     )
     assert "there is no results folder or file" in tabs.children[0].children[0].value
     tabs.selected_index = 1

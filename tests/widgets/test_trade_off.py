@@ -27,7 +27,7 @@ DIGITS = Path(__file__).parents[2] / "data" / "results" / "digits.jsonl.xz"
 @pytest.fixture(scope="module")
 def kept() -> pd.DataFrame:
     """Some runs of the sweep that the project keeps: 11 windows and methods, 2 rates, 2 seeds."""
-    table = ll.experiments.runs(DIGITS)
+    table = ll.Sweep.open(DIGITS).table
     return table[table["lr"].isin([0.005, 0.02]) & (table["seed"] < 2)]
 
 
@@ -164,7 +164,7 @@ def test_the_best_run_is_shown_before_any_click(plane, kept):
 
 
 def test_a_click_shows_what_the_store_keeps_of_that_run(kept, fashion):
-    plane = ll.widgets.tradeoff_explorer(kept, DIGITS, fashion)
+    plane = ll.widgets.tradeoff_explorer(ll.Sweep.open(DIGITS).only(kept), fashion)
     before = [picture_of(plane, words)[1] for words in ("along the run", "each of 24 weights", "forgot")]
     row = kept[(kept["position"] == 0) & (kept["lr"] == 0.02)].iloc[0]
     pick(plane, row["run"])
@@ -172,9 +172,9 @@ def test_a_click_shows_what_the_store_keeps_of_that_run(kept, fashion):
     assert all(old != new for old, new in zip(before, after, strict=True))
     assert f"window at 0, learning rate 0.02, seed {row['seed']}" in about(plane)
     run = kept[kept["run"] == row["run"]]
-    moved = 100 * ll.experiments.drifts(DIGITS, run)["relative"]
+    moved = 100 * ll.Sweep.open(DIGITS).only(run).drifts()["relative"]
     assert f"by {moved.min():.1f} to {moved.max():.1f}% of its size" in picture_of(plane, "24 weights")[0]
-    counts = ll.forgetting.transitions(ll.experiments.answers(DIGITS, run)).iloc[0]
+    counts = ll.forgetting.transitions(ll.Sweep.open(DIGITS).only(run).answers()).iloc[0]
     assert (
         f"Of {counts['kept'] + counts['forgotten']} images that were classified right before, the run forgot "
         f"{counts['forgotten']}; {counts['gained']} that" in text(plane)
@@ -192,12 +192,12 @@ def test_under_a_running_loop_the_last_pick_is_shown_in_full(kept):
     """As in a notebook: slow parts come later, and those of an earlier pick must not stay."""
     first, second = kept["run"].iloc[[4, 9]]
     words = ("along the run", "each of 24 weights")
-    plain = ll.widgets.tradeoff_explorer(kept, DIGITS)
+    plain = ll.widgets.tradeoff_explorer(ll.Sweep.open(DIGITS).only(kept))
     pick(plain, second)
     expected = [picture_of(plain, some) for some in words]
 
     async def clicked_twice_and_brushed() -> VBox:
-        explorer = ll.widgets.tradeoff_explorer(kept, DIGITS)
+        explorer = ll.widgets.tradeoff_explorer(ll.Sweep.open(DIGITS).only(kept))
         pick(explorer, first)
         await asyncio.sleep(0.17)  # by now the first one's parts may have begun, or be there
         pick(explorer, second)
@@ -323,7 +323,7 @@ def test_without_a_store_a_click_tells_scores_and_settings(kept):
 
 
 def test_runs_that_the_store_lacks_or_kept_in_part_are_said_in_place(small, tmp_path):
-    table = ll.experiments.runs(small)
+    table = ll.Sweep.open(small).table
     partial = shutil.copytree(small, tmp_path / "partial")
     lost, earlier = table["run"].iloc[:2]
     (partial / "runs" / f"{lost}.json").unlink()
@@ -331,13 +331,14 @@ def test_runs_that_the_store_lacks_or_kept_in_part_are_said_in_place(small, tmp_
     for key in ("drift", "features", "items"):
         record.pop(key, None)
     (partial / "runs" / f"{earlier}.json").write_text(json.dumps(record))
-    explorer = ll.widgets.tradeoff_explorer(table, partial, ll.tasks.bundled.digits().first(64, 40))
-    pick(explorer, lost)
-    assert text(explorer).count(f"does not hold run {lost}") == 3 and shows_results(explorer)
-    pick(explorer, earlier)
-    assert (
-        picture_of(explorer, "along the run") and text(explorer).count(f"run {earlier} was kept without") == 2
+    explorer = ll.widgets.tradeoff_explorer(
+        ll.Sweep.open(partial).only(table), ll.tasks.bundled.digits().first(64, 40)
     )
+    pick(explorer, lost)
+    assert text(explorer).count(f"holds no run {lost}") == 3 and shows_results(explorer)
+    pick(explorer, earlier)
+    assert picture_of(explorer, "along the run") and "was kept with its drift" in text(explorer)
+    assert f"run {earlier} in {partial} was kept without its answers" in text(explorer)
     pick(explorer, table["run"].iloc[5])
     assert picture_of(explorer, "along the run") and "Not shown" not in text(explorer)
 

@@ -27,7 +27,7 @@ SCORES = ("accuracy", "retained_accuracy", "forgetting")
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     """Some runs of the sweep that the project keeps: 4 windows and methods, 2 rates, 3 seeds."""
-    table = ll.experiments.runs(DIGITS)
+    table = ll.Sweep.open(DIGITS).table
     some = table["position"].isin([0, 0.5, 1]) | (table["method"] == "LoRA")
     return table[some & table["lr"].isin([0.005, 0.01]) & (table["seed"] < 3)]
 
@@ -50,7 +50,7 @@ def folder(table, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def explorer(table) -> VBox:
-    return pair_explorer(table, DIGITS)
+    return pair_explorer(ll.Sweep.open(DIGITS).only(table))
 
 
 def rows(explorer: VBox) -> dict[str, list[str]]:
@@ -113,16 +113,18 @@ def test_each_control_changes_the_pictures(explorer):
 
 def test_the_drifts_are_those_of_the_library(explorer, table):
     lr = control(explorer, "learning rate of A").value
-    relative = 100 * ll.experiments.drifts(DIGITS, of(table, 0, lr))["relative"]
+    relative = 100 * ll.Sweep.open(DIGITS).only(of(table, 0, lr)).drifts()["relative"]
     assert f"A: window at 0 by {relative.min():.1f} to {relative.max():.1f}%" in alts(explorer)[1]
 
 
 def test_without_common_seeds_it_says_so(table):
     apart = table[(table["position"] == 0) == (table["seed"] == 0)]
-    explorer = pair_explorer(apart, DIGITS)
+    explorer = pair_explorer(ll.Sweep.open(DIGITS).only(apart))
     assert {told[2] for told in rows(explorer).values()} == {"no seed in common"}
     assert "A is the mean of 1 seed, B of 2 seeds; they share no seed" in text(explorer)
-    explorer = pair_explorer(table[(table["position"] != 0) | (table["seed"] == 0)], DIGITS)
+    explorer = pair_explorer(
+        ll.Sweep.open(DIGITS).only(table[(table["position"] != 0) | (table["seed"] == 0)])
+    )
     assert "they share one seed, so the difference has no interval" in text(explorer)
     assert not any("[" in told[2] for told in rows(explorer).values())
 
@@ -135,7 +137,9 @@ def test_the_same_runs_on_both_sides_are_said_in_place(explorer):
 
 
 def test_only_rates_that_a_window_was_run_at_are_offered(table):
-    explorer = pair_explorer(table[(table["method"] != "LoRA") | (table["lr"] == 0.005)], DIGITS)
+    explorer = pair_explorer(
+        ll.Sweep.open(DIGITS).only(table[(table["method"] != "LoRA") | (table["lr"] == 0.005)])
+    )
     control(explorer, "learning rate of A").value = 0.01
     control(explorer, "A").value = "LoRA"
     rate = control(explorer, "learning rate of A")
@@ -145,11 +149,11 @@ def test_only_rates_that_a_window_was_run_at_are_offered(table):
 
 
 def test_examples_are_told_apart_by_who_forgot_them(table, fashion):
-    explorer = pair_explorer(table, DIGITS, fashion)
+    explorer = pair_explorer(ll.Sweep.open(DIGITS).only(table), fashion)
     lr = control(explorer, "learning rate of A").value
     lost = []
     for position in (0, 0.5):
-        answers = ll.experiments.answers(DIGITS, of(table, position, lr))
+        answers = ll.Sweep.open(DIGITS).only(of(table, position, lr)).answers()
         wrong = (answers["before"] == answers["label"]) & (answers["after"] != answers["label"])
         share = wrong.groupby(answers["item"]).mean()
         lost.append(set(share.index[share > 0.5]))
@@ -165,7 +169,7 @@ def test_examples_are_told_apart_by_who_forgot_them(table, fashion):
 def test_what_the_store_lacks_is_said_in_place_and_the_rest_works(table, folder, fashion, tmp_path):
     a = of(table, 0, 0.01)["run"]
     earlier = without(folder, a, ("drift", "features", "items"), tmp_path / "earlier")
-    explorer = pair_explorer(table, earlier, fashion)
+    explorer = pair_explorer(ll.Sweep.open(earlier).only(table), fashion)
     for side in "AB":
         control(explorer, f"learning rate of {side}").value = 0.01
     curves, drift = alts(explorer)
@@ -179,20 +183,20 @@ def test_what_the_store_lacks_is_said_in_place_and_the_rest_works(table, folder,
     control(explorer, "A").value = "LoRA"
     assert "Not shown" not in text(explorer) and "Forgotten by both" in text(explorer)
     (earlier / "runs" / f"{a.iloc[1]}.json").unlink()
-    explorer = pair_explorer(table, earlier)
+    explorer = pair_explorer(ll.Sweep.open(earlier).only(table))
     control(explorer, "learning rate of A").value = 0.01
     assert f"does not hold run {a.iloc[1]}" in text(explorer) and rows(explorer) and shows_results(explorer)
 
 
 def test_without_any_drift_the_reason_stands_in_its_place(table, folder, tmp_path):
     nothing = without(folder, table["run"], ("drift", "features"), tmp_path / "nothing")
-    explorer = pair_explorer(table, nothing)
+    explorer = pair_explorer(ll.Sweep.open(nothing).only(table))
     assert len(pictures(explorer)) == 1 and text(explorer).count("Not shown: A: window at 0: run") == 1
 
 
 def test_two_windows_without_positions_and_other_methods_will_do(table):
     methods = table[(table["position"] == 0) | (table["method"] == "LoRA")]
-    explorer = pair_explorer(methods, DIGITS)
+    explorer = pair_explorer(ll.Sweep.open(DIGITS).only(methods))
     assert (control(explorer, "A").value, control(explorer, "B").value) == ("window at 0", "LoRA")
 
 
@@ -206,11 +210,11 @@ def test_what_cannot_be_compared_is_refused(table, fashion):
         (table.assign(run=table["run"] + "x"), "holds none of the table's runs"),
     ):
         with pytest.raises(ValueError, match=words):
-            pair_explorer(bad, DIGITS)
+            pair_explorer(ll.Sweep.open(DIGITS).only(bad))
     with pytest.raises(ValueError, match="answers are to 1000 other test images"):
-        pair_explorer(table, DIGITS, ll.tasks.bundled.digits().first(64, 1000))
+        pair_explorer(ll.Sweep.open(DIGITS).only(table), ll.tasks.bundled.digits().first(64, 1000))
     with pytest.raises(FileNotFoundError):
-        pair_explorer(table, "nowhere")
+        pair_explorer(ll.Sweep.open("nowhere").only(table))
 
 
 def test_kept_runs_are_what_the_library_reads(table):
@@ -230,7 +234,7 @@ def test_examples_of_all_classes_come_in_turn():
 
 
 def test_updates_are_drawn_kind_by_kind_in_the_order_of_blocks(table):
-    drift = ll.experiments.drifts(DIGITS, table.iloc[[0]])
+    drift = ll.Sweep.open(DIGITS).only(table.iloc[[0]]).drifts()
     ax = relative_updates({"": drift.sample(frac=1, random_state=0).sort_values("kind", ascending=False)})
     assert len(ax.lines) == 4 and ax.get_legend() is None
     for line, kind in zip(ax.lines, ("mlp.fc2", "mlp.fc1", "attn.qkv", "attn.proj"), strict=True):
@@ -256,7 +260,7 @@ def test_kinds_are_named_as_briefly_as_they_can_be_told_apart():
 
 
 def test_layers_of_two_models_in_part_and_bad_tables_are_handled(table):
-    drift = ll.experiments.drifts(DIGITS, table.iloc[[0]])
+    drift = ll.Sweep.open(DIGITS).only(table.iloc[[0]]).drifts()
     ax = relative_updates({"A": drift.iloc[:4], "B": drift})
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["A", "B"]
     with pytest.raises(ValueError, match="no column relative"):
@@ -268,8 +272,8 @@ def test_layers_of_two_models_in_part_and_bad_tables_are_handled(table):
 
 def test_curves_are_means_in_a_band_from_lowest_to_highest(table):
     along = {
-        "A": ll.experiments.curves(DIGITS, of(table, 0, 0.01)),
-        "B": ll.experiments.curves(DIGITS, of(table, 0.5, 0.01)),
+        "A": ll.Sweep.open(DIGITS).only(of(table, 0, 0.01)).curves(),
+        "B": ll.Sweep.open(DIGITS).only(of(table, 0.5, 0.01)).curves(),
     }
     ax = two_curves(along, "retained_accuracy")
     for line, curve in zip(ax.lines, along.values(), strict=True):

@@ -11,11 +11,7 @@ from .metrics import (
     learning_accuracy as learning_accuracy,
     score_means as score_means,
 )
-from .sequence_sweeps import (
-    continual_drifts as continual_drifts,
-    continual_runs as continual_runs,
-    continual_sweep as continual_sweep,
-)
+from .sequence_sweeps import ContinualSweep as ContinualSweep, continual_sweep as continual_sweep
 from .strategies import (
     Continued as Continued,
     Joint as Joint,

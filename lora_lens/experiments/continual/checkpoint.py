@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
-from lora_lens.experiments.store import write_bytes
+from lora_lens._base.files import write_bytes
 from lora_lens.forgetting.window_survival import WindowComponents
 from lora_lens.tasks.scenarios import Scenario
 

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from html import escape
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from typing import Self
 
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch import nn
 
 from lora_lens._base.errors import InputError, InputTypeError
-from lora_lens._base.naming import Targets
+from lora_lens._base.naming import Targets, counted, listed
 from lora_lens._base.validate import choice, flag, instance, sequence, whole_number
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.attaching import chosen_layers, planned
 from lora_lens.adapters.methods import Method, Variant, inner_method, penalty_of
-from lora_lens.experiments.continual.metrics import ENDED, RESULTS
+from lora_lens.experiments.columns import columns_of, records_in, rows_of
+from lora_lens.experiments.continual.metrics import ENDED, RESULTS, SCORES, continual_scores, score_means
 from lora_lens.experiments.continual.sequence_training import Sequential, checkpoint_of, learn
 from lora_lens.experiments.continual.strategies import Joint, Moving, Strategy, method_of, require_method
 from lora_lens.experiments.engines import checked_jobs, run_missing
 from lora_lens.experiments.identity import ANSWERS, model_identity, sample_loss
-from lora_lens.experiments.records import all_records, records_of, told_apart
-from lora_lens.experiments.store import open_store, require_writable, run_first
+from lora_lens.experiments.records import told_apart
+from lora_lens.experiments.results import MOST_SHOWN, Kept
+from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.experiments.sweeps import A_TASK, Grid, require_shared, shared_training
 from lora_lens.spectrum.layers import weight_matrix
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.scenarios import SCENARIOS, all_at_once
 from lora_lens.tasks.task import Task
 from lora_lens.training.settings import Training
+
+SHOWN = ["strategy", "method", "position", "lr", *SCORES, "runs"]  # in a cell
 
 
 def continual_sweep(
@@ -51,7 +58,7 @@ def continual_sweep(
     jobs: int | None = None,
     progress: bool = True,
     **settings: object,
-) -> pd.DataFrame:
+) -> ContinualSweep:
     """Train ``tasks`` in order and test all of them after each, for every point of ``grid`` and every order.
 
     Every task gets the same number of steps. A sequence that is stopped goes on from its last finished task
@@ -72,21 +79,21 @@ def continual_sweep(
             strategies and settings may share it. Without it nothing is kept.
         targets, alpha, variant: as for :func:`lora_lens.attach`.
         spectra: of this model, if they are at hand. With all vectors, what became of the weights is measured
-            after each task: see :func:`continual_drifts`.
+            after each task: see :meth:`ContinualSweep.drifts`.
         jobs: processes; default all cores that may be used (one where there is a GPU). Every run computes
             with one thread.
         settings: of :class:`lora_lens.Training`, for each task; steps are those of one task.
 
     Returns:
-        One row per sequence, number of tasks trained and task. Columns: run (identity), strategy, method,
-        rank, position, start, setting, order (the tasks' numbers as they are trained), alpha, targets, lr,
-        seed and the other settings; after (0 to the number of tasks: how many were trained); task (name);
-        place (of the task in the order, from 0); accuracy (in [0, 1]) and loss (nats) on the task's test set,
-        NaN where it has no head yet; retained_before and retained_accuracy (NaN without ``retain``);
-        diverged (such a sequence is not trained further, unless by ``Separate``); failed and reason (why,
-        else ""): such a sequence has rows without results, ends no other, and is tried again, from its last
-        finished task, by the next call. The accuracy matrix R[i, j]
-        of the literature has after = i + 1 and place = j; see :mod:`lora_lens.experiments.continual.metrics`.
+        A :class:`ContinualSweep`, whose table has one row per sequence, number of tasks trained and task: run
+        (identity), strategy, method, rank, position, start, setting, order (the tasks' numbers as they are
+        trained), alpha, targets, lr, seed and the other settings; after (0 to the number of tasks: how many
+        were trained); task (name); place (of the task in the order, from 0); accuracy (in [0, 1]) and loss
+        (nats) on the task's test set, NaN where it has no head yet; retained_before and retained_accuracy
+        (NaN without ``retain``); diverged (such a sequence is not trained further, unless by ``Separate``);
+        failed and reason (why, else ""): such a sequence has rows without results, ends no other, and is
+        tried again, from its last finished task, by the next call. The accuracy matrix R[i, j] of the
+        literature has after = i + 1 and place = j; see :mod:`lora_lens.experiments.continual.metrics`.
 
     Raises:
         ValueError: fewer than two tasks, an order that is no permutation, another setting, tasks that do not
@@ -116,57 +123,72 @@ def continual_sweep(
     layers = _checked(
         model, tasks, strategy, grid, setting, retain, targets, alpha, spectra, variant, training
     )
-    experiment = Sequential(
-        model, tasks, strategy, setting, retain, layers, alpha, variant, spectra, training
-    )
+    shared = Sequential(model, tasks, strategy, setting, retain, layers, alpha, variant, spectra, training)
     points = [(m, order, lr, s) for order in orders for m, lr, s in grid]
-    with open_store(store, _identity(model, tasks, retain)) as folder:
-        plan = [(point, folder / f"{experiment.record(*point)['run']}.json") for point in points]
+    identity = _identity(model, tasks, retain)
+    with open_store(store, identity) as folder:
+        plan = [(point, folder / f"{shared.record(*point)['run']}.json") for point in points]
         bar = {"shown": progress, "desc": str(strategy), "unit": "sequence"}
-        records = run_missing(partial(learn, experiment), experiment.lost, plan, jobs, **bar)
+        records = run_missing(partial(learn, shared), shared.lost, plan, jobs, **bar)
         for (_, path), record in zip(plan, records, strict=True):
             if "failed" not in record:
                 checkpoint_of(path).unlink(missing_ok=True)
-        return _table(records)
+    if store is None:
+        return ContinualSweep.of(records, new_experiment(identity))
+    return ContinualSweep.of(records, experiment(store), Path(store))
 
 
-def continual_runs(store: str | Path) -> pd.DataFrame:
-    """All sequences of a results folder, or of a file from :func:`lora_lens.experiments.pack`.
+class ContinualSweep(Kept):
+    """Sequences of tasks, as :func:`continual_sweep` gives them; see :class:`~lora_lens.experiments.Kept`."""
 
-    Returns:
-        The columns of :func:`continual`, by setting, strategy, method, rank, position, order, rate and seed.
+    @classmethod
+    def of(cls, records: list[dict], experiment: Mapping, path: Path | None = None) -> Self:
+        """From the records of its sequences, in their order."""
+        columns = columns_of(records)
+        return cls(_table(records_in(columns), columns), columns, experiment, path)
 
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: it holds no sequences.
-    """
-    records = [record for record in all_records(store).values() if "rows" in record]
-    if not records:
-        raise InputError(f"{store} holds no sequences of tasks; single runs are read by ll.experiments.runs")
-    keys = ["setting", "strategy", "method", "rank", "position", "order", "lr", "seed", "after", "place"]
-    return _table(records).sort_values(keys, kind="stable", ignore_index=True)
+    @classmethod
+    def _read(cls, columns: pa.Table, path: str | Path) -> pd.DataFrame:
+        records = [record for record in records_in(columns) if "result" not in record]
+        if not records:
+            raise InputError(f"{path} holds no sequences of tasks; single runs are opened by ll.Sweep.open")
+        keys = ["setting", "strategy", "method", "rank", "position", "order", "lr", "seed", "after", "place"]
+        return _table(records, columns).sort_values(keys, kind="stable", ignore_index=True)
 
+    def drifts(self) -> pd.DataFrame:
+        """What became of the weights over each sequence, as far as it was measured.
 
-def continual_drifts(store: str | Path, table: pd.DataFrame) -> pd.DataFrame:
-    """What became of the weights over each sequence in ``table``, as far as it was measured.
+        Returns:
+            One row per run, number of tasks trained and layer: run, after, layer, update
+            (||W - W_0||_F / ||W_0||_F with W_0 the pretrained weight), and for windows overlap_left,
+            overlap_right and block_change: what is left of the first task's window as it stood after that
+            task, see :func:`lora_lens.forgetting.window_survival.survival`; NaN for other methods.
 
-    Returns:
-        One row per run, number of tasks trained and layer: run, after, layer, update
-        (||W - W_0||_F / ||W_0||_F with W_0 the pretrained weight), and for windows overlap_left,
-        overlap_right and block_change: what is left of the first task's window as it stood after that task,
-        see :func:`lora_lens.forgetting.window_survival.survival`; NaN for other methods.
+        Raises:
+            ValueError: nothing was measured: there were no spectra with all vectors.
+        """
+        found = self._rows("drift")
+        if found.empty:
+            raise InputError(
+                f"no sequence in {self!r} was kept with its drift; continual_sweep measures it when it is "
+                "given spectra=ll.spectra(model), with all vectors"
+            )
+        return found
 
-    Raises:
-        ValueError: nothing was measured: ``continual`` had no spectra with all vectors.
-    """
-    records = records_of(store, table)
-    parts = [pd.DataFrame(r["drift"]).assign(run=r["run"]) for r in records if r.get("drift")]
-    if not parts:
-        raise InputError(
-            f"no sequence in {store} was kept with its drift; continual measures it when it is given "
-            "spectra=ll.spectra(model), with all vectors"
-        )
-    return run_first(parts)
+    def scores(self) -> pd.DataFrame:
+        """What each sequence learnt and forgot; as :func:`lora_lens.experiments.continual_scores`."""
+        return continual_scores(self.table)
+
+    def __repr__(self) -> str:
+        strategies = listed(self.table["strategy"].unique(), most=4)
+        where = f" in {self.path}" if self.path else ""
+        return f"<ContinualSweep {counted(self.table['run'].nunique(), 'sequence')} by {strategies}{where}>"
+
+    def _repr_html_(self) -> str:
+        means = score_means(self.scores())
+        shown = means[[c for c in SHOWN if c in means and means[c].notna().any()]].head(MOST_SHOWN)
+        table = shown.to_html(index=False, float_format="{:.3g}".format, na_rep="", border=0)
+        return f"<p>{escape(repr(self))}</p>{table}"
 
 
 def _checked(
@@ -251,20 +273,17 @@ def _identity(model: nn.Module, tasks: Sequence[Task], retain: Task | None) -> d
     }
 
 
-def _table(records: Iterable[dict]) -> pd.DataFrame:
-    together = pd.DataFrame(
-        [
-            {
-                "run": record["run"],
-                **record["settings"],
-                **dict(zip(record["rows"], values, strict=True)),
-                "failed": "failed" in record,
-                "reason": record.get("failed", ""),
-            }
-            for record in told_apart(records)
-            for values in zip(*record["rows"].values(), strict=True)
-        ]
-    )
+def _table(records: Iterable[dict], columns: pa.Table) -> pd.DataFrame:
+    about = [
+        {
+            "run": record["run"],
+            **record["settings"],
+            "failed": "failed" in record,
+            "reason": record.get("failed", ""),
+        }
+        for record in told_apart(records)
+    ]
+    together = pd.DataFrame(about).merge(rows_of(columns, "rows"), on="run")
     for name in ("rank", "position", "start", "alpha"):
         together[name] = pd.to_numeric(together[name])  # NaN, where all are None, too
     last = [*RESULTS, *ENDED]

@@ -170,7 +170,7 @@ def stored(*arguments, **others) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table and the drifts."""
     with tempfile.TemporaryDirectory() as folder:
         table = learn(*arguments, store=Path(folder) / "s", **others)
-        return table, ll.experiments.continual_drifts(Path(folder) / "s", table)
+        return table, ll.experiments.ContinualSweep.open(Path(folder) / "s").only(table).drifts()
 
 
 def test_drifts_are_those_of_the_merged_weights():

@@ -42,7 +42,10 @@ def test_a_killed_sequence_goes_on_and_ends_with_the_same_numbers(name, killed, 
     assert not checkpoints(tmp_path / "again")
     if name not in ("separate", "twenty"):
         pd.testing.assert_frame_equal(
-            *(ll.experiments.continual_drifts(tmp_path / where, whole) for where in ("again", "whole")),
+            *(
+                ll.experiments.ContinualSweep.open(tmp_path / where).only(whole).drifts()
+                for where in ("again", "whole")
+            ),
             check_exact=True,
         )
 
@@ -137,7 +140,7 @@ def test_a_sequence_may_go_on_with_spectra_or_without(killed, tmp_path):
 
     shutil.copytree(killed / "twenty", tmp_path / "with")
     table = KILLED["twenty"].run(tmp_path / "with", spectra=small_spectra())
-    drift = ll.experiments.continual_drifts(tmp_path / "with", table)
+    drift = ll.experiments.ContinualSweep.open(tmp_path / "with").only(table).drifts()
     assert drift["after"].min() == 7 and drift["update"].notna().all()
     assert drift[["overlap_left", "block_change"]].isna().all(axis=None)  # what the window was is not known
 
@@ -182,27 +185,27 @@ def test_a_folder_and_its_packed_file_tell_the_same(tmp_path):
         learn(Continued(), LORA, store=store, setting=setting, **two)
         learn(store=store, setting=setting, **two)
     packed = ll.experiments.pack(store, tmp_path / "packed.jsonl.xz")
-    table = ll.experiments.continual_runs(store)
-    pd.testing.assert_frame_equal(ll.experiments.continual_runs(packed), table)
+    table = ll.experiments.ContinualSweep.open(store).table
+    pd.testing.assert_frame_equal(ll.experiments.ContinualSweep.open(packed).table, table)
     assert table["run"].nunique() == 4 and table["setting"].tolist() == sorted(table["setting"])
     pd.testing.assert_frame_equal(
-        *(ll.experiments.continual_drifts(place, table) for place in (store, packed))
+        *(ll.experiments.ContinualSweep.open(place).only(table).drifts() for place in (store, packed))
     )
     for place in (store, packed):
         with pytest.raises(ValueError, match="holds sequences of tasks, which have no curves"):
-            ll.experiments.curves(place, table)
+            ll.Sweep.open(place).only(table).curves()
         with pytest.raises(
-            ValueError, match=r"holds sequences of tasks; read them with ll\.experiments\.continual_runs"
+            ValueError, match=r"holds sequences of tasks; open them with ll\.experiments\.ContinualSweep"
         ):
-            ll.experiments.runs(place)
+            ll.Sweep.open(place)
 
 
 def test_what_holds_no_sequences_is_refused(tmp_path):
     (tmp_path / "empty" / "runs").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds no sequences of tasks"):
-        ll.experiments.continual_runs(tmp_path / "empty")
+        ll.experiments.ContinualSweep.open(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="there is no results folder or file"):
-        ll.experiments.continual_runs(tmp_path / "nowhere")
+        ll.experiments.ContinualSweep.open(tmp_path / "nowhere")
     table = learn(tasks=pairs()[:2], store=tmp_path / "s")
     with pytest.raises(ValueError, match=r"was kept with its drift; .* spectra=ll\.spectra\(model\)"):
-        ll.experiments.continual_drifts(tmp_path / "s", table)
+        ll.experiments.ContinualSweep.open(tmp_path / "s").only(table).drifts()

@@ -1,0 +1,289 @@
+"""What a sweep gives: a table of its runs, and beside it all that was kept of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lora_lens._base.errors import InputError, MissingFileError
+from lora_lens._base.naming import counted, listed
+from lora_lens._base.validate import instance, share
+from lora_lens.experiments.advisor import Advice, advise_from
+from lora_lens.experiments.columns import columns_of, read_columns, records_in, rows_of
+from lora_lens.experiments.records import require_runs, row_of, told_apart
+from lora_lens.experiments.store import experiment
+from lora_lens.forgetting.aggregate import seed_means
+from lora_lens.forgetting.fair_comparison import (
+    at_equal_rate,
+    at_matched_accuracy,
+    at_matched_update,
+    at_own_best_rate,
+)
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
+
+ORDER = ["method", "rank", "position", "start", "steps", "lr", "seed"]
+SHOWN = ["method", "rank", "position", "start", "lr", "accuracy", "forgetting", "seeds"]  # in a cell
+MOST_SHOWN = 12  # rows
+
+
+def require_sweep(value: object) -> None:
+    """Refuse what is no sweep, such as its table alone."""
+    hint = "; its table alone has no curves and no answers" if isinstance(value, pd.DataFrame) else ""
+    instance(value, Sweep, "sweep", f"an ll.Sweep, from ll.sweep or ll.Sweep.open{hint}")
+
+
+class Kept:
+    """Runs and what was kept of each; :class:`Sweep` and its kin.
+
+    Attributes:
+        table: one row per run (of a sequence of tasks several), those that failed with their reason.
+        experiment: what all runs belong to: identity (hashes of the model and of the examples, names of the
+            tasks) and versions (of the packages that made the first runs).
+        path: the folder or packed file that keeps the runs; None where nothing was kept on disk.
+    """
+
+    def __init__(
+        self, table: pd.DataFrame, columns: pa.Table, experiment: Mapping[str, dict], path: Path | None = None
+    ) -> None:
+        self.table, self.experiment, self.path = table, experiment, path
+        self._columns = columns
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The runs in a results folder, or in a file from :func:`lora_lens.experiments.pack`.
+
+        Files in the folder that are damaged or no runs are passed over; a warning names them.
+
+        Raises:
+            FileNotFoundError: there is no such folder or file.
+            ValueError: it holds no such runs, or is no such file.
+            TypeError: ``path`` is no path.
+        """
+        columns = read_columns(path)
+        return cls(cls._read(columns, path), columns, experiment(path), Path(path))
+
+    def only(self, rows: str | pd.Series | pd.DataFrame) -> Self:
+        """The same with some of the runs.
+
+        Args:
+            rows: a query, such as ``"lr == 0.005"``; a mask, such as ``sweep.table["position"] == 0.5``; or
+                some rows of the table.
+
+        Raises:
+            ValueError: no run is left.
+        """
+        if isinstance(rows, pd.DataFrame):
+            table = rows
+        else:
+            table = self.table.query(rows) if isinstance(rows, str) else self.table[rows]
+        if table.empty:
+            raise InputError(f"no run of {self!r} fits {rows!r}")
+        return type(self)(table, self._columns, self.experiment, self.path)
+
+    @classmethod
+    def _read(cls, columns: pa.Table, path: str | Path) -> pd.DataFrame:
+        raise NotImplementedError
+
+    def _rows(self, part: str) -> pd.DataFrame:
+        """What the table's runs keep as ``part``; failed ones keep nothing.
+
+        Raises:
+            MissingFileError: the store lacks a run.
+            InputError: all of the runs failed.
+        """
+        runs = require_runs(self.table)
+        places = pc.index_in(pa.array(runs, pa.string()), self._columns["run"].combine_chunks())
+        if places.null_count:
+            absent = runs[places.is_null().to_pylist().index(True)]
+            raise MissingFileError(f"{self.path or 'this sweep'} holds no run {absent}")
+        failed = self.table.get("failed", pd.Series(False, self.table.index)).eq(True)
+        if failed.all():
+            raise InputError(f"all runs of the table failed, the first with: {self.table['reason'].iloc[0]}")
+        whole = pa.array(~self.table.drop_duplicates("run")["run"].isin(self.table.loc[failed, "run"]))
+        return rows_of(self._columns.take(places.filter(whole)), part)
+
+
+class Sweep(Kept):
+    """The runs of a sweep; see :class:`Kept` for its attributes.
+
+    Plots, explorers and reports take a sweep where they take its table.
+
+    >>> import lora_lens as ll
+    >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+    >>> sweep.only("position == 0.5 and lr == 0.005").table["forgetting"].mean() < 0.2
+    True
+    """
+
+    @classmethod
+    def of(cls, records: list[dict], experiment: Mapping, path: Path | None = None) -> Self:
+        """From the records of its runs, in their order."""
+        table = pd.DataFrame([row_of(record) for record in told_apart(records)])
+        return cls(table, columns_of(records), experiment, path)
+
+    @classmethod
+    def _read(cls, columns: pa.Table, path: str | Path) -> pd.DataFrame:
+        records = records_in(columns)
+        if any("result" not in record for record in records):
+            raise InputError(
+                f"{path} holds sequences of tasks; open them with ll.experiments.ContinualSweep.open"
+            )
+        table = pd.DataFrame([row_of(record) for record in told_apart(records)])
+        if table.empty:
+            raise InputError(f"{path} holds no finished runs")
+        return table.sort_values(ORDER, kind="stable", ignore_index=True)
+
+    def curves(self) -> pd.DataFrame:
+        """The evaluations along the way.
+
+        Returns:
+            One row per run and evaluation: run, step, loss, accuracy, test_loss, retained_accuracy,
+            retained_loss, as in :class:`lora_lens.Run`; without the two test losses where an earlier version
+            kept the runs.
+        """
+        return self._rows("curve")
+
+    def answers(self) -> pd.DataFrame:
+        """What every run did to each test example of the retained task.
+
+        Returns:
+            One row per run and example: run, item (its place in the test set), label, before and after (the
+            predicted class before and after training). See :mod:`lora_lens.forgetting.examples`.
+
+        Raises:
+            ValueError: a run was kept by a version that did not note its answers.
+        """
+        found = self._rows("items")
+        kept = set(found["run"])
+        if without := [run for run in require_runs(self._finished()) if run not in kept]:
+            raise InputError(
+                f"run {without[0]} in {self.path} was kept without its answers, by an earlier version; sweep "
+                "again into another folder to have them"
+            )
+        return found.assign(item=found.groupby("run", sort=False).cumcount())[
+            ["run", "item", "label", "before", "after"]
+        ]
+
+    def drifts(self) -> pd.DataFrame:
+        """What every run did to each adapted weight, as far as the sweep measured it.
+
+        Returns:
+            One row per run and layer: run, and the columns of :func:`lora_lens.forgetting.drift` and
+            :func:`lora_lens.forgetting.rotations`; cka, relative_change and neighbours, the same for all
+            layers of a run, are those of the retained task's features, see
+            :func:`lora_lens.forgetting.feature_change` and
+            :func:`lora_lens.forgetting.neighbour_agreement`. Runs without an adapter or that diverged have
+            no rows.
+
+        Raises:
+            ValueError: none of the runs has a drift.
+        """
+        found = self._rows("drift")
+        if found.empty:
+            raise InputError(
+                f"no run in {self.path or 'this sweep'} was kept with its drift; sweep measures it when "
+                "it is given spectra=ll.spectra(model), with all vectors"
+            )
+        features = {r["run"]: r["features"] for r in records_in(self._columns) if "features" in r}
+        return found.join(pd.DataFrame.from_dict(features, orient="index"), on="run")
+
+    def watched(self) -> pd.DataFrame:
+        """What every run did to the tasks that the sweep watched beside the retained one.
+
+        Returns:
+            One row per run and task: run, task, before and after (accuracies, in [0, 1]), loss_before and
+            loss_after (nats per example, of a language task per token), forgetting (before - after) and
+            loss_rise (loss_after - loss_before); in the last two positive = forgot.
+
+        Raises:
+            ValueError: the sweep watched nothing.
+        """
+        found = self._rows("watched")
+        if found.empty:
+            raise InputError(f"no run of {self!r} watched other tasks; give the sweep watch=[...]")
+        return found.assign(
+            forgetting=found["before"] - found["after"], loss_rise=found["loss_after"] - found["loss_before"]
+        )
+
+    def best(self, weight: float = 1.0) -> Advice:
+        """The window and rate to take; as :func:`lora_lens.experiments.advise_from`."""
+        return advise_from(self.table, weight)
+
+    def fair(
+        self, *, lr: float | None = None, accuracy: float | None = None, update: float | None = None
+    ) -> pd.DataFrame:
+        """What windows and methods forget where they are comparable, with 95% intervals over seeds.
+
+        Args:
+            lr: at this learning rate, as :func:`lora_lens.forgetting.at_equal_rate`.
+            accuracy: where they first reach this accuracy on the new task, in [0, 1], as
+                :func:`lora_lens.forgetting.at_matched_accuracy`.
+            update: at this size of the update relative to the weights, as
+                :func:`lora_lens.forgetting.at_matched_update`.
+
+        Without any of them each at its own best rate, as :func:`lora_lens.forgetting.at_own_best_rate`.
+
+        Raises:
+            ValueError: several are given, or as those functions.
+        """
+        given = {"lr": lr, "accuracy": accuracy, "update": update}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise InputError(f"compare at one of lr, accuracy and update, not at {listed(given)}")
+        if lr is not None:
+            return at_equal_rate(self.only(self.table["lr"] == lr).table)
+        if accuracy is not None:
+            return at_matched_accuracy(self.table, self.curves(), share(accuracy, "accuracy"))
+        if update is not None:
+            return at_matched_update(self.table, self.drifts(), update)
+        return at_own_best_rate(self.table)
+
+    def report(self, path: str | Path, **options: object) -> Path:
+        """All of it on one page; as :func:`lora_lens.reports.report`."""
+        from lora_lens.reports.sweep_report import report
+
+        return report(self, path, **options)
+
+    def explore(self, **options: object) -> VBox:
+        """The explorer of its trade-offs; as :func:`lora_lens.widgets.tradeoff_explorer`."""
+        from lora_lens.widgets.trade_off import tradeoff_explorer
+
+        return tradeoff_explorer(self, **options)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        methods = self.table["method"].value_counts(sort=False).index
+        parts = [
+            counted(len(self), "run"),
+            f"of {listed(methods, most=4)}",
+            f"at {counted(self.table['lr'].nunique(), 'learning rate')}",
+            f"with {counted(self.table['seed'].nunique(), 'seed')}",
+        ]
+        return f"<Sweep {' '.join(parts)}{f' in {self.path}' if self.path else ''}>"
+
+    def _repr_html_(self) -> str:
+        from lora_lens.plots._image import drawn
+        from lora_lens.plots.sweeps import tradeoff
+
+        means = seed_means(self.table)
+        shown = means[[c for c in SHOWN if c in means and means[c].notna().any()]].head(MOST_SHOWN)
+        more = f"<p>and {len(means) - MOST_SHOWN} more rows</p>" if len(means) > MOST_SHOWN else ""
+        table = shown.to_html(index=False, float_format="{:.3g}".format, na_rep="", border=0)
+        picture = drawn(
+            lambda figure: tradeoff(self.table, ax=figure.subplots()),
+            "accuracy on the retained task against accuracy on the new task, means over seeds",
+        )
+        return f"<p>{escape(repr(self))}</p>{picture}{table}{more}"
+
+    def _finished(self) -> pd.DataFrame:
+        failed = self.table.get("failed", pd.Series(False, self.table.index)).eq(True)
+        return self.table[~failed]

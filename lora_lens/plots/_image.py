@@ -1,0 +1,43 @@
+"""Pictures as HTML images, each with a text for screen readers."""
+
+from __future__ import annotations
+
+import zlib
+from base64 import b64encode
+from collections.abc import Callable
+from html import escape
+from io import BytesIO
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lora_lens.plots._style import house_style
+
+WIDE = 660  # pixels: on a phone, wider pictures are moved sideways rather than made too small to read
+
+
+def drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] = (8, 4.2)) -> str:
+    """A picture of constant size as an HTML image with a text for screen readers.
+
+    Not ipywidgets' Image: that has no alternative text, and its view fails in some versions of
+    JupyterLab. Drawn without pyplot, so that no figure stays open.
+    """
+    with house_style():
+        figure = Figure(figsize=size)
+        draw(figure)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return as_html(canvas, alt)
+
+
+def as_html(canvas: FigureCanvasAgg, alt: str) -> str:
+    """What is drawn on the canvas."""
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    png = BytesIO()
+    # Speed counts: a picture lives until the next move.
+    pixels.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
+    source = b64encode(png.getvalue()).decode()
+    wide = ' class="ll-wide"' if pixels.width > WIDE else ""
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%"{wide}>'
