@@ -22,8 +22,10 @@ from lora_lens.widgets._run_view import RunView, named_runs, require_task, run_i
 
 HINT = (
     "<div>Pick a point to see its run. Press the mouse on free space and drag to choose runs, or move the "
-    "sliders.</div>"
+    "sliders. Of thousands of runs, one in each crowd can be picked; a rectangle around it shows more.</div>"
 )
+MOST_SPOTS = 500  # points that are buttons: a page with thousands is slow
+FINEST = 0.002  # of accuracy; points nearer than that are one to the eye
 CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
 
 
@@ -86,7 +88,7 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
             f"{inside.sum()} of {len(table)} in colour"
         )
         image = points.html(shown, inside, choice.narrowed(), alt)
-        rows = table[shown].assign(aside=~inside).sort_values(RANGED)
+        rows = _pickable(table[shown].assign(aside=~inside), picked.value).sort_values(RANGED)
         spots = [
             Spot(row["accuracy"], row["retained_accuracy"], run_in_words(row), row["run"], row["aside"])
             for _, row in rows.iterrows()
@@ -113,6 +115,19 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
 def _with_run(table: pd.DataFrame) -> pd.DataFrame:
     """Each row with the name of its run: the store's, or without a store any."""
     return table if "run" in table else table.assign(run=table.index.astype(str))
+
+
+def _pickable(runs: pd.DataFrame, picked: str) -> pd.DataFrame:
+    """At most ``MOST_SPOTS`` of many runs: where they crowd, one stands for its neighbours.
+
+    Chosen runs come before those aside, so that a rectangle around a crowd makes more of it pickable.
+    """
+    first = runs.sort_values("aside", key=lambda aside: aside & (runs["run"] != picked), kind="stable")
+    cell = FINEST
+    while len(first) > MOST_SPOTS:
+        first = first[~(first[RANGED] / cell).round().assign(aside=first["aside"]).duplicated()]
+        cell *= 1.5
+    return first
 
 
 def _best(table: pd.DataFrame) -> int:

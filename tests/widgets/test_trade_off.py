@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex
 import lora_lens as ll
 from lora_lens.widgets._run_choice import RANGED
 from lora_lens.widgets._run_plane import PALE, RunPlane
-from lora_lens.widgets._run_view import KeptRuns, RunView, named_runs
+from lora_lens.widgets._run_view import RunView, named_runs
 
 DIGITS = Path(__file__).parents[2] / "data" / "results" / "digits.jsonl.xz"
 
@@ -216,7 +216,7 @@ def test_under_a_running_loop_the_last_pick_is_shown_in_full(kept):
 
 def test_parts_that_come_too_late_do_not_count_as_shown(kept):
     first, second = kept["run"].iloc[[4, 9]]
-    view = RunView(named_runs(kept), KeptRuns(DIGITS, kept["run"]), None)
+    view = RunView(named_runs(kept), ll.Sweep.open(DIGITS), None)
     late = view.show(first)
     next(late)
     list(view.show(second))
@@ -359,3 +359,18 @@ def test_a_plane_that_cannot_be_shown_is_refused(kept, small, fashion):
         explore(kept.drop(columns="run"), DIGITS)
     with pytest.raises(ValueError, match="no runs of windows placed by position"):
         explore(kept[kept["method"] == "LoRA"])
+
+
+def test_of_ten_thousand_runs_some_hundreds_can_be_picked_and_a_brush_shows_more(kept):
+    random = np.random.default_rng(0)
+    table = pd.concat([kept] * -(-10_000 // len(kept)), ignore_index=True)[:10_000]
+    table = table.assign(run=[f"run {i}" for i in range(len(table))], seed=np.arange(len(table)))
+    for score in ("accuracy", "retained_accuracy"):
+        table[score] = (table[score] + random.normal(0, 0.01, len(table))).clip(0, 1)
+    explorer = ll.widgets.tradeoff_explorer(table)
+    assert 100 < len(spots(explorer)) <= 500
+    best = table.loc[table[["accuracy", "retained_accuracy"]].sum(axis=1).idxmax(), "run"]
+    assert spots(explorer)[best]["aria-pressed"] == "true"
+    before = inside(explorer)
+    brush(explorer, "0.6,0.6,1,1")
+    assert inside(explorer) - before and len(spots(explorer)) <= 500
