@@ -95,7 +95,7 @@ def recommendations(
             evaluations=2,
             **judged_on_training_examples(task, retain, seed),
             **shared,
-        )
+        ).table
         held_out = cell_values(tried, [w.position for w in WINDOWS])
         for name, window in fixed.items():
             yield f"{name}, rate pilot", seed, window, held_out[window.position].idxmax(), steps * len(RATES)
@@ -128,7 +128,7 @@ def main() -> None:
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds)
     for name, path in found.items():
         started = time.monotonic()
-        values = cell_values(ll.experiments.runs(path), [w.position for w in WINDOWS])
+        values = cell_values(ll.Sweep.open(path).table, [w.position for w in WINDOWS])
         for recommendation in recommendations(known[name].setting(), seeds, arguments.store / name):
             rows.append(regret_row(name, recommendation, values))
         print(f"{name}: {(time.monotonic() - started) / 60:.1f} min")

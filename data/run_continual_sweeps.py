@@ -10,7 +10,7 @@
   Fashion-MNIST turned by 90 degrees.
 - texts: all-MiniLM-L6-v2 learns the sentiment in films, products, tweets and newspapers with one head.
 
-``ll.experiments.continual_runs("data/results/split_fashion.jsonl.xz")`` reads a file.
+``ll.experiments.ContinualSweep.open("data/results/split_fashion.jsonl.xz")`` reads a file.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@
 - minilm_attention, minilm_mlp: as minilm, but only one part of each block is trained, by the four last
   windows at one rate. Is it attention, whose weights are nearly singular, that makes the last one forget?
 
-``ll.experiments.runs("data/results/minilm.jsonl.xz")`` reads a file, ``ll.experiments.watched`` what was
+``ll.Sweep.open("data/results/minilm.jsonl.xz")`` reads a file, its ``watched()`` gives what was
 watched.
 """
 

@@ -5,7 +5,7 @@
     python data/run_sweeps.py --store FOLDER     # keep the runs there; finished runs are not run again
 
 Every file holds all its runs with their settings, curves, answers and drift, and the versions that made
-them: ``ll.experiments.runs("data/results/digits.jsonl.xz")`` reads it.
+them: ``ll.Sweep.open("data/results/digits.jsonl.xz")`` reads it.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def require_runs(table: pd.DataFrame) -> list[str]:
     if "run" not in table:
         raise InputError(
             f"the table has no column run; it has {listed(map(str, table.columns), most=20)}; pass what "
-            "ll.sweep or ll.experiments.runs returns"
+            "the table of an ll.Sweep"
         )
     if table.empty:
         raise InputError("the table has no runs; pass the table of an ll.Sweep")

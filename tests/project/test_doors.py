@@ -27,6 +27,7 @@ INSIDE = ("tasks.bundled.PACKAGE",)
 RESULTS = """
 experiments.Advice forgetting.FeatureEnergies forgetting.FeatureNorms forgetting.FeatureSplit
 forgetting.UShape spectrum.Weight tasks.Answers training.Progress Run Spectrum spectrum.Change
+Sweep experiments.ContinualSweep
 spectrum.measures.PowerLaw spectrum.measures.MarchenkoPastur
 """.split()  # noqa: SIM905
 # Bad for most, good for these: a rank, a number of classes or of examples, an accuracy.
@@ -127,16 +128,12 @@ def others(empty: Path) -> dict[str, tuple]:
         "Task": (("a", "b"), task().train, task().test),
         "tasks.Texts": ((0, 1),),
         "advise": (task(), task()),
-        "experiments.answers": (table(),),
         "attach": (window,),
         "adapters.attach_start": (ll.adapters.PeftStart("pissa", 4),),
         "compare": (spectra,),
         "experiments.continual_sweep": ([task()] * 2, ll.experiments.continual.Merged(), ll.Grid([window])),
-        "experiments.continual_drifts": (table(),),
-        "experiments.curves": (table(),),
         "tasks.dataset_corpus": (corpus, "name"),
         "forgetting.drift": (spectra,),
-        "experiments.drifts": (table(),),
         "evaluate": (task(),),
         "export": (folder,),
         "export_residual": (folder,),
@@ -158,7 +155,6 @@ def others(empty: Path) -> dict[str, tuple]:
         "save": (folder,),
         "tasks.text_task": (str.split,),
         "forgetting.u_shape_test": (0.001,),
-        "experiments.watched": (table(),),
         "spectrum.principal_angles": (spectrum(), window),
         "spectrum.overlap": (spectrum(), window),
         "spectrum.overlap_matrix": (spectrum(), 2),
@@ -197,8 +193,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "tasks.rotated": (10,),
         "forgetting.at_matched_accuracy": (drifts(), 0.5),
         "forgetting.at_matched_update": (drifts(), 0.5),
-        "widgets.forgotten_explorer": (folder, task()),
-        "widgets.pair_explorer": (folder,),
+        "widgets.forgotten_explorer": (task(),),
         "widgets.training_explorer": (task(), task()),
         "widgets.window_explorer": (spectra, task()),
     }  # fmt: skip
