@@ -74,7 +74,7 @@ format: $(VENV)/test.installed  ## format code and notebooks, strip notebook out
 	$(BIN)/nbstripout --keep-id $(NOTEBOOKS)
 
 bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK and WeightWatcher (long)
-	@for part in preparation values memory scaling language language_evaluation continual; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
+	@for part in preparation values memory scaling language language_evaluation continual opening; do TQDM_DISABLE=1 $(BIN)/python benchmarks/$$part.py; done
 	@echo "tables and pictures: benchmarks/results"
 
 zoo: $(VENV)/test.installed  ## try every family of timm and transformers; writes tests/zoo/README.md (half an hour)

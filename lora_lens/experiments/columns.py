@@ -131,7 +131,7 @@ def _flat(lists: pa.Array, lengths: np.ndarray, most: np.ndarray) -> pd.Series:
 
 
 def _is_run(file: DirEntry) -> bool:
-    return file.name.endswith(".json") and not file.name.startswith(".")
+    return file.name.endswith(".json")
 
 
 def _stamp(file: DirEntry) -> str:

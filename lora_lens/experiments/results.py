@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ipywidgets import VBox
 
 ORDER = ["method", "rank", "position", "start", "steps", "lr", "seed"]
-SHOWN = ["method", "rank", "position", "start", "lr", "accuracy", "forgetting", "seeds"]  # in a cell
-MOST_SHOWN = 12  # rows
+SHOWN = ["method", "rank", "position", "start"]  # in a cell, beside the scores
+MOST_SHOWN = 15  # rows
 
 
 def require_sweep(value: object) -> None:
@@ -45,16 +45,18 @@ class Kept:
 
     Attributes:
         table: one row per run (of a sequence of tasks several), those that failed with their reason.
-        experiment: what all runs belong to: identity (hashes of the model and of the examples, names of the
-            tasks) and versions (of the packages that made the first runs).
         path: the folder or packed file that keeps the runs; None where nothing was kept on disk.
     """
 
     def __init__(
-        self, table: pd.DataFrame, columns: pa.Table, experiment: Mapping[str, dict], path: Path | None = None
+        self,
+        table: pd.DataFrame,
+        columns: pa.Table,
+        experiment: Mapping[str, dict] | None = None,
+        path: Path | None = None,
     ) -> None:
-        self.table, self.experiment, self.path = table, experiment, path
-        self._columns = columns
+        self.table, self.path = table, path
+        self._columns, self._experiment = columns, experiment
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -68,7 +70,12 @@ class Kept:
             TypeError: ``path`` is no path.
         """
         columns = read_columns(path)
-        return cls(cls._read(columns, path), columns, experiment(path), Path(path))
+        return cls(cls._read(columns, path), columns, path=Path(path))
+
+    @property
+    def experiment(self) -> Mapping[str, dict[str, str]]:
+        """What all runs belong to; as :func:`lora_lens.experiments.experiment`."""
+        return experiment(self.path) if self._experiment is None else self._experiment
 
     def only(self, rows: str | pd.Series | pd.DataFrame) -> Self:
         """The same with some of the runs.
@@ -86,7 +93,7 @@ class Kept:
             table = self.table.query(rows) if isinstance(rows, str) else self.table[rows]
         if table.empty:
             raise InputError(f"no run of {self!r} fits {rows!r}")
-        return type(self)(table, self._columns, self.experiment, self.path)
+        return type(self)(table, self._columns, self._experiment, self.path)
 
     @classmethod
     def _read(cls, columns: pa.Table, path: str | Path) -> pd.DataFrame:
@@ -261,28 +268,38 @@ class Sweep(Kept):
         return len(self.table)
 
     def __repr__(self) -> str:
-        methods = self.table["method"].value_counts(sort=False).index
+        windows = self.table.loc[self.table["method"] == "window", ["rank", "position", "start"]]
+        others = [method for method in self.table["method"].unique() if method != "window"]
         parts = [
             counted(len(self), "run"),
-            f"of {listed(methods, most=4)}",
-            f"at {counted(self.table['lr'].nunique(), 'learning rate')}",
-            f"with {counted(self.table['seed'].nunique(), 'seed')}",
+            *([counted(len(windows.drop_duplicates()), "window")] if len(windows) else []),
+            *([listed(others, most=3)] if others else []),
+            counted(self.table["lr"].nunique(), "learning rate"),
+            counted(self.table["seed"].nunique(), "seed"),
+            *([str(self.path)] if self.path else []),
         ]
-        return f"<Sweep {' '.join(parts)}{f' in {self.path}' if self.path else ''}>"
+        return f"<Sweep: {'; '.join(parts)}>"
 
     def _repr_html_(self) -> str:
         from lora_lens.plots._image import drawn
         from lora_lens.plots.sweeps import tradeoff
 
-        means = seed_means(self.table)
-        shown = means[[c for c in SHOWN if c in means and means[c].notna().any()]].head(MOST_SHOWN)
-        more = f"<p>and {len(means) - MOST_SHOWN} more rows</p>" if len(means) > MOST_SHOWN else ""
-        table = shown.to_html(index=False, float_format="{:.3g}".format, na_rep="", border=0)
+        finished = self._finished()
+        if finished.empty:
+            return f"<p>{escape(repr(self))}</p><p>All runs failed, see the column reason of its table.</p>"
         picture = drawn(
-            lambda figure: tradeoff(self.table, ax=figure.subplots()),
+            lambda figure: tradeoff(finished, ax=figure.subplots()),
             "accuracy on the retained task against accuracy on the new task, means over seeds",
         )
-        return f"<p>{escape(repr(self))}</p>{picture}{table}{more}"
+        rate = finished.groupby("lr")["accuracy"].mean().idxmax()
+        means = seed_means(finished[finished["lr"] == rate])
+        means = means.sort_values("method", key=lambda method: method != "window", kind="stable")
+        scores = {f"{name} (%)": (100 * means[name]).round(1) for name in ("accuracy", "forgetting")}
+        shown = means[[c for c in SHOWN if means[c].notna().any()]].assign(**scores, seeds=means["seeds"])
+        table = shown.head(MOST_SHOWN).to_html(index=False, float_format="{:g}".format, na_rep="", border=0)
+        more = f"<p>and {len(means) - MOST_SHOWN} more</p>" if len(means) > MOST_SHOWN else ""
+        told = f"<p>At learning rate {rate:g}, where most is learnt, means over seeds:</p>"
+        return f"<p>{escape(repr(self))}</p>{picture}{told}{table}{more}"
 
     def _finished(self) -> pd.DataFrame:
         failed = self.table.get("failed", pd.Series(False, self.table.index)).eq(True)

@@ -122,7 +122,8 @@ def _pickable(runs: pd.DataFrame, picked: str) -> pd.DataFrame:
 
     Chosen runs come before those aside, so that a rectangle around a crowd makes more of it pickable.
     """
-    first = runs.sort_values("aside", key=lambda aside: aside & (runs["run"] != picked), kind="stable")
+    later = runs["aside"] & (runs["run"] != picked)
+    first = pd.concat([runs[~later], runs[later]])
     cell = FINEST
     while len(first) > MOST_SPOTS:
         first = first[~(first[RANGED] / cell).round().assign(aside=first["aside"]).duplicated()]

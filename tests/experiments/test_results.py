@@ -43,7 +43,7 @@ def test_some_of_the_runs_are_chosen_by_a_query_a_mask_or_rows(stored):
         pd.testing.assert_frame_equal(some.table, rows)
         assert set(some.curves()["run"]) == set(rows["run"])
     assert len(stored.only("lr == 0.005").only("seed == 0")) < len(stored.only("lr == 0.005"))
-    with pytest.raises(ValueError, match=r"no run of <Sweep .* fits 'seed == 77'"):
+    with pytest.raises(ValueError, match=r"no run of <Sweep: .* fits 'seed == 77'"):
         stored.only("seed == 77")
 
 
@@ -68,17 +68,20 @@ def test_fair_comparisons_are_those_of_the_library(stored):
 
 def test_in_a_cell_a_sweep_is_a_picture_and_a_short_table(stored):
     shown = stored._repr_html_()
-    assert shown.count("<img alt=") == 1 and shown.count("<tr>") <= 14 and "more rows" in shown
-    rates, seeds = (stored.table[column].nunique() for column in ("lr", "seed"))
-    assert repr(stored).startswith(f"<Sweep {len(stored)} runs of ") and "window" in repr(stored)
-    assert repr(stored).endswith(f"at {rates} learning rates with {seeds} seeds in {DIGITS}>")
+    assert shown.count("<img alt=") == 1 and shown.count("<tr") <= 16 and "where most is learnt" in shown
+    assert repr(stored) == (
+        f"<Sweep: {len(stored)} runs; 9 windows; 8 random components, seed 0, LoRA; 4 learning rates; "
+        f"5 seeds; {DIGITS}>"
+    )
+    lost = stored.table.assign(failed=True, reason="no memory")
+    assert "All runs failed" in stored.only(lost)._repr_html_()
 
 
 def test_plots_explorers_and_reports_take_a_sweep(stored, tmp_path):
     some = stored.only("lr == 0.005")
     assert ll.plots.tradeoff(some).get_xlabel() == ll.plots.tradeoff(some.table).get_xlabel()
     assert isinstance(some.explore(), VBox)
-    assert some.report(tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert some.report(tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_a_table_alone_is_refused_where_more_is_needed(stored):
@@ -91,6 +94,6 @@ def test_sequences_of_tasks_are_no_sweep():
     with pytest.raises(ValueError, match=r"open them with ll\.experiments\.ContinualSweep"):
         ll.Sweep.open(split)
     found = ll.experiments.ContinualSweep.open(split)
-    assert "sequences by" in repr(found) and len(repr(found)) < 200
+    assert "sequences; " in repr(found) and len(repr(found)) < 200
     assert "<table" in found._repr_html_()
     pd.testing.assert_frame_equal(found.scores(), ll.experiments.continual.continual_scores(found.table))

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 import lora_lens as ll
+from lora_lens._base.files import write_atomically
 from lora_lens.forgetting.examples import (
     confusion,
     forgetting_interval,
@@ -224,6 +225,6 @@ def test_a_sweep_keeps_the_answers_of_every_run(patch_vit, digits, source, tmp_p
     for path in (tmp_path / "s" / "runs").iterdir():
         record = json.loads(path.read_bytes())
         del record["items"]
-        ll.experiments.store.write_atomically(path, record)
+        write_atomically(path, record)
     with pytest.raises(ValueError, match="was kept without its answers, by an earlier version"):
         ll.Sweep.open(tmp_path / "s").only(table).answers()

@@ -488,10 +488,9 @@ def test_tables_that_make_no_report_leave_the_old_one(table, store, tmp_path):
         (table.assign(accuracy=np.nan), {}, ValueError, "no run of the table has a value of accuracy"),
         (mixed, {}, ValueError, r"mixes values of steps; report one at a time, such as the first: table\["),
         (pd.concat([table, table]), {}, ValueError, "holds some runs twice"),
-        (table, {"accuracy": 0.8}, ValueError, "pass store=, too"),
-        (table, {"accuracy": 80, "store": store}, ValueError, "must be a share"),
-        (unknown, {"store": store}, FileNotFoundError, "holds no run window"),
-        (table, {"store": tmp_path / "nothing"}, FileNotFoundError, "no results folder"),
+        (table, {"accuracy": 0.8}, ValueError, r"pass the ll\.Sweep"),
+        (ll.Sweep.open(store), {"accuracy": 80}, ValueError, "must be a share"),
+        (ll.Sweep.open(store).only(unknown), {}, FileNotFoundError, "holds no run window"),
     ):
         with pytest.raises(error, match=message):
             ll.reports.report(wrong, path, **options)

@@ -178,20 +178,20 @@ def test_what_the_store_lacks_is_said_in_place_and_the_rest_works(table, folder,
         and "window at 0 by" not in drift
         and "B: window at 0.5 by" in drift
     )
-    assert f"Not shown of A: window at 0: run {a.iloc[0]} was kept without its update" in written(explorer)
-    assert f"Not shown: run {a.iloc[0]} was kept without its answers" in text(explorer)
+    assert "Not shown of A: window at 0: no run in" in written(explorer)
+    assert f"Not shown: run {a.iloc[0]} in {earlier} was kept without its answers" in text(explorer)
     control(explorer, "A").value = "LoRA"
     assert "Not shown" not in text(explorer) and "Forgotten by both" in text(explorer)
     (earlier / "runs" / f"{a.iloc[1]}.json").unlink()
     explorer = pair_explorer(ll.Sweep.open(earlier).only(table))
     control(explorer, "learning rate of A").value = 0.01
-    assert f"does not hold run {a.iloc[1]}" in text(explorer) and rows(explorer) and shows_results(explorer)
+    assert f"holds no run {a.iloc[1]}" in text(explorer) and rows(explorer) and shows_results(explorer)
 
 
 def test_without_any_drift_the_reason_stands_in_its_place(table, folder, tmp_path):
     nothing = without(folder, table["run"], ("drift", "features"), tmp_path / "nothing")
     explorer = pair_explorer(ll.Sweep.open(nothing).only(table))
-    assert len(pictures(explorer)) == 1 and text(explorer).count("Not shown: A: window at 0: run") == 1
+    assert len(pictures(explorer)) == 1 and text(explorer).count("Not shown: A: window at 0: no run in") == 1
 
 
 def test_two_windows_without_positions_and_other_methods_will_do(table):
@@ -202,7 +202,7 @@ def test_two_windows_without_positions_and_other_methods_will_do(table):
 
 def test_what_cannot_be_compared_is_refused(table, fashion):
     for bad, words in (
-        (table.iloc[:0], "no run of <Sweep .* fits"),
+        (table.iloc[:0], "no run of <Sweep: .* fits"),
         (table.drop(columns="forgetting"), "no column forgetting"),
         (table.drop(columns="run"), "no column run"),
         (table[table["position"] == 0], "at least two windows or methods; this table has window at 0 only"),

@@ -181,8 +181,8 @@ class ContinualSweep(Kept):
 
     def __repr__(self) -> str:
         strategies = listed(self.table["strategy"].unique(), most=4)
-        where = f" in {self.path}" if self.path else ""
-        return f"<ContinualSweep {counted(self.table['run'].nunique(), 'sequence')} by {strategies}{where}>"
+        where = f"; {self.path}" if self.path else ""
+        return f"<ContinualSweep: {counted(self.table['run'].nunique(), 'sequence')}; {strategies}{where}>"
 
     def _repr_html_(self) -> str:
         means = score_means(self.scores())

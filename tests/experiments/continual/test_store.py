@@ -192,8 +192,6 @@ def test_a_folder_and_its_packed_file_tell_the_same(tmp_path):
         *(ll.experiments.ContinualSweep.open(place).only(table).drifts() for place in (store, packed))
     )
     for place in (store, packed):
-        with pytest.raises(ValueError, match="holds sequences of tasks, which have no curves"):
-            ll.Sweep.open(place).only(table).curves()
         with pytest.raises(
             ValueError, match=r"holds sequences of tasks; open them with ll\.experiments\.ContinualSweep"
         ):
