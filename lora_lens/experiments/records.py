@@ -45,7 +45,7 @@ def require_runs(table: pd.DataFrame) -> list[str]:
         raise InputTypeError(f"table must be the table of an ll.Sweep, not {shown(table)}")
     if "run" not in table:
         raise InputError(
-            f"the table has no column run; it has {listed(map(str, table.columns), most=20)}; pass what "
+            f"the table has no column run; it has {listed(map(str, table.columns), most=20)}; pass "
             "the table of an ll.Sweep"
         )
     if table.empty:
