@@ -14,10 +14,10 @@ from torch import nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
-from lora_lens._base.schema import require_store
 from lora_lens._base.validate import instance, known_settings, number, seed_number, sequence, whole_number
 from lora_lens.adapters.attaching import planned
 from lora_lens.experiments.advisor import Advice, checked_weight, in_words, value_of
+from lora_lens.experiments.records import store_path
 from lora_lens.experiments.sweeps import Grid, sweep
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
 from lora_lens.spectrum.spectrum import SpectrumSet, spectra as compute_spectra
@@ -112,7 +112,7 @@ def advise(
     budget = None if budget is None else whole_number(budget, "budget", least=0)
     training_with({key: settings[key] for key in settings if key in SETTINGS}, "advise")
     if store is not None:
-        require_store(store)
+        store_path(store)
     if retain is None:
         raise InputError(
             "advice needs the task that the model knows: its forgetting is half of what is weighed"
