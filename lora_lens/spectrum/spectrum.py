@@ -239,7 +239,7 @@ def spectra(
         device: where to compute; default where each weight lies. It needs float64, so the CPU
             stands in for "mps".
         cache: keep all factors of large weights on disk and find them there by the weight's
-            content; see :class:`lora_lens.spectrum.SpectrumCache`.
+            content; see :class:`lora_lens.spectrum.cache.SpectrumCache`.
         progress: show a bar when it takes longer than a moment.
 
     Returns:

@@ -57,7 +57,7 @@ def clickable(
     their direction, Page Up and Page Down along their order, Home and End to its ends; Enter and Space pick.
 
     Args:
-        image: HTML of the figure of ``ax``, from :func:`lora_lens.widgets._explorer.drawn` or of a
+        image: HTML of the figure of ``ax``, from :func:`lora_lens.plots._image.drawn` or of a
             :class:`lora_lens.widgets._explorer.Picture`. It must be drawn, or the Axes have no place yet.
         ax: the Axes that the spots lie in. Those without a finite place are left out.
         name: of the points together, for screen readers.

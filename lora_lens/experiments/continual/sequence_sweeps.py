@@ -139,7 +139,7 @@ def continual_sweep(
 
 
 class ContinualSweep(Kept):
-    """Sequences of tasks, as :func:`continual_sweep` gives them; see :class:`~lora_lens.experiments.Kept`."""
+    """Sequences of tasks, as :func:`continual_sweep` gives them; see :class:`~lora_lens.experiments.results.Kept`."""
 
     @classmethod
     def of(cls, records: list[dict], experiment: Mapping, path: Path | None = None) -> Self:
@@ -176,7 +176,7 @@ class ContinualSweep(Kept):
         return found
 
     def scores(self) -> pd.DataFrame:
-        """What each sequence learnt and forgot; as :func:`lora_lens.experiments.continual_scores`."""
+        """What each sequence learnt and forgot; as :func:`lora_lens.experiments.continual.continual_scores`."""
         return continual_scores(self.table)
 
     def __repr__(self) -> str:
