@@ -41,7 +41,7 @@ def require_sweep(value: object) -> None:
 
 
 class Kept:
-    """Runs and what was kept of each; :class:`Sweep` and its kin.
+    """A table of runs, and what was kept of each; :class:`Sweep` and its kin.
 
     Attributes:
         table: one row per run (of a sequence of tasks several), those that failed with their reason.
@@ -119,7 +119,11 @@ class Kept:
 
 
 class Sweep(Kept):
-    """The runs of a sweep; see :class:`Kept` for its attributes.
+    """The runs of a sweep.
+
+    Attributes:
+        table: one row per run, those that failed with their reason; see :func:`lora_lens.sweep`.
+        path: the folder or packed file that keeps the runs; None where nothing was kept on disk.
 
     Plots, explorers and reports take a sweep where they take its table.
 

@@ -63,6 +63,12 @@ class Spectrum:
     right: Tensor | None = None
     components: Tensor | None = None
 
+    def __repr__(self) -> str:
+        held = "all" if self.has_all_vectors else 0 if self.left is None else self.left.shape[1]
+        largest = f", the largest {self.singular_values[0]:.4g}" if self.k else ""
+        shape = " x ".join(map(str, self.shape))
+        return f"<Spectrum of {self.name}, {shape}: {self.k} singular values{largest}; {held} vectors>"
+
     @property
     def k(self) -> int:
         """The number of components."""

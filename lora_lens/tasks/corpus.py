@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import listed
@@ -43,6 +44,9 @@ class Texts:
                 f"(rows {listed(map(str, empty), most=5)}); leave them out, with their labels"
             )
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} Texts, the first {shorten(self.texts[0], 60, placeholder=' ...')!r}>"
+
     def __len__(self) -> int:
         return len(self.texts)
 
@@ -61,6 +65,10 @@ class Corpus:
     classes: tuple[str, ...]
     train: Texts
     test: Texts
+
+    def __repr__(self) -> str:
+        classes = f"classes {listed(self.classes, most=4)}" if self.classes else "plain text"
+        return f"<Corpus {self.name}: {classes}; {len(self.train)} training, {len(self.test)} test texts>"
 
     def __post_init__(self) -> None:
         instance(self.name, str, "name", "a string")

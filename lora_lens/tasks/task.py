@@ -58,6 +58,9 @@ class Examples:
             raise InputError("inputs hold NaN or infinite values")
         object.__setattr__(self, "labels", self.labels.long())
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} Examples of shape {tuple(self.inputs.shape[1:])}>"
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -127,6 +130,10 @@ class Task:
     test: Examples
     pooling: str = "model"
     head: nn.Linear | None = None
+
+    def __repr__(self) -> str:
+        kind, parts = type(self).__name__, f"{len(self.train)} training, {len(self.test)} test examples"
+        return f"<{kind} {self.name}: {len(self.classes)} classes; {parts}>"
 
     def __post_init__(self) -> None:
         self._check_parts()

@@ -46,6 +46,9 @@ class TokenExamples:
         if int(self.lengths.min()) < 1 or int(self.lengths.sum()) != len(self.tokens):
             raise InputError("every text needs at least one token, and the lengths must add up to the tokens")
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} TokenExamples of {self.lengths.min()} to {self.lengths.max()} tokens>"
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -60,6 +60,12 @@ class Run:
     watched: pd.DataFrame | None = field(default=None, repr=False)
     stopped: bool = False
 
+    def __repr__(self) -> str:
+        ended = " diverged" if self.diverged else " was stopped" if self.stopped else ""
+        done = f"{int(self.curve['step'].iloc[-1])} steps at rate {self.config.lr:g}{ended}"
+        scores = f"accuracy {100 * self.accuracy:.1f}%, forgetting {100 * self.forgetting:.1f} points"
+        return f"<Run of {done}: {scores}, {self.seconds:.0f} s>"
+
     @property
     def accuracy(self) -> float:
         """Test accuracy on the new task after the last step, in [0, 1]."""

@@ -17,6 +17,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import lora_lens as ll
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
@@ -79,8 +81,6 @@ def test_tests_lie_where_the_modules_lie():
 
 
 def test_all_public_names_exist_and_are_documented():
-    import lora_lens as ll
-
     assert 30 <= len(ll.__all__) <= 40
     rooms = [ll, *(getattr(ll, name) for name in ll.__all__ if isinstance(getattr(ll, name), ModuleType))]
     for room in rooms:
@@ -128,3 +128,12 @@ def test_the_readme_s_example_runs():
     short = example.replace("steps=150", "steps=5, evaluations=2")
     assert short != example
     subprocess.run([sys.executable, "-c", short], check=True, cwd=ROOT)
+
+
+def test_what_people_evaluate_in_a_cell_fits_on_a_line(model, source, digits, spectra):
+    run = ll.finetune(ll.attach(model, ll.LoRA(2)), digits.first(8, 8), steps=1, progress=False)
+    corpus = ll.tasks.bundled_texts.sentiment("movies")
+    for value in (spectra, spectra["blocks.0.attn.qkv"], source, source.train, corpus, corpus.train, run):
+        assert len(repr(value)) < 500 and "\n" not in repr(value)
+    assert repr(source) == "<Task fashion_mnist: 10 classes; 10000 training, 10000 test examples>"
+    assert repr(run).startswith("<Run of 1 steps at rate 0.001: accuracy ")

@@ -139,7 +139,12 @@ def continual_sweep(
 
 
 class ContinualSweep(Kept):
-    """Sequences of tasks, as :func:`continual_sweep` gives them; see :class:`~lora_lens.experiments.results.Kept`."""
+    """Sequences of tasks: what each learnt and forgot, and what was kept of it.
+
+    Attributes:
+        table: one row per sequence, number of tasks trained and task; see :func:`continual_sweep`.
+        path: the folder or packed file that keeps the sequences; None where nothing was kept on disk.
+    """
 
     @classmethod
     def of(cls, records: list[dict], experiment: Mapping, path: Path | None = None) -> Self:
@@ -176,7 +181,7 @@ class ContinualSweep(Kept):
         return found
 
     def scores(self) -> pd.DataFrame:
-        """What each sequence learnt and forgot; as :func:`lora_lens.experiments.continual.continual_scores`."""
+        """What each sequence learnt and forgot: :func:`~lora_lens.experiments.continual.continual_scores`."""
         return continual_scores(self.table)
 
     def __repr__(self) -> str:
