@@ -20,7 +20,8 @@ from lora_lens.experiments.advisor import Advice, checked_weight, in_words, valu
 from lora_lens.experiments.records import store_path
 from lora_lens.experiments.sweeps import Grid, sweep
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
-from lora_lens.spectrum.spectrum import SpectrumSet, spectra as compute_spectra
+from lora_lens.spectrum.factorizing import spectra as compute_spectra
+from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement, Window, windows as evenly_spaced
 from lora_lens.tasks.task import Task
 from lora_lens.training.settings import MOST_STEPS, SETTINGS, training_with

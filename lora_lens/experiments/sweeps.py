@@ -45,8 +45,9 @@ from lora_lens.forgetting.basis_rotation import rotations
 from lora_lens.forgetting.neighbours import neighbour_agreement
 from lora_lens.forgetting.representations import difference
 from lora_lens.forgetting.weight_drift import drift, drift_between
+from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
-from lora_lens.spectrum.spectrum import SpectrumSet, spectra as compute_spectra
+from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement, Window
 from lora_lens.tasks.evaluation import example_features
 from lora_lens.tasks.task import Task

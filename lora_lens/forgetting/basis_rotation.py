@@ -23,7 +23,8 @@ from lora_lens.forgetting.weight_drift import (
     start_rows,
 )
 from lora_lens.spectrum.comparison import Side, compare
-from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet, factorize
+from lora_lens.spectrum.factorizing import factorize
+from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Window
 
 

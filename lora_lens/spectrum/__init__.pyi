@@ -9,6 +9,7 @@ from .comparison import (
     principal_angles as principal_angles,
     rotation as rotation,
 )
+from .factorizing import factorize as factorize, spectra as spectra
 from .layers import target_layers as target_layers
 from .patterns import part_of as part_of
 from .placement import (
@@ -21,10 +22,5 @@ from .placement import (
     SpreadComponents as SpreadComponents,
 )
 from .sources.matrices import Weight as Weight, weights as weights
-from .spectrum import (
-    Spectrum as Spectrum,
-    SpectrumSet as SpectrumSet,
-    factorize as factorize,
-    spectra as spectra,
-)
+from .spectrum import Spectrum as Spectrum, SpectrumSet as SpectrumSet
 from .window import Placement as Placement, Window as Window, windows as windows

@@ -1,43 +1,24 @@
 """The spectrum of a weight: its singular values and vectors, computed once and then sliced.
 
-``spectra(model)`` factorizes every matching weight; windows, adapters and
-plots read from the result and never factorize again.
+:func:`lora_lens.spectra` makes them; windows, adapters and plots read from them and never factorize again.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_lens._base.devices import checked_device
-from lora_lens._base.errors import InputError, InputTypeError
-from lora_lens._base.naming import Targets, block_and_kind, listed
-from lora_lens._base.progress import progress_bar
-from lora_lens._base.threads import limited_threads, thread_count
-from lora_lens._base.torch_tools import check_finite
-from lora_lens._base.validate import flag, instance, sequence, suggestion
+from lora_lens._base.errors import InputError
+from lora_lens._base.naming import block_and_kind, listed
+from lora_lens._base.validate import flag, instance, sequence
 from lora_lens.spectrum import measures
-from lora_lens.spectrum.cache import SpectrumCache, weight_key
-from lora_lens.spectrum.sources.matrices import Weight, weights
-from lora_lens.spectrum.svd import Factors, product_svd, singular_values, some_components, thin_svd
-from lora_lens.spectrum.window import Placement, Window, require_fit
+from lora_lens.spectrum.window import Placement
 
-Vectors = bool | Sequence[Placement] | Mapping[str, Iterable[Placement]]
-
-METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
-CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
-WORTH_PICKING = 3  # computing some components pays when there are this many times more
 WINDOW = "a window or other placement, such as ll.Window.middle(8)"
-SIDE_BY_SIDE = 2**22  # entries from which on a matrix gets all threads, instead of one beside others
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,192 +201,3 @@ class SpectrumSet(Mapping[str, Spectrum]):
                 row |= {"alpha": fit.alpha, "distance": fit.distance, "tail": fit.tail}
             rows.append(row)
         return pd.DataFrame(rows)
-
-
-def spectra(
-    source: nn.Module | str | Path,
-    targets: Targets = None,
-    *,
-    vectors: bool | Placement | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
-    split_qkv: bool = False,
-    device: torch.device | str | None = None,
-    cache: bool = True,
-    progress: bool = True,
-) -> SpectrumSet:
-    """Factorize every matching weight of ``source`` once.
-
-    Args:
-        source: a model, a ``.safetensors`` or ``.gguf`` file, a folder of shards or of a PEFT
-            adapter; see :func:`lora_lens.spectrum.weights`. Files are read one matrix at a time.
-        targets: which layers, see there; default all linear layers but the classifier.
-        vectors: True for all singular vectors; windows or other placements for theirs alone, in less
-            time and memory, or by weight name those for each; False for the singular values only, which
-            is enough for tables and most pictures.
-        split_qkv: fused q, k and v as three weights, see there.
-        device: where to compute; default where each weight lies. It needs float64, so the CPU
-            stands in for "mps".
-        cache: keep all factors of large weights on disk and find them there by the weight's
-            content; see :class:`lora_lens.spectrum.cache.SpectrumCache`.
-        progress: show a bar when it takes longer than a moment.
-
-    Returns:
-        One :class:`Spectrum` per weight, on the CPU, computed in float64. Weights of up to 4 M
-        entries are factorized side by side, as many as ``torch.get_num_threads()``.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values,
-            a window does not fit, ``device`` is not there, or as :func:`lora_lens.spectrum.weights`.
-    """
-    chosen, place = _checked_vectors(vectors), checked_device(device)
-    cache, progress = flag(cache, "cache"), flag(progress, "progress")
-    found = weights(source, targets, split_qkv)
-    if isinstance(chosen, Mapping):
-        for name in chosen.keys() - {weight.name for weight in found}:
-            meant = suggestion(name, [weight.name for weight in found])
-            raise InputError(f"vectors names {name!r}, which is not among the weights{meant}")
-    live = isinstance(source, nn.Module)
-    for weight in found:  # meet what is wrong before the work starts
-        wanted = _wanted(chosen, weight.name)
-        for placement in [] if weight.factors or isinstance(wanted, bool) else wanted:
-            _require_room(placement, min(weight.shape), weight.name)
-        if live:
-            check_finite(weight.name, weight.load())
-    kept = SpectrumCache() if cache and chosen else None
-    work = partial(_spectrum, vectors=chosen, device=place, cache=kept, checked=live)
-    done: dict[str, Spectrum] = {}
-    with progress_bar(total=len(found), shown=progress, desc="spectra", unit="weight", delay=0.5) as bar:
-        for spectrum in _side_by_side(work, found):
-            done[spectrum.name] = spectrum
-            bar.update()
-    return SpectrumSet([done[weight.name] for weight in found])
-
-
-def _checked_vectors(vectors: object) -> Vectors:
-    if isinstance(vectors, (bool, np.bool_)):
-        return bool(vectors)
-    if isinstance(vectors, Mapping) and vectors:
-        return {name: _placements(given, f"vectors[{name!r}]") for name, given in vectors.items()}
-    return _placements(() if isinstance(vectors, Mapping) else vectors, "vectors")
-
-
-def _placements(given: object, name: str) -> tuple[Placement, ...]:
-    what = "windows or other placements"
-    if given is None or isinstance(given, (str, int)):
-        raise InputTypeError(
-            f"{name} must be True, False or {what}, such as [ll.Window.middle(8)], not {given!r}"
-        )
-    found = sequence(given, name, what, one=Placement)
-    for placement in found:
-        instance(placement, Placement, name, f"{what}, such as [ll.Window.middle(8)]")
-    if not found and name == "vectors":
-        raise InputError("vectors is empty: give False for the singular values alone, or windows")
-    return found
-
-
-def _wanted(vectors: Vectors, name: str) -> bool | Sequence[Placement]:
-    return vectors.get(name, ()) if isinstance(vectors, Mapping) else vectors
-
-
-def _require_room(placement: Placement, k: int, name: str) -> None:
-    """Before the singular values are known: whether the placement can fit at all."""
-    require_fit(placement.rank, k, name)
-    if isinstance(placement, Window):
-        placement.slice(k, name)
-
-
-def _union(placements: Sequence[Placement], values: Tensor, name: str) -> Tensor:
-    every = torch.arange(len(values))
-    return torch.cat([every[p.chosen(values, name)] for p in placements]).unique()
-
-
-def factorize(name: str, weight: Tensor) -> Spectrum:
-    """The spectrum of one (out_features, in_features) weight, exact to float64 rounding.
-
-    Raises:
-        TypeError: ``name`` is no string, or ``weight`` no tensor.
-        ValueError: the weight is no matrix.
-    """
-    instance(name, str, "name", "the layer's name")
-    instance(weight, Tensor, "weight", "a matrix, (out_features, in_features)")
-    if weight.ndim != 2:
-        raise InputError(f"weight must be a matrix, (out_features, in_features), not {tuple(weight.shape)}")
-    return _packed(name, tuple(weight.shape), thin_svd(weight.detach()))
-
-
-def _packed(
-    name: str, shape: tuple[int, int], factors: Factors, components: Tensor | None = None
-) -> Spectrum:
-    # Contiguous, so that products with fresh factors round as with those from the cache.
-    left, values, right = (factor.cpu() for factor in factors)
-    return Spectrum(name, shape, values, left.float().contiguous(), right.float().contiguous(), components)
-
-
-def _side_by_side(work: Callable[[Weight], Spectrum], found: Sequence[Weight]) -> Iterator[Spectrum]:
-    """In the order of completion. LAPACK gains little from threads on small matrices, so each gets one."""
-    threads = thread_count()
-    small = [w for w in found if math.prod(w.shape) < SIDE_BY_SIDE]
-    large = [w for w in found if math.prod(w.shape) >= SIDE_BY_SIDE]
-    yield from _in_workers(work, small, workers=threads, blas=1)
-    yield from _in_workers(work, large, workers=1, blas=threads)
-
-
-def _in_workers(
-    work: Callable[[Weight], Spectrum], found: Sequence[Weight], workers: int, blas: int
-) -> Iterator[Spectrum]:
-    """BLAS shares a matrix among ``blas`` threads; torch's own, which would wait spinning, are off."""
-    if not found:
-        return
-    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
-    with limited_threads(1, blas):
-        try:
-            for finished in as_completed([pool.submit(work, weight) for weight in found]):
-                yield finished.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _spectrum(
-    weight: Weight,
-    vectors: Vectors,
-    device: torch.device | None,
-    cache: SpectrumCache | None,
-    checked: bool,
-) -> Spectrum:
-    wanted = _wanted(vectors, weight.name)
-    if weight.factors is not None:
-        b, a = (factor.to("cpu", torch.float64) for factor in weight.factors())
-        check_finite(weight.name, b)
-        check_finite(weight.name, a)
-        left, values, right = product_svd(b, a)
-        if not wanted:
-            return Spectrum(weight.name, weight.shape, values)
-        return _packed(weight.name, weight.shape, (left, values, right))
-    matrix = weight.load().detach()
-    if not checked:
-        check_finite(weight.name, matrix)
-    if not wanted:
-        return Spectrum(weight.name, weight.shape, singular_values(_placed(matrix, device)).cpu())
-    k = min(weight.shape)
-    large = k >= CACHED_FROM
-    key = weight_key(matrix, _method(matrix, device)) if cache and large else ""
-    if key and (known := cache.get(key)) is not None:
-        return _packed(weight.name, weight.shape, known)
-    if large and wanted is not True and WORTH_PICKING * sum(p.rank for p in wanted) <= k:
-        choose = partial(_union, wanted, name=weight.name)
-        factors, components = some_components(_placed(matrix, device), choose)
-        return _packed(weight.name, weight.shape, factors, components)
-    spectrum = factorize(weight.name, _placed(matrix, device))
-    if key:
-        cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)
-    return spectrum
-
-
-def _method(matrix: Tensor, device: torch.device | None) -> str:
-    """What the factors depend on besides the matrix: accelerators round them otherwise."""
-    kind = (matrix.device if device is None else device).type
-    return METHOD if kind in ("cpu", "mps") else f"{METHOD}, {kind}"
-
-
-def _placed(matrix: Tensor, device: torch.device | None) -> Tensor:
-    place = matrix.device if device is None else device
-    return matrix.cpu() if place.type == "mps" else matrix.to(place)

@@ -21,7 +21,8 @@ from lora_lens.adapters.attaching import attach, chosen_layers, planned
 from lora_lens.adapters.methods import FullFineTuning, LoRA, Method
 from lora_lens.plots.spectra import some_spectra
 from lora_lens.plots.sweeps import learning_curves
-from lora_lens.spectrum.spectrum import SpectrumSet, spectra as compute_spectra
+from lora_lens.spectrum.factorizing import spectra as compute_spectra
+from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Window
 from lora_lens.tasks.task import Task
 from lora_lens.training.loop import Progress, Run, finetune

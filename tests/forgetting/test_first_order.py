@@ -10,7 +10,7 @@ from torch import nn
 import lora_lens as ll
 from lora_lens.adapters.injection import lora_layers
 from lora_lens.forgetting.first_order import LayerSums, foresee
-from lora_lens.spectrum.spectrum import factorize
+from lora_lens.spectrum.factorizing import factorize
 from lora_lens.tasks.linear_probe import drawn, fitted_head
 from lora_lens.tasks.readouts import features_of
 

@@ -26,7 +26,7 @@ from lora_lens.spectrum.cache import (
     default_folder,
     weight_key,
 )
-from lora_lens.spectrum.spectrum import factorize
+from lora_lens.spectrum.factorizing import factorize
 
 KEYS = [f"{i:064x}" for i in range(8)]
 

@@ -18,7 +18,7 @@ from lora_lens.spectrum.comparison import (
     principal_angles,
     rotation,
 )
-from lora_lens.spectrum.spectrum import factorize
+from lora_lens.spectrum.factorizing import factorize
 
 SIDES = ["left", "right"]
 

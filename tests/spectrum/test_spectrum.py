@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.spectrum.spectrum import factorize
+from lora_lens.spectrum.factorizing import factorize
 from lora_lens.spectrum.svd import some_components, thin_svd
 
 

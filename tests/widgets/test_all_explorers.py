@@ -376,14 +376,11 @@ def test_bad_arguments_are_refused_in_one_line(narrow, narrow_spectra, digits, c
     assert "\n" not in str(error.value)
 
 
-def test_table_store_and_task_may_not_be_exchanged(table, digits, tmp_path):
-    explorers = ll.widgets
-    for explorer in (explorers.tradeoff_explorer, explorers.pair_explorer, explorers.comparison_explorer):
-        with pytest.raises(TypeError, match="a store is read with"):
-            explorer(tmp_path, table)
-        with pytest.raises(TypeError, match="store must be the folder or file"):
-            explorer(table, table)
-    with pytest.raises(TypeError, match="must be a Task"):
-        explorers.forgotten_explorer(table, tmp_path, None)
-    with pytest.raises(FileNotFoundError, match="no results folder"):
-        explorers.pair_explorer(table, tmp_path / "none")
+def test_what_is_no_sweep_is_refused_in_words(table, tmp_path):
+    for explorer in (ll.widgets.tradeoff_explorer, ll.widgets.comparison_explorer):
+        with pytest.raises(TypeError, match=r"a store is opened with ll\.Sweep\.open"):
+            explorer(tmp_path)
+    for explorer in (ll.widgets.pair_explorer, ll.widgets.forgotten_explorer):
+        for given in (tmp_path, table):
+            with pytest.raises(TypeError, match=r"sweep must be an ll\.Sweep, from ll\.sweep"):
+                explorer(given, None)

@@ -10,8 +10,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lora_lens.plots._image import drawn
 from lora_lens.widgets._clickable import Spot, brushed_ranges, brushed_text, clickable, picked_text
-from lora_lens.widgets._explorer import Picture, drawn
+from lora_lens.widgets._explorer import Picture
 
 SPOTS = [Spot(0.1, 1, "first", "a"), Spot(0.9, 3, "second", "b", aside=True), Spot(0.5, 9, "third", "c")]
 
