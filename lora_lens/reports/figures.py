@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from lora_lens._base.errors import LoraLensError
 from lora_lens.forgetting.fair_comparison import at_matched_accuracy, at_own_best_rate, rate_robustness
 from lora_lens.plots.settings import by_setting
 from lora_lens.plots.sweeps import accuracy_curve, forgetting_curve, tradeoff
 from lora_lens.plots.trade_offs import comparison, fronts_by_method, robustness, surface
-from lora_lens.reports.page import figure, heading, paragraph, plain, points
-from lora_lens.reports.words import Pieces, names_of, parts_by_rank, placed, titled
+from lora_lens.reports.page import Piece, picture, plain, points
+from lora_lens.reports.words import names_of, parts_by_rank, placed, titled
 
 
-def figures_section(table: pd.DataFrame) -> Pieces:
+def figures_section(table: pd.DataFrame) -> list[Piece]:
     """The pictures of a sweep, for each rank of windows its own."""
     pieces = _by_rank(table)
     for part, rows in parts_by_rank(table):
-        pieces += [heading(part.capitalize(), 3)] if part else []
-        pieces += _curves_of(rows) + _plane_of(rows)
-        pieces += _over_rates_if_any(rows)
+        pieces += [{"heading": part.capitalize()}] if part else []
+        pieces += _at_each_rate(rows)
+        try:
+            pieces += _over_rates(rows)
+        except LoraLensError as error:  # a half-finished sweep has no best rate yet
+            pieces.append(f"No pictures over learning rates: {error}.")
     return pieces
 
 
-def _by_rank(table: pd.DataFrame) -> Pieces:
+def _by_rank(table: pd.DataFrame) -> list[Piece]:
     windows = placed(table)
     if windows["rank"].nunique() == 1 or table["lr"].nunique() > 1 or "variant" in table or windows.empty:
         return []
@@ -38,7 +39,7 @@ def _by_rank(table: pd.DataFrame) -> Pieces:
         for mean in [rows.groupby("position")["forgetting"].mean()]
     )
     return [
-        figure(
+        picture(
             partial(by_setting, table, "rank"),
             f"Line chart of forgetting against the position of the window, one line per rank: {told}.",
             "One line per rank: mean over seeds, in a band from lowest to highest. Dashed lines are LoRA.",
@@ -46,17 +47,23 @@ def _by_rank(table: pd.DataFrame) -> Pieces:
     ]
 
 
-def _curves_of(table: pd.DataFrame) -> Pieces:
+def _at_each_rate(table: pd.DataFrame) -> list[Piece]:
+    plane = picture(
+        partial(tradeoff, table),
+        "Scatter of accuracy on the retained task against accuracy on the new task, one point per window or "
+        "method and learning rate; the numbers are in the tables at equal learning rates.",
+        "Means over seeds. The line joins the points that no other point beats on both tasks.",
+        height=4.8,
+    )
     if placed(table).empty:
-        return [paragraph("No curves over positions: the table has no windows placed by position.")]
+        return ["No curves over positions: the table has no windows placed by position.", plane]
     reading = (
         "One line per learning rate: mean over seeds, in a band from the lowest to the highest seed. "
         "Flat lines are methods without a position."
     )
-    return [
-        figure(partial(draw, table), _told_by_rate(table, score), reading)
-        for draw, score in ((forgetting_curve, "forgetting"), (accuracy_curve, "accuracy"))
-    ]
+    curves = {"forgetting": forgetting_curve, "accuracy": accuracy_curve}
+    pieces = [picture(partial(draw, table), _told_by_rate(table, s), reading) for s, draw in curves.items()]
+    return [*pieces, plane]
 
 
 def _told_by_rate(table: pd.DataFrame, score: str) -> str:
@@ -72,66 +79,40 @@ def _told_by_rate(table: pd.DataFrame, score: str) -> str:
     return " ".join(told)
 
 
-def _plane_of(table: pd.DataFrame) -> Pieces:
-    alt = (
-        "Scatter of accuracy on the retained task against accuracy on the new task, one point per window or "
-    )
-    return [
-        figure(
-            partial(tradeoff, table),
-            f"{alt}method and learning rate; the numbers are in the tables at equal learning rates.",
-            "Means over seeds. The line joins the points that no other point beats on both tasks.",
-            height=4.8,
-        )
-    ]
-
-
-def _over_rates_if_any(table: pd.DataFrame) -> Pieces:
+def _over_rates(table: pd.DataFrame) -> list[Piece]:
     if table["lr"].nunique() == 1:
         return []
-    try:
-        return _figures_over_rates(table)
-    except LoraLensError as error:  # a half-finished sweep has no best rate yet
-        return [paragraph(f"No pictures over learning rates: {error}.")]
-
-
-def _figures_over_rates(table: pd.DataFrame) -> Pieces:
     own, robust = at_own_best_rate(table), rate_robustness(table)
     tall = 1.6 + 0.3 * len(own)
-    chosen = ", ".join(
-        f"{name} {points(v)}" for name, v in zip(names_of(own), own["forgetting"], strict=True)
-    )
     ranges = ", ".join(
         f"{name} {plain(low)} to {plain(high)}"
         for name, low, high in zip(names_of(robust), robust["lowest"], robust["highest"], strict=True)
     )
     collapse = " Cross: the accuracy halves." if robust["collapse"].notna().any() else ""
-    maps = [
-        figure(
-            partial(surface, table, score=score),
-            f"Heat map of {score}, windows and methods by learning rates; the numbers are in the table at "
-            "equal learning rates.",
-            "Means over seeds in points. A frame marks each row's rate with the highest accuracy.",
-            height=tall,
-        )
-        for score in ("forgetting", "accuracy")
-    ]
     return [
-        *maps,
-        figure(
+        *(
+            picture(
+                partial(surface, table, score=score),
+                f"Heat map of {score}, windows and methods by learning rates; the numbers are in the table "
+                "at equal learning rates.",
+                "Means over seeds in points. A frame marks each row's rate with the highest accuracy.",
+                height=tall,
+            )
+            for score in ("forgetting", "accuracy")
+        ),
+        picture(
             partial(fronts_by_method, table),
             "Lines of accuracy on the retained task against accuracy on the new task, one line per window or "
             "method from its lowest rate to its highest; the numbers are in the tables at equal rates.",
             "What each window offers when only its learning rate is chosen.",
             height=4.8,
         ),
-        figure(
-            partial(comparison, own, score="forgetting"),
-            f"Forgetting at each window's own best rate, in points: {chosen}.",
+        _compared(
+            own,
+            "Forgetting at each window's own best rate",
             "At the rate of each window with the highest accuracy; 95% bootstrap intervals over seeds.",
-            height=4.6,
         ),
-        figure(
+        picture(
             partial(robustness, robust),
             f"Bars of the learning rates within 2 points of the best accuracy: {ranges}.",
             f"Bars: rates within 2 points of the best accuracy. Dot: best rate.{collapse}",
@@ -140,19 +121,19 @@ def _figures_over_rates(table: pd.DataFrame) -> Pieces:
     ]
 
 
-def matched_figures(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> Pieces:
+def matched_figures(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> list[Piece]:
     """Forgetting where the runs first reach ``accuracy``, for each rank of windows."""
-    return [_matched_figure(part, rows, curves, accuracy) for part, rows in parts_by_rank(table)]
+    caption = f"Forgetting at {points(accuracy)}% on the new task. Hollow: not all runs got there."
+    pieces = []
+    for part, rows in parts_by_rank(table):
+        result = at_matched_accuracy(rows, curves, accuracy).query("most_reached")
+        pieces.append(
+            _compared(result, f"{titled(part)}Forgetting at equal accuracy", titled(part) + caption)
+        )
+    return pieces
 
 
-def _matched_figure(part: str, rows: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> str:
-    result = at_matched_accuracy(rows, curves, accuracy)
-    result = result[result["most_reached"]]
+def _compared(result: pd.DataFrame, what: str, caption: str) -> Piece:
     told = ", ".join(f"{n} {points(v)}" for n, v in zip(names_of(result), result["forgetting"], strict=True))
-    draw: Callable[..., Axes] = partial(comparison, result, score="forgetting")
-    caption = (
-        f"{titled(part)}Forgetting at {points(accuracy)}% on the new task. Hollow: not all runs got there."
-    )
-    return figure(
-        draw, f"{titled(part)}Forgetting at equal accuracy, in points: {told}.", caption, height=4.6
-    )
+    draw = partial(comparison, result, score="forgetting")
+    return picture(draw, f"{what}, in points: {told}.", caption, height=4.6)

@@ -1,4 +1,10 @@
-"""A page of text, tables and figures in one HTML file that needs nothing else: no scripts, no network."""
+"""A page of text, tables and pictures in one HTML file that needs nothing else: no scripts, no network.
+
+What stands on it is data, and ``templates/report.html.j2`` is how it looks. A page has sections, each a
+heading and pieces. A piece is a paragraph (a text), a :class:`Table`, a :func:`picture`, or one of
+{"bullets": texts}, {"beside": tables} (next to each other as far as they fit) and {"heading": text} (of the
+pieces that follow).
+"""
 
 from __future__ import annotations
 
@@ -7,13 +13,15 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
-from html import escape
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,129 +29,48 @@ from lora_lens._base.errors import ExistingFileError, InputError, MissingFileErr
 from lora_lens._base.validate import instance
 from lora_lens.plots._style import house_style
 
+GENERATOR = "lora_lens report"
 MISSING = "-"
-SHORT = 32  # characters of a row's name that stay on one line
-LOOK = """
-:root { color-scheme: light; }
-body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; color: #1c1c1c; background: #fff;
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid #1c1c1c; }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-p, ul { max-width: 46rem; margin: .5rem 0; }
-.date { color: #5a5a5a; }
-.beside { display: flex; flex-wrap: wrap; column-gap: 2.5rem; align-items: flex-start; }
-.wide { overflow-x: auto; margin: 1rem 0 1.4rem; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: #3c3c3c; padding-bottom: .4rem; }
-th, td { padding: .22rem .7rem; border-bottom: 1px solid #e0e0e0; text-align: right; vertical-align: top; }
-th { font-weight: 500; }
-thead th { border-top: 1px solid #1c1c1c; border-bottom: 1px solid #1c1c1c; vertical-align: bottom; }
-tbody tr:last-child > * { border-bottom: 1px solid #1c1c1c; }
-th:first-child, .words { text-align: left; }
-td.number, .short { white-space: nowrap; }
-figure { margin: 1.2rem 0 1.8rem; }
-figure img { display: block; width: 100%; max-width: 46rem; height: auto; }
-figcaption { color: #3c3c3c; font-size: .875rem; max-width: 46rem; }
-@page { size: A4; margin: 16mm 14mm; }
-@media print {
-  body { max-width: none; margin: 0; padding: 0; font-size: 9.5pt; }
-  table { font-size: 8pt; }
-  th, td { padding: .15rem .4rem; }
-  .wide { overflow: visible; }
-  h1, h2, h3, caption { break-after: avoid; }
-  thead { display: table-header-group; }
-  figure, tr { break-inside: avoid; }
-  figure img { max-width: 122mm; }
-  p, li { orphans: 3; widows: 3; }
-}
-"""
+LOOKS = Environment(
+    loader=PackageLoader("lora_lens.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+)
 
 
-def heading(text: str, level: int = 2) -> str:
-    return f"<h{level}>{escape(text)}</h{level}>"
+class Table(NamedTuple):
+    """Its columns by name: the first names the rows, and of the others ``words`` hold no numbers."""
+
+    cells: Mapping[object, Sequence] | pd.DataFrame
+    caption: str
+    words: Collection[str] = ()
+
+    @property
+    def rows(self) -> list[tuple[str, list]]:
+        columns = [values for _, values in self.cells.items()]  # a DataFrame has no values()
+        return [(name, cells) for name, *cells in zip(*columns, strict=True)]
 
 
-def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+Piece = str | Table | dict
 
 
-def bullets(texts: Iterable[str]) -> str:
-    return "<ul>\n" + "\n".join(f"<li>{escape(text)}</li>" for text in texts) + "\n</ul>"
-
-
-def beside(tables: Iterable[str]) -> str:
-    """Tables next to each other, as far as they fit."""
-    return '<div class="beside">\n' + "\n".join(tables) + "\n</div>"
-
-
-def html_table(cells: pd.DataFrame, caption: str, words: Collection[str] = ()) -> str:
-    """A table of texts; the first column names the rows, numbers stand to the right.
-
-    Args:
-        cells: one column per column, of texts.
-        words: the columns, after the first, that hold words.
-    """
-    kinds = ["words" if column in words else "number" for column in cells.columns[1:]]
-    head = "".join(
-        f'<th scope="col" class="{kind}">{escape(str(column))}</th>'
-        for column, kind in zip(cells.columns, ["words", *kinds], strict=True)
-    )
-    rows = [
-        f'<tr><th scope="row"{_kept_whole(name)}>{escape(name)}</th>'
-        + "".join(f'<td class="{k}">{escape(value)}</td>' for k, value in zip(kinds, values, strict=True))
-        + "</tr>"
-        for name, *values in cells.itertuples(index=False, name=None)
-    ]
-    return (
-        f'<div class="wide"><table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n'
-        "<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
-    )
-
-
-def _kept_whole(name: str) -> str:
-    return ' class="short"' if len(name) <= SHORT else ""
-
-
-def figure(draw: Callable[..., Axes], alt: str, caption: str, height: float = 4.2) -> str:
-    """A picture as an SVG inside the page: ``draw(ax=ax)`` draws it; ``alt`` tells it to who cannot see it.
-
-    Args:
-        height: in inches, of 7.6 in width.
-    """
+def picture(draw: Callable[..., Axes], alt: str, caption: str, height: float = 4.2) -> dict[str, str]:
+    """An SVG, drawn by ``draw(ax=ax)``, ``height`` inches of 7.6; ``alt`` tells it to who cannot see it."""
     stream = io.BytesIO()
     with house_style(), matplotlib.rc_context({"svg.hashsalt": "lora_lens"}):  # same picture, same bytes
         canvas = Figure(figsize=(7.6, height))  # not pyplot's, which would keep it open
         draw(ax=canvas.subplots())
         canvas.savefig(stream, format="svg", metadata={"Date": None})
-    data = base64.b64encode(stream.getvalue()).decode()
-    return (
-        f'<figure><img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">\n'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return {"image": base64.b64encode(stream.getvalue()).decode(), "alt": alt, "caption": caption}
 
 
-def html_page(title: str, parts: Iterable[str], generator: str) -> str:
-    """The whole document; ``generator`` says in its head what made it."""
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{_generator(generator)}\n<title>{escape(title)}</title>\n<style>{LOOK}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+def html_page(title: str, sections: Sequence[Mapping]) -> str:
+    """The whole document, of sections with ``heading`` and ``pieces``."""
+    look = LOOKS.get_template("report.html.j2")
+    page = look.render(title=title, sections=sections, generator=GENERATOR, date=date.today()) + "\n"
     return page.replace("<title>", f"{_seal(page)}<title>", 1)  # tells a page that somebody edits later
 
 
-def page_path(path: str | Path, generator: str) -> Path:
-    """``path``, after making sure that a page may be written there.
-
-    Raises:
-        ValueError: its name does not end in .html.
-        FileNotFoundError: its folder does not exist.
-        FileExistsError: a folder is there, or a file that ``generator`` did not make, or not like that.
-        TypeError: it is no path.
-    """
+def page_path(path: str | Path) -> Path:
+    """``path``, if a page may be written there: over nothing but one as :func:`html_page` gave it."""
     path = Path(instance(path, (str, os.PathLike), "path", "the file to write, such as 'report.html'"))
     if path.is_dir():
         raise ExistingFileError(
@@ -154,16 +81,14 @@ def page_path(path: str | Path, generator: str) -> Path:
     if not path.parent.is_dir():
         raise MissingFileError(f"there is no folder {path.parent} to write {path.name} into; make it first")
     if path.exists():
-        page = path.read_text(encoding="utf-8", errors="replace")
-        if _generator(generator) not in page:
-            raise ExistingFileError(
-                f"{path} was not written by {generator}, so it stays; choose another name"
-            )
+        page, wrong = path.read_text(encoding="utf-8", errors="replace"), ""
         seal = re.search(r'<meta name="sha256" content="\w+">\n', page)
-        if seal and _seal(page.replace(seal[0], "", 1)) != seal[0]:
-            raise ExistingFileError(
-                f"{path} was edited since it was written, so it stays; choose another name"
-            )
+        if f'<meta name="generator" content="{GENERATOR}">' not in page:
+            wrong = f"was not written by {GENERATOR}"
+        elif seal and _seal(page.replace(seal[0], "", 1)) != seal[0]:
+            wrong = "was edited since it was written"
+        if wrong:
+            raise ExistingFileError(f"{path} {wrong}, so it stays; choose another name")
     return path
 
 
@@ -173,16 +98,12 @@ def points(share: float) -> str:
 
 
 def decimal(value: float, digits: int = 1) -> str:
-    if pd.isna(value):
-        return MISSING
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # adding 0 turns -0.0 into 0.0
+    return MISSING if pd.isna(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # -0.0 becomes 0.0
 
 
 def plain(value: float) -> str:
     """0.00001 rather than 1e-05, with up to six significant digits."""
-    if pd.isna(value):
-        return MISSING
-    return np.format_float_positional(float(f"{value:.6g}"), trim="-")
+    return MISSING if pd.isna(value) else np.format_float_positional(float(f"{value:.6g}"), trim="-")
 
 
 def with_interval(value: float, low: float, high: float, show: Callable[[float], str] = points) -> str:
@@ -192,7 +113,3 @@ def with_interval(value: float, low: float, high: float, show: Callable[[float],
 
 def _seal(page: str) -> str:
     return f'<meta name="sha256" content="{hashlib.sha256(page.encode()).hexdigest()}">\n'
-
-
-def _generator(name: str) -> str:
-    return f'<meta name="generator" content="{escape(name)}">'

@@ -7,7 +7,7 @@ the public functions; the page only puts them into words, tables and pictures.
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import date
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,30 +18,17 @@ from lora_lens._base.schema import sweep_table, table_of
 from lora_lens._base.validate import instance, share
 from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.run_groups import window_columns
-from lora_lens.reports.facts import IDENTITY, Kept, facts_section, limits, settings_of, task_names
-from lora_lens.reports.figures import figures_section, matched_figures
-from lora_lens.reports.page import heading, html_page, page_path, paragraph
-from lora_lens.reports.tables import (
-    dominance_section,
-    drift_section,
-    equal_rate_section,
-    items_section,
-    matched_accuracy,
-    matched_section,
-    own_best_section,
-)
-from lora_lens.reports.words import Pieces, in_order, u_shape_section
+from lora_lens.reports import tables
+from lora_lens.reports.facts import IDENTITY, facts_section, limits, settings_of, task_names
+from lora_lens.reports.figures import figures_section
+from lora_lens.reports.page import Piece, html_page, page_path
+from lora_lens.reports.words import in_order, u_shape_section
 
-GENERATOR = "lora_lens report"
 NEEDED = (*IDENTITY, "accuracy", "retained_before", "retained_accuracy", "forgetting", "diverged")
 
 
 def report(
-    sweep: Sweep | pd.DataFrame,
-    path: str | Path,
-    *,
-    title: str | None = None,
-    accuracy: float | None = None,
+    sweep: Sweep | pd.DataFrame, path: str | Path, *, title: str | None = None, accuracy: float | None = None
 ) -> Path:
     """Write all that a sweep shows into one HTML file that opens anywhere and prints on A4.
 
@@ -70,23 +57,15 @@ def report(
     kept = sweep if isinstance(sweep, Sweep) else None
     table = _checked(sweep)
     failed = len(table_of(sweep)) - len(table)
-    path = page_path(path, GENERATOR)
+    path = page_path(path)
     if accuracy is not None and kept is None:
         raise InputError("to compare at an accuracy, report needs the curves of the runs: pass the ll.Sweep")
     accuracy = None if accuracy is None else share(accuracy, "accuracy")
-    if title is not None:
-        instance(title, str, "title", "the page's title in words")
+    instance(title, (str, type(None)), "title", "the page's title in words")
     table = in_order(table)
-    kept = None if kept is None else _kept(kept.only(table))
-    title = title or _title(table, kept)
-    pieces = [
-        heading(title, 1),
-        f'<p class="date">{date.today().isoformat()}</p>',
-        *facts_section(table, kept, failed),
-        *_results(table, kept, accuracy),
-        *_section("Limits", lambda: [paragraph(" ".join(limits(table, kept)))]),
-    ]
-    replace_file(path, html_page(title, pieces, GENERATOR).encode())
+    kept = None if kept is None else kept.only(table)
+    sections = _sections(table, kept, accuracy, failed)
+    replace_file(path, html_page(title or _title(table, kept), sections).encode())
     return path
 
 
@@ -104,10 +83,6 @@ def _checked(sweep: object) -> pd.DataFrame:
     return table
 
 
-def _kept(sweep: Sweep) -> Kept:
-    return Kept(sweep.experiment, sweep.curves(), _if_kept(sweep.answers), _if_kept(sweep.drifts))
-
-
 def _if_kept(read: Callable[[], pd.DataFrame]) -> pd.DataFrame | None:
     try:
         return read()
@@ -115,43 +90,38 @@ def _if_kept(read: Callable[[], pd.DataFrame]) -> pd.DataFrame | None:
         return None
 
 
-def _title(table: pd.DataFrame, kept: Kept | None) -> str:
+def _title(table: pd.DataFrame, kept: Sweep | None) -> str:
     what = "Windows" if (table["method"] == "window").any() else "Methods"
     if kept is None:
         return f"{what} of LoRA: what was learned and what was forgotten"
-    task, retain = (task_names(kept)[name] for name in ("task", "retain"))
+    task, retain = task_names(kept.experiment)
     return f"{what} of LoRA: learning {task}, forgetting {retain}"
 
 
-def _results(table: pd.DataFrame, kept: Kept | None, accuracy: float | None) -> Pieces:
-    pieces = [
-        *_section("Is forgetting U-shaped?", lambda: u_shape_section(table)),
-        *_section("Figures", lambda: figures_section(table)),
-        *_section("At equal learning rates", lambda: equal_rate_section(table)),
-        *_section("At each window's own best learning rate", lambda: own_best_section(table)),
-        *_section("Which window beats which", lambda: dominance_section(table)),
-    ]
-    if kept is None:
-        return pieces
-    pieces += _section("At equal accuracy", lambda: _at_equal_accuracy(table, kept.curves, accuracy))
-    if kept.answers is not None:
-        pieces += _section("What was forgotten", lambda: items_section(table, kept.answers))
-    if kept.drifts is not None:
-        pieces += _section("What happened to the weights", lambda: drift_section(table, kept.drifts))
-    return pieces
+def _sections(table: pd.DataFrame, kept: Sweep | None, accuracy: float | None, failed: int) -> list[dict]:
+    experiment, answers = None if kept is None else kept.experiment, None
+    write = {
+        "What was run": partial(facts_section, table, experiment, failed),
+        "Is forgetting U-shaped?": partial(u_shape_section, table),
+        "Figures": partial(figures_section, table),
+        "At equal learning rates": partial(tables.equal_rate_section, table),
+        "At each window's own best learning rate": partial(tables.own_best_section, table),
+        "Which window beats which": partial(tables.dominance_section, table),
+    }
+    if kept is not None:
+        answers, drifts = _if_kept(kept.answers), _if_kept(kept.drifts)
+        write["At equal accuracy"] = partial(tables.equal_accuracy_section, table, kept.curves(), accuracy)
+        if answers is not None:
+            write["What was forgotten"] = partial(tables.items_section, table, answers)
+        if drifts is not None:
+            write["What happened to the weights"] = partial(tables.drift_section, table, drifts)
+    write["Limits"] = lambda: [limits(table, answers)]
+    return [{"heading": heading, "pieces": _pieces(section)} for heading, section in write.items()]
 
 
-def _section(title: str, write: Callable[[], Pieces]) -> Pieces:
+def _pieces(write: Callable[[], list[Piece]]) -> list[Piece]:
     """What a half-finished sweep cannot tell is said so, and the rest of the page stands."""
     try:
-        return [heading(title), *write()]
+        return write()
     except LoraLensError as error:
-        return [heading(title), paragraph(f"Not given: {error}.")]
-
-
-def _at_equal_accuracy(table: pd.DataFrame, curves: pd.DataFrame, asked: float | None) -> Pieces:
-    accuracy = matched_accuracy(table, curves, asked)
-    return [
-        *matched_section(table, curves, accuracy, asked=asked is not None),
-        *matched_figures(table, curves, accuracy),
-    ]
+        return [f"Not given: {error}."]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,7 @@ import pandas as pd
 from lora_lens._base.errors import LoraLensError
 from lora_lens.forgetting.fair_comparison import LEVEL
 from lora_lens.forgetting.u_shape import UShape, u_shape_test
-from lora_lens.reports.page import MISSING, bullets, html_table, paragraph, plain, with_interval
-
-Pieces = list[str]
+from lora_lens.reports.page import Piece, Table, decimal, plain, with_interval
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -33,10 +31,9 @@ def names_of(result: pd.DataFrame) -> list[str]:
 def _name(row: dict[str, object], differ: list[str]) -> str:
     name = str(row["method"])
     if name == "window" and pd.notna(row["position"]):
-        ends = {0.0: " (PiSSA)", 1.0: " (MiLoRA)"}
-        name = f"window at {row['position']:.3g}{ends.get(row['position'], '')}"
+        name += f" at {row['position']:.3g}{ {0.0: ' (PiSSA)', 1.0: ' (MiLoRA)'}.get(row['position'], '') }"
     elif name == "window" and pd.notna(row["start"]):
-        name = f"window from component {row['start']:g}"
+        name += f" from component {row['start']:g}"
     return ", ".join([name, *(_told(c, row[c]) for c in differ if pd.notna(row[c]))])
 
 
@@ -58,29 +55,28 @@ def parts_by_rank(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield ", ".join(map(_told, columns, values)), table[mine]
 
 
+def titled(part: str) -> str:
+    return f"{part.capitalize()}: " if part else ""
+
+
 def placed(table: pd.DataFrame) -> pd.DataFrame:
     """The runs of windows placed by position."""
     return table[(table["method"] == "window") & table["position"].notna()]
 
 
-def u_shape_section(table: pd.DataFrame) -> Pieces:
+def span(counts: pd.Series, unit: str = "seed") -> str:
+    """ "5 seeds" or "3 to 5 seeds"."""
+    low, high = int(counts.min()), int(counts.max())
+    plural = unit if high == 1 else f"{unit}s"
+    return f"{low} {plural}" if low == high else f"{low} to {high} {plural}"
+
+
+def u_shape_section(table: pd.DataFrame) -> list[Piece]:
     """Is forgetting U-shaped? One test for each rate (and rank), adjusted for their number."""
     positions = placed(table)["position"].nunique()
     if positions < 3:
-        return [
-            paragraph(
-                "Not tested: a U-shape needs windows at positions 0, 1 and between, and the number of "
-                f"positions is {positions}."
-            )
-        ]
-    found, refused = u_shapes(table)
-    told = [paragraph(_verdict(found))] if found else []
-    told.append(bullets([f"{titled(part)}{test.words}" for part, test in found] + refused))
-    return told + ([_u_shape_table(found)] if found else [])
-
-
-def u_shapes(table: pd.DataFrame) -> tuple[list[tuple[str, UShape]], list[str]]:
-    """((part, test) where there is a test, why there is none) over all rates."""
+        needed = "a U-shape needs windows at positions 0, 1 and between"
+        return [f"Not tested: {needed}, and the number of positions is {positions}."]
     found, refused = [], []
     for part, rows in parts_by_rank(table):
         for lr in sorted(placed(rows)["lr"].unique()):
@@ -88,10 +84,14 @@ def u_shapes(table: pd.DataFrame) -> tuple[list[tuple[str, UShape]], list[str]]:
                 found.append((part, u_shape_test(rows, lr)))
             except LoraLensError as error:
                 refused.append(f"{titled(part)}No test at learning rate {plain(lr)}: {error}.")
-    return found, refused
+    answers = {"bullets": [f"{titled(part)}{test.words}" for part, test in found] + refused}
+    if not found:
+        return [answers]
+    adjusted = holm([test.p for _, test in found])
+    return [_verdict(found, adjusted), answers, _u_shape_table(found, adjusted)]
 
 
-def holm(p: np.ndarray) -> np.ndarray:
+def holm(p: Sequence[float]) -> np.ndarray:
     """p values adjusted for their number; NaN are no tests and stay.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure": of m values in ascending order,
@@ -105,51 +105,38 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def titled(part: str) -> str:
-    return f"{part.capitalize()}: " if part else ""
-
-
-def _verdict(found: list[tuple[str, UShape]]) -> str:
-    p = np.array([test.p for _, test in found])
-    if np.isnan(p).all():
+def _verdict(found: list[tuple[str, UShape]], adjusted: np.ndarray) -> str:
+    tests = int((~np.isnan(adjusted)).sum())
+    if not tests:
         return "The seeds are too few for a test."
-    tests = int((~np.isnan(p)).sum())
+    how = f"after Holm's adjustment for {tests} tests" if tests > 1 else "in the one test"
+    how += f" (level {LEVEL:g})"
     stands = [
-        titled(part).lower() + plain(t.lr) for (part, t), q in zip(found, holm(p), strict=True) if q <= LEVEL
+        titled(p).lower() + plain(t.lr) for (p, t), q in zip(found, adjusted, strict=True) if q <= LEVEL
     ]
-    adjusted = f"after Holm's adjustment for {tests} tests" if tests > 1 else "in the one test"
-    if not stands:
-        verdict = f"No U-shape is established at any learning rate {adjusted} (level {LEVEL:g})."
-        return " ".join([verdict, *_what_seeds_can_show(max(test.seeds for _, test in found), tests)])
-    return f"A U-shape is established {adjusted} (level {LEVEL:g}) at learning rate {', '.join(stands)}."
-
-
-def _what_seeds_can_show(seeds: int, tests: int) -> list[str]:
-    """That no data would have established a U-shape, if so: one p is at least 2^-seeds, then adjusted."""
-    smallest = min(tests * 2.0**-seeds, 1.0)
+    if stands:
+        return f"A U-shape is established {how} at learning rate {', '.join(stands)}."
+    verdict, seeds = f"No U-shape is established at any learning rate {how}.", max(t.seeds for _, t in found)
+    smallest = min(tests * 2.0**-seeds, 1.0)  # one p is at least 2^-seeds, and then adjusted
     if smallest <= LEVEL:
-        return []
+        return verdict
+    below = f"{smallest:.3g}{' after the adjustment' if tests > 1 else ''}"
     needed = int(np.ceil(np.log2(tests / LEVEL)))
-    after = " after the adjustment" if tests > 1 else ""
-    return [
-        f"None could be: {seeds} seeds cannot give a p value below {smallest:.3g}{after}. It takes {needed}."
-    ]
+    return f"{verdict} None could be: {seeds} seeds cannot give a p value below {below}. It takes {needed}."
 
 
-def _u_shape_table(found: list[tuple[str, UShape]]) -> str:
+def _u_shape_table(found: list[tuple[str, UShape]], adjusted: np.ndarray) -> Table:
     tests = [test for _, test in found]
-    cells = pd.DataFrame(
-        {
-            "learning rate": [", ".join(filter(None, (plain(t.lr), part))) for part, t in found],
-            "seeds": [str(t.seeds) for t in tests],
-            "best between": [f"{t.position:.3g}" for t in tests],
-            "PiSSA end, excess": [with_interval(t.first_excess, *t.first_interval) for t in tests],
-            "MiLoRA end, excess": [with_interval(t.last_excess, *t.last_interval) for t in tests],
-            "p": [_p(t.p) for t in tests],
-            "p, adjusted": [_p(p) for p in holm([t.p for t in tests])],
-        }
-    )
-    return html_table(
+    cells = {
+        "learning rate": [", ".join(filter(None, (plain(t.lr), part))) for part, t in found],
+        "seeds": [str(t.seeds) for t in tests],
+        "best between": [f"{t.position:.3g}" for t in tests],
+        "PiSSA end, excess": [with_interval(t.first_excess, *t.first_interval) for t in tests],
+        "MiLoRA end, excess": [with_interval(t.last_excess, *t.last_interval) for t in tests],
+        "p": [_p(t.p) for t in tests],
+        "p, adjusted": [_p(p) for p in adjusted],
+    }
+    return Table(
         cells,
         "What the end windows forget more than the best window between, in points, with 95% intervals. p: "
         "sign-flip test that both ends forget more (Berger 1982; Romano and Wolf 2005); adjusted for the "
@@ -158,13 +145,4 @@ def _u_shape_table(found: list[tuple[str, UShape]]) -> str:
 
 
 def _p(p: float) -> str:
-    if np.isnan(p):
-        return MISSING
-    return "<0.001" if p < 0.0005 else f"{p:.3f}"
-
-
-def span(counts: pd.Series, unit: str = "seed") -> str:
-    """ "5 seeds" or "3 to 5 seeds"."""
-    low, high = int(counts.min()), int(counts.max())
-    plural = unit if high == 1 else f"{unit}s"
-    return f"{low} {plural}" if low == high else f"{low} to {high} {plural}"
+    return "<0.001" if p < 0.0005 else decimal(p, 3)

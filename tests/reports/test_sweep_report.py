@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 import lora_lens as ll
 from lora_lens.experiments.store import experiment
 from lora_lens.forgetting import fair_comparison, pareto
-from lora_lens.reports.page import decimal, plain, points, with_interval
+from lora_lens.reports.page import decimal, html_page, plain, points, with_interval
 from lora_lens.reports.tables import dominance_section, matched_accuracy
 from lora_lens.reports.words import holm, u_shape_section
 
@@ -168,6 +168,18 @@ def test_words_of_the_table_are_escaped(tmp_path):
     assert "b" not in page.tags
 
 
+def test_a_script_among_the_names_and_values_is_only_shown(tmp_path):
+    evil = "<script>alert('a & \"b\"')</script>"
+    table = made_up([(evil, np.nan), ("LoRA", np.nan)], rates=(0.005, 0.02)).assign(note=evil)
+    page = Page(ll.reports.report(table, tmp_path / "p.html", title=evil))
+    assert "<script" not in page.source and "script" not in page.tags
+    assert page.headings[0] == evil and page.source.count("&lt;script&gt;") > 10
+    assert page.table("What all runs share").set_index("setting").loc["note", "value"] == evil
+    assert page.table("What differs").set_index("setting").loc["method", "values"] == f"{evil}; LoRA"
+    assert evil in page.table(EQUAL_ACCURACY)["window or method"].tolist()
+    assert any(evil in image["alt"] for image in page.images)
+
+
 # the numbers
 
 
@@ -237,10 +249,12 @@ def test_a_verdict_that_the_seeds_could_not_have_given_is_called_one(seeds, rate
     assert told is None or told in words
 
 
-def test_a_p_value_is_not_rounded_to_nothing():
+def test_a_p_value_is_not_rounded_to_nothing(tmp_path):
     table = made_up(rates=(0.005,), seeds=20)
     assert ll.forgetting.u_shape_test(table, 0.005).p < 0.0005
-    assert ">&lt;0.001</td>" in u_shape_section(table)[-1]
+    page = Page(ll.reports.report(table, tmp_path / "p.html"))
+    assert page.table("What the end windows forget more")["p"].tolist() == ["<0.001"]
+    assert ">&lt;0.001</td>" in page.source
 
 
 def test_holm_on_a_known_answer():
@@ -429,7 +443,8 @@ def test_ranks_are_told_apart(tmp_path):
 def test_many_windows_are_set_against_each_other_rank_by_rank(tmp_path):
     def shown_of(table: pd.DataFrame) -> Page:
         path = tmp_path / "part.html"
-        path.write_text("\n".join(dominance_section(table)))
+        sections = [{"heading": "Which window beats which", "pieces": dominance_section(table)}]
+        path.write_text(html_page("Ranks", sections))
         return Page(path)
 
     table = pd.concat([made_up(rates=(0.005,), seeds=2, rank=rank) for rank in (4, 8, 16)])
