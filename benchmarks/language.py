@@ -46,7 +46,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 
 import lora_lens as ll
 from lora_lens._base.precision import PRECISIONS
-from lora_lens.spectrum.layers import target_layers
+from lora_lens.spectrum.adaptable_layers import target_layers
 from lora_lens.tasks.task import shuffled_rows
 
 RANK = 8

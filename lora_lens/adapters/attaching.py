@@ -37,8 +37,7 @@ from lora_lens.adapters.injection import (
 )
 from lora_lens.adapters.methods import FullFineTuning, LinearProbe, LoRA, Method, Variant
 from lora_lens.adapters.peft_names import lies_in, peft_config, saved_modules
-from lora_lens.spectrum.factorizing import spectra as compute_spectra
-from lora_lens.spectrum.layers import (
+from lora_lens.spectrum.adaptable_layers import (
     adaptable,
     choose,
     matrix_shape,
@@ -46,6 +45,7 @@ from lora_lens.spectrum.layers import (
     warn_left_out,
     weight_matrix,
 )
+from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Placement, Window, require_fit

@@ -17,7 +17,7 @@ from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import call, evaluating
 from lora_lens.adapters.injection import ADAPTER, Start, attached, lora_layers, require_unmerged
 from lora_lens.adapters.uncalled import noting_uncalled
-from lora_lens.spectrum.layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.readouts import REMEDY, require_batch, taking
 

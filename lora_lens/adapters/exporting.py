@@ -34,7 +34,7 @@ from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, rank_setting
 from lora_lens.adapters.plain_peft import for_plain_peft
 from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
 from lora_lens.adapters.saving import weight_digests
-from lora_lens.spectrum.layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.svd import product_norm, product_svd
 from lora_lens.spectrum.window import whole_rank
 

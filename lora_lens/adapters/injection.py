@@ -21,7 +21,7 @@ from lora_lens._base.wrappers import inner_model, named_modules, placed, submodu
 from lora_lens.adapters.methods import Variant
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.adapters.planned_layers import injected
-from lora_lens.spectrum.layers import set_weight_matrix, weight_matrix
+from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix
 from lora_lens.spectrum.sources.matrices import weights
 
 AGAIN = "attach again, or undo that"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
-from lora_lens.spectrum.layers import FLOATS
+from lora_lens.spectrum.adaptable_layers import FLOATS
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.window import Placement, whole_rank
 

@@ -31,7 +31,7 @@ from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.injection import ADAPTER, Attachment, inject, lora_layer, note_pretrained, note_start
 from lora_lens.adapters.methods import LoRA, PeftStart, Variant
 from lora_lens.adapters.peft_names import peft_config, target_settings
-from lora_lens.spectrum.layers import matrix_shape, weight_matrix
+from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_matrix
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.readouts import Inputs, ask, layer_inputs, real_positions, to_device
 from lora_lens.tasks.task import Task

@@ -37,7 +37,7 @@ from lora_lens.adapters.injection import (
 )
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules, target_settings
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
-from lora_lens.spectrum.layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix
 
 
 def save(adapted: nn.Module, folder: str | Path) -> None:

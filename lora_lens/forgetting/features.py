@@ -13,7 +13,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance, whole_number
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.attaching import check_belongs
-from lora_lens.spectrum.layers import LINEAR, weight_matrix
+from lora_lens.spectrum.adaptable_layers import LINEAR, weight_matrix
 from lora_lens.spectrum.spectrum import Spectrum
 from lora_lens.spectrum.window import Placement, Window
 from lora_lens.tasks.readouts import Inputs, layer_inputs, real_positions, require_batch

@@ -33,8 +33,8 @@ from lora_lens.adapters.injection import (
     require_unmerged,
     trained_update,
 )
+from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.comparison import Side
-from lora_lens.spectrum.layers import weight_matrix
 from lora_lens.spectrum.measures import effective_rank, stable_rank
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.svd import Factors, product_norm, product_svd, thin_svd

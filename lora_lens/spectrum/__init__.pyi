@@ -1,4 +1,5 @@
 from . import measures as measures
+from .adaptable_layers import target_layers as target_layers
 from .comparison import (
     Change as Change,
     change as change,
@@ -10,7 +11,6 @@ from .comparison import (
     rotation as rotation,
 )
 from .factorizing import factorize as factorize, spectra as spectra
-from .layers import target_layers as target_layers
 from .patterns import part_of as part_of
 from .placement import (
     AfterEnergy as AfterEnergy,

@@ -24,7 +24,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 import lora_lens as ll
-from lora_lens.spectrum.layers import matrix_shape, target_layers
+from lora_lens.spectrum.adaptable_layers import matrix_shape, target_layers
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- compatibility -->", "<!-- /compatibility -->"

@@ -14,7 +14,7 @@ from lora_lens.adapters.injection import lora_layers, trained_update
 from lora_lens.adapters.methods import PEFT_STARTS, PeftStart
 from lora_lens.adapters.peft_starts import attach_start, planned_start
 from lora_lens.forgetting.basis_rotation import rotations
-from lora_lens.spectrum.layers import target_layers, weight_matrix
+from lora_lens.spectrum.adaptable_layers import target_layers, weight_matrix
 from lora_lens.tasks.readouts import features_of
 from lora_lens.tasks.task import fresh_head
 

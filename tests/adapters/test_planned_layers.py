@@ -16,7 +16,7 @@ import lora_lens as ll
 from lora_lens.adapters.injection import lora_layers, whole_modules
 from lora_lens.adapters.peft_starts import attach_start
 from lora_lens.adapters.planned_layers import injected
-from lora_lens.spectrum.layers import matrix_shape, target_layers
+from lora_lens.spectrum.adaptable_layers import matrix_shape, target_layers
 
 SMALL = {
     "hidden_size": 32,

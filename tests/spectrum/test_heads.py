@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 import lora_lens as ll
+from lora_lens.spectrum.adaptable_layers import target_layers
 from lora_lens.spectrum.heads import classifier, head_layers
-from lora_lens.spectrum.layers import target_layers
 from lora_lens.spectrum.sources.matrices import weights
 
 

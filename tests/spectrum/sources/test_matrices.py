@@ -15,7 +15,7 @@ from timm.models.convnext import ConvNeXt
 from tiny_models import TINY
 from torch import nn
 
-from lora_lens.spectrum.layers import target_layers
+from lora_lens.spectrum.adaptable_layers import target_layers
 from lora_lens.spectrum.sources.matrices import Weight, weights
 
 BYTES = torch.ones(2, 2, 2, 2, dtype=torch.uint8)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM, Wav2Vec2Config, Wav2Vec2ForXVector
 
 import lora_lens as ll
-from lora_lens.spectrum.layers import adaptable
+from lora_lens.spectrum.adaptable_layers import adaptable
 from lora_lens.spectrum.usage.weight_reads import used_otherwise
 
 
