@@ -30,7 +30,7 @@ ORDERS, SEEDS = 3, 3
 LORA, MIDDLE = ll.LoRA(8), ll.Window.middle(8)
 WINDOWS = ll.windows(rank=8, count=5)
 NEAR_LAST = ll.adapters.Penalized(LORA, ll.training.L2ToInitial(0.01))
-Plan = Sequence[tuple[Strategy, Sequence[ll.adapters.methods.Method], float]]  # methods, rate
+Plan = Sequence[tuple[Strategy, Sequence[ll.adapters.Method], float]]  # methods, rate
 
 
 @dataclass(frozen=True, eq=False)

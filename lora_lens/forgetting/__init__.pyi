@@ -3,7 +3,7 @@ from .aggregate import (
     pareto_front as pareto_front,
     seed_means as seed_means,
 )
-from .basis_rotation import rotations as rotations
+from .basis_rotation import rotations as rotations, turned as turned
 from .examples import (
     confusion as confusion,
     forgetting_interval as forgetting_interval,
@@ -26,6 +26,7 @@ from .features import (
     FeatureSplit as FeatureSplit,
     feature_energies as feature_energies,
     feature_split as feature_split,
+    patch_grid as patch_grid,
 )
 from .first_order import foresee as foresee
 from .generations import replies as replies, replies_before_after as replies_before_after

@@ -73,7 +73,7 @@ MEASURES = {
 @styled
 def rotation_matrix(turned: Tensor, window: Window | None = None, *, ax: Axes) -> Axes:
     """|cos| between singular vectors before (rows) and after (columns), from
-    ``ll.forgetting.basis_rotation.turned``.
+    ``ll.forgetting.turned``.
 
     A bright diagonal is a basis that stayed; what lies off it turned. Colours are logarithmic from 0.001.
     Lines mark the window's components.
@@ -82,7 +82,7 @@ def rotation_matrix(turned: Tensor, window: Window | None = None, *, ax: Axes) -
         TypeError: ``turned`` holds no numbers or is a table, or ``window`` is no window.
         ValueError: ``turned`` is no matrix with entries in [0, 1], or the window does not fit.
     """
-    cosines = share_matrix(turned, "turned", "ll.forgetting.basis_rotation.turned")
+    cosines = share_matrix(turned, "turned", "ll.forgetting.turned")
     if window is not None:
         instance(window, Window, "window", "a Window, such as ll.Window.middle(8)")
     image = ax.imshow(np.maximum(cosines, FAINTEST), cmap="magma", norm=LogNorm(FAINTEST, 1))
@@ -144,7 +144,7 @@ def _label_size(ax: Axes, count: int, side: str, ems: float) -> float:
 
 @styled
 def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
-    """How well each measure predicts forgetting: cross-validated R^2, from ``ll.forgetting.predictors``.
+    """How well each measure predicts forgetting: R^2 from :func:`lora_lens.forgetting.predict_forgetting`.
 
     Beside each bar stands the rank correlation. Negative R^2 are cut off at 0: worse than the mean. Thin
     lines are the 95% intervals, where the result has them.

@@ -103,7 +103,7 @@ def _draw_surface(ax: Axes, grid: pd.DataFrame, best: pd.DataFrame, score: str, 
 @styled
 def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> Axes:
     """A score against the window's position with its 95% interval, from a function of
-    ``ll.forgetting.fair_comparison``.
+    ``ll.forgetting``, such as ``ll.forgetting.at_own_best_rate``.
 
     One line per rank of the windows. Other methods stand to their right, each under its name. Where fewer
     seeds than there are got to the place of the comparison (column reached), the marker is hollow; without
@@ -119,7 +119,7 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
     """
     require_score(score)
     columns = [*WINDOW, "seeds", score, f"{score}_low", f"{score}_high"]
-    result = checked(result, columns, "the result", "a function of ll.forgetting.fair_comparison")
+    result = checked(result, columns, "the result", "a comparison of ll.forgetting, such as at_own_best_rate")
     keys = window_columns(result)
     if (twice := result.duplicated(keys)).any():
         row = result[twice].iloc[0]

@@ -72,7 +72,7 @@ def test_a_real_layer_that_was_not_trained_is_a_bright_diagonal(model, spectra):
     name = next(iter(spectra))
     window = ll.Window.middle(8)
     adapted = ll.attach(model, window, spectra=spectra, targets=[name])
-    ax = ll.plots.rotation_matrix(ll.forgetting.basis_rotation.turned(adapted, name, spectra[name]), window)
+    ax = ll.plots.rotation_matrix(ll.forgetting.turned(adapted, name, spectra[name]), window)
     shown = np.asarray(ax.images[0].get_array())
     assert shown.shape == (spectra[name].k,) * 2
     np.testing.assert_allclose(shown.diagonal(), 1, atol=1e-2)

@@ -19,6 +19,8 @@ from explored import narrow_vit
 
 import lora_lens as ll
 from lora_lens.forgetting.weight_drift import drift_between
+from lora_lens.tasks.transforms import class_index
+from lora_lens.training.penalties import squared_change
 
 BAD = {"None": None, "3": 3, "'x'": "x", "[]": [], "{}": {}, "object()": object()}
 # Of modules without __all__: what they share with others inside the package, not doors of their own.
@@ -325,11 +327,11 @@ LATER = {
         "threshold mu",
     ),
     "turned layer": (
-        lambda: ll.forgetting.basis_rotation.turned(attached(), [], of_fc1()),
+        lambda: ll.forgetting.turned(attached(), [], of_fc1()),
         "layer must be the name",
     ),
     "turned spectrum": (
-        lambda: ll.forgetting.basis_rotation.turned(attached(), "blocks.0.mlp.fc1", of_mlp()),
+        lambda: ll.forgetting.turned(attached(), "blocks.0.mlp.fc1", of_mlp()),
         "spectrum must",
     ),
     "foresee a task": (lambda: foreseen(task()), "not the task 'digits'; pass task.test"),
@@ -395,19 +397,19 @@ LATER = {
     "classes of a model": (lambda: ll.tasks.bundled.vision_architecture(HUGE), "num_classes must be at most"),
     "advised steps": (lambda: advised(steps=HUGE, budget=0), "steps must be at most"),
     "change under no layer": (
-        lambda: ll.training.penalties.squared_change(None, None, None),
+        lambda: squared_change(None, None, None),
         "layer must be a layer",
     ),
-    "class of no task": (lambda: ll.tasks.transforms.class_index(None, 0), "task must be a Task"),
+    "class of no task": (lambda: class_index(None, 0), "task must be a Task"),
     "transitions by nothing": (lambda: ll.forgetting.transitions(answers(), by=[]), "by is empty"),
     "forgotten by one of none": (
         lambda: ll.forgetting.forgotten_by_one(answers(), None),
         "by must be the name",
     ),
     "heatmap of no run": (lambda: ll.plots.accuracy_heatmap(continual_table(), run=HUGE), "has no run 1000"),
-    "grid of a word": (lambda: ll.forgetting.features.patch_grid("x"), "positions must be a whole number"),
+    "grid of a word": (lambda: ll.forgetting.patch_grid("x"), "positions must be a whole number"),
     "grid after a word": (
-        lambda: ll.forgetting.features.patch_grid(17, "x"),
+        lambda: ll.forgetting.patch_grid(17, "x"),
         "prefix must be a whole number",
     ),
     "resamples": (

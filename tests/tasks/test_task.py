@@ -128,7 +128,7 @@ def test_examples_are_tensors(inputs):
 def test_what_is_no_task_or_model_is_refused(given):
     task = ll.Task("t", ("a", "b"), examples([0, 1]), examples([1, 0]))
     model = torch.nn.Linear(1, 2)
-    variants = ll.tasks.transforms
+    variants = ll.tasks
     for ask in (
         lambda: ll.evaluate(model, given),
         lambda: ll.tasks.probed(model, given),

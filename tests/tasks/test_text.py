@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lora_lens as ll
 from lora_lens.tasks.text import LanguageTask, WordTask
+from lora_lens.tasks.tokens import TokenExamples
 
 FILMS = ll.tasks.Corpus(
     "films",
@@ -26,7 +27,7 @@ def minilm_tokenizer():
     return ll.tasks.bundled.minilm_tokenizer()
 
 
-def rows(part: ll.tasks.tokens.TokenExamples) -> list[list[int]]:
+def rows(part: TokenExamples) -> list[list[int]]:
     """Every text's tokens."""
     return [found.tolist() for found in part.tokens.split(part.lengths.tolist())]
 

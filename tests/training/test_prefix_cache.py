@@ -31,7 +31,7 @@ def word_task(corpus: ll.tasks.Corpus) -> ll.Task:
     return ll.tasks.label_word_task(corpus, byte_tokenizer(), words=["-", "+"])  # of one token each
 
 
-def trained(kind: str, corpus: ll.tasks.Corpus, method: ll.adapters.methods.Method | None = None) -> Trained:
+def trained(kind: str, corpus: ll.tasks.Corpus, method: ll.adapters.Method | None = None) -> Trained:
     """A model of four blocks, or of six images', with an adapter in the last two; and its readout."""
     if kind == "vision":
         model, task, upper = (

@@ -16,6 +16,7 @@ from explored import alts, control, message, parts, pictures, shows_results, tex
 from ipywidgets import HTML, VBox
 
 import lora_lens as ll
+from lora_lens.experiments.records import all_records
 from lora_lens.plots.single_runs import relative_updates, two_curves
 from lora_lens.widgets._run_view import of_all_classes
 from lora_lens.widgets.two_windows import pair_explorer
@@ -42,7 +43,7 @@ def folder(table, tmp_path_factory) -> Path:
     """The same runs as files, to take something away from them."""
     runs = tmp_path_factory.mktemp("store") / "runs"
     runs.mkdir()
-    for run, record in ll.experiments.store.all_records(DIGITS).items():
+    for run, record in all_records(DIGITS).items():
         if run in set(table["run"]):
             (runs / f"{run}.json").write_text(json.dumps(record))
     return runs.parent
