@@ -185,6 +185,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "plots.window_survival": (table(),),
         "forgetting.predict_forgetting": (drifts(),),
         "forgetting.rotations": (spectra,),
+        "forgetting.turned": ("blocks.0.attn.qkv", spectrum()),
         "spectrum.measures.marchenko_pastur": ((8, 6),),
         "tasks.sequences.orders": (2,),
         "tasks.sequences.rotations": ([0, 10],),
