@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lora_lens import plots
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import counted
-from lora_lens._base.schema import checked
+from lora_lens._base.schema import checked, table_of
 from lora_lens.experiments.continual.metrics import SCORES, continual_scores, score_means
 from lora_lens.plots._image import drawn
 from lora_lens.plots.continual import DRIFTS, method_names, name_of_windows, placed_windows
@@ -41,8 +41,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
     what was left of the first task's window, for windows at all positions that the other controls leave.
 
     Args:
-        table: from :func:`lora_lens.experiments.continual_sweep` or
-            :meth:`lora_lens.experiments.ContinualSweep.open`.
+        table: from :func:`lora_lens.experiments.continual_sweep`, the sweep or its table.
         drifts: of the same runs, from :meth:`lora_lens.experiments.ContinualSweep.drifts`.
 
     Raises:
@@ -50,6 +49,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
             :func:`lora_lens.experiments.continual.continual_scores`), runs of the first choice differ in a
             setting that is no control; ``drifts`` lacks a column or has none of the table's runs.
     """
+    table = table_of(table)
     scores = continual_scores(table)
     scores = scores.assign(named=_named(scores))
     if drifts is not None:

@@ -97,3 +97,4 @@ def test_sequences_of_tasks_are_no_sweep():
     assert "sequences; " in repr(found) and len(repr(found)) < 200
     assert "<table" in found._repr_html_()
     pd.testing.assert_frame_equal(found.scores(), ll.experiments.continual.continual_scores(found.table))
+    assert isinstance(ll.widgets.continual_explorer(found, found.drifts()), VBox)
