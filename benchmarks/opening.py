@@ -34,7 +34,7 @@ def made(folder: Path) -> Path:
     record = json.loads(one.read_text())
     for seed in range(1, RUNS):
         record["settings"]["seed"] = seed
-        record["run"] = run_name(record["settings"], record["exact"])
+        record["run"] = run_name(record["settings"], record.get("exact", {}))
         (folder / "runs" / f"{record['run']}.json").write_text(json.dumps(record, indent=1))
     return folder
 
