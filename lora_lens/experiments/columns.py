@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from os import DirEntry, scandir
+from os import scandir
 from pathlib import Path
 
 import numpy as np
@@ -69,25 +69,24 @@ def read_columns(store: str | Path) -> pa.Table:
         packed(store)  # raises
         state = store.stat()
         return _of_packed(store.resolve(), state.st_mtime_ns, state.st_size)
-    with suppress(FileNotFoundError), scandir(store / "runs") as entries:
-        files = {file.name.removesuffix(".json"): _stamp(file) for file in entries if _is_run(file)}
-        kept = _kept(store / FILE)
-        known = dict(zip(kept[RUN].to_pylist(), kept[STAMP].to_pylist(), strict=True))
-        fresh = [known.get(run) == stamp for run, stamp in files.items()]
-        if all(fresh) and len(kept) == len(files):
-            return kept
-        missing = sorted(run for run, same in zip(files, fresh, strict=True) if not same)
-        found = read_runs([store / "runs" / f"{run}.json" for run in missing], "passed over")
-        new = columns_of(found.values(), [files[path.stem] for path in found])
-        stay = pa.array([files.get(run) == stamp for run, stamp in known.items()], pa.bool_())
-        both = [part for part in (kept.filter(stay), new) if len(part)] or [new]
+    files, kept = _stamps(store / "runs"), _kept(store / FILE)
+    known = dict(zip(kept[RUN].to_pylist(), kept[STAMP].to_pylist(), strict=True))
+    missing = sorted(run for run, stamp in files.items() if known.get(run) != stamp)
+    if not missing and len(kept) == len(files):
+        return kept
+    found = read_runs([store / "runs" / f"{run}.json" for run in missing], "passed over")
+    new = columns_of(found.values(), [files[path.stem] for path in found])
+    stay = pa.array([files.get(run) == stamp for run, stamp in known.items()], pa.bool_())
+    both = [part for part in (kept.filter(stay), new) if len(part)] or [new]
+    try:
         together = pa.concat_tables(both, promote_options="permissive")
-        together = together.take(pc.sort_indices(together[RUN]))
-        if len(missing) >= WORTH:
-            with suppress(OSError):  # a folder that may only be read is read more slowly
-                keep_columns(store, together)
-        return together
-    return columns_of([])
+    except pa.ArrowException as error:
+        raise InputError(f"the runs in {store} differ in what their tables hold: {error}") from None
+    together = together.take(pc.sort_indices(together[RUN]))
+    if len(missing) >= WORTH:
+        with suppress(OSError):  # a folder that may only be read is read more slowly
+            keep_columns(store, together)
+    return together
 
 
 def keep_columns(store: Path, columns: pa.Table) -> None:
@@ -130,13 +129,18 @@ def _flat(lists: pa.Array, lengths: np.ndarray, most: np.ndarray) -> pd.Series:
     return values.to_pandas()
 
 
-def _is_run(file: DirEntry) -> bool:
-    return file.name.endswith(".json")
-
-
-def _stamp(file: DirEntry) -> str:
-    state = file.stat()
-    return f"{state.st_mtime_ns} {state.st_size}"
+def _stamps(folder: Path) -> dict[str, str]:
+    """When each run file was changed last, and how large it is; none where there is no such folder."""
+    if not folder.is_dir():
+        return {}
+    stamps = {}
+    with scandir(folder) as files:
+        for file in files:
+            if file.name.endswith(".json"):
+                with suppress(FileNotFoundError):  # taken away meanwhile
+                    state = file.stat()
+                    stamps[file.name.removesuffix(".json")] = f"{state.st_mtime_ns} {state.st_size}"
+    return stamps
 
 
 def _kept(file: Path) -> pa.Table:

@@ -29,8 +29,7 @@ def store_path(
 ) -> Path:
     """The path of a store, or a TypeError that says what it is instead."""
     if not isinstance(store, (str, PathLike)):
-        hint = "; give the store first, then the table" if isinstance(store, pd.DataFrame) else ""
-        raise InputTypeError(f"{name} must be {expected}, not {shown(store)}{hint}")
+        raise InputTypeError(f"{name} must be {expected}, not {shown(store)}")
     return Path(store)
 
 

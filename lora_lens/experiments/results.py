@@ -99,8 +99,12 @@ class Kept:
     def _read(cls, columns: pa.Table, path: str | Path) -> pd.DataFrame:
         raise NotImplementedError
 
-    def _rows(self, part: str) -> pd.DataFrame:
-        """What the table's runs keep as ``part``; failed ones keep nothing.
+    def _finished(self) -> pd.DataFrame:
+        failed = self.table.get("failed", pd.Series(False, self.table.index)).eq(True)
+        return self.table[~failed]
+
+    def _columns_of_finished(self) -> pa.Table:
+        """What is kept of the table's runs, in its order; nothing is of those that failed.
 
         Raises:
             MissingFileError: the store lacks a run.
@@ -111,11 +115,13 @@ class Kept:
         if places.null_count:
             absent = runs[places.is_null().to_pylist().index(True)]
             raise MissingFileError(f"{self.path or 'this sweep'} holds no run {absent}")
-        failed = self.table.get("failed", pd.Series(False, self.table.index)).eq(True)
-        if failed.all():
+        finished = set(self._finished()["run"])
+        if not finished:
             raise InputError(f"all runs of the table failed, the first with: {self.table['reason'].iloc[0]}")
-        whole = pa.array(~self.table.drop_duplicates("run")["run"].isin(self.table.loc[failed, "run"]))
-        return rows_of(self._columns.take(places.filter(whole)), part)
+        return self._columns.take(places.filter(pa.array([run in finished for run in runs])))
+
+    def _rows(self, part: str) -> pd.DataFrame:
+        return rows_of(self._columns_of_finished(), part)
 
 
 class Sweep(Kept):
@@ -196,13 +202,14 @@ class Sweep(Kept):
         Raises:
             ValueError: none of the runs has a drift.
         """
-        found = self._rows("drift")
+        columns = self._columns_of_finished()
+        found = rows_of(columns, "drift")
         if found.empty:
             raise InputError(
                 f"no run in {self.path or 'this sweep'} was kept with its drift; sweep measures it when "
                 "it is given spectra=ll.spectra(model), with all vectors"
             )
-        features = {r["run"]: r["features"] for r in records_in(self._columns) if "features" in r}
+        features = {r["run"]: r["features"] for r in records_in(columns) if "features" in r}
         return found.join(pd.DataFrame.from_dict(features, orient="index"), on="run")
 
     def watched(self) -> pd.DataFrame:
@@ -304,7 +311,3 @@ class Sweep(Kept):
         more = f"<p>and {len(means) - MOST_SHOWN} more</p>" if len(means) > MOST_SHOWN else ""
         told = f"<p>At learning rate {rate:g}, where most is learnt, means over seeds:</p>"
         return f"<p>{escape(repr(self))}</p>{picture}{told}{table}{more}"
-
-    def _finished(self) -> pd.DataFrame:
-        failed = self.table.get("failed", pd.Series(False, self.table.index)).eq(True)
-        return self.table[~failed]

@@ -126,3 +126,25 @@ def test_numbers_in_one_run_and_words_in_another_are_refused():
     records = [{"run": "a", "curve": {"step": [0]}}, {"run": "b", "curve": {"step": ["zero"]}}]
     with pytest.raises(ValueError, match="the runs differ in what their curve holds as step"):
         columns_of(records)
+
+
+def test_a_folder_without_runs_has_no_columns_and_other_errors_are_not_hidden(tmp_path, store, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    assert len(read_columns(tmp_path / "empty")) == 0
+
+    def lost(*_: object) -> None:
+        raise FileNotFoundError("elsewhere")
+
+    monkeypatch.setattr(columns, "read_runs", lost)
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        read_columns(store)
+
+
+def test_kept_columns_that_do_not_go_with_new_runs_are_refused_in_words(store):
+    told(store)
+    path = sorted((store / "runs").iterdir())[0]
+    record = json.loads(path.read_text())
+    record["curve"]["accuracy"] = ["high" for _ in record["curve"]["accuracy"]]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="differ in what their tables hold"):
+        read_columns(store)

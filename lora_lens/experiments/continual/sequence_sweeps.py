@@ -150,7 +150,7 @@ class ContinualSweep(Kept):
     def of(cls, records: list[dict], experiment: Mapping, path: Path | None = None) -> Self:
         """From the records of its sequences, in their order."""
         columns = columns_of(records)
-        return cls(_table(records_in(columns), columns), columns, experiment, path)
+        return cls(_table(records, columns), columns, experiment, path)
 
     @classmethod
     def _read(cls, columns: pa.Table, path: str | Path) -> pd.DataFrame:
