@@ -29,7 +29,7 @@ from measuring import machine, markdown, options, publish, threads
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Continued, Merged, Strategy
 from lora_lens.tasks.transforms import rotated
-from lora_lens.training.memories import EWC, Orthogonal, Replay
+from lora_lens.training import EWC, Orthogonal, Replay
 
 CASES: dict[str, tuple[Strategy, object]] = {
     "merged, window": (Merged(), ll.Window.middle(8)),

@@ -24,12 +24,12 @@ from torch import nn
 
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Continued, Joint, Merged, Moving, Separate, Strategy
-from lora_lens.training.memories import EWC, Orthogonal, Replay
+from lora_lens.training import EWC, Orthogonal, Replay
 
 ORDERS, SEEDS = 3, 3
 LORA, MIDDLE = ll.LoRA(8), ll.Window.middle(8)
 WINDOWS = ll.windows(rank=8, count=5)
-NEAR_LAST = ll.adapters.Penalized(LORA, ll.training.L2ToInitial(0.01))
+NEAR_LAST = ll.training.Regularized(LORA, ll.training.L2ToInitial(0.01))
 Plan = Sequence[tuple[Strategy, Sequence[ll.adapters.Method], float]]  # methods, rate
 
 

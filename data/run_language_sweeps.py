@@ -72,7 +72,7 @@ def smollm2() -> Setting:
 
 
 def windows_and_baselines(count: int, rates: tuple[float, ...], seeds: int) -> ll.Grid:
-    baselines = [ll.LoRA(8), ll.adapters.Penalized(ll.LoRA(8), ll.training.L2ToInitial(0.01))]
+    baselines = [ll.LoRA(8), ll.training.Regularized(ll.LoRA(8), ll.training.L2ToInitial(0.01))]
     return ll.Grid(ll.windows(rank=8, count=count), lr=rates, seed=range(seeds), baselines=baselines)
 
 

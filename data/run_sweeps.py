@@ -80,10 +80,10 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
         yield name, Sweep(setting, [(windows_and_lora(seeds), {})])
 
     elsewhere = [
-        *(ll.adapters.PeftStart(start, 8) for start in ll.adapters.PEFT_STARTS if start != "pissa"),
-        *(ll.adapters.Penalized(ll.LoRA(8), ll.training.L2ToInitial(strength)) for strength in (0.01, 0.1)),
+        *(ll.PeftMethod(start, 8) for start in ll.adapters.PEFT_STARTS if start != "pissa"),
+        *(ll.training.Regularized(ll.LoRA(8), ll.training.L2ToInitial(strength)) for strength in (0.01, 0.1)),
         *(
-            ll.adapters.Penalized(method, ll.training.KLAnchor(1.0))
+            ll.training.Regularized(method, ll.training.KLAnchor(1.0))
             for method in (ll.LoRA(8), ll.Window.middle(8))
         ),
     ]

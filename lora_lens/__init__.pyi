@@ -14,6 +14,7 @@ from .adapters import (
     FullFineTuning as FullFineTuning,
     LinearProbe as LinearProbe,
     LoRA as LoRA,
+    PeftMethod as PeftMethod,
     Variant as Variant,
     attach as attach,
     detach as detach,

@@ -23,7 +23,7 @@ from torch import nn
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Continued, Merged, Moving, Separate, Strategy
 from lora_lens.tasks.transforms import only_classes, rotated
-from lora_lens.training.memories import EWC, Orthogonal, Replay
+from lora_lens.training import EWC, Orthogonal, Replay
 
 WINDOW, LORA = ll.Window.middle(4), ll.LoRA(4)
 SETTINGS = {"steps": 3, "batch_size": 8, "warmup": 0.0, "jobs": 1, "progress": False}

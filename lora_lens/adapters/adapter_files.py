@@ -30,7 +30,6 @@ from lora_lens._base.naming import listed
 from lora_lens._base.validate import choice, flag, number, shown, whole_number
 from lora_lens._base.wrappers import unwrapped
 from lora_lens.adapters.injection import Attachment
-from lora_lens.adapters.methods import Variant
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX
 from lora_lens.adapters.replacing import (
     ABOUT,
@@ -46,6 +45,7 @@ from lora_lens.adapters.replacing import (
     unchanged,
     write_about,
 )
+from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.sources.checkpoint import read_json, read_safetensors
 
 FORMAT = 1

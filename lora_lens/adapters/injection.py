@@ -18,9 +18,9 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import digest_of
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
-from lora_lens.adapters.methods import Variant
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.adapters.planned_layers import injected
+from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix
 from lora_lens.spectrum.sources.matrices import weights
 
@@ -111,8 +111,8 @@ def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
         inner = inner_model(inner.module)  # in a wrapper that we do not know
     if not isinstance(inner, PeftModel) or not hasattr(inner, "attachment"):
         raise InputError(
-            f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; "
-            "for an adapter that was made elsewhere, use PEFT's own functions"
+            f"expected a model with factors from ll.attach or ll.load, not {type(adapted).__name__}; for an "
+            "adapter of PEFT's own or one that was made elsewhere, use PEFT's functions"
         )
     return inner, inner.attachment
 

@@ -1,26 +1,93 @@
-"""What can be trained of a model, against which penalty, and how an adapter is built."""
+"""What can be trained of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
-from lora_lens.spectrum.adaptable_layers import FLOATS
+from lora_lens.adapters.copying import copy_around
+from lora_lens.adapters.low_rank import attach_factors, plan_layers
+from lora_lens.adapters.requests import Request
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.window import Placement, whole_rank
 
-PEFT_STARTS = ("pissa", "olora", "orthogonal", "mica", "eva", "corda", "lora_ga")
+
+class Method(ABC):
+    """What is trained of a model, where it is no window.
+
+    Windows, other placements and mappings of patterns to placements stand wherever a method does. For a
+    method of your own, subclass with a frozen dataclass.
+
+    Attributes:
+        trains_weights: whether weights of the model itself are trained.
+        sequential: whether tasks can be learnt with it one after the other.
+        adapts_in_place: whether :meth:`attach` can do without a copy of the model.
+    """
+
+    trains_weights: ClassVar[bool] = True
+    sequential: ClassVar[bool] = True
+    adapts_in_place: ClassVar[bool] = True
+
+    @abstractmethod
+    def plan(self, request: Request) -> Mapping[str, object]:
+        """What each layer gets, by name, after every check that needs no work. It changes nothing.
+
+        Returns:
+            Nothing where no layer gets an adapter.
+
+        Raises:
+            ValueError: the method does not fit the model or what else is asked for.
+        """
+
+    @abstractmethod
+    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+        """The model, or a copy, with what is trained; its function is the pretrained one.
+
+        Raises:
+            ValueError: as :meth:`plan`, for reasons that only the work shows.
+        """
+
+
+MethodLike = Method | Placement | Mapping[str, Placement]
 
 
 @dataclass(frozen=True)
-class LoRA:
-    """Ordinary LoRA (Hu et al. 2022): random A, zero B, base untouched."""
+class Components(Method):
+    """A placement, or one per layer, as a method: what :func:`as_method` makes of them."""
+
+    placement: Placement | ByLayer
+
+    @property
+    def sequential(self) -> bool:
+        return isinstance(self.placement, Placement)
+
+    def plan(self, request: Request) -> Mapping[str, object]:
+        return plan_layers(self.placement, request)
+
+    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+        return attach_factors(self.placement, request, plan)
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Ordinary LoRA: random A, zero B, base untouched (Hu et al. 2022, arXiv 2106.09685).
+
+    Attributes:
+        rank: of each layer's B A, at least 1.
+
+    Raises:
+        TypeError, ValueError: the rank is no whole number of at least 1.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.LoRA(8))
+        LoRA of rank 8
+    """
 
     rank: int
 
@@ -30,173 +97,80 @@ class LoRA:
     def __str__(self) -> str:
         return f"LoRA of rank {self.rank}"
 
+    def plan(self, request: Request) -> Mapping[str, object]:
+        variant = request.variant
+        if variant.split != "balanced" or variant.train == "A":
+            raise InputError(
+                f"ordinary LoRA starts at B = 0, which leaves no sense in the variant: {variant}"
+            )
+        return plan_layers(self, request)
+
+    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+        return attach_factors(self, request, plan)
+
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """Nothing but the new head is trained: the bound on retention."""
+class FullFineTuning(Method):
+    """Every weight is trained.
 
-    def __str__(self) -> str:
-        return "linear probe"
-
-
-@dataclass(frozen=True)
-class FullFineTuning:
-    """Every weight is trained."""
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.FullFineTuning())
+        full fine-tuning
+    """
 
     def __str__(self) -> str:
         return "full fine-tuning"
 
+    def plan(self, request: Request) -> Mapping[str, object]:
+        return {}
+
+    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+        return _whole(request).requires_grad_(True)
+
 
 @dataclass(frozen=True)
-class PeftStart:
-    """LoRA from one of PEFT's own initializations, by PEFT's name; :mod:`lora_lens.adapters.peft_starts`
-    attaches it.
+class LinearProbe(Method):
+    """Nothing but the new head is trained: the bound on retention.
 
-    - pissa: the largest singular components (Meng et al. 2024, arXiv 2404.02948);
-    - olora: the first columns of Q and rows of R of W = Q R (Buyukakyuz 2024, arXiv 2406.01775);
-    - orthogonal: random factors with B A = 0 and neither of them 0; the rank must be even;
-    - mica: B from the last left singular vectors and fixed, A = 0 (arXiv 2604.01694);
-    - eva: A from the principal components of each layer's inputs in the new task, ranks shared out among
-      the layers by explained variance (Paischer et al. 2024, arXiv 2410.07170);
-    - corda: the smallest components of W C, where C is the covariance of the layer's inputs in the
-      retained task: the knowledge-preserving mode (Yang et al. 2024, arXiv 2406.05223);
-    - lora_ga: singular vectors of the first gradient on the new task (Wang et al. 2024, arXiv 2407.05000).
-
-    Raises:
-        ValueError: another name, a rank below 1, or an odd one for orthogonal.
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.LinearProbe())
+        linear probe
     """
 
-    name: str
-    rank: int
-
-    def __post_init__(self) -> None:
-        validate.choice(self.name, "name of PEFT's start", PEFT_STARTS)
-        object.__setattr__(self, "rank", whole_rank(self.rank))
-        if self.name == "orthogonal" and self.rank % 2:
-            raise InputError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
+    trains_weights: ClassVar[bool] = False
+    sequential: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        return f"PEFT's {self.name} of rank {self.rank}"
+        return "linear probe"
+
+    def plan(self, request: Request) -> Mapping[str, object]:
+        return {}
+
+    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+        if request.modules_to_save:
+            raise InputError("a linear probe trains nothing of the model, so it takes no modules_to_save")
+        return _whole(request).requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class Penalty:
-    """What a run adds to the loss of the new task against forgetting: see
-    :mod:`lora_lens.training.penalties`.
-
-    Raises:
-        ValueError: a strength that is negative or not finite.
-    """
-
-    strength: float
-    share: ClassVar[float] = 0.0  # of each batch's examples, which the penalty spends on its own
-
-    def __post_init__(self) -> None:
-        strength = validate.number(self.strength, "a penalty's strength", least=0)
-        object.__setattr__(self, "strength", strength)
-
-    def begin(self, model: nn.Module, retain: Any, config: Any) -> Callable[[], Tensor | float]:
-        """Note what must be known before the first step; the result gives the loss to add at each step.
-
-        Args:
-            model: the one that is trained, as it starts.
-            retain: the retained :class:`lora_lens.Task`, or None.
-            config: the run's :class:`lora_lens.Training`.
-
-        Raises:
-            ValueError: the penalty does not fit the model, the settings or what is retained.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Penalized:
-    """A method that is trained under a penalty.
+def as_method(method: MethodLike) -> Method:
+    """What stands for a method, as one.
 
     Raises:
-        TypeError: no method that trains weights of the model, or no penalty.
+        TypeError: it is none.
     """
-
-    method: Placement | Mapping[str, Placement] | LoRA | FullFineTuning | PeftStart
-    penalty: Penalty
-
-    def __post_init__(self) -> None:
-        if isinstance(self.method, Mapping):
-            object.__setattr__(self, "method", ByLayer(self.method))
-        if not isinstance(self.method, (Placement, ByLayer, LoRA, FullFineTuning, PeftStart)):
-            raise InputTypeError(
-                "expected a placement, LoRA, FullFineTuning or PeftStart to train under a penalty, "
-                f"not {self.method!r}"
-            )
-        if not isinstance(self.penalty, Penalty):
-            raise InputTypeError(f"expected a penalty such as KLAnchor(1.0), not {self.penalty!r}")
-
-    @property
-    def rank(self) -> int | None:
-        """The inner method's; None where it has no single one."""
-        return getattr(self.method, "rank", None)
-
-    def __str__(self) -> str:
-        return f"{self.method}, {self.penalty}"
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, Placement):
+        return Components(method)
+    if isinstance(method, Mapping):
+        return Components(ByLayer(method))
+    raise InputTypeError(
+        "expected a Window or another placement, a mapping of patterns to placements, LoRA, LinearProbe, "
+        f"FullFineTuning or PeftMethod, not {method!r}"
+    )
 
 
-Method = Placement | Mapping[str, Placement] | LoRA | LinearProbe | FullFineTuning | PeftStart | Penalized
-
-
-def inner_method(method: Method) -> Method:
-    """What is trained, without the penalty it is trained under."""
-    return method.method if isinstance(method, Penalized) else method
-
-
-def penalty_of(method: Method) -> Penalty | None:
-    """The penalty a method is trained under, if any."""
-    return method.penalty if isinstance(method, Penalized) else None
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How an adapter is built, whichever components it starts from.
-
-    Attributes:
-        rslora: scaling = alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023).
-        dora: train the length of each weight row apart from its direction (Liu et al. 2024, DoRA).
-        split: where the singular values go: "balanced" gives each factor sqrt(S / scaling); "A"
-            makes A = (S / scaling) V^T and B = U, orthonormal; "B" the reverse. B A is the same, its
-            gradients are not: those of one factor are proportional to the other.
-        train: "both", or one factor alone, "A" or "B", while the other stays as it started. "A" with
-            split "A" trains the right side of fixed left vectors, as MiCA does (arXiv 2604.01694),
-            there with A = 0.
-        dropout: of the adapter's input while training. A window's adapter is not zero at the start,
-            so dropout perturbs even the pretrained function; :func:`lora_lens.attach` warns.
-        dtype: of A and B. None leaves it to PEFT: the base's, but float32 over bfloat16 and float16.
-
-    Raises:
-        ValueError, TypeError: another split or train, dropout outside [0, 1), or a dtype of no such values.
-    """
-
-    rslora: bool = False
-    dora: bool = False
-    split: str = "balanced"
-    train: str = "both"
-    dropout: float = 0.0
-    dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("rslora", "dora"):
-            object.__setattr__(self, name, validate.flag(getattr(self, name), name))
-        validate.choice(self.split, "split", ("balanced", "A", "B"))
-        validate.choice(self.train, "train", ("both", "A", "B"))
-        dropout = validate.number(self.dropout, "dropout", least=0, below=1)
-        object.__setattr__(self, "dropout", dropout)
-        if self.dtype is not None:
-            validate.instance(self.dtype, torch.dtype, "dtype", "a torch.dtype, such as torch.float32")
-            if self.dtype not in FLOATS:
-                raise InputError(f"the adapter's dtype must be a floating one, not {self.dtype}")
-
-    def __str__(self) -> str:
-        parts = [name for name in ("rslora", "dora") if getattr(self, name)]
-        parts += [f"S in {self.split}"] if self.split != "balanced" else []
-        parts += [f"only {self.train} trained"] if self.train != "both" else []
-        parts += [f"dropout {float(self.dropout)!r}"] if self.dropout else []
-        parts += [str(self.dtype).removeprefix("torch.")] if self.dtype else []
-        return ", ".join(parts) or "plain"
+def _whole(request: Request) -> nn.Module:
+    return request.model if request.inplace else copy_around(request.model, [])

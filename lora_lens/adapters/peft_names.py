@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import named_modules, submodule
-from lora_lens.adapters.methods import LoRA, Variant
-from lora_lens.spectrum.window import Placement
+from lora_lens.adapters.variant import Variant
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 PREFIX = "base_model.model."  # of PEFT's tensor names
@@ -44,22 +43,27 @@ def target_settings(names: Collection[str], model: nn.Module) -> dict[str, objec
 
 def peft_config(
     model: nn.Module,
-    plan: Mapping[str, Placement | LoRA],
+    ranks: Mapping[str, int],
     alpha: float | None,
     variant: Variant,
-    modules_to_save: Sequence[str],
+    modules_to_save: Sequence[str] = (),
+    *,
+    random: bool = False,
 ) -> LoraConfig:
-    targets = target_settings(plan, model)
-    ranks = {name: placement.rank for name, placement in plan.items()}
+    """PEFT's settings for adapters of these ranks, by layer; with ``random``, PEFT draws their A.
+
+    Other adapters get their values after the injection, so PEFT need not draw any.
+    """
+    targets = target_settings(ranks, model)
     return LoraConfig(
         **targets,
-        init_lora_weights=any(isinstance(placement, LoRA) for placement in plan.values()),
+        init_lora_weights=random,
         bias="none",
         use_rslora=variant.rslora,
         use_dora=variant.dora,
         lora_dropout=variant.dropout,
         modules_to_save=list(modules_to_save) or None,
-        fan_in_fan_out=any(isinstance(submodule(model, name), Conv1D) for name in plan),
+        fan_in_fan_out=any(isinstance(submodule(model, name), Conv1D) for name in ranks),
         **rank_settings(ranks, alpha, targets.get("target_parameters", ())),
     )
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import Protocol
 
 import torch
 from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, initialize_lora_eva_weights
@@ -19,82 +20,76 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
-from lora_lens._base import validate
 from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import digest_of
-from lora_lens._base.naming import Targets
 from lora_lens._base.random_state import seeded
 from lora_lens._base.torch_tools import call, evaluating
-from lora_lens._base.wrappers import inner_model, paths_of, submodule
-from lora_lens.adapters.attaching import planned
+from lora_lens._base.wrappers import paths_of, submodule
 from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.injection import ADAPTER, Attachment, inject, lora_layer, note_pretrained, note_start
-from lora_lens.adapters.methods import LoRA, PeftStart, Variant
+from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.peft_names import peft_config, target_settings
+from lora_lens.adapters.requests import Request
+from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_matrix
-from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.readouts import Inputs, ask, layer_inputs, real_positions, to_device
 from lora_lens.tasks.task import Task
 
+PEFT_STARTS = ("pissa", "olora", "orthogonal", "mica", "eva", "corda", "lora_ga")
 EXAMPLES, BATCH = 256, 64
 MOST_PASSES = 1000  # batches that eva may look at before its components stand still
 TAKEN_OUT = ("pissa", "olora", "corda", "lora_ga")  # PEFT subtracts their B A from the base
 DATA = {"eva": "task", "lora_ga": "task", "corda": "retain"}
 
 
-def attach_start(
-    model: nn.Module,
-    start: PeftStart,
-    task: Task | None = None,
-    retain: Task | None = None,
-    *,
-    targets: Targets = None,
-    alpha: float | None = None,
-    seed: int = 0,
-) -> PeftModel:
-    """LoRA on a copy of ``model``, started as PEFT starts it; the function stays the pretrained one.
+class Start(Protocol):
+    """What these functions know of a :class:`lora_lens.PeftMethod` that is named."""
 
-    - eva runs the model on the new task's training inputs and shares out the ranks: a layer may get up to
-      twice ``start.rank``, or nothing and then no adapter; the sum of the ranks stays.
-    - lora_ga averages the gradients of the new task's loss over batches of 64, with the new head that
-      :func:`lora_lens.finetune` starts from at the same seed.
-    - corda takes the covariance of each layer's inputs over the retained task's training inputs.
+    name: str
+    rank: int
 
-    Each of them sees 256 training examples, or all where there are fewer. They run in evaluation mode.
-    The B A of orthogonal is zero up to rounding, about 1e-7 of the weight.
 
-    The result is as from :func:`lora_lens.attach`: finetune, drift, detach, save and export take it. For
-    pissa, olora, corda and lora_ga the base is a residual, as under a window; for the others it is the
-    pretrained weight. Of these starts only pissa is one of components, so without a window
-    :func:`lora_lens.forgetting.drift` has NaN for the other starts' shares.
-
-    Args:
-        model: the pretrained model, whose adapted layers are plain ``nn.Linear``.
-        start: PEFT's name and the rank.
-        task, retain: the new task for eva and lora_ga, the retained task for corda.
-        targets, alpha: as for :func:`lora_lens.attach`.
-        seed: of what is random, of the choice of examples and of lora_ga's new head.
+def plan_start(start: Start, request: Request) -> Mapping[str, object]:
+    """The start for each layer by name, after every check that needs no data.
 
     Raises:
-        ValueError: as :func:`lora_lens.attach`; a layer is no ``nn.Linear``, the rank is too large for
-            the method, the task that it needs is missing, a target takes no part in the loss (lora_ga),
-            too few inputs reach a layer or its components do not settle (eva).
-        TypeError: an argument is of another type than above.
+        ValueError: there is a variant, or a layer is no ``nn.Linear`` or too small for the start.
     """
-    seed = validate.whole_number(seed, "seed", least=0, most=2**63)
-    plan = planned_start(model, start, targets=targets, alpha=alpha)
-    for name, given in (("task", task), ("retain", retain)):
-        if given is not None:
-            validate.instance(given, Task, name, "an ll.Task")
-    model = inner_model(model)
-    data = {"task": task, "retain": retain}.get(DATA.get(start.name))
+    if request.variant != Variant():
+        raise InputError(f"{start} is built by PEFT and takes no variant, not {request.variant}")
+    plan = plan_layers(start, request)
+    for name in plan:
+        layer = submodule(request.model, name)
+        if type(layer) is not nn.Linear:
+            raise InputError(
+                f"{start} does not fit {name}, a {type(layer).__name__}: PEFT's starts are for nn.Linear; "
+                "name other layers with targets="
+            )
+        most = _most_rank(start, matrix_shape(layer))
+        if start.rank > most:
+            raise InputError(
+                f"{start} does not fit {name}, {matrix_shape(layer)}: it needs several times as many "
+                f"directions as its rank there; use a rank of at most {most}"
+            )
+    return plan
+
+
+def attach_start(start: Start, request: Request, plan: Mapping[str, object]) -> PeftModel:
+    """A copy of the model with LoRA as PEFT starts it in the planned layers.
+
+    Raises:
+        ValueError: the task that the start needs is missing, a layer takes no part in the loss (lora_ga), too
+            few inputs reach it, or its components do not settle (eva).
+    """
+    model, seed = request.model, request.seed
+    data = {"task": request.task, "retain": request.retain}.get(DATA.get(start.name))
     if start.name in DATA:
         _require_use(model, start, list(plan), data)
 
     trainable, buffers = note_pretrained(model)
     originals = {name: submodule(model, name).weight.detach() for name in plan}
     own = copy_around(model, [])
-    config = peft_config(own, plan, alpha, Variant(), ())
+    config = peft_config(own, dict.fromkeys(plan, start.rank), request.alpha, Variant())
     config.init_lora_weights = start.name
     meant, paths = config.target_modules, paths_of(own, plan)
     config.target_modules = "|".join(map(re.escape, paths.values()))  # PEFT's preparations look for these
@@ -128,43 +123,7 @@ def attach_start(
     return adapted
 
 
-def planned_start(
-    model: nn.Module,
-    start: PeftStart,
-    *,
-    targets: Targets = None,
-    alpha: float | None = None,
-    spectra: SpectrumSet | None = None,
-    variant: Variant | None = None,
-) -> dict[str, PeftStart]:
-    """The start of each layer by name, after every check that needs no data. Copies and changes nothing.
-
-    Raises:
-        ValueError, TypeError: as :func:`attach_start`; or there is a variant, and PEFT builds these.
-    """
-    validate.instance(
-        start, PeftStart, "start", "an ll.adapters.PeftStart, such as ll.adapters.PeftStart('pissa', 8)"
-    )
-    if (variant or Variant()) != Variant():
-        raise InputError(f"{start} is built by PEFT and takes no variant, not {variant}")
-    plan = planned(model, LoRA(start.rank), targets=targets, alpha=alpha, spectra=spectra)
-    for name in plan:
-        layer = submodule(model, name)
-        if type(layer) is not nn.Linear:
-            raise InputError(
-                f"{start} does not fit {name}, a {type(layer).__name__}: PEFT's starts are for nn.Linear; "
-                "name other layers with targets="
-            )
-        most = _most_rank(start, matrix_shape(layer))
-        if start.rank > most:
-            raise InputError(
-                f"{start} does not fit {name}, {matrix_shape(layer)}: it needs several times as many "
-                f"directions as its rank there; use a rank of at most {most}"
-            )
-    return dict.fromkeys(plan, start)
-
-
-def _most_rank(start: PeftStart, shape: tuple[int, int]) -> int:
+def _most_rank(start: Start, shape: tuple[int, int]) -> int:
     if start.name == "lora_ga":  # A from one half of 2 rank singular vectors, B from the other
         return min(shape) // 2
     if start.name == "eva":  # up to 2 rank components of the input, by a randomized SVD of twice as many
@@ -178,9 +137,9 @@ def _some_rows(examples: int, seed: int) -> Sequence[Tensor]:
     return rows.tensor_split(-(-len(rows) // BATCH))
 
 
-def _require_use(model: nn.Module, start: PeftStart, names: list[str], data: Task | None) -> None:
+def _require_use(model: nn.Module, start: Start, names: list[str], data: Task | None) -> None:
     if data is None:
-        raise InputError(f"{start} is made from data: give attach_start {DATA[start.name]}=")
+        raise InputError(f"{start} is made from data: give attach {DATA[start.name]}=")
     one = data.train.batch(torch.arange(1))
     called = layer_inputs(model, names, to_device(one, next(model.parameters()).device))
     for name in (n for n in names if n not in called):
@@ -243,7 +202,7 @@ def _measure_gradients(own: nn.Module, config: LoraConfig, names: list[str], tas
             )
 
 
-def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> None:
+def _fit_eva(adapted: PeftModel, start: Start, task: Task, seed: int) -> None:
     """Give eva's A to the layers, and each its rank."""
     passes = count(1)
 
@@ -280,7 +239,7 @@ def _fit_eva(adapted: PeftModel, start: PeftStart, task: Task, seed: int) -> Non
         )
 
 
-def _forget_recipe(config: LoraConfig, start: PeftStart) -> None:
+def _forget_recipe(config: LoraConfig, start: Start) -> None:
     """A config that is saved must not make PEFT start anew when it loads: only mica says what is trained."""
     if start.name != "mica":
         config.init_lora_weights = start.name not in TAKEN_OUT

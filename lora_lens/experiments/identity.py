@@ -16,13 +16,15 @@ from types import CodeType, FunctionType
 
 import numpy as np
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedConfig
 
 from lora_lens._base.errors import InputTypeError
 from lora_lens._base.hashing import add_tensor, digest_of
 from lora_lens._base.validate import shown
-from lora_lens.adapters.methods import FullFineTuning, LinearProbe, LoRA, Method, PeftStart
+from lora_lens.adapters.methods import FullFineTuning, LinearProbe, LoRA, MethodLike
+from lora_lens.adapters.peft_methods import PeftMethod
 from lora_lens.spectrum.placement import AtEffectiveRank, RandomComponents, SpreadComponents
 from lora_lens.spectrum.window import Window
 from lora_lens.tasks.evaluation import evaluate
@@ -36,7 +38,7 @@ METHOD_NAMES = {
 }
 # The table's columns tell these apart to the last digit, so their runs keep the names that earlier versions
 # gave them. The text of any other method is for people, and may be the same for two.
-TOLD_BY_COLUMNS = (*METHOD_NAMES, PeftStart, RandomComponents, SpreadComponents, AtEffectiveRank)
+TOLD_BY_COLUMNS = (*METHOD_NAMES, RandomComponents, SpreadComponents, AtEffectiveRank)
 MODEL_SETTINGS, ANSWERS = "settings of the model", "loss of the model on the first retained examples"
 OF_NO_MATTER = (  # in a config: where the model came from, and what it returns beside its answers
     "_name_or_path", "transformers_version", "architectures", "use_cache", "return_dict", "output_attentions",
@@ -58,7 +60,7 @@ def named_record(settings: Mapping[str, object], exact_parts: Mapping[str, objec
     return record | ({"exact": dict(exact_parts)} if exact_parts else {})
 
 
-def named_method(method: Method) -> dict[str, object]:
+def named_method(method: MethodLike) -> dict[str, object]:
     """What a table says of a method."""
     return {
         "method": METHOD_NAMES.get(type(method)) or str(method),
@@ -68,9 +70,10 @@ def named_method(method: Method) -> dict[str, object]:
     }
 
 
-def exact_method(method: Method) -> dict[str, object]:
+def exact_method(method: MethodLike) -> dict[str, object]:
     """What a run's name takes in place of :func:`named_method`'s text; nothing where that is exact."""
-    return {} if type(method) in TOLD_BY_COLUMNS else {"method": exact(method, f"the method {shown(method)}")}
+    told = type(method) in TOLD_BY_COLUMNS or (type(method) is PeftMethod and method.is_start)
+    return {} if told else {"method": exact(method, f"the method {shown(method)}")}
 
 
 def exact(value: object, name: str) -> object:
@@ -106,6 +109,8 @@ def exact(value: object, name: str) -> object:
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return {"type": "ndarray", "content": f"{value.dtype.str} {value.shape} {content}"}
+    if isinstance(value, PeftConfig):
+        return {"type": _type_name(type(value)), "fields": exact(_settings_of_peft(value), name)}
     if is_dataclass(value) and not isinstance(value, type):
         found = {f.name: exact(getattr(value, f.name), f"{f.name} of {name}") for f in fields(value)}
         return {"type": _type_name(type(value)), "fields": found} | _code_of_class(type(value), name)
@@ -114,6 +119,11 @@ def exact(value: object, name: str) -> object:
         f"{shown(value)}; use a frozen dataclass whose fields are numbers, words, tuples, arrays or other "
         "such dataclasses, and no functions"
     )
+
+
+def _settings_of_peft(config: PeftConfig) -> dict[str, object]:
+    """All but the version of PEFT, which its next release would change."""
+    return {key: value for key, value in config.to_dict().items() if key != "peft_version"}
 
 
 def _type_name(kind: type) -> str:

@@ -12,25 +12,15 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
-from peft import PeftModel
 from torch import nn
 
 from lora_lens._base.errors import InputError, InputTypeError, LoraLensError
 from lora_lens._base.naming import Targets
 from lora_lens._base.validate import flag, instance, number, seed_number, sequence, shown
-from lora_lens.adapters.attaching import attach, chosen_layers, planned
-from lora_lens.adapters.methods import (
-    FullFineTuning,
-    LinearProbe,
-    LoRA,
-    Method,
-    PeftStart,
-    Penalized,
-    Variant,
-    inner_method,
-    penalty_of,
-)
-from lora_lens.adapters.peft_starts import attach_start, planned_start
+from lora_lens.adapters.attaching import attach, planned
+from lora_lens.adapters.low_rank import chosen_layers
+from lora_lens.adapters.methods import LinearProbe, LoRA, Method, MethodLike, as_method
+from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.engines import by_itself, checked_jobs, run_missing
 from lora_lens.experiments.identity import (
     exact,
@@ -44,18 +34,20 @@ from lora_lens.experiments.store import experiment, new_experiment, open_store, 
 from lora_lens.forgetting.basis_rotation import rotations
 from lora_lens.forgetting.neighbours import neighbour_agreement
 from lora_lens.forgetting.representations import difference
-from lora_lens.forgetting.weight_drift import drift, drift_between
+from lora_lens.forgetting.weight_drift import drift, drift_between, merged_copy
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement, Window
-from lora_lens.tasks.evaluation import example_features
+from lora_lens.tasks.evaluation import Answers, evaluate, example_features
 from lora_lens.tasks.task import Task
-from lora_lens.training.loop import Run, finetune
+from lora_lens.training.finetuning import finetune
+from lora_lens.training.regularizers.base import regularizer_of
+from lora_lens.training.run import Run
 from lora_lens.training.settings import Training, training_with
 
 EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
-METHODS = (Placement, ByLayer, LoRA, LinearProbe, FullFineTuning, PeftStart, Penalized)
+METHODS = (Method, Placement, ByLayer)
 A_METHOD = "a window, such as ll.Window(8, 0.5), or another method"
 A_TASK = "a lora_lens.Task, such as those of ll.tasks.bundled, ll.tasks.folder_task or ll.tasks.text_task"
 RESULTS = (
@@ -73,8 +65,8 @@ class Grid:
             target patterns to placements may be among them or among the baselines.
         lr: learning rates.
         seed: seeds.
-        baselines: other methods to run beside the windows, also PEFT's own starts and methods under
-            a penalty (:class:`lora_lens.adapters.PeftStart`, :class:`lora_lens.adapters.Penalized`).
+        baselines: other methods to run beside the windows, also PEFT's and methods under a
+            regularizer (:class:`lora_lens.PeftMethod`, :class:`lora_lens.training.Regularized`).
 
     Each may be a single value. A placement of your own must be a frozen dataclass: its fields and the code of
     its methods are what its runs are found by in a store (what those methods read elsewhere is not).
@@ -86,19 +78,14 @@ class Grid:
     window: Sequence[Window] = ()
     lr: Sequence[float] = (1e-3,)
     seed: Sequence[int] = (0,)
-    baselines: Sequence[Method] = ()
+    baselines: Sequence[MethodLike] = ()
 
     def __post_init__(self) -> None:
         for name in ("window", "baselines"):
             given = sequence(getattr(self, name), name, "windows and other methods", (*METHODS, Mapping))
             methods = tuple(ByLayer(m) if isinstance(m, Mapping) else m for m in given)
             for method in methods:
-                instance(
-                    method,
-                    METHODS,
-                    f"each of {name}",
-                    A_METHOD,
-                )
+                instance(method, METHODS, f"each of {name}", A_METHOD)
             object.__setattr__(self, name, methods)
         rates, seeds = (_one_or_more(getattr(self, name), name) for name in ("lr", "seed"))
         object.__setattr__(self, "lr", tuple(number(rate, "lr", above=0) for rate in rates))
@@ -110,13 +97,13 @@ class Grid:
             raise InputError("a grid needs at least one window or baseline, one lr and one seed")
 
     @property
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> tuple[MethodLike, ...]:
         return (*self.window, *self.baselines)
 
     def __len__(self) -> int:
         return len(self.methods) * len(self.lr) * len(self.seed)
 
-    def __iter__(self) -> Iterator[tuple[Method, float, int]]:
+    def __iter__(self) -> Iterator[tuple[MethodLike, float, int]]:
         """(method, lr, seed), a whole seed before the next, so that a stopped sweep is balanced."""
         return ((m, lr, s) for s in self.seed for lr in self.lr for m in self.methods)
 
@@ -129,13 +116,13 @@ class Experiment:
     task: Task
     retain: Task
     watch: tuple[Task, ...]
-    layers: dict[Method, list[str]]
+    layers: dict[MethodLike, list[str]]
     alpha: float | None
     variant: Variant
     spectra: SpectrumSet | None
     training: Training
 
-    def record(self, method: Method, lr: float, seed: int) -> dict[str, object]:
+    def record(self, method: MethodLike, lr: float, seed: int) -> dict[str, object]:
         """What is known of a run before it runs: its name, and its settings for people and exactly."""
         variant = {} if self.variant == Variant() else {"variant": str(self.variant)}
         training = asdict(replace(self.training, lr=lr, seed=seed))
@@ -150,7 +137,7 @@ class Experiment:
         }
         return named_record(settings, exact_method(method))
 
-    def lost(self, point: tuple[Method, float, int]) -> dict[str, object]:
+    def lost(self, point: tuple[MethodLike, float, int]) -> dict[str, object]:
         """The record of a run that has no results."""
         return self.record(*point) | {"result": dict.fromkeys(RESULTS, float("nan")) | {"diverged": False}}
 
@@ -194,7 +181,7 @@ def sweep(
         (identity), method (window, LoRA, linear probe, full fine-tuning, or another method in words), rank,
         position, start, alpha, variant (if one was given), lr, seed and the other settings; trainable
         (adapter parameters trained, without the new head); loss (nats, mean since the last evaluation,
-        without a penalty); accuracy, retained_before, retained_accuracy (in [0, 1]); forgetting
+        without a regularizer); accuracy, retained_before, retained_accuracy (in [0, 1]); forgetting
         (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise (its rise over
         the run, nats per example, of a language task per token; positive = forgot); diverged; failed and
         reason (why, else ""). Two methods that are described alike have a few digits of their identity
@@ -222,16 +209,16 @@ def sweep(
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
     choices = {"targets": targets, "alpha": alpha, "spectra": spectra, "variant": variant}
-    plans = {method: _planned(model, method, choices) for method in grid.methods}
+    plans = {method: planned(model, method, **choices) for method in grid.methods}
     for lr, seed in product(grid.lr, grid.seed):
         replace(training, lr=lr, seed=seed)  # raises where they are impossible
     one, watched = (task.subset(1, 1), retain.subset(1, 1)), [t.subset(1, 1) for t in watch]
     once = {"steps": 1, "evaluations": 2, "watch": watched, "progress": False}
     with by_itself():
-        for penalty in {penalty_of(method) for method in grid.methods} | {None}:
+        for regularizer in {regularizer_of(method) for method in grid.methods} | {None}:
             rehearsal = attach(model, LoRA(1), targets=usual, variant=Variant(dora=variant.dora))
-            finetune(rehearsal, *one, penalty=penalty, batch_size=training.batch_size, **once)
-        if any(isinstance(method, LinearProbe) for method in grid.methods):
+            finetune(rehearsal, *one, regularizer=regularizer, batch_size=training.batch_size, **once)
+        if not all(as_method(method).trains_weights for method in grid.methods):
             finetune(attach(model, LinearProbe()), *one, **once)
 
     identity = experiment_identity(model, task, retain, watch)
@@ -292,19 +279,18 @@ def _require_different(values: Sequence[object], name: str) -> None:
         raise InputError(f"{name} holds the same value twice: {values}")
 
 
-def _planned(
-    model: nn.Module, method: Method, choices: Mapping[str, object]
-) -> dict[str, Placement | LoRA | PeftStart]:
-    inner = inner_method(method)
-    return (planned_start if isinstance(inner, PeftStart) else planned)(model, inner, **choices)
-
-
-def _attached(experiment: Experiment, method: Method, seed: int) -> nn.Module:
-    inner = inner_method(method)
-    same = {"targets": experiment.layers[method], "alpha": experiment.alpha, "seed": seed}
-    if isinstance(inner, PeftStart):
-        return attach_start(experiment.model, inner, experiment.task, experiment.retain, **same)
-    return attach(experiment.model, inner, variant=experiment.variant, spectra=experiment.spectra, **same)
+def _attached(experiment: Experiment, method: MethodLike, seed: int) -> nn.Module:
+    return attach(
+        experiment.model,
+        method,
+        targets=experiment.layers[method],
+        alpha=experiment.alpha,
+        spectra=experiment.spectra,
+        variant=experiment.variant,
+        seed=seed,
+        task=experiment.task,
+        retain=experiment.retain,
+    )
 
 
 def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, list[Placement]]:
@@ -316,7 +302,7 @@ def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, lis
     return wanted
 
 
-def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) -> dict[str, object]:
+def _run(experiment: Experiment, point: tuple[MethodLike, float, int], _path: Path) -> dict[str, object]:
     """The record of one run."""
     method, lr, seed = point
     adapted = _attached(experiment, method, seed)
@@ -326,7 +312,8 @@ def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) 
         experiment.task,
         experiment.retain,
         replace(experiment.training, lr=lr, seed=seed),
-        penalty=penalty_of(method),
+        regularizer=regularizer_of(method),
+        retained_before=_retained_before(experiment, adapted),
         watch=experiment.watch,
         progress=False,
     )
@@ -352,6 +339,13 @@ def _run(experiment: Experiment, point: tuple[Method, float, int], _path: Path) 
     }
 
 
+def _retained_before(experiment: Experiment, adapted: nn.Module) -> Answers | None:
+    """The pretrained model's answers where ``adapted`` starts with another function."""
+    if not getattr(adapted, "start_change", 0):
+        return None
+    return evaluate(experiment.model, experiment.retain, precision=experiment.training.precision)
+
+
 def ended_without_numbers(run: Run) -> bool:
     """Whether it diverged, be it with the last step, which only the tests after it show."""
     last = run.curve.iloc[-1]
@@ -359,17 +353,19 @@ def ended_without_numbers(run: Run) -> bool:
     return run.diverged or not np.isfinite(losses.to_numpy(float)).all()
 
 
-def _mechanism(experiment: Experiment, method: Method, adapted: nn.Module) -> dict[str, object]:
+def _mechanism(experiment: Experiment, method: MethodLike, adapted: nn.Module) -> dict[str, object]:
     """What the run did to weights and features, if the spectra tell; nothing for a linear probe."""
     known = experiment.spectra or {}
     names = experiment.layers[method]
     if not all(name in known and known[name].has_all_vectors for name in names):
         return {}
     spectra = SpectrumSet([known[name] for name in names])
-    if isinstance(adapted, PeftModel):
+    if hasattr(adapted, "attachment"):
         moved = drift(adapted, spectra).merge(rotations(adapted, spectra), on="layer")
     elif any(p.requires_grad for p in adapted.parameters()):
-        moved = drift_between(experiment.model, adapted, spectra)
+        if (whole := merged_copy(adapted)) is None:
+            return {}
+        moved = drift_between(experiment.model, whole, spectra)
     else:
         return {}
     some = experiment.retain.test.sampled(EXAMPLES_OF_FEATURES)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance, whole_number
 from lora_lens._base.wrappers import submodule
-from lora_lens.adapters.attaching import check_belongs
+from lora_lens.adapters.low_rank import check_belongs
 from lora_lens.spectrum.adaptable_layers import LINEAR, weight_matrix
 from lora_lens.spectrum.spectrum import Spectrum
 from lora_lens.spectrum.window import Placement, Window

@@ -37,7 +37,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import Targets
 from lora_lens._base.torch_tools import call, evaluating
 from lora_lens._base.validate import instance, seed_number, sequence, whole_number
-from lora_lens.adapters.attaching import check_belongs, chosen_layers
+from lora_lens.adapters.low_rank import check_belongs, chosen_layers
 from lora_lens.forgetting.weight_drift import require_spectra, spectrum_of
 from lora_lens.spectrum.adaptable_layers import LINEAR, weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra

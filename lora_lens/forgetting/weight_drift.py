@@ -12,10 +12,12 @@ second order, dB dA, reaches a pair of components that both lie elsewhere.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pandas as pd
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -201,6 +203,19 @@ def effective_weight(layer: LoraLayer) -> Tensor:
         lengths = layer.lora_magnitude_vector[ADAPTER].weight.detach().to("cpu", torch.float64)
         weight *= lengths.reshape(-1, 1) / torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     return weight
+
+
+def merged_copy(adapted: nn.Module) -> nn.Module | None:
+    """The model with all of PEFT's adapters merged, a copy; None where they are of a kind that has no merge.
+
+    Without PEFT, the model itself.
+    """
+    if not isinstance(adapted, PeftModel):
+        return adapted
+    try:
+        return copy.deepcopy(adapted).merge_and_unload()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def start_rows(layer: LoraLayer, start: Start | None, rows: slice) -> Tensor:

@@ -21,7 +21,7 @@ from lora_lens._base.schema import checked
 from lora_lens._base.validate import choice, instance, number, sequence, whole_number
 from lora_lens.forgetting.aggregate import pareto_front, seed_means
 from lora_lens.plots._style import colour_bar, house_style, literal, some_axes, styled
-from lora_lens.training.loop import Run
+from lora_lens.training.run import Run
 
 LABELS = {
     "accuracy": "accuracy on the new task",

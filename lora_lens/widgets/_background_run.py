@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from threading import Event, Thread
 
-from lora_lens.training.loop import Progress, Run
+from lora_lens.training.run import Progress, Run
 
 
 class BackgroundRun:

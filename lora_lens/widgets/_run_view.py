@@ -19,7 +19,8 @@ from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.plots.single_runs import relative_updates
 from lora_lens.tasks.task import Task
-from lora_lens.training.loop import Run, Training
+from lora_lens.training.run import Run
+from lora_lens.training.settings import Training
 from lora_lens.widgets._explorer import Parts, html_table, plain_texts
 from lora_lens.widgets.forgotten import require_same_examples, shown_examples, window_names
 

@@ -17,15 +17,17 @@ from torch import nn
 
 from lora_lens._base.errors import LoraLensError
 from lora_lens._base.validate import instance, whole_number
-from lora_lens.adapters.attaching import attach, chosen_layers, planned
-from lora_lens.adapters.methods import FullFineTuning, LoRA, Method
+from lora_lens.adapters.attaching import attach, planned
+from lora_lens.adapters.low_rank import chosen_layers
+from lora_lens.adapters.methods import FullFineTuning, LoRA, MethodLike
 from lora_lens.plots.spectra import some_spectra
 from lora_lens.plots.sweeps import learning_curves
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Window
 from lora_lens.tasks.task import Task
-from lora_lens.training.loop import Progress, Run, finetune
+from lora_lens.training.finetuning import finetune
+from lora_lens.training.run import Progress, Run
 from lora_lens.training.settings import Training, training_with
 from lora_lens.widgets._background_run import BackgroundRun
 from lora_lens.widgets._explorer import (
@@ -115,7 +117,7 @@ class _TrainingExplorer(Explorer):
 class _Training(BackgroundRun):
     """A run with what was asked for."""
 
-    def __init__(self, method: Method, config: Training, train: Callable[..., Run]) -> None:
+    def __init__(self, method: MethodLike, config: Training, train: Callable[..., Run]) -> None:
         super().__init__(partial(train, method, config))
         self.method, self.config = method, config
 
@@ -124,7 +126,7 @@ class _Training(BackgroundRun):
 class _Finished:
     """A run of this panel that came to an end."""
 
-    method: Method
+    method: MethodLike
     run: Run
 
     def row(self, number: int) -> dict[str, object]:
@@ -240,11 +242,11 @@ class _Panel:
                 self.training.end()
                 self.training = None
 
-    def _train(self, method: Method, config: Training, on_step: Callable[[Progress], bool]) -> Run:
+    def _train(self, method: MethodLike, config: Training, on_step: Callable[[Progress], bool]) -> Run:
         adapted = attach(self.model, method, spectra=self.spectra, seed=config.seed)
         return finetune(adapted, self.task, self.retain, config, progress=False, on_step=on_step)
 
-    def _method(self) -> Method:
+    def _method(self) -> MethodLike:
         if self.kind.value == WINDOW:
             return Window(self.rank.value, position=self.position.value)
         return LoRA(self.rank.value) if self.kind.value == ORDINARY else FullFineTuning()
@@ -382,7 +384,7 @@ class _Panel:
         )
 
 
-def _kind_of(method: Method) -> str:
+def _kind_of(method: MethodLike) -> str:
     return {Window: WINDOW, LoRA: ORDINARY, FullFineTuning: FULL}[type(method)]
 
 

@@ -17,7 +17,8 @@ from lora_lens import plots
 from lora_lens._base.errors import InputError
 from lora_lens._base.torch_tools import evaluating
 from lora_lens._base.validate import instance, whole_number
-from lora_lens.adapters.attaching import attach, chosen_layers
+from lora_lens.adapters.attaching import attach
+from lora_lens.adapters.low_rank import chosen_layers
 from lora_lens.forgetting.features import (
     FeatureEnergies,
     FeatureNorms,

@@ -9,7 +9,6 @@ from torch import nn
 
 import lora_lens as ll
 from lora_lens.adapters.exactness import function_error
-from lora_lens.adapters.peft_starts import attach_start
 from lora_lens.spectrum.placement import AfterEnergy, ByLayer, Components, RandomComponents
 
 WRONG = [
@@ -57,16 +56,21 @@ def test_attach(wrong, error, message, patch_vit):
     ("wrong", "error", "message"),
     [w for w in WRONG if next(iter(w[0])) in ("targets", "alpha", "seed", "model")]
     + [
-        ({"start": ll.LoRA(4)}, TypeError, r"start must be an ll\.adapters\.PeftStart.*not LoRA"),
-        ({"start": "pissa"}, TypeError, r"start must be an ll\.adapters\.PeftStart.*not 'pissa'"),
+        ({"method": "pissa"}, TypeError, "expected a Window or another .* or PeftMethod, not 'pissa'"),
+        (
+            {"inplace": True},
+            ValueError,
+            "PEFT's pissa of rank 4 is attached to a copy: leave inplace=True out",
+        ),
+        ({"modules_to_save": ["head"]}, ValueError, "takes no modules_to_save"),
         ({"task": "mnist"}, TypeError, r"task must be an ll\.Task, not 'mnist'"),
         ({"retain": 3}, TypeError, r"retain must be an ll\.Task, not 3"),
     ],
 )
-def test_attach_start(wrong, error, message, patch_vit):
-    arguments = {"model": patch_vit, "start": ll.adapters.PeftStart("pissa", 4)} | wrong
+def test_attach_with_a_start_of_peft(wrong, error, message, patch_vit):
+    arguments = {"model": patch_vit, "method": ll.PeftMethod("pissa", 4)} | wrong
     with pytest.raises(error, match=message) as raised:
-        attach_start(arguments.pop("model"), arguments.pop("start"), **arguments)
+        ll.attach(arguments.pop("model"), arguments.pop("method"), **arguments)
     assert isinstance(raised.value, ll.errors.LoraLensError)
 
 
@@ -107,8 +111,8 @@ def test_numbers_of_numpy_and_torch_are_taken(patch_vit):
         (lambda: AfterEnergy(2, math.nan), ValueError, r"share of the energy must be in \(0, 1\), not nan"),
         (lambda: ByLayer([ll.Window.first(2)]), TypeError, "placements must be a mapping"),
         (lambda: ByLayer({3: ll.Window.first(2)}), TypeError, "a pattern of placements must be a string"),
-        (lambda: ll.adapters.PeftStart("pisa", 4), ValueError, "did you mean 'pissa'"),
-        (lambda: ll.adapters.PeftStart("pissa", 4.0), TypeError, "rank must be a whole number, not 4.0"),
+        (lambda: ll.PeftMethod("pisa", 4), ValueError, "did you mean 'pissa'"),
+        (lambda: ll.PeftMethod("pissa", 4.0), TypeError, "rank must be a whole number, not 4.0"),
         (lambda: ll.Variant(dora="yes"), TypeError, "dora must be True or False, not 'yes'"),
         (lambda: ll.Variant(dropout="0.1"), TypeError, "dropout must be a number, not '0.1'"),
         (lambda: ll.Variant(dtype="float32"), TypeError, "dtype must be a torch.dtype.*not 'float32'"),

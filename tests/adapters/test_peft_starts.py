@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lens as ll
+from lora_lens.adapters import PEFT_STARTS, PeftMethod
+from lora_lens.adapters.attaching import planned
 from lora_lens.adapters.injection import lora_layers, trained_update
-from lora_lens.adapters.methods import PEFT_STARTS, PeftStart
-from lora_lens.adapters.peft_starts import attach_start, planned_start
 from lora_lens.forgetting.basis_rotation import rotations
 from lora_lens.spectrum.adaptable_layers import target_layers, weight_matrix
 from lora_lens.tasks.readouts import features_of
@@ -35,7 +35,9 @@ def started(model, tasks):
 
     def start(name: str) -> nn.Module:
         if name not in kept:
-            kept[name] = attach_start(model, PeftStart(name, 4), *tasks, targets=SOME, seed=3)
+            kept[name] = ll.attach(
+                model, PeftMethod(name, 4), task=tasks[0], retain=tasks[1], targets=SOME, seed=3
+            )
         return copy.deepcopy(kept[name])
 
     return start
@@ -143,7 +145,7 @@ def test_olora_starts_from_qr_and_mica_from_the_last_left_vectors(started, model
 def test_eva_s_rows_span_the_principal_components_of_the_inputs(model, source, digits):
     name = "blocks.0.mlp.fc1"
     task = digits.first(64, 10)
-    adapted = attach_start(model, PeftStart("eva", 4), task, targets=name)
+    adapted = ll.attach(model, PeftMethod("eva", 4), task=task, targets=name)
     given = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, x: given.append(x[0]))
     with torch.no_grad():
@@ -182,7 +184,9 @@ def test_lora_ga_s_a_lies_in_the_first_directions_of_the_real_gradient(started, 
 
 def test_the_seed_is_all_that_decides(model, tasks):
     def weights(name: str, seed: int) -> list[torch.Tensor]:
-        adapted = attach_start(model, PeftStart(name, 4), *tasks, targets="blocks.0.mlp.*", seed=seed)
+        adapted = ll.attach(
+            model, PeftMethod(name, 4), task=tasks[0], retain=tasks[1], targets="blocks.0.mlp.*", seed=seed
+        )
         return [p for p in adapted.parameters() if p.requires_grad]
 
     for name in ("orthogonal", "eva", "lora_ga"):
@@ -199,7 +203,7 @@ def test_the_model_that_was_given_is_left_as_it_was(model, tasks):
     before = copy.deepcopy(model.state_dict())
     own = copy.deepcopy(model).train()
     for name in ("olora", "corda", "lora_ga", "eva"):
-        attach_start(own, PeftStart(name, 4), *tasks, targets="blocks.0.mlp.*")
+        ll.attach(own, PeftMethod(name, 4), task=tasks[0], retain=tasks[1], targets="blocks.0.mlp.*")
     assert all(torch.equal(value, before[key]) for key, value in own.state_dict().items())
     assert own.state_dict().keys() == before.keys()
     assert all(m.training for m in own.modules()) and all(p.requires_grad for p in own.parameters())
@@ -216,23 +220,23 @@ def test_a_summary_of_a_start_has_no_components(started):
 
 def test_bad_starts_are_refused_with_their_reason(model, tasks):
     with pytest.raises(ValueError, match=r"'pissa', 'olora', 'orthogonal', .*, 'lora_ga', not 'milora'"):
-        PeftStart("milora", 4)
+        PeftMethod("milora", 4)
     with pytest.raises(ValueError, match="orthogonal start needs an even rank, not 5"):
-        PeftStart("orthogonal", 5)
+        PeftMethod("orthogonal", 5)
     with pytest.raises(ValueError, match=r"rank 100 does not fit blocks\.0\.attn\.qkv"):
-        planned_start(model, PeftStart("mica", 100))
+        planned(model, PeftMethod("mica", 100))
     with pytest.raises(ValueError, match=r"lora_ga of rank 49 does not fit .* rank of at most 48"):
-        planned_start(model, PeftStart("lora_ga", 49))
+        planned(model, PeftMethod("lora_ga", 49))
     with pytest.raises(ValueError, match=r"eva of rank 25 does not fit .* rank of at most 24"):
-        planned_start(model, PeftStart("eva", 25))
+        planned(model, PeftMethod("eva", 25))
     with pytest.raises(ValueError, match="takes no variant, not dora"):
-        planned_start(model, PeftStart("pissa", 4), variant=ll.Variant(dora=True))
+        planned(model, PeftMethod("pissa", 4), variant=ll.Variant(dora=True))
     for name, missing in (("eva", "task"), ("lora_ga", "task"), ("corda", "retain")):
-        with pytest.raises(ValueError, match=f"made from data: give attach_start {missing}="):
-            attach_start(model, PeftStart(name, 4))
-    adapted = attach_start(model, PeftStart("orthogonal", 4), targets="blocks.0.mlp.fc1")
+        with pytest.raises(ValueError, match=f"made from data: give attach {missing}="):
+            ll.attach(model, PeftMethod(name, 4))
+    adapted = ll.attach(model, PeftMethod("orthogonal", 4), targets="blocks.0.mlp.fc1")
     with pytest.raises(ValueError, match="adapted already"):
-        attach_start(adapted, PeftStart("pissa", 4))
+        ll.attach(adapted, PeftMethod("pissa", 4))
 
 
 class TwoLayers(nn.Module):
@@ -258,7 +262,7 @@ def vectors() -> ll.Task:
 @NAMES
 def test_models_without_tokens_work_too(name, vectors):
     model = TwoLayers()
-    adapted = attach_start(model, PeftStart(name, 4), vectors, vectors, targets="body")
+    adapted = ll.attach(model, PeftMethod(name, 4), task=vectors, retain=vectors, targets="body")
     assert ll.function_error(adapted, model, vectors.test.inputs) < 1e-5
     ll.finetune(adapted, vectors, vectors, **SHORT)
     assert ll.function_error(adapted, model, vectors.test.inputs) > 1e-4
@@ -268,11 +272,11 @@ def test_layers_that_do_not_fit_are_named(vectors):
     model = TwoLayers()
     for name in ("eva", "corda", "lora_ga"):
         with pytest.raises(ValueError, match="needs the inputs of spare, and the model makes its output"):
-            attach_start(model, PeftStart(name, 2), vectors, vectors, targets=["body", "spare"])
+            ll.attach(model, PeftMethod(name, 2), task=vectors, retain=vectors, targets=["body", "spare"])
     with pytest.raises(ValueError, match="does not fit turned, a Conv1D"):
-        attach_start(model, PeftStart("olora", 4), targets="turned")
+        ll.attach(model, PeftMethod("olora", 4), targets="turned")
     with pytest.raises(ValueError, match="head takes no part in the new task's loss"):
-        attach_start(model, PeftStart("lora_ga", 1), vectors, vectors, targets="head")
+        ll.attach(model, PeftMethod("lora_ga", 1), task=vectors, retain=vectors, targets="head")
     with pytest.raises(ValueError, match="batches with at least 16 inputs for each layer; body gets 10"):
-        attach_start(model, PeftStart("eva", 4), vectors.first(10, 10), targets="body")
+        ll.attach(model, PeftMethod("eva", 4), task=vectors.first(10, 10), targets="body")
     assert list(target_layers(model)) == ["body", "spare", "turned"]

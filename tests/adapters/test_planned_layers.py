@@ -14,7 +14,6 @@ from torch import nn
 
 import lora_lens as ll
 from lora_lens.adapters.injection import lora_layers, whole_modules
-from lora_lens.adapters.peft_starts import attach_start
 from lora_lens.adapters.planned_layers import injected
 from lora_lens.spectrum.adaptable_layers import matrix_shape, target_layers
 
@@ -48,7 +47,7 @@ METHODS = [
     ll.Window.middle(3),
     ll.LoRA(3),
     {"q_proj": ll.Window.first(4), "all-linear": ll.Window.last(2)},
-    ll.adapters.PeftStart("pissa", 3),
+    ll.PeftMethod("pissa", 3),
 ]
 
 
@@ -71,8 +70,8 @@ def moved(adapted: nn.Module) -> nn.Module:
 
 
 def attached(model: nn.Module, method: object, targets: list[str], **settings: object) -> PeftModel:
-    if isinstance(method, ll.adapters.PeftStart):
-        return attach_start(model, method, targets=targets)
+    if isinstance(method, ll.PeftMethod):
+        return ll.attach(model, method, targets=targets)
     return ll.attach(model, method, targets=targets, **settings)
 
 
@@ -215,7 +214,7 @@ FAILURES = {
     "PEFT refuses beside modules to save": lambda m: ll.attach(
         m, ll.Window.middle(2), targets="*_proj", modules_to_save="norm", inplace=True
     ),
-    "PEFT's start refuses": lambda m: attach_start(m, ll.adapters.PeftStart("pissa", 2), targets="*_proj"),
+    "PEFT's start refuses": lambda m: ll.attach(m, ll.PeftMethod("pissa", 2), targets="*_proj"),
 }
 
 

@@ -14,21 +14,21 @@ import torch
 from small_sequences import learn, pairs, retained, small_spectra, small_vit
 
 import lora_lens as ll
-from lora_lens.adapters.methods import Penalized, Penalty
 from lora_lens.experiments.continual.strategies import Merged
 from lora_lens.experiments.engines import LAUNCHED, checked_jobs
+from lora_lens.training import Regularized, Regularizer
 
 FAST = {"steps": 2, "batch_size": 8, "evaluations": 2, "warmup": 0.0, "progress": False}
 
 
 @dataclass(frozen=True)
-class Goes(Penalty):
+class Goes(Regularizer):
     """Goes wrong in the way asked for, where the seed is 1 or more."""
 
     strength: float = 0.0
     wrong: str = ""
 
-    def begin(self, model, retain, config):
+    def begin(self, model, past, config):
         if config.seed >= 1:
             match self.wrong:
                 case "refused":
@@ -58,7 +58,7 @@ def swept(method: object, seeds=(0, 1), store: Path | None = None, **others: obj
 )
 def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(wrong, reason, tmp_path):
     with pytest.warns(UserWarning, match=f"1 of 4 runs failed; .*: {reason}"):
-        table = swept(Penalized(ll.LoRA(2), Goes(wrong=wrong)), store=tmp_path / "s")
+        table = swept(Regularized(ll.LoRA(2), Goes(wrong=wrong)), store=tmp_path / "s")
     assert table["failed"].tolist() == [False, False, False, True]
     assert table["reason"].tolist() == ["", "", "", reason]
     assert table.loc[3, ["accuracy", "forgetting", "trainable", "loss_rise"]].isna().all()
@@ -72,7 +72,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(wrong, r
 
 
 def test_the_next_call_tries_a_failed_run_again_and_no_other(tmp_path):
-    method = Penalized(ll.LoRA(2), Goes(wrong="refused"))
+    method = Regularized(ll.LoRA(2), Goes(wrong="refused"))
     with pytest.warns(UserWarning, match="1 of 4 runs failed"):
         swept(method, store=tmp_path / "s")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "runs").iterdir()}
@@ -83,11 +83,11 @@ def test_the_next_call_tries_a_failed_run_again_and_no_other(tmp_path):
 
 
 def test_if_all_runs_fail_the_first_reason_is_raised(tmp_path):
-    bad = ll.Grid(seed=[1, 2], baselines=[Penalized(ll.LoRA(2), Goes(wrong="refused"))])
+    bad = ll.Grid(seed=[1, 2], baselines=[Regularized(ll.LoRA(2), Goes(wrong="refused"))])
     same = {"model": small_vit(), "task": pairs()[0], "retain": retained(), "jobs": 1} | FAST
     with pytest.raises(ll.errors.InputError, match="no such luck"):
         ll.sweep(bad, store=tmp_path / "s", **same)
-    bug = ll.Grid(seed=[1], baselines=[Penalized(ll.LoRA(2), Goes(wrong="a bug"))])
+    bug = ll.Grid(seed=[1], baselines=[Regularized(ll.LoRA(2), Goes(wrong="a bug"))])
     with pytest.raises(RuntimeError, match=r"all runs failed, .* ZeroDivisionError") as raised:
         ll.sweep(bug, store=tmp_path / "s", **same)
     assert "in begin" in raised.value.__notes__[0]  # where it came from
@@ -95,7 +95,7 @@ def test_if_all_runs_fail_the_first_reason_is_raised(tmp_path):
 
 def test_a_run_whose_process_is_killed_does_not_take_the_others_along(tmp_path):
     with pytest.warns(UserWarning, match="1 of 2 runs failed; .* its process was killed"):
-        table = swept(Penalized(ll.LoRA(2), Goes(wrong="killed")), (1,), tmp_path / "s", jobs=2)
+        table = swept(Regularized(ll.LoRA(2), Goes(wrong="killed")), (1,), tmp_path / "s", jobs=2)
     assert table["failed"].tolist() == [False, True]
     assert table["accuracy"].isna().tolist() == [False, True]
 
@@ -117,7 +117,7 @@ def test_weights_that_are_no_numbers_after_the_last_step_are_a_divergence(tmp_pa
 
 
 def test_a_sequence_that_fails_is_rows_without_results_and_goes_on_from_its_checkpoint(tmp_path):
-    method = Penalized(ll.LoRA(2), Goes(wrong="refused"))  # the second task's seed is 1000 more
+    method = Regularized(ll.LoRA(2), Goes(wrong="refused"))  # the second task's seed is 1000 more
     with pytest.raises(ValueError, match="no such luck"):
         learn(Merged(), method, store=tmp_path / "s", retain=retained())
     (checkpoint,) = (tmp_path / "s" / "runs" / "unfinished").glob("*.pt")

@@ -10,13 +10,11 @@ import torch
 from small_sequences import SETTINGS, pairs, retained, small_vit
 
 import lora_lens as ll
-from lora_lens.adapters.methods import Penalized
 from lora_lens.experiments.continual.strategies import Continued, Merged, exact_strategy
 from lora_lens.experiments.identity import exact, exact_method, named_method, run_name
 from lora_lens.spectrum.placement import AfterEnergy, ByLayer, Components, HoldingEnergy, RandomComponents
 from lora_lens.spectrum.window import Placement
-from lora_lens.training.memories import EWC, Replay
-from lora_lens.training.penalties import KLAnchor, L2ToInitial
+from lora_lens.training import EWC, KLAnchor, L2ToInitial, Regularized, Replay
 
 FEW = {key: value for key, value in SETTINGS.items() if key != "jobs"}
 FIRST, OTHER = Components(range(8)), Components((0, 1, 2, 3, 4, 5, 20, 21))
@@ -33,15 +31,15 @@ def name(method: object) -> str:
         (AfterEnergy(4, 0.5), AfterEnergy(4, 0.5 + 1e-12)),
         (HoldingEnergy(4, 0.1), HoldingEnergy(4, 0.1 + 1e-16)),
         (ByLayer({"a": FIRST}), ByLayer({"a": OTHER})),
-        (Penalized(FIRST, KLAnchor(1)), Penalized(OTHER, KLAnchor(1))),
-        (Penalized(ll.LoRA(2), KLAnchor(1)), Penalized(ll.LoRA(2), KLAnchor(1 + 1e-15))),
+        (Regularized(FIRST, KLAnchor(1)), Regularized(OTHER, KLAnchor(1))),
+        (Regularized(ll.LoRA(2), KLAnchor(1)), Regularized(ll.LoRA(2), KLAnchor(1 + 1e-15))),
         (
-            Penalized(ll.Window(8, 0.1234567), L2ToInitial(1)),
-            Penalized(ll.Window(8, 0.12345671), L2ToInitial(1)),
+            Regularized(ll.Window(8, 0.1234567), L2ToInitial(1)),
+            Regularized(ll.Window(8, 0.12345671), L2ToInitial(1)),
         ),
         (
-            Penalized({"a": ll.Window(8, 0.1234567)}, L2ToInitial(1)),
-            Penalized({"a": ll.Window(8, 0.12345671)}, L2ToInitial(1)),
+            Regularized({"a": ll.Window(8, 0.1234567)}, L2ToInitial(1)),
+            Regularized({"a": ll.Window(8, 0.12345671)}, L2ToInitial(1)),
         ),
     ],
 )
@@ -60,7 +58,7 @@ def test_dropouts_that_differ_in_the_last_digit_are_told_apart():
     assert str(ll.Variant(dropout=0.12345678)) != str(ll.Variant(dropout=0.1234567))
 
 
-def test_a_strategy_is_told_by_its_memory():
+def test_a_strategy_is_told_by_its_regularizer():
     assert exact_strategy(Merged()) == exact_strategy(Merged(Replay(4))) == {}
     assert exact_strategy(Continued(EWC(1.0))) != exact_strategy(Continued(EWC(1.0 + 1e-15)))
     assert exact_strategy(Continued(EWC(1.0))) != exact_strategy(Continued(EWC(1.0, examples=7)))
@@ -95,7 +93,7 @@ def test_a_user_s_rule_is_told_by_its_code_as_well():
 
 
 @dataclass(frozen=True)
-class Shared(Penalized):
+class Shared(Regularized):
     share: ClassVar[float] = 0.5
 
 
@@ -109,7 +107,7 @@ class Shared(Penalized):
         (torch.float32, torch.float64),
         (0.1, 0.1 + 1e-17 + 1e-16),
         (ll.LoRA(2), "LoRA(rank=2)"),
-        (Penalized(ll.LoRA(2), KLAnchor(1)), Shared(ll.LoRA(2), KLAnchor(1))),
+        (Regularized(ll.LoRA(2), KLAnchor(1)), Shared(ll.LoRA(2), KLAnchor(1))),
     ],
 )
 def test_content_is_told_apart(one, other):

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import lora_lens as ll
-from lora_lens.adapters.methods import PEFT_STARTS, PeftStart, Penalized
-from lora_lens.adapters.peft_starts import attach_start
-from lora_lens.training.penalties import KLAnchor, L2ToInitial
+from lora_lens.adapters import PEFT_STARTS, PeftMethod
+from lora_lens.training import KLAnchor, L2ToInitial, Regularized
 
 SETTINGS = {"steps": 4, "batch_size": 16, "evaluations": 2, "progress": False}
 GRID = ll.Grid(
@@ -208,11 +207,11 @@ def test_numpy_s_numbers_and_a_single_task_do_as_settings(experiment, tmp_path):
 
 
 ELSEWHERE = [
-    *(PeftStart(name, 4) for name in PEFT_STARTS),
-    Penalized(ll.Window.middle(4), L2ToInitial(0.1)),
-    Penalized(ll.LoRA(4), KLAnchor(1)),
-    Penalized(ll.FullFineTuning(), L2ToInitial(0.1)),
-    Penalized(PeftStart("corda", 4), KLAnchor(1)),
+    *(PeftMethod(name, 4) for name in PEFT_STARTS),
+    Regularized(ll.Window.middle(4), L2ToInitial(0.1)),
+    Regularized(ll.LoRA(4), KLAnchor(1)),
+    Regularized(ll.FullFineTuning(), L2ToInitial(0.1)),
+    Regularized(PeftMethod("corda", 4), KLAnchor(1)),
 ]
 FEW = {"targets": "blocks.0.*", "jobs": 1}
 
@@ -236,14 +235,14 @@ def test_starts_and_penalties_stand_in_the_same_table(elsewhere):
     assert (measured["relative"] > 0).all() and measured["cka"].notna().all()
 
 
-def test_their_rows_are_what_attach_start_and_finetune_give(elsewhere, experiment):
+def test_their_rows_are_what_attach_and_finetune_give(elsewhere, experiment):
     row = elsewhere[0].iloc[-1]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     task, retain = experiment["task"], experiment["retain"]
     start = ELSEWHERE[-1].method
-    adapted = attach_start(experiment["model"], start, task, retain, targets="blocks.0.*", seed=0)
-    run = ll.finetune(adapted, task, retain, lr=1e-2, penalty=KLAnchor(1), **SETTINGS)
+    adapted = ll.attach(experiment["model"], start, task=task, retain=retain, targets="blocks.0.*", seed=0)
+    run = ll.finetune(adapted, task, retain, lr=1e-2, regularizer=KLAnchor(1), **SETTINGS)
     torch.set_num_threads(threads)
     assert (run.accuracy, run.forgetting) == (row["accuracy"], row["forgetting"])
     assert run.curve["loss"].iloc[-1] == row["loss"]
@@ -258,11 +257,11 @@ def test_the_identity_of_earlier_methods_does_not_change(table, elsewhere):
 @pytest.mark.parametrize(
     ("method", "choices", "message"),
     [
-        (PeftStart("lora_ga", 64), {}, "lora_ga of rank 64 does not fit blocks.0.attn.qkv"),
-        (PeftStart("pissa", 4), {"variant": ll.Variant(rslora=True)}, "takes no variant, not rslora"),
-        (Penalized(ll.Window(8, start=90), KLAnchor(1)), {}, r"\[90, 98\) does not fit"),
-        (Penalized(ll.LoRA(4), KLAnchor(1)), {"batch_size": 1}, "half of each batch, and batch_size is 1"),
-        (Penalized(ll.LoRA(4), L2ToInitial(1)), {"variant": ll.Variant(dora=True)}, "DoRA changes"),
+        (PeftMethod("lora_ga", 64), {}, "lora_ga of rank 64 does not fit blocks.0.attn.qkv"),
+        (PeftMethod("pissa", 4), {"variant": ll.Variant(rslora=True)}, "takes no variant, not rslora"),
+        (Regularized(ll.Window(8, start=90), KLAnchor(1)), {}, r"\[90, 98\) does not fit"),
+        (Regularized(ll.LoRA(4), KLAnchor(1)), {"batch_size": 1}, "half of each batch, and batch_size is 1"),
+        (Regularized(ll.LoRA(4), L2ToInitial(1)), {"variant": ll.Variant(dora=True)}, "DoRA changes"),
     ],
 )
 def test_bad_starts_and_penalties_are_met_before_the_first_run(

@@ -20,7 +20,7 @@ from explored import narrow_vit
 import lora_lens as ll
 from lora_lens.forgetting.weight_drift import drift_between
 from lora_lens.tasks.transforms import class_index
-from lora_lens.training.penalties import squared_change
+from lora_lens.training.regularizers.l2_to_initial import squared_change
 
 BAD = {"None": None, "3": 3, "'x'": "x", "[]": [], "{}": {}, "object()": object()}
 # Of modules without __all__: what they share with others inside the package, not doors of their own.
@@ -124,14 +124,13 @@ def others(empty: Path) -> dict[str, tuple]:
     return {
         "tasks.Corpus": (("no", "yes"), corpus, corpus),
         "Examples": (torch.tensor([0, 1]),),
-        "adapters.Penalized": (ll.training.L2ToInitial(1.0),),
-        "adapters.PeftStart": (4,),
+        "training.Regularized": (ll.training.L2ToInitial(1.0),),
+        "PeftMethod": (4,),
         "Spectrum": ((8, 6), torch.ones(6)),
         "Task": (("a", "b"), task().train, task().test),
         "tasks.Texts": ((0, 1),),
         "advise": (task(), task()),
         "attach": (window,),
-        "adapters.attach_start": (ll.adapters.PeftStart("pissa", 4),),
         "compare": (spectra,),
         "experiments.continual_sweep": ([task()] * 2, ll.experiments.continual.Merged(), ll.Grid([window])),
         "tasks.dataset_corpus": (corpus, "name"),

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 import lora_lens as ll
-from lora_lens.training.loop import finetune
+from lora_lens.training.finetuning import finetune
 
 DATA = Path(__file__).parents[2] / "data"
 

@@ -30,7 +30,7 @@ class State:
     Attributes:
         model: what the next task trains, or attaches to.
         scenario: the heads.
-        kept: of the strategy's memory.
+        kept: by the strategy's regularizer.
         window: the first task's window as it stood after that task, by layer.
         after: how many tasks are trained.
         own: of ``Separate``, each task's accuracy and loss under its own adapter.

@@ -20,12 +20,14 @@ from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import Targets, counted, listed
 from lora_lens._base.validate import choice, flag, instance, sequence, whole_number
 from lora_lens._base.wrappers import submodule
-from lora_lens.adapters.attaching import chosen_layers, planned
-from lora_lens.adapters.methods import Method, Variant, inner_method, penalty_of
+from lora_lens.adapters.attaching import planned
+from lora_lens.adapters.low_rank import chosen_layers
+from lora_lens.adapters.methods import MethodLike
+from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.columns import columns_of, records_in, rows_of
 from lora_lens.experiments.continual.metrics import ENDED, RESULTS, SCORES, continual_scores, score_means
 from lora_lens.experiments.continual.sequence_training import Sequential, checkpoint_of, learn
-from lora_lens.experiments.continual.strategies import Joint, Moving, Strategy, method_of, require_method
+from lora_lens.experiments.continual.strategies import Moving, Strategy
 from lora_lens.experiments.engines import checked_jobs, run_missing
 from lora_lens.experiments.identity import ANSWERS, model_identity, sample_loss
 from lora_lens.experiments.records import told_apart
@@ -36,6 +38,7 @@ from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.scenarios import SCENARIOS, all_at_once
 from lora_lens.tasks.task import Task
+from lora_lens.training.regularizers.base import regularizer_of
 from lora_lens.training.settings import Training
 
 SHOWN = ["strategy", "method", "position", "lr", *SCORES, "runs"]  # in a cell
@@ -69,7 +72,8 @@ def continual_sweep(
         model: the pretrained model; it is left as it was.
         tasks: what to learn.
         strategy: what one task hands on to the next, see :mod:`lora_lens.experiments.continual.strategies`.
-        grid: methods (windows, LoRA, FullFineTuning, also under a penalty), learning rates and seeds.
+        grid: methods (windows, LoRA, FullFineTuning, PEFT's, also under a
+            regularizer), learning rates and seeds.
         setting: "task-incremental" (a head for each task), "domain-incremental" (one head) or
             "class-incremental" (one head that grows), see :mod:`lora_lens.tasks.scenarios`. ``Separate`` has
             a head for each task in any setting.
@@ -208,7 +212,7 @@ def _checked(
     spectra: SpectrumSet | None,
     variant: Variant,
     training: Training,
-) -> dict[Method, list[str]]:
+) -> dict[MethodLike, list[str]]:
     """The layers of each method, after every check that can be made before the first step."""
     if len(tasks) < 2:
         raise InputError(
@@ -223,24 +227,24 @@ def _checked(
         task.new_readout(model, seed=0)
     if retain is not None:
         retain.own_readout(model)
-    if isinstance(strategy, Joint):
+    if strategy.together:
         all_at_once(setting, tasks, model, seed=0)
     for lr, seed in product(grid.lr, grid.seed):
         replace(training, lr=lr, seed=seed)
-    memory = getattr(strategy, "memory", None)
+    guard = strategy.regularizer
     layers = {}
     for method in grid.methods:
-        require_method(strategy, method)
-        penalty, share = penalty_of(method), 0 if memory is None else memory.share
-        if penalty is not None and penalty.share + share >= 1:
-            raise InputError(f"{penalty} and {memory} would leave no place for new examples in a batch")
-        if penalty is not None and penalty.share and retain is None:
-            raise InputError(f"{penalty} needs examples of what is to be retained: give retain=")
+        strategy.require_method(method)
+        regularizer, share = regularizer_of(method), 0 if guard is None else guard.share
+        if regularizer is not None and regularizer.share + share >= 1:
+            raise InputError(f"{regularizer} and {guard} would leave no place for new examples in a batch")
+        if regularizer is not None and regularizer.share and retain is None:
+            raise InputError(f"{regularizer} needs examples of what is to be retained: give retain=")
         if training.batch_size * share < 1 <= share * 2:
-            raise InputError(f"{memory} needs half of each batch, and batch_size is {training.batch_size}")
+            raise InputError(f"{guard} needs half of each batch, and batch_size is {training.batch_size}")
         for place in range(len(tasks) if isinstance(strategy, Moving) else 1):
-            inner = inner_method(method_of(strategy, method, place))
-            plan = planned(model, inner, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
+            now = strategy.method_at(method, place)
+            plan = planned(model, now, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
             for name, placement in plan.items():
                 if isinstance(strategy, Moving):
                     layer = weight_matrix(submodule(model, name))

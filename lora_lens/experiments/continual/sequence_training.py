@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,23 +15,18 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from lora_lens._base.errors import InputError
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.injection import lora_layer
-from lora_lens.adapters.methods import Method, Penalty, Variant, inner_method, penalty_of
+from lora_lens.adapters.methods import MethodLike, as_method
+from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.continual.checkpoint import State, keep, restored
 from lora_lens.experiments.continual.metrics import RESULTS
-from lora_lens.experiments.continual.strategies import (
-    Continued,
-    Joint,
-    Separate,
-    Strategy,
-    exact_strategy,
-    method_of,
-)
+from lora_lens.experiments.continual.strategies import Strategy, exact_strategy
 from lora_lens.experiments.identity import exact, exact_method, named_method, named_record
 from lora_lens.experiments.sweeps import ended_without_numbers, short
-from lora_lens.forgetting.weight_drift import effective_weight
+from lora_lens.forgetting.weight_drift import effective_weight, merged_copy
 from lora_lens.forgetting.window_survival import components_of, survival
 from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
@@ -41,12 +36,18 @@ from lora_lens.tasks.evaluation import evaluate
 from lora_lens.tasks.readouts import Readout
 from lora_lens.tasks.scenarios import SCENARIOS, TaskIncremental, all_at_once, one_of
 from lora_lens.tasks.task import Task
-from lora_lens.training.loop import finetune
-from lora_lens.training.memories import Memory
+from lora_lens.training.finetuning import finetune
+from lora_lens.training.regularizers.base import (
+    LossTerm,
+    Past,
+    Regularizer,
+    regularizer_of,
+    trained_part,
+)
 from lora_lens.training.settings import Training
 
 SEEDS_APART = 1000  # between the seeds of two tasks of one sequence
-Point = tuple[Method, tuple[int, ...], float, int]  # method, order, learning rate, seed
+Point = tuple[MethodLike, tuple[int, ...], float, int]  # method, order, learning rate, seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +59,13 @@ class Sequential:
     strategy: Strategy
     setting: str
     retain: Task | None
-    layers: Mapping[Method, list[str]]
+    layers: Mapping[MethodLike, list[str]]
     alpha: float | None
     variant: Variant
     spectra: SpectrumSet | None
     training: Training
 
-    def record(self, method: Method, order: Sequence[int], lr: float, seed: int) -> dict[str, object]:
+    def record(self, method: MethodLike, order: Sequence[int], lr: float, seed: int) -> dict[str, object]:
         """What is known of a sequence before it runs: its name, and its settings for people and exactly."""
         training = asdict(replace(self.training, lr=lr, seed=seed))
         del training["evaluations"]
@@ -92,23 +93,16 @@ class Sequential:
         return self.record(*point) | {"rows": dict(zip(RESULTS, columns, strict=True))}
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """A method's penalty and a strategy's memory as one penalty, for :func:`lora_lens.finetune`."""
+class _InSequence(Regularizer):
+    """A method's regularizer, which guards the retained task, and a strategy's, which guards earlier ones."""
 
-    penalty: Penalty | None
-    memory: Memory | None
-    state: State
+    def __init__(self, own: Regularizer | None, guard: Regularizer | None, past: Past) -> None:
+        self.own, self.guard, self.past = own, guard, past
+        self.share = sum(part.share for part in (own, guard) if part is not None)
 
-    @property
-    def share(self) -> float:
-        return sum(part.share for part in (self.penalty, self.memory) if part is not None)
-
-    def begin(self, model: nn.Module, retain: Task | None, config: Training) -> Callable[[], Tensor | float]:
-        terms = [] if self.penalty is None else [self.penalty.begin(model, retain, config)]
-        if self.memory is not None:
-            state = self.state
-            terms.append(self.memory.term(state.kept, model, state.scenario, state.after, config))
+    def begin(self, model: nn.Module, past: Past, config: Training) -> LossTerm:
+        terms = [] if self.own is None else [self.own.begin(model, past, config)]
+        terms += [] if self.guard is None else [self.guard.begin(model, self.past, config)]
         return lambda: sum(term() for term in terms)
 
 
@@ -118,7 +112,7 @@ def learn(experiment: Sequential, point: Point, path: Path) -> dict[str, object]
     The checkpoint stays until the next call: the record is not on the disk yet.
     """
     checkpoint = checkpoint_of(path)
-    if isinstance(experiment.strategy, Joint):
+    if experiment.strategy.together:
         state = _joint(experiment, point)
     else:
         state = restored(checkpoint, partial(_fresh, experiment, point))
@@ -151,10 +145,15 @@ def _fresh(experiment: Sequential, point: Point) -> State:
     """As the pretrained model is, adapted if one adapter serves all tasks."""
     method, order, _, seed = point
     tasks = [experiment.tasks[number] for number in order]
-    separate = isinstance(experiment.strategy, Separate)
+    separate = experiment.strategy.own_adapters
     model = copy.deepcopy(experiment.model)
-    if isinstance(experiment.strategy, Continued):
+    if experiment.strategy.one_adapter:
         model = _attached(experiment, model, method, seed, experiment.spectra)
+        if getattr(model, "start_change", 0):
+            raise InputError(
+                f"{method} starts with another function than the pretrained one, so a sequence could not tell "
+                "what is forgotten; use ll.experiments.continual.Merged()"
+            )
     scenario = (TaskIncremental if separate else SCENARIOS[experiment.setting])(tasks)
     scenario.prepare(model, seed)
     return State(model, scenario)
@@ -165,45 +164,45 @@ def _next_task(experiment: Sequential, point: Point, state: State) -> None:
     strategy, place = experiment.strategy, state.after
     started = time.monotonic()
     config = replace(experiment.training, lr=lr, seed=seed + SEEDS_APART * place)
-    if state.rows[-1]["diverged"] and not isinstance(strategy, Separate):
+    if state.rows[-1]["diverged"] and not strategy.own_adapters:
         # Nothing can start from weights that are no numbers any more: there is no spectrum, no Fisher.
         state.scenario.begin(place, state.model, config.seed)
         state.after += 1
         examine(experiment, state, order, diverged=True)
         state.seconds.append(time.monotonic() - started)
         return
-    if isinstance(strategy, Continued):
+    if strategy.one_adapter:
         adapted = state.model
-    elif isinstance(strategy, Separate):
+    elif strategy.own_adapters:
         adapted = copy.deepcopy(experiment.model)
         adapted = _attached(experiment, adapted, method, config.seed, experiment.spectra)
     else:
-        now = method_of(strategy, method, place)
+        now = strategy.method_at(method, place)
         known = experiment.spectra if place == 0 else None
         adapted = _attached(experiment, state.model, now, config.seed, known)
     state.scenario.begin(place, adapted, config.seed)
-    memory = getattr(strategy, "memory", None)
-    terms = _Terms(penalty_of(method), memory if place else None, state)
-    diverged = _train(experiment, adapted, *state.scenario.trained(place), config, terms)
-    if memory is not None and not diverged:
-        state.kept = memory.learnt(state.kept, adapted, state.scenario, place, config)
+    guard, past = strategy.regularizer, Past(experiment.retain, state.kept, state.scenario, place)
+    both = _InSequence(regularizer_of(method), guard if place else None, past)
+    diverged = _train(experiment, adapted, *state.scenario.trained(place), config, both)
+    if guard is not None and not diverged:
+        state.kept = guard.keep(adapted, past, config)
     state.after += 1
-    if isinstance(strategy, Separate):
+    if strategy.own_adapters:
         answers = evaluate(adapted, *state.scenario.trained(place), precision=config.precision)
         state.own.append((answers.accuracy, answers.loss))
     else:
-        keeps = isinstance(strategy, Continued) or not isinstance(adapted, PeftModel)
+        keeps = strategy.one_adapter or not isinstance(adapted, PeftModel)
         state.model = adapted if keeps else adapted.merge_and_unload()
-        _measure_weights(experiment, state, method_of(strategy, method, 0))
+        _measure_weights(experiment, state, strategy.method_at(method, 0))
     examine(experiment, state, order, diverged)
     state.seconds.append(time.monotonic() - started)
 
 
 def _attached(
-    experiment: Sequential, model: nn.Module, method: Method, seed: int, spectra: SpectrumSet | None
+    experiment: Sequential, model: nn.Module, method: MethodLike, seed: int, spectra: SpectrumSet | None
 ) -> nn.Module:
     """``model`` itself, adapted; spectra of merged weights go to no cache: nothing asks for them again."""
-    inner, names = inner_method(method), experiment.layers
+    inner, names = trained_part(method), experiment.layers
     targets = names.get(method) or next(iter(names.values()))
     if spectra is None and isinstance(inner, Placement):
         wanted = {name: [inner] for name in targets}
@@ -212,12 +211,12 @@ def _attached(
         warnings.filterwarnings("ignore", message=".*(peft_config|second time).*")  # of the merged one before
         return attach(
             model,
-            inner,
+            method,
             targets=targets,
             alpha=experiment.alpha,
             spectra=spectra,
             variant=experiment.variant,
-            inplace=True,
+            inplace=as_method(method).adapts_in_place,
             seed=seed,
         )
 
@@ -228,21 +227,21 @@ def _train(
     task: Task,
     readout: Readout,
     config: Training,
-    terms: _Terms,
+    regularizer: _InSequence,
 ) -> bool:
     """Whether it diverged. Tests follow once the task is learnt, so that finetune's own see one example."""
-    needed = terms.penalty is not None and experiment.retain is not None
+    needed = regularizer.own is not None and experiment.retain is not None
     retain = experiment.retain.subset(test=1) if needed else None
-    penalty = None if terms.penalty is None and terms.memory is None else terms
+    used = None if regularizer.own is None and regularizer.guard is None else regularizer
     run = finetune(
-        adapted, task.subset(test=1), retain, config, penalty=penalty, readout=readout, progress=False
+        adapted, task.subset(test=1), retain, config, regularizer=used, readout=readout, progress=False
     )
     return ended_without_numbers(run)
 
 
 def examine(experiment: Sequential, state: State, order: Sequence[int], diverged: bool) -> None:
     """Rows of accuracies, one per task."""
-    separate = isinstance(experiment.strategy, Separate)
+    separate = experiment.strategy.own_adapters
 
     def answers_to(place: int) -> tuple[float, float]:
         if separate:
@@ -305,8 +304,8 @@ def _joint(experiment: Sequential, point: Point) -> State:
     nothing = [(float("nan"),) * 2] * count
     _note(experiment, state, order, nothing, _retained(experiment, adapted), False)
     config = replace(experiment.training, lr=lr, seed=seed, steps=experiment.training.steps * count)
-    terms = _Terms(penalty_of(method), None, state)
-    diverged = _train(experiment, adapted, together, readout, config, terms)
+    both = _InSequence(regularizer_of(method), None, Past(experiment.retain))
+    diverged = _train(experiment, adapted, together, readout, config, both)
     for state.after in range(1, count):
         _note(experiment, state, order, nothing, float("nan"), False)
     state.after = count
@@ -317,16 +316,19 @@ def _joint(experiment: Sequential, point: Point) -> State:
     return state
 
 
-def _measure_weights(experiment: Sequential, state: State, method: Method) -> None:
+def _measure_weights(experiment: Sequential, state: State, method: MethodLike) -> None:
     """Drift and survival, if the pretrained spectra are known with all vectors."""
-    known, inner = experiment.spectra or {}, inner_method(method)
+    known, inner = experiment.spectra or {}, trained_part(method)
     names = next(iter(experiment.layers.values()))
     if not all(name in known and known[name].has_all_vectors for name in names):
+        return
+    model = state.model if hasattr(state.model, "attachment") else merged_copy(state.model)
+    if model is None:
         return
     for name in names:
         layer = submodule(experiment.model, name)
         before = weight_matrix(layer).detach().cpu().double()
-        now = _matrix(state.model, name)
+        now = _matrix(model, name)
         row = {"after": state.after, "layer": name}
         row["update"] = float(torch.linalg.norm(now - before) / torch.linalg.norm(before))
         lost = dict.fromkeys(("overlap_left", "overlap_right", "block_change"), float("nan"))

@@ -6,110 +6,196 @@ trains. :func:`lora_lens.experiments.continual_sweep` combines them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from lora_lens._base.errors import InputError, InputTypeError
-from lora_lens.adapters.methods import FullFineTuning, LoRA, Method, Penalized, inner_method
+from lora_lens._base.validate import instance
+from lora_lens.adapters.methods import LoRA, MethodLike, as_method
 from lora_lens.experiments.identity import exact
 from lora_lens.spectrum.window import Placement, Window, require_fit, whole_rank
-from lora_lens.training.memories import EWC, Memory, Orthogonal, Replay
+from lora_lens.training.regularizers.base import Regularized, Regularizer, trained_part
+from lora_lens.training.regularizers.ewc import EWC
+from lora_lens.training.regularizers.orthogonal import Orthogonal
+from lora_lens.training.regularizers.replay import Replay
+
+
+class Strategy(ABC):
+    """How the runs of a method on several tasks are chained.
+
+    Attributes:
+        regularizer: what guards the earlier tasks while a later one is learnt, if anything does.
+        one_adapter: whether the adapter of the first task goes on through all of them.
+        own_adapters: whether each task has one of its own, from the pretrained model, and none sees another.
+        together: whether all tasks are learnt at once.
+    """
+
+    regularizer: Regularizer | None = None
+    one_adapter: ClassVar[bool] = False
+    own_adapters: ClassVar[bool] = False
+    together: ClassVar[bool] = False
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+    def method_at(self, method: MethodLike, place: int) -> MethodLike:
+        """What the task at this place of the sequence trains."""
+        return method
+
+    def require_method(self, method: MethodLike) -> None:
+        """Raise a TypeError if the method cannot be chained."""
+        if not as_method(method).sequential:
+            raise InputTypeError(
+                "a sequence of tasks is learnt by windows, LoRA, FullFineTuning, PEFT's methods that need no "
+                f"data, or one of them under a regularizer, not by {method!r}"
+            )
 
 
 @dataclass(frozen=True)
-class Continued:
+class Continued(Strategy):
     """One adapter, attached before the first task and trained on through all of them.
 
     Attributes:
-        memory: what is kept of earlier tasks, see :mod:`lora_lens.training.memories`.
+        regularizer: what guards earlier tasks, see :mod:`lora_lens.training.regularizers`.
 
     Raises:
-        TypeError: the memory does not fit: :class:`lora_lens.training.Orthogonal` compares the adapters of
-            different tasks, and here is only one.
+        TypeError: the regularizer does not fit: :class:`lora_lens.training.Orthogonal` compares the adapters
+            of different tasks, and here is only one.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.experiments.continual.Continued(ll.training.EWC(100)))
+        continued, EWC 100
     """
 
-    memory: Memory | None = None
+    regularizer: Regularizer | None = None
+    one_adapter: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_memory(self.memory)
-        if isinstance(self.memory, Orthogonal):
+        _check_regularizer(self.regularizer)
+        if isinstance(self.regularizer, Orthogonal):
             raise InputTypeError(
                 "Orthogonal keeps each task's adapter apart from the earlier ones, and Continued has one "
                 "adapter for all; use Merged(Orthogonal(...))"
             )
 
     def __str__(self) -> str:
-        return _named("continued", self.memory)
+        return _named("continued", self.regularizer)
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Strategy):
     """Attach, train, merge; the next task's adapter starts from the spectrum of the merged weight.
 
     With the first window this is PiSSA, with the last MiLoRA, started again for every task; with LoRA it is
     the usual sequential LoRA.
 
+    Attributes:
+        regularizer: what guards earlier tasks, see :mod:`lora_lens.training.regularizers`.
+
     Raises:
-        TypeError: the memory does not fit: :class:`lora_lens.training.EWC` holds the same parameters near
-            their values, and here every task has new ones.
+        TypeError: the regularizer does not fit: :class:`lora_lens.training.EWC` holds the same parameters
+            near their values, and here every task has new ones.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.experiments.continual.Merged(ll.training.Replay(200)))
+        merged, replay 200
     """
 
-    memory: Memory | None = None
+    regularizer: Regularizer | None = None
 
     def __post_init__(self) -> None:
-        _require_memory(self.memory)
-        if isinstance(self.memory, EWC):
+        _check_regularizer(self.regularizer)
+        if isinstance(self.regularizer, EWC):
             raise InputTypeError(
                 "EWC holds parameters near the values that earlier tasks left, and Merged gives every task "
                 "new ones; use Continued(EWC(...))"
             )
 
     def __str__(self) -> str:
-        return _named("merged", self.memory)
+        return _named("merged", self.regularizer)
+
+    def require_method(self, method: MethodLike) -> None:
+        super().require_method(method)
+        if isinstance(self.regularizer, Orthogonal) and not isinstance(trained_part(method), LoRA):
+            raise InputTypeError(
+                f"Orthogonal keeps LoRA's A apart from those of earlier tasks (O-LoRA); {method!r} starts "
+                "from given components: use LoRA(rank)"
+            )
 
 
 @dataclass(frozen=True)
-class Moving:
+class Moving(Strategy):
     """As :class:`Merged`, but each task's window lies behind the last one's, so that none is shared.
 
     The spectrum is cut into slots of ``rank`` components; the first task takes the slot at the window's
     position, the others the next ones towards the smaller singular values and, past the last, those from
     the largest on. Components are those of the merged weight at the time.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.experiments.continual.Moving())
+        moving
     """
 
     def __str__(self) -> str:
         return "moving"
 
+    def method_at(self, method: MethodLike, place: int) -> MethodLike:
+        inner = trained_part(method)
+        slot = Slot(inner.rank, inner.position, place)
+        return replace(method, method=slot) if isinstance(method, Regularized) else slot
+
+    def require_method(self, method: MethodLike) -> None:
+        super().require_method(method)
+        inner = trained_part(method)
+        if not (isinstance(inner, Window) and inner.position is not None):
+            raise InputTypeError(f"Moving moves a window with a position, not {method!r}")
+
 
 @dataclass(frozen=True)
-class Separate:
+class Separate(Strategy):
     """One adapter and head per task, each from the pretrained model; which task is asked is known.
 
     Nothing is forgotten and nothing handed on: the upper bound on retention.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.experiments.continual.Separate())
+        separate
     """
+
+    own_adapters: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return "separate"
 
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(Strategy):
     """All tasks at once, in mixed batches, for as many steps as the others take in all.
 
     The upper bound on accuracy; there is no sequence, so nothing is said of forgetting.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.experiments.continual.Joint())
+        joint
     """
+
+    together: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return "joint"
 
 
-Strategy = Continued | Merged | Moving | Separate | Joint
-
-
 def exact_strategy(strategy: Strategy) -> dict[str, object]:
     """What a sequence's name takes in place of the strategy's text; nothing where that is exact."""
-    told = type(getattr(strategy, "memory", None)) in (type(None), Replay)  # whose text is a whole number
+    told = type(strategy.regularizer) in (type(None), Replay)  # whose text is a whole number
     return {} if told else {"strategy": exact(strategy, f"the strategy {strategy}")}
 
 
@@ -139,36 +225,9 @@ class Slot(Placement):
         return f"slot of rank {self.rank}, {self.shift} behind position {self.position:g}"
 
 
-def method_of(strategy: Strategy, method: Method, place: int) -> Method:
-    """What the task at this place of the sequence trains."""
-    if not isinstance(strategy, Moving):
-        return method
-    if isinstance(method, Penalized):
-        return replace(method, method=method_of(strategy, method.method, place))
-    return Slot(method.rank, method.position, place)
+def _check_regularizer(regularizer: Regularizer | None) -> None:
+    instance(regularizer, (Regularizer, type(None)), "regularizer", "one such as Replay(200), or None")
 
 
-def require_method(strategy: Strategy, method: Method) -> None:
-    """Raise a TypeError where a strategy cannot chain a method."""
-    inner = inner_method(method)
-    if not isinstance(inner, (Placement, LoRA, FullFineTuning)):
-        raise InputTypeError(
-            f"a sequence of tasks is learnt by windows, LoRA, FullFineTuning or one of them under a penalty, "
-            f"not by {method!r}"
-        )
-    if isinstance(strategy, Moving) and not (isinstance(inner, Window) and inner.position is not None):
-        raise InputTypeError(f"Moving moves a window with a position, not {method!r}")
-    if isinstance(getattr(strategy, "memory", None), Orthogonal) and not isinstance(inner, LoRA):
-        raise InputTypeError(
-            f"Orthogonal keeps LoRA's A apart from those of earlier tasks (O-LoRA); {method!r} starts from "
-            "given components: use LoRA(rank)"
-        )
-
-
-def _require_memory(memory: Memory | None) -> None:
-    if memory is not None and not isinstance(memory, Memory):
-        raise InputTypeError(f"expected a memory such as Replay(200), not {memory!r}")
-
-
-def _named(name: str, memory: Memory | None) -> str:
-    return name if memory is None else f"{name}, {memory}"
+def _named(name: str, regularizer: Regularizer | None) -> str:
+    return name if regularizer is None else f"{name}, {regularizer}"

@@ -14,12 +14,11 @@ from small_sequences import LORA, WINDOW, grid, learn, pairs, retained, small_sp
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.adapters.methods import PeftStart, Penalized
+from lora_lens.adapters import PeftMethod
 from lora_lens.experiments.continual.strategies import Continued, Joint, Merged, Moving, Separate
 from lora_lens.forgetting.window_survival import components_of, survival
 from lora_lens.tasks.readouts import HeadReadout
-from lora_lens.training.memories import EWC, Replay
-from lora_lens.training.penalties import KLAnchor, L2ToInitial
+from lora_lens.training import EWC, KLAnchor, L2ToInitial, Regularized, Replay
 
 SETTING_NAMES = ("task-incremental", "domain-incremental", "class-incremental")
 
@@ -150,7 +149,7 @@ def test_the_table_says_what_was_run():
     )
     assert (said["rank"], said["position"], said["steps"], said["batch_size"]) == (4, 0.5, 3, 8)
     assert table["retained_accuracy"].isna().all() and table["start"].isna().all()
-    lora = learn(Continued(), Penalized(LORA, L2ToInitial(0.1)), tasks=pairs()[:2])
+    lora = learn(Continued(), Regularized(LORA, L2ToInitial(0.1)), tasks=pairs()[:2])
     assert lora["position"].dtype == lora["start"].dtype == lora["alpha"].dtype == float
     assert lora["position"].isna().all() and set(lora["method"]) == {"LoRA of rank 4, L2 to initial 0.1"}
 
@@ -159,7 +158,7 @@ def test_a_penalty_holds_each_task_near_where_the_last_left_it():
     known = {"spectra": small_spectra()}
     moved = []
     for strength in (0, 100):
-        method = Penalized(ll.FullFineTuning(), L2ToInitial(strength))
+        method = Regularized(ll.FullFineTuning(), L2ToInitial(strength))
         table, drift = stored(Continued(), method, **known)
         moved.append(drift[drift["after"] == 3]["update"].mean())
         assert not table["diverged"].any()
@@ -381,13 +380,13 @@ WRONG = {
     "anchor and replay": (
         lambda: {
             "strategy": Merged(Replay(9)),
-            "method": Penalized(LORA, KLAnchor(1)),
+            "method": Regularized(LORA, KLAnchor(1)),
             "retain": retained(),
         },
         "KL anchor 1 and replay 9 would leave no place for new examples",
     ),
     "an anchor to nothing": (
-        lambda: {"method": Penalized(LORA, KLAnchor(1))},
+        lambda: {"method": Regularized(LORA, KLAnchor(1))},
         "KL anchor 1 needs examples of what is to be retained: give retain=",
     ),
     "a batch": (
@@ -440,7 +439,7 @@ def test_what_cannot_be_chained_is_refused():
     with pytest.raises(TypeError, match=re.escape("expected a strategy such as Merged(), not <class")):
         learn(Merged)
     with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning or one of them"):
-        learn(Merged(), PeftStart("olora", 4))
+        learn(Merged(), PeftMethod("olora", 4))
     with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning or one of them"):
         learn(Merged(), ll.LinearProbe())
     with pytest.raises(TypeError, match="Moving moves a window with a position, not"):

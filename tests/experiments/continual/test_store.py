@@ -16,7 +16,7 @@ from small_sequences import KILLED, LORA, learn, pairs, retained, small_spectra
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Continued, Merged
 from lora_lens.tasks.scenarios import TaskIncremental
-from lora_lens.training.memories import EWC, Replay
+from lora_lens.training import EWC, Replay
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_lens as ll
-from lora_lens.adapters.methods import PeftStart, Penalized
+from lora_lens.adapters import PeftMethod
 from lora_lens.experiments.continual.strategies import (
     Continued,
     Joint,
@@ -13,11 +13,8 @@ from lora_lens.experiments.continual.strategies import (
     Separate,
     Slot,
     Strategy,
-    method_of,
-    require_method,
 )
-from lora_lens.training.memories import EWC, Orthogonal, Replay
-from lora_lens.training.penalties import L2ToInitial
+from lora_lens.training import EWC, L2ToInitial, Orthogonal, Regularized, Replay
 
 
 def test_strategies_are_plain_values_with_a_name():
@@ -37,15 +34,15 @@ def test_strategies_are_plain_values_with_a_name():
     assert len(set(named.values())) == len(named) and Merged(Replay(5)) == Merged(Replay(5))
 
 
-def test_a_memory_must_fit_the_strategy():
+def test_a_regularizer_must_fit_the_strategy():
     with pytest.raises(TypeError, match=r"has one adapter for all; use Merged\(Orthogonal"):
         Continued(Orthogonal(1))
     with pytest.raises(TypeError, match=r"gives every task new ones; use Continued\(EWC"):
         Merged(EWC(1))
     for strategy in (Continued, Merged):
-        for memory in (200, L2ToInitial(1), Replay):
-            with pytest.raises(TypeError, match=r"expected a memory such as Replay\(200\)"):
-                strategy(memory)
+        for wrong in (200, "replay", Replay):
+            with pytest.raises(TypeError, match=r"regularizer must be one such as Replay\(200\)"):
+                strategy(wrong)
 
 
 @pytest.mark.parametrize("position", [0, 0.3, 0.5, 1])
@@ -80,23 +77,23 @@ def test_the_first_slots_are_the_named_windows():
 
 def test_only_moving_changes_what_a_task_trains():
     window = ll.Window.middle(4)
-    held = Penalized(window, L2ToInitial(1))
+    held = Regularized(window, L2ToInitial(1))
     for strategy in (Continued(), Merged(Replay(3)), Separate(), Joint()):
         for method in (window, held, ll.LoRA(4), ll.FullFineTuning()):
-            require_method(strategy, method)
-            assert method_of(strategy, method, 3) is method
-    assert method_of(Moving(), window, 3) == Slot(4, 0.5, 3)
-    assert method_of(Moving(), held, 2) == Penalized(Slot(4, 0.5, 2), L2ToInitial(1))
+            strategy.require_method(method)
+            assert strategy.method_at(method, 3) is method
+    assert Moving().method_at(window, 3) == Slot(4, 0.5, 3)
+    assert Moving().method_at(held, 2) == Regularized(Slot(4, 0.5, 2), L2ToInitial(1))
 
 
 def test_methods_that_cannot_be_chained_are_refused():
-    require_method(Moving(), ll.Window.last(4))
+    Moving().require_method(ll.Window.last(4))
     for method in (ll.Window(rank=4, start=3), ll.LoRA(4), ll.FullFineTuning()):
         with pytest.raises(TypeError, match="Moving moves a window with a position, not"):
-            require_method(Moving(), method)
-    for method in (ll.LinearProbe(), PeftStart("olora", 4), {"all-mlp": ll.Window.first(4)}):
-        with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning or one of them"):
-            require_method(Merged(), method)
-    require_method(Merged(Orthogonal(1)), Penalized(ll.LoRA(4), L2ToInitial(1)))
+            Moving().require_method(method)
+    for method in (ll.LinearProbe(), PeftMethod("eva", 4), {"all-mlp": ll.Window.first(4)}):
+        with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning, PEFT's"):
+            Merged().require_method(method)
+    Merged(Orthogonal(1)).require_method(Regularized(ll.LoRA(4), L2ToInitial(1)))
     with pytest.raises(TypeError, match=r"starts from given components: use LoRA\(rank\)"):
-        require_method(Merged(Orthogonal(1)), ll.Window.middle(4))
+        Merged(Orthogonal(1)).require_method(ll.Window.middle(4))

@@ -18,7 +18,7 @@ from lora_lens._base.errors import LoraLensError
 from lora_lens.spectrum.heads import classifier
 from lora_lens.tasks.readouts import HeadReadout, features_of
 from lora_lens.tasks.task import shuffled_rows
-from lora_lens.training.loop import Progress
+from lora_lens.training.run import Progress
 
 SHORT = {"steps": 12, "batch_size": 32, "evaluations": 3, "progress": False}
 
@@ -231,8 +231,8 @@ def test_settings_are_plain_numbers_whatever_they_came_as():
         ({"retain": ["mnist"]}, r"retain must be a task, .* or None, not \['mnist'\]"),
         ({"watch": "digits"}, "watch must be a sequence of tasks"),
         ({"watch": [None]}, "each of watch must be a task, .* not None"),
-        ({"penalty": "l2"}, "penalty must be a penalty such as .* not 'l2'"),
-        ({"penalty": ll.training.L2ToInitial}, "penalty must be a penalty such as"),
+        ({"regularizer": "l2"}, "regularizer must be one such as .* not 'l2'"),
+        ({"regularizer": ll.training.L2ToInitial}, "regularizer must be one such as"),
         ({"readout": "head"}, "readout must be what task.new_readout gives, or None, not 'head'"),
         ({"on_step": 3}, "on_step must be a function of a Progress, not 3"),
         ({"progress": "no"}, "progress must be True or False, not 'no'"),

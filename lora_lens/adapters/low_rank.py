@@ -1,0 +1,208 @@
+"""Adapters of two factors: a placement's or LoRA's, planned for each layer and put into a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_lens._base.errors import InputError
+from lora_lens._base.hashing import digest_of
+from lora_lens._base.naming import Targets, frames_inside, listed
+from lora_lens._base.precision import as_double
+from lora_lens._base.torch_tools import check_finite
+from lora_lens._base.wrappers import named_modules, submodule
+from lora_lens.adapters.copying import copy_around
+from lora_lens.adapters.injection import (
+    Attachment,
+    inject,
+    lora_layers,
+    note_pretrained,
+    note_start,
+    set_start,
+)
+from lora_lens.adapters.peft_names import lies_in, peft_config, saved_modules
+from lora_lens.adapters.requests import Request
+from lora_lens.adapters.variant import Variant
+from lora_lens.spectrum.adaptable_layers import adaptable, choose, matrix_shape, warn_left_out, weight_matrix
+from lora_lens.spectrum.factorizing import spectra as compute_spectra
+from lora_lens.spectrum.placement import ByLayer
+from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
+from lora_lens.spectrum.window import Placement, Window, require_fit
+
+
+def plan_layers(method: object, request: Request) -> dict[str, object]:
+    """What each layer gets, by name: ``method`` itself, or of :class:`ByLayer` the placement for it.
+
+    Args:
+        method: a placement, a :class:`ByLayer`, or whatever else has a rank.
+
+    Raises:
+        ValueError: it does not fit a weight, the targets or the spectra.
+    """
+    plan = _by_layer(method, request)
+    for name, placement in plan.items():
+        layer = submodule(request.model, name)
+        k = min(matrix_shape(layer))
+        check_finite(name, layer.weight)
+        require_fit(placement.rank, k, name)
+        if isinstance(placement, Window):
+            placement.slice(k, name)
+        if isinstance(placement, Placement) and request.spectra is not None:
+            if name not in request.spectra:
+                raise InputError(
+                    f"there is no spectrum of {name} ({request.spectra!r}); take ll.spectra of this model "
+                    "with the same targets, or leave the layer out"
+                )
+            check_belongs(request.spectra[name], placement, layer)
+    return plan
+
+
+def attach_factors(method: object, request: Request, plan: Mapping[str, object]) -> PeftModel:
+    """PEFT's layers with their first factors, as :func:`plan_layers` planned them.
+
+    Raises:
+        ValueError: PEFT refuses a layer, factors leave the range of their dtype, or no layer is left.
+    """
+    model, variant, spectra = request.model, request.variant, request.spectra
+    whole = saved_modules(model, request.modules_to_save)
+    plan = {name: placement for name, placement in plan.items() if not lies_in(name, whole)}
+    if not plan:
+        raise InputError(f"modules_to_save={list(request.modules_to_save)} leaves no layer to adapt")
+    windows = {name: placement for name, placement in plan.items() if isinstance(placement, Placement)}
+    layers = {name: submodule(model, name) for name in windows}
+    if windows and spectra is None:
+        spectra = compute_spectra(model, list(windows), vectors={name: [p] for name, p in windows.items()})
+    if windows and variant.dropout:
+        warnings.warn(
+            f"dropout={variant.dropout:g} also drops inputs of the pretrained components in the windows, so "
+            "in training mode the model does not start from its pretrained function (in eval mode it does)",
+            stacklevel=frames_inside(),
+        )
+
+    random = len(windows) < len(plan)
+    ranks = {name: placement.rank for name, placement in plan.items()}
+    config = peft_config(model, ranks, request.alpha, variant, request.modules_to_save, random=random)
+    # All that may fail comes before the first change of a weight.
+    factors = {name: _factors(spectra[name], p, request.alpha, variant) for name, p in windows.items()}
+    components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
+    _warn_of_zeros({name: spectra[name].singular_values[places] for name, places in components.items()})
+    trainable, buffers = note_pretrained(model)
+    originals = {} if request.inplace else {name: layer.weight.detach() for name, layer in layers.items()}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # Hashing is a third of the work, and goes on beside the injection, which writes no values.
+        digests = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
+        # Windows give these weights new values anyway, and copying them twice is most of the time.
+        adapted = (
+            model if request.inplace else copy_around(model, [layer.weight for layer in layers.values()])
+        )
+        adapted = inject(adapted, config, plan, variant, request.seed)
+        digests = dict(zip(windows, digests, strict=True))
+
+    starts = {}
+    for name, layer in lora_layers(adapted).items() if windows else ():
+        set_start(layer, *factors.pop(name), keep=not request.inplace)
+        starts[name] = note_start(layer, components[name], digests[name], originals.get(name))
+    adapted.attachment = Attachment(str(method), variant, starts, trainable, buffers)
+    return adapted
+
+
+def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | None) -> dict[str, nn.Module]:
+    """The layers that ``targets`` name; without targets, the usual ones as far as there are spectra of them.
+
+    Raises:
+        ValueError: as :func:`lora_lens.spectrum.target_layers`, or nothing is left.
+    """
+    return _usual(choose(adaptable(model), targets)[0], targets, spectra)
+
+
+def _usual(
+    layers: dict[str, nn.Module], targets: Targets, spectra: SpectrumSet | None
+) -> dict[str, nn.Module]:
+    if targets is None and spectra is not None:
+        layers = {name: layer for name, layer in layers.items() if name in spectra}
+        if not layers:
+            raise InputError(
+                f"none of the spectra is of a layer that is adapted by default ({spectra!r}); "
+                "name the layers with targets=, or take the spectra of this model"
+            )
+    return layers
+
+
+def _by_layer(method: object, request: Request) -> dict[str, object]:
+    targets, spectra = request.targets, request.spectra
+    able = adaptable(request.model)
+    left_out: dict[str, str] = {}
+    if not isinstance(method, ByLayer):
+        layers, left_out = choose(able, targets, method.rank)
+        if targets is None and spectra is not None:
+            left_out = {name: why for name, why in left_out.items() if name in spectra}
+        warn_left_out(left_out)
+        return dict.fromkeys(_usual(layers, targets, spectra), method)
+    allowed = None if targets is None else choose(able, targets)[0]
+    plan: dict[str, object] = {}
+    for pattern, placement in method.items():
+        layers, without = choose(able, pattern, placement.rank)
+        left_out |= without
+        for name in layers:
+            plan.setdefault(name, placement)
+    warn_left_out({name: why for name, why in left_out.items() if name not in plan})
+    plan = {
+        n: plan[n] for n, _ in named_modules(request.model) if n in plan and (allowed is None or n in allowed)
+    }
+    if not plan:
+        raise InputError(f"no layer that targets={targets!r} selects has a placement: {method}")
+    return plan
+
+
+def _warn_of_zeros(values: Mapping[str, Tensor]) -> None:
+    if still := [name for name, some in values.items() if not some.any()]:
+        warnings.warn(
+            f"all components in the window are zero in {listed(still, most=3)}, so A and B start at zero, "
+            "where neither has a gradient: these layers will not learn; choose another window or ll.LoRA "
+            "for them",
+            stacklevel=frames_inside(),
+        )
+
+
+def _factors(
+    spectrum: Spectrum, placement: Placement, alpha: float | None, variant: Variant
+) -> tuple[Tensor, Tensor]:
+    """B (out, rank) and A (rank, in) in float64."""
+    rank = placement.rank
+    scaling = (alpha or rank) / (rank**0.5 if variant.rslora else rank)  # as PEFT has it
+    left, right = spectrum.vectors(placement)
+    values = spectrum.singular_values[placement.chosen(spectrum.singular_values, spectrum.name)] / scaling
+    ones = torch.ones_like(values)
+    of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[variant.split]
+    factors = as_double(left) * of_b, of_a[:, None] * as_double(right)
+    most = torch.finfo(variant.dtype or torch.float32).max
+    # Singular vectors hold nothing above 1, so that mostly the values alone tell.
+    if torch.cat([of_b, of_a]).max() > most and any(factor.abs().max() > most for factor in factors):
+        raise InputError(
+            f"the factors of {spectrum.name} would be larger than {variant.dtype or torch.float32} can hold, "
+            f"with alpha={alpha} and rank {rank}; use a larger alpha or another dtype"
+        )
+    return factors
+
+
+def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
+    """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
+    belongs = spectrum.shape == matrix_shape(layer)
+    if belongs:
+        part = placement.chosen(spectrum.singular_values, spectrum.name)
+        left, right = spectrum.vectors(placement)
+        rows = slice(None, None, max(spectrum.shape[0] // 64, 1))
+        some = weight_matrix(layer)[rows].to("cpu", torch.float32)
+        expected = left[rows] * spectrum.singular_values[part].float()
+        norm = torch.linalg.vector_norm
+        belongs = bool(norm(some @ right.T - expected) <= 1e-3 * norm(expected) + 1e-5 * norm(some))
+    if not belongs:
+        raise InputError(
+            f"the spectrum of {spectrum.name} is not that of this model's weight; "
+            "the model changed or the spectra are another model's: call spectra(model) again"
+        )

@@ -1,0 +1,60 @@
+"""How an adapter is built, whichever components it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_lens._base import validate
+from lora_lens._base.errors import InputError
+from lora_lens.spectrum.adaptable_layers import FLOATS
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How an adapter is built, whichever components it starts from.
+
+    Attributes:
+        rslora: scaling = alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023).
+        dora: train the length of each weight row apart from its direction (Liu et al. 2024, DoRA).
+        split: where the singular values go: "balanced" gives each factor sqrt(S / scaling); "A"
+            makes A = (S / scaling) V^T and B = U, orthonormal; "B" the reverse. B A is the same, its
+            gradients are not: those of one factor are proportional to the other.
+        train: "both", or one factor alone, "A" or "B", while the other stays as it started. "A" with
+            split "A" trains the right side of fixed left vectors, as MiCA does (arXiv 2604.01694),
+            there with A = 0.
+        dropout: of the adapter's input while training. A window's adapter is not zero at the start,
+            so dropout perturbs even the pretrained function; :func:`lora_lens.attach` warns.
+        dtype: of A and B. None leaves it to PEFT: the base's, but float32 over bfloat16 and float16.
+
+    Raises:
+        ValueError, TypeError: another split or train, dropout outside [0, 1), or a dtype of no such values.
+    """
+
+    rslora: bool = False
+    dora: bool = False
+    split: str = "balanced"
+    train: str = "both"
+    dropout: float = 0.0
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rslora", "dora"):
+            object.__setattr__(self, name, validate.flag(getattr(self, name), name))
+        validate.choice(self.split, "split", ("balanced", "A", "B"))
+        validate.choice(self.train, "train", ("both", "A", "B"))
+        dropout = validate.number(self.dropout, "dropout", least=0, below=1)
+        object.__setattr__(self, "dropout", dropout)
+        if self.dtype is not None:
+            validate.instance(self.dtype, torch.dtype, "dtype", "a torch.dtype, such as torch.float32")
+            if self.dtype not in FLOATS:
+                raise InputError(f"the adapter's dtype must be a floating one, not {self.dtype}")
+
+    def __str__(self) -> str:
+        parts = [name for name in ("rslora", "dora") if getattr(self, name)]
+        parts += [f"S in {self.split}"] if self.split != "balanced" else []
+        parts += [f"only {self.train} trained"] if self.train != "both" else []
+        parts += [f"dropout {float(self.dropout)!r}"] if self.dropout else []
+        parts += [str(self.dtype).removeprefix("torch.")] if self.dtype else []
+        return ", ".join(parts) or "plain"

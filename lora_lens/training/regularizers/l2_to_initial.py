@@ -1,0 +1,82 @@
+"""Stay near the pretrained weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_lens._base.errors import InputError
+from lora_lens._base.validate import instance
+from lora_lens.adapters.injection import ADAPTER, factor_matrix, is_dora
+from lora_lens.training.regularizers.base import LossTerm, Past, Regularizer, check_strength
+from lora_lens.training.settings import Training
+
+
+@dataclass(frozen=True)
+class L2ToInitial(Regularizer):
+    """Weights stay near where they started: strength / 2 times the sum of ||dW||_F^2 over what is trained.
+
+    dW is the change of the effective weight since the first step, s (B A - B_0 A_0) with s the adapter's
+    scaling; it comes from the factors and is not formed. Without an adapter, dW is the change of each
+    trainable parameter, biases and norms included. The new head is left out. This is L2-SP of Li, Grandvalet
+    and Davoine (2018), arXiv 1802.01483, equation 3 without its term for the new layers.
+
+    Raises:
+        ValueError: :meth:`begin` meets a DoRA adapter, whose change is no product of factors.
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        check_strength(self)
+
+    def __str__(self) -> str:
+        return f"L2 to initial {self.strength:.15g}"
+
+    def begin(self, model: nn.Module, past: Past, config: Training) -> LossTerm:
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        if any(is_dora(layer) for layer in layers):
+            raise InputError(
+                "L2ToInitial measures the change of B A, and DoRA changes the lengths of the rows as well; "
+                "train without dora, or under another regularizer"
+            )
+        adapted = [
+            (layer, factor_matrix(layer.lora_B).clone(), factor_matrix(layer.lora_A).clone())
+            for layer in layers
+        ]
+        factors = {id(p) for x in layers for part in (x.lora_A, x.lora_B) for p in part.parameters()}
+        others = [
+            (p, p.detach().clone()) for p in model.parameters() if p.requires_grad and id(p) not in factors
+        ]
+
+        def extra() -> Tensor | float:
+            moved = [squared_change(*start) for start in adapted]
+            moved += [(now - before).square().sum() for now, before in others]
+            return self.strength / 2 * sum(moved)
+
+        return extra
+
+
+def squared_change(layer: LoraLayer, b0: Tensor, a0: Tensor) -> Tensor:
+    """||s (B A - B_0 A_0)||_F^2 of an adapted layer: a scalar with a gradient for the layer's factors.
+
+    As B A - B_0 A_0 = [B - B_0, B_0] [A; A - A_0] = P Q, it is the sum of the entries of P^T P * Q Q^T,
+    both (2 rank, 2 rank). Small changes lose nothing to rounding, as they would in the difference of
+    ||B A||^2, ||B_0 A_0||^2 and their product.
+
+    Args:
+        layer: PEFT's, with one adapter, no DoRA.
+        b0, a0: the factors at the start, (out_features, rank) and (rank, in_features).
+
+    Raises:
+        TypeError: they are no such layer and tensors.
+    """
+    instance(layer, LoraLayer, "layer", "a layer with PEFT's adapter")
+    for name, factor in (("b0", b0), ("a0", a0)):
+        instance(factor, Tensor, name, "a factor at the start, a tensor")
+    b, a = (part[ADAPTER].weight.flatten(1) for part in (layer.lora_B, layer.lora_A))
+    left, right = torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
+    return layer.scaling[ADAPTER] ** 2 * ((left.T @ left) * (right @ right.T)).sum()
