@@ -80,8 +80,8 @@ def attach(
     Raises:
         ValueError: a placement or rank does not fit a weight, the targets match
             nothing or something that cannot be adapted, a weight is not finite, the model is
-            adapted already, ``spectra`` are another model's or lack a layer, PEFT refuses a layer, or a task that
-            the method looks at is missing.
+            adapted already, ``spectra`` are another model's or lack a layer, PEFT refuses a layer, or a task
+            that the method looks at is missing.
         TypeError: an argument is of another type than above.
 
     Warns:

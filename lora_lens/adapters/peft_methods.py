@@ -70,8 +70,8 @@ class PeftMethod(Method):
 
     A config, such as ``OFTConfig(oft_block_size=8)``, is attached by PEFT to the layers that attach's
     ``targets`` name. Most start at the pretrained function; attach warns of those that do not, such as KaSA,
-    and notes by how much as ``start_change``. Save such a model with PEFT's ``save_pretrained``, and measure its drift with
-    :func:`lora_lens.forgetting.drift_between` and PEFT's ``merge_and_unload``.
+    and notes by how much as ``start_change``. Save such a model with PEFT's ``save_pretrained``, and measure
+    its drift with :func:`lora_lens.forgetting.drift_between` and PEFT's ``merge_and_unload``.
 
     Attributes:
         config: a name from ``lora_lens.adapters.PEFT_STARTS``, or a ``PeftConfig`` without target_modules.

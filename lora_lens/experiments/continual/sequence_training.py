@@ -151,8 +151,8 @@ def _fresh(experiment: Sequential, point: Point) -> State:
         model = _attached(experiment, model, method, seed, experiment.spectra)
         if getattr(model, "start_change", 0):
             raise InputError(
-                f"{method} starts with another function than the pretrained one, so a sequence could not tell "
-                "what is forgotten; use ll.experiments.continual.Merged()"
+                f"{method} starts with another function than the pretrained one, so a sequence could not "
+                "tell what is forgotten; use ll.experiments.continual.Merged()"
             )
     scenario = (TaskIncremental if separate else SCENARIOS[experiment.setting])(tasks)
     scenario.prepare(model, seed)

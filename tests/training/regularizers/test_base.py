@@ -46,7 +46,7 @@ def test_regularizers_are_plain_values():
 
 
 def test_in_a_run_by_itself_ewc_and_replay_guard_the_retained_task(adapt, tasks):
-    settings = {"steps": 20, "batch_size": 16, "evaluations": 2, "lr": 5e-3, "progress": False}
+    settings = {"steps": 30, "batch_size": 16, "evaluations": 2, "lr": 5e-2, "progress": False}
     rise = {
         regularizer: ll.finetune(adapt(ll.LoRA(4)), *tasks, regularizer=regularizer, **settings).loss_rise
         for regularizer in (None, EWC(0), EWC(1e5, examples=50), Replay(100))
