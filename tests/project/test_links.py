@@ -21,7 +21,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(ROOT / folder / "README.md" for folder in ("notebooks", "data", "benchmarks", "examples")),
     ROOT / "notebooks" / "TEACHING.md",
-    ROOT / "docs" / "packages.md",
+    *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "moved.md"}),  # which holds old names
     *sorted((ROOT / "notebooks").glob("*.ipynb")),
 ]
 FENCED = re.compile(r"^ *```.*?^ *```[ \t]*$", re.MULTILINE | re.DOTALL)
