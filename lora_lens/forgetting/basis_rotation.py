@@ -6,6 +6,7 @@ Quercia et al. (arXiv 2602.03493) hold this rotation responsible for forgetting.
 from __future__ import annotations
 
 import pandas as pd
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
@@ -16,11 +17,10 @@ from lora_lens.forgetting.weight_drift import (
     basis,
     effective_weight,
     require_finite,
-    require_spectra,
     require_start_of,
     some_rows,
-    spectrum_of,
     start_rows,
+    trained_layers,
 )
 from lora_lens.spectrum.comparison import Side, compare
 from lora_lens.spectrum.factorizing import factorize
@@ -53,17 +53,10 @@ def rotations(
         ValueError, TypeError: as :func:`lora_lens.forgetting.drift`; ``threshold`` or ``count`` is out of its
             range.
     """
-    peft_model, record = attached(adapted)
-    require_unmerged(peft_model)
-    require_spectra(spectra)
     count, threshold = whole_number(count, "count", least=1), number(threshold, "threshold", least=0, most=1)
     rows = []
-    for name, layer in lora_layers(peft_model).items():
-        old = spectrum_of(spectra, name)
-        require_start_of(old, name, start_rows(layer, record.starts.get(name), some_rows(old)))
-        weight = effective_weight(layer)
-        require_finite(name, weight)
-        new = factorize(name, weight)
+    for name, layer, _, old in trained_layers(adapted, spectra):
+        new = _spectrum_now(name, layer)
         first = Window(min(count, old.k), start=0)
         found = compare(old, new, first, threshold=threshold, count=first.rank).iloc[0]
         row = {"layer": name, "stretch": found["stretch"], "rotation": found["rotation"]}
@@ -103,7 +96,12 @@ def turned(adapted: nn.Module, layer: str, spectrum: Spectrum, side: Side = "lef
         raise InputError(f"{layer!r} is not adapted; these layers are: {listed(found)}")
     start = record.starts.get(layer)
     require_start_of(spectrum, layer, start_rows(found[layer], start, some_rows(spectrum)))
-    weight = effective_weight(found[layer])
-    require_finite(layer, weight)
-    old, new = (basis(s, side) for s in (spectrum, factorize(layer, weight)))
+    old, new = (basis(s, side) for s in (spectrum, _spectrum_now(layer, found[layer])))
     return (old.T @ new).abs().clamp_max(1)
+
+
+def _spectrum_now(name: str, layer: LoraLayer) -> Spectrum:
+    """The spectrum of the weight with its adapter."""
+    weight = effective_weight(layer)
+    require_finite(name, weight)
+    return factorize(name, weight)

@@ -22,7 +22,7 @@ from lora_lens._base.validate import (
     sequence,
     whole_number,
 )
-from lora_lens.forgetting.run_groups import window_columns
+from lora_lens.forgetting.run_groups import groups
 
 COLUMNS = ("run", "item", "label", "before", "after")
 MOST_CLASSES = 30_000  # whose square fits a memory
@@ -152,19 +152,13 @@ def forgetting_interval(
             runs do not share their examples.
     """
     items = _answers(items)
-    table = checked(table, ["run", "seed", "method", "rank", "position", "start", "lr"])
-    keys = [*window_columns(table), "lr"]
     resamples, seed = resample_count(resamples), seed_number(seed)
-    if table.duplicated([*keys, "seed"]).any():
-        raise InputError(
-            "two runs share window, learning rate and seed, so they are no two seeds; pass the runs of one "
-            "sweep, with one value of every other setting"
-        )
+    windows = list(groups(table, ["run"], by_rate=True))
     right = items.assign(
         lost=(items["before"] == items["label"]).astype(float) - (items["after"] == items["label"])
     )
     by_run = right.pivot(index="run", columns="item", values="lost")
-    if without := [run for run in table["run"] if run not in by_run.index]:
+    if without := [run for _, group in windows for run in group["run"] if run not in by_run.index]:
         raise InputError(f"no answers of {len(without)} runs, such as {without[0]}; pass those of this table")
     if by_run.isna().any(axis=None):
         raise InputError("the runs were tested on different examples; compare runs of one sweep")
@@ -172,14 +166,14 @@ def forgetting_interval(
     m = by_run.shape[1]
     examples = random.multinomial(m, np.full(m, 1 / m), size=resamples) / m  # the same for all windows
     rows = []
-    for values, group in table.groupby(keys, dropna=False, sort=False):
+    for names, group in windows:
         lost = by_run.loc[group["run"]].to_numpy()  # (seeds, examples)
         n = len(lost)
         seeds = random.multinomial(n, np.full(n, 1 / n), size=resamples) / n
         means = ((examples @ lost.T) * seeds).sum(1)
         low, high = np.quantile(means, [0.025, 0.975])
-        row = dict(zip(keys, values, strict=True)) | {"seeds": n, "examples": m, "forgetting": lost.mean()}
-        rows.append(row | {"forgetting_low": low, "forgetting_high": high})
+        row = {"seeds": n, "examples": m, "forgetting": lost.mean()}
+        rows.append(names | row | {"forgetting_low": low, "forgetting_high": high})
     return pd.DataFrame(rows)
 
 

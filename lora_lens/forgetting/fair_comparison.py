@@ -10,6 +10,8 @@ shares in [0, 1], rates are those of the grid.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -17,7 +19,7 @@ from scipy.interpolate import PchipInterpolator
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
-from lora_lens._base.validate import choice, number, numbers, resample_count, seed_number, share
+from lora_lens._base.validate import choice, number, numbers, share
 from lora_lens.forgetting.run_groups import (
     DRIFTS,
     FEWEST_SEEDS,
@@ -25,7 +27,7 @@ from lora_lens.forgetting.run_groups import (
     groups,
     interval,
     mean_and_interval,
-    resampled,
+    named_interval,
     seeds_by_rate,
     window_columns,
 )
@@ -51,7 +53,7 @@ def bootstrap_interval(
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
     level = number(level, "level", above=0, below=1)
-    return interval(values, level, resample_count(resamples), seed_number(seed))
+    return interval(lambda drawn: values[drawn].mean(1), len(values), level, resamples, seed)
 
 
 def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
@@ -66,12 +68,8 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, or two runs share window, rate and seed.
     """
-    table = _runs(table, *SCORES, "diverged")
-    rows = [
-        {**names, **_summary(group)}
-        for names, group in groups(table, [*window_columns(table), "lr"], [*SCORES, "diverged"])
-    ]
-    return pd.DataFrame(rows)
+    runs = groups(table, [*SCORES, "diverged"], by_rate=True)
+    return pd.DataFrame([{**names, **_summary(group)} for names, group in runs])
 
 
 def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
@@ -92,8 +90,8 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
             window, rate and seed, or no seed of a window was run at all its rates.
     """
     score = choice(score, "score", ("accuracy", "retained_accuracy"))
-    table, rows = _runs(table, score, *SCORES, "diverged"), []
-    for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
+    rows = []
+    for names, group in groups(table, [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
         half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
         choosing, told = by_seed.iloc[: half or None], by_seed.index[half:]
@@ -130,7 +128,7 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
             share window, rate and seed.
     """
     accuracy = share(accuracy, "accuracy")
-    table = _runs(table, "run", "retained_before")
+    table = checked(table, [*WINDOW, "lr", "seed", "run", "retained_before"])
     curves = checked(
         curves,
         ["run", "step", "accuracy", "retained_accuracy"],
@@ -145,20 +143,14 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
     rows = []
-    for names, group in groups(table, [*window_columns(table), "lr"], ["retained_before"]):
+    for names, group in groups(table, ["retained_before"], by_rate=True):
         found = [_first_crossing(by_run.get(run, curves[:0]), accuracy) for run in group["run"]]
         step, retained = np.array(found, float).T
         there = ~np.isnan(step)
         forgotten = group["retained_before"].to_numpy(float) - retained
         row = {"seeds": len(group), "reached": int(there.sum())}
-        rows.append(
-            {
-                **names,
-                **row,
-                **mean_and_interval("step", step[there]),
-                **mean_and_interval("forgetting", forgotten[there]),
-            }
-        )
+        row |= mean_and_interval("step", step[there]) | mean_and_interval("forgetting", forgotten[there])
+        rows.append(names | row)
     result = pd.DataFrame(rows)
     order = result.assign(share=result["reached"] / result["seeds"]).sort_values(
         ["share", "lr"], ascending=[False, True], kind="stable"
@@ -220,13 +212,13 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
             runs share window, rate and seed.
     """
     update = number(update, "update, a share of the weights' norm,", above=0)
-    table = _runs(table, "run", *SCORES)
+    table = checked(table, [*WINDOW, "lr", "seed", "run", *SCORES])
     drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     if not table["run"].isin(drifts["run"]).any():
         raise InputError("none of the table's runs has a drift; pass sweep.drifts()")
     sized = table.assign(size=table["run"].map(relative_updates(drifts)))
     rows = []
-    for names, group in groups(sized, window_columns(table), SCORES):
+    for names, group in groups(sized, SCORES):
         found = [_at_size(runs, update) for _, runs in group[group["size"] > 0].groupby("seed")]
         found = np.array([f for f in found if f is not None], float).reshape(-1, len(SCORES))
         row = {"seeds": group["seed"].nunique(), "reached": len(found)}
@@ -258,8 +250,8 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
             or no seed of a window was run at all its rates.
     """
     tolerance = number(tolerance, "tolerance", least=0)
-    table, rows = _runs(table, "accuracy"), []
-    for names, group in groups(table, window_columns(table), ["accuracy"]):
+    rows = []
+    for names, group in groups(table, ["accuracy"]):
         by_seed = seeds_by_rate(group, "accuracy", names)
         rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
         means = scores.mean(0)
@@ -275,7 +267,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
                 "lowest": rates[low],
                 "highest": rates[high],
                 "octaves": np.log2(rates[high] / rates[low]),
-                **_width_interval(scores, rates, tolerance),
+                **named_interval("octaves", partial(_widths, scores, rates, tolerance), len(scores)),
                 "at_grid_end": low == 0 or high == len(rates) - 1,
                 "collapse": too_high[0] if len(too_high) else np.nan,
             }
@@ -319,14 +311,10 @@ def _plateau(means: np.ndarray, tolerance: float) -> tuple[int, int, int]:
     return low, best, high
 
 
-def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> dict[str, float]:
-    """The 95% interval of the plateau's width in octaves, when the seeds are resampled."""
-    if len(scores) == 1:
-        return {"octaves_low": np.nan, "octaves_high": np.nan}
-    means = scores[resampled(len(scores), 2000, 0)].mean(1)
-    ends = np.array([_plateau(m, tolerance) for m in means])
-    low, high = np.quantile(np.log2(rates[ends[:, 2]] / rates[ends[:, 0]]), [0.025, 0.975])
-    return {"octaves_low": low, "octaves_high": high}
+def _widths(scores: np.ndarray, rates: np.ndarray, tolerance: float, drawn: np.ndarray) -> np.ndarray:
+    """The plateau's width in octaves for each row of drawn seeds."""
+    low, _, high = np.array([_plateau(means, tolerance) for means in scores[drawn].mean(1)]).T
+    return np.log2(rates[high] / rates[low])
 
 
 def _summary(group: pd.DataFrame) -> dict[str, float]:
@@ -336,8 +324,3 @@ def _summary(group: pd.DataFrame) -> dict[str, float]:
     for score in SCORES:
         row |= mean_and_interval(score, scored[score])
     return row
-
-
-def _runs(table: object, *columns: str) -> pd.DataFrame:
-    """The runs of a sweep that did not fail."""
-    return checked(table, [*WINDOW, "lr", "seed", *columns])

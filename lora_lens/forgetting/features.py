@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isqrt
 
@@ -166,13 +166,12 @@ def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
     """What the layer is given in one pass, (batch, positions, in_features), float32; zero at padding."""
     instance(model, nn.Module, "model", "a pretrained model")
     instance(layer, str, "layer", "the name of a linear layer")
-    require_batch(inputs)
+    batch = require_batch(inputs)
     module = _linear(model, layer)
     given = layer_inputs(model, [layer], inputs)
     if layer not in given:
         raise InputError(f"{type(model).__name__} made its output without calling {layer}")
     x = given[layer]
-    batch = _batch_size(inputs)
     if not _is_batch(x, batch):
         raise InputError(
             f"{layer} was given an input of shape {tuple(x.shape)} for a batch of {batch}: expected "
@@ -185,7 +184,7 @@ def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
 
 def splittable(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, int]:
     """Those of the named layers that :func:`feature_split` takes, with their number of positions."""
-    batch = _batch_size(inputs)
+    batch = require_batch(inputs)
     linear = [name for name in names if type(_module(model, name)) in LINEAR]
     given = layer_inputs(model, linear, inputs)
     found = {name: given[name] for name in linear if name in given}
@@ -236,10 +235,6 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
             "by the same matrix"
         )
     return module
-
-
-def _batch_size(inputs: Inputs) -> int:
-    return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 
 def _is_batch(x: Tensor, batch: int) -> bool:

@@ -25,7 +25,8 @@ negative. So :func:`lora_lens.advise` shows these numbers and does not choose by
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -234,7 +235,6 @@ def _handing_over(
     A layer that the loss does not depend on, such as a pooler beside a mean, gets none.
     """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles = []
 
     def hand_over(weight: nn.Parameter) -> None:
         for name, layer in layers.items():
@@ -246,13 +246,12 @@ def _handing_over(
         for parameter, _, _ in before:
             parameter.requires_grad_(False)
             parameter.grad = None
-        for weight in {id(layer.weight): layer.weight for layer in layers.values()}.values():
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(hand_over))
-        yield
+        with ExitStack() as during:
+            for weight in {id(layer.weight): layer.weight for layer in layers.values()}.values():
+                weight.requires_grad_(True)
+                during.enter_context(weight.register_post_accumulate_grad_hook(hand_over))
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
@@ -262,21 +261,17 @@ def _pass_forward(
     model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, LayerSums], examples: Examples
 ) -> None:
     """Add up every layer's inputs over examples and positions."""
+
+    def add(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        real = real_positions(inputs, given[0])
+        sums[name].add_inputs(given[0].flatten(0, -2) if real is None else given[0][real])
+
     device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
+    with ExitStack() as during:
+        for name, layer in layers.items():
+            during.enter_context(layer.register_forward_pre_hook(partial(add, name)))
+        during.enter_context(evaluating(model))
+        during.enter_context(torch.no_grad())
         for rows in examples.in_batches():
             inputs = to_device(examples.batch(rows), device)
-
-            def watch(layer: LayerSums, x: Tensor, inputs: object = inputs) -> None:
-                real = real_positions(inputs, x)
-                layer.add_inputs(x.flatten(0, -2) if real is None else x[real])
-
-            handles = [
-                layer.register_forward_pre_hook(lambda _module, given, one=sums[name]: watch(one, given[0]))
-                for name, layer in layers.items()
-            ]
-            try:
-                call(model, inputs)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            call(model, inputs)

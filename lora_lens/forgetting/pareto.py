@@ -13,16 +13,13 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from lora_lens._base.errors import InputError
-from lora_lens._base.schema import checked
 from lora_lens._base.validate import numbers
 from lora_lens.forgetting.aggregate import pareto_front
 from lora_lens.forgetting.run_groups import (
-    WINDOW,
     groups,
     mean_and_interval,
-    resampled,
+    named_interval,
     seeds_by_rate,
-    window_columns,
 )
 
 
@@ -41,11 +38,7 @@ def dominance(table: pd.DataFrame) -> pd.DataFrame:
         ValueError: a column is missing, two runs share window, rate and seed, or there is one window only.
     """
     both = ["accuracy", "retained_accuracy"]
-    table = checked(table, [*WINDOW, "lr", "seed", *both])
-    found = [
-        (names, group.set_index(["seed", "lr"])[both])
-        for names, group in groups(table, window_columns(table), both)
-    ]
+    found = [(names, group.set_index(["seed", "lr"])[both]) for names, group in groups(table, both)]
     if len(found) < 2:
         raise InputError(f"a comparison needs at least two windows or methods, not {len(found)}")
     rows = []
@@ -108,17 +101,16 @@ def front_by_method(
             run at all its rates.
     """
     both, rows = ["accuracy", "retained_accuracy"], []
-    table = checked(table, [*WINDOW, "lr", "seed", *both])
-    for names, group in groups(table, window_columns(table), both):
+    for names, group in groups(table, both):
         scores = np.stack([seeds_by_rate(group, score, names).to_numpy(float) for score in both], axis=-1)
         means = scores.mean(0)  # (rates, 2), from (seeds, rates, 2)
         row = {"seeds": len(scores), "rates": len(means)}
         row["on_front"] = int(pareto_front(pd.DataFrame(means, columns=both)).sum())
         row["hypervolume"] = hypervolume(means, reference)
-        row |= {"hypervolume_low": np.nan, "hypervolume_high": np.nan}
-        if len(scores) > 1:
-            drawn = scores[resampled(len(scores), resamples, seed)].mean(1)
-            low, high = np.quantile([hypervolume(points, reference) for points in drawn], [0.025, 0.975])
-            row |= {"hypervolume_low": low, "hypervolume_high": high}
-        rows.append({**names, **row})
+
+        def covered(drawn: np.ndarray, scores: np.ndarray = scores) -> list[float]:
+            return [hypervolume(points, reference) for points in scores[drawn].mean(1)]
+
+        row |= named_interval("hypervolume", covered, len(scores), resamples, seed)
+        rows.append(names | row)
     return pd.DataFrame(rows)

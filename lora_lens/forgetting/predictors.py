@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata
+from sklearn.isotonic import IsotonicRegression
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import whole_number
 from lora_lens.forgetting.fair_comparison import relative_updates
-from lora_lens.forgetting.run_groups import DRIFTS, WINDOW, resampled, window_columns
+from lora_lens.forgetting.run_groups import DRIFTS, WINDOW, named_interval, window_columns
 
 WEIGHTED = (
     "inside", "above", "below", "mixed", "outside", "left_inside", "right_inside", "diagonal",
@@ -147,30 +147,30 @@ def _held_out_r2(
         predicted[held] = _monotone(x[~held], y[~held], x[held])
         plain[held] = y[~held].mean()
     residual, whole = (np.bincount(of_cell, np.square(y - guess)) for guess in (predicted, plain))
-    drawn = resampled(len(cells), resamples, seed)
-    wholes = whole[drawn].sum(1)
-    some = wholes > 0  # not only windows and rates that forgot exactly what the others did
-    found = 1 - residual[drawn].sum(1)[some] / wholes[some]
-    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (np.nan, np.nan)
-    r2 = 1 - residual.sum() / whole.sum()
-    return {"r2": float(r2), "r2_low": float(low), "r2_high": float(high)}
+
+    def r2(drawn: np.ndarray) -> np.ndarray:
+        wholes = whole[drawn].sum(1)
+        some = wholes > 0  # not only windows and rates that forgot exactly what the others did
+        return 1 - residual[drawn].sum(1)[some] / wholes[some]
+
+    found = float(1 - residual.sum() / whole.sum())
+    return {"r2": found} | named_interval("r2", r2, len(cells), resamples, seed)
 
 
 def _monotone(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Isotonic regression of y on x, at new places; falling where the rank correlation is negative."""
-    places, where = np.unique(x, return_inverse=True)
-    counts = np.bincount(where)
-    means = np.bincount(where, y) / counts
-    rising = len(places) < 2 or _spearman(x, y) >= 0
-    fitted = isotonic_regression(means, weights=counts, increasing=bool(rising)).x
-    return np.interp(new, places, fitted)
+    rising = bool(np.ptp(x) == 0 or _spearman(x, y) >= 0)
+    return IsotonicRegression(increasing=rising, out_of_bounds="clip").fit(x, y).predict(new)
 
 
 def _rank_correlations(
     x: np.ndarray, y: np.ndarray, cell: np.ndarray, resamples: int, seed: int
 ) -> dict[str, float]:
     cells = [np.flatnonzero(cell == c) for c in np.unique(cell)]
-    draws = [np.concatenate([cells[i] for i in draw]) for draw in resampled(len(cells), resamples, seed)]
-    found = [_spearman(x[rows], y[rows]) for rows in draws if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
-    low, high = np.quantile(found, [0.025, 0.975]) if found else (np.nan, np.nan)
-    return {"spearman": _spearman(x, y), "spearman_low": float(low), "spearman_high": float(high)}
+
+    def spearmans(drawn: np.ndarray) -> list[float]:
+        draws = [np.concatenate([cells[i] for i in draw]) for draw in drawn]
+        return [_spearman(x[rows], y[rows]) for rows in draws if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
+
+    found = {"spearman": _spearman(x, y)}
+    return found | named_interval("spearman", spearmans, len(cells), resamples, seed)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import pandas as pd
+from scipy.stats import permutation_test
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, resample_count, seed_number
-from lora_lens.forgetting.fair_comparison import LEVEL, bootstrap_interval
-from lora_lens.forgetting.run_groups import FEWEST_SEEDS, rates_in
+from lora_lens.forgetting.fair_comparison import LEVEL
+from lora_lens.forgetting.run_groups import FEWEST_SEEDS, interval, rates_in
 
 
 @dataclass(frozen=True)
@@ -74,18 +74,16 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     positions, values = forgetting.columns.to_numpy(float), forgetting.to_numpy(float)
     between = values[:, 1:-1]
     position = float(positions[1:-1][between.mean(0).argmin()])
-    excess = {"first": _excess(values[:, 0], between), "last": _excess(values[:, -1], between)}
+    ends = {"first": values[:, 0], "last": values[:, -1]}
     p = float("nan")
     if len(values) >= FEWEST_SEEDS:
-        signs = _sign_patterns(len(values), resamples, seed)
-        p = max(_sign_flip_p(end[:, None] - between, signs) for end in (values[:, 0], values[:, -1]))
+        p = max(_sign_flip_p(end[:, None] - between, resamples, seed) for end in ends.values())
     result = {"lr": float(lr), "seeds": len(values), "position": position, "p": p}
-    for end, differences in excess.items():
-        result[f"{end}_excess"] = float(differences.mean())
-        known = not np.isnan(differences).any()
-        nothing = (float("nan"), float("nan"))
-        result[f"{end}_interval"] = (
-            bootstrap_interval(differences, resamples=resamples, seed=seed) if known else nothing
+    for name, end in ends.items():
+        excess = _excess(end, between)
+        result[f"{name}_excess"] = float(excess.mean())
+        result[f"{name}_interval"] = interval(
+            lambda drawn, excess=excess: excess[drawn].mean(1), len(excess), resamples=resamples, seed=seed
         )
     return UShape(**result, words=_in_words(result))
 
@@ -155,16 +153,21 @@ def _excess(end: np.ndarray, between: np.ndarray) -> np.ndarray:
     return end - between[np.arange(n), others.argmin(1)]
 
 
-def _sign_patterns(n: int, resamples: int, seed: int) -> np.ndarray:
-    """(patterns, n) of +1 and -1, the first one all +1: every pattern if they are few, or random ones."""
-    if 2**n <= max(resamples, 2**FEWEST_SEEDS):
-        return np.array(list(product([1.0, -1.0], repeat=n)))
-    random = np.random.default_rng(seed).choice([1.0, -1.0], size=(resamples, n))
-    return np.vstack([np.ones(n), random])
-
-
-def _sign_flip_p(differences: np.ndarray, signs: np.ndarray) -> float:
+def _sign_flip_p(differences: np.ndarray, resamples: int, seed: int) -> float:
     """How often turned signs make the largest mean of a column (seeds, windows) as large as it is."""
-    largest = (signs @ differences / len(differences)).max(1)
-    slack = 1e-12 * np.abs(differences).max()  # equal patterns differ by rounding
-    return float((largest >= largest[0] - slack).mean())
+
+    def largest(signs: np.ndarray, axis: int) -> np.ndarray:  # (patterns, seeds), or (seeds,)
+        means = signs @ differences / len(differences)
+        return means.max(axis).round(12)  # equal patterns differ by rounding
+
+    return float(
+        permutation_test(
+            (np.ones(len(differences)),),  # a lone sample is permuted by turning the signs of its values
+            largest,
+            permutation_type="samples",
+            alternative="greater",
+            n_resamples=max(resamples, 2**FEWEST_SEEDS),
+            vectorized=True,
+            rng=seed,
+        ).pvalue
+    )
