@@ -11,6 +11,13 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
     """Which rows no other row beats: True where none is as good in both columns and better in one.
 
     Larger is better in both. Rows with a missing value are never on the front.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> table = pd.DataFrame({"accuracy": [0.9, 0.8, 0.7], "retained_accuracy": [0.5, 0.7, 0.6]})
+        >>> ll.forgetting.pareto_front(table).tolist()
+        [True, True, False]
     """
     rows = checked(table, [x, y], empty=True, keep_failed=True)
     points = pd.DataFrame({"x": rows[x].to_numpy(float), "y": rows[y].to_numpy(float)}).dropna()
@@ -27,6 +34,18 @@ def seed_means(table: pd.DataFrame) -> pd.DataFrame:
     Columns: method, rank, position, start, lr, seeds (how many have an accuracy), accuracy,
     retained_accuracy, forgetting (means), and each of the three with the
     suffix ``_std`` (sample standard deviation over seeds; NaN for one seed).
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "seed": [0, 1, 0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
+        >>> runs["accuracy"], runs["retained_accuracy"] = [0.90, 0.92, 0.88, 0.90], [0.6, 0.7, 0.8, 0.84]
+        >>> runs["forgetting"] = 0.9 - runs["retained_accuracy"]
+        >>> ll.forgetting.seed_means(runs)[["position", "seeds", "accuracy", "forgetting", "forgetting_std"]].round(3)
+           position  seeds  accuracy  forgetting  forgetting_std
+        0       0.0      2      0.91        0.25           0.071
+        1       0.5      2      0.89        0.08           0.028
     """
     scores = ["accuracy", "retained_accuracy", "forgetting"]
     table = checked(table, ["method", "lr", *scores], once=True)

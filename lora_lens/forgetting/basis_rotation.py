@@ -52,6 +52,18 @@ def rotations(
     Raises:
         ValueError, TypeError: as :func:`lora_lens.forgetting.drift`; ``threshold`` or ``count`` is out of its
             range.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> adapted = ll.attach(model, ll.Window.first(2), targets="0", spectra=spectra)
+        >>> with torch.no_grad():  # in place of training: the window's singular values grow by a tenth
+        ...     _ = adapted.get_parameter("base_model.model.0.lora_B.default.weight").mul_(1.1)
+        >>> ll.forgetting.rotations(adapted, spectra)[["layer", "rotation", "turned_left", "intruders"]].round(3)
+          layer  rotation  turned_left  intruders
+        0     0       0.0          0.0          0
     """
     count, threshold = whole_number(count, "count", least=1), number(threshold, "threshold", least=0, most=1)
     rows = []
@@ -85,6 +97,15 @@ def turned(adapted: nn.Module, layer: str, spectrum: Spectrum, side: Side = "lef
 
     Raises:
         ValueError, TypeError: the layer is not adapted, ``side`` is another word, or as :func:`drift`.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> adapted = ll.attach(model, ll.Window.first(2), targets="0", spectra=spectra)
+        >>> bool(ll.forgetting.turned(adapted, "0", spectra["0"]).allclose(torch.eye(4), atol=1e-5))
+        True
     """
     choice(side, "side", ("left", "right"))
     instance(layer, str, "layer", "the name of an adapted layer")

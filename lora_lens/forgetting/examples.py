@@ -43,6 +43,17 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
 
     Raises:
         ValueError: a column is missing.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> ll.forgetting.transitions(answers)[["run", "kept", "forgotten", "gained", "never", "forgetting"]].round(2)
+          run  kept  forgotten  gained  never  forgetting
+        0   a     1          1       1      0        0.00
+        1   b     0          2       0      1        0.67
     """
     by = list(sequence(by, "by", "columns", str))
     for column in by:
@@ -84,6 +95,17 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, or the runs do not start from the same answers.
         TypeError: ``items`` is no table, or ``by`` no name.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> ll.forgetting.forgotten_by(answers)
+           item  label  runs  forgotten  share  instead
+        0     0      0     2          2    1.0        1
+        1     1      1     2          1    0.5        0
     """
     items = _answers(items)
     if by is not None and instance(by, str, "by", "the name of a column, or None") not in items:
@@ -117,6 +139,17 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
 
     Raises:
         ValueError: as :func:`forgotten_by`, or ``threshold`` out of range.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> answers["position"] = answers["run"].map({"a": 0.0, "b": 0.5})
+        >>> ll.forgetting.forgotten_by_one(answers, "position")[["item", "label", "only"]]
+           item  label only
+        0     1      1  0.5
     """
     if not 0 <= number(threshold, "threshold") < 1:
         raise InputError(f"threshold must be a share in [0, 1), not {threshold!r}")
@@ -150,6 +183,18 @@ def forgetting_interval(
     Raises:
         ValueError: a column is missing, two runs share window, rate and seed, a run has no answers, or the
             runs do not share their examples.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> runs = pd.DataFrame({"run": ["a", "b"], "seed": [0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, lr=5e-3)
+        >>> ll.forgetting.forgetting_interval(answers, runs)[["seeds", "examples", "forgetting"]].round(3)
+           seeds  examples  forgetting
+        0      2         3       0.333
     """
     items = _answers(items)
     resamples, seed = resample_count(resamples), seed_number(seed)
@@ -187,6 +232,16 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
 
     Raises:
         ValueError: a column is missing, another ``when``, or a class outside ``classes``.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> ll.forgetting.confusion(answers, classes=2)
+        array([[0, 2],
+               [2, 2]])
     """
     items, classes = _answers(items), whole_number(classes, "classes", least=1, most=MOST_CLASSES)
     choice(when, "when", ("before", "after"))

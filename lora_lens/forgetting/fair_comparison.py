@@ -48,6 +48,12 @@ def bootstrap_interval(
 
     Raises:
         ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> low, high = ll.forgetting.bootstrap_interval([0.30, 0.20, 0.25, 0.27])
+        >>> 0.20 < low < high < 0.30
+        True
     """
     values = numbers(values, "values").ravel()
     if values.size == 0 or np.isnan(values).any():
@@ -67,6 +73,18 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, or two runs share window, rate and seed.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "seed": [0, 1, 0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
+        >>> runs["accuracy"], runs["forgetting"] = [0.90, 0.92, 0.88, 0.90], [0.30, 0.20, 0.10, 0.06]
+        >>> fair = ll.forgetting.at_equal_rate(runs.assign(diverged=False))
+        >>> fair[["position", "seeds", "accuracy", "forgetting", "forgetting_low", "forgetting_high"]].round(2)
+           position  seeds  accuracy  forgetting  forgetting_low  forgetting_high
+        0       0.0      2      0.91        0.25            0.20              0.3
+        1       0.5      2      0.89        0.08            0.06              0.1
     """
     runs = groups(table, [*SCORES, "diverged"], by_rate=True)
     return pd.DataFrame([{**names, **_summary(group)} for names, group in runs])
@@ -88,6 +106,17 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
     Raises:
         ValueError: ``score`` is not accuracy or retained_accuracy, a column is missing, two runs share
             window, rate and seed, or no seed of a window was run at all its rates.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "lr": [1e-3, 1e-2, 1e-3, 1e-2]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, seed=0, diverged=False)
+        >>> runs["accuracy"], runs["forgetting"] = [0.9, 0.5, 0.6, 0.8], [0.3, 0.6, 0.0, 0.1]
+        >>> ll.forgetting.at_own_best_rate(runs)[["position", "lr", "forgetting", "rates", "selected_on"]]
+           position     lr  forgetting  rates selected_on
+        0       0.0  0.001         0.3      2  same seeds
+        1       0.5  0.010         0.1      2  same seeds
     """
     score = choice(score, "score", ("accuracy", "retained_accuracy"))
     rows = []
@@ -126,6 +155,18 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
     Raises:
         ValueError: ``accuracy`` is out of range, a column is missing, a run has no curve, or two runs
             share window, rate and seed.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"run": ["a", "b"], "seed": [0, 1]}).assign(retained_before=0.9)
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, lr=5e-3)
+        >>> curves = pd.DataFrame({"run": ["a", "a", "b", "b"], "step": [0, 100, 0, 100]})
+        >>> curves["accuracy"], curves["retained_accuracy"] = [0.1, 0.9, 0.1, 0.5], [0.9, 0.6, 0.9, 0.8]
+        >>> found = ll.forgetting.at_matched_accuracy(runs, curves, accuracy=0.5)
+        >>> found[["seeds", "reached", "step", "forgetting"]].round(2)
+           seeds  reached  step  forgetting
+        0      2        2  75.0        0.12
     """
     accuracy = share(accuracy, "accuracy")
     table = checked(table, [*WINDOW, "lr", "seed", "run", "retained_before"])
@@ -169,6 +210,14 @@ def relative_updates(drifts: pd.DataFrame) -> pd.Series:
 
     Raises:
         ValueError: a column is missing.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> drifts = pd.DataFrame({"run": ["a", "a"], "layer": ["0", "1"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
+        >>> drifts["relative"] = drifts["update"] / drifts["norm"]
+        >>> ll.forgetting.relative_updates(drifts).to_dict()
+        {'a': 0.5}
     """
     drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     norms = drifts["norm"] if "norm" in drifts else pd.Series(np.nan, drifts.index)
@@ -210,6 +259,16 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     Raises:
         ValueError: ``update`` is not positive, a column is missing, no run of the table has a drift, or two
             runs share window, rate and seed.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"run": ["a", "b"], "lr": [1e-3, 4e-3], "accuracy": [0.8, 0.9], "forgetting": [0.1, 0.3]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> drifts = pd.DataFrame({"run": ["a", "b"], "update": [1.0, 4.0], "norm": 10.0, "relative": [0.1, 0.4]})
+        >>> ll.forgetting.at_matched_update(runs, drifts, update=0.2)[["reached", "accuracy", "forgetting"]].round(2)
+           reached  accuracy  forgetting
+        0        1      0.85         0.2
     """
     update = number(update, "update, a share of the weights' norm,", above=0)
     table = checked(table, [*WINDOW, "lr", "seed", "run", *SCORES])
@@ -248,6 +307,15 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
     Raises:
         ValueError: ``tolerance`` is negative, a column is missing, two runs share window, rate and seed,
             or no seed of a window was run at all its rates.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"lr": [1e-3, 2e-3, 4e-3, 8e-3], "accuracy": [0.80, 0.90, 0.89, 0.30]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> ll.forgetting.rate_robustness(runs)[["best_lr", "lowest", "highest", "octaves", "collapse"]]
+           best_lr  lowest  highest  octaves  collapse
+        0    0.002   0.002    0.004      1.0     0.008
     """
     tolerance = number(tolerance, "tolerance", least=0)
     rows = []

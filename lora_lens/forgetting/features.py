@@ -46,6 +46,13 @@ class FeatureNorms(_Shares):
     Attributes:
         window_norms: ||W_w x|| at each position, shape (batch, positions), float32, on the CPU.
         residual_norms: ||(W - W_w) x||, likewise.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> norms = ll.forgetting.FeatureNorms(torch.tensor([[3.0]]), torch.tensor([[4.0]]))
+        >>> round(norms.shares.item(), 2)
+        0.36
     """
 
     window_norms: Tensor
@@ -65,6 +72,15 @@ class FeatureSplit(_Shares):
         layer: the module's name.
         window: W_w x, shape (batch, positions, out_features), float32, on the CPU.
         residual: (W - W_w) x, likewise.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> split = ll.forgetting.feature_split(model, "0", spectra["0"], ll.Window.first(1), torch.randn(5, 6))
+        >>> split.window.shape, split.shares.shape
+        (torch.Size([5, 1, 4]), torch.Size([5]))
     """
 
     layer: str
@@ -91,6 +107,15 @@ class FeatureEnergies:
     Attributes:
         spectrum: of the layer's weight.
         energies: shape (batch, positions, k), float32, on the CPU; zero at positions that hold padding.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> energies = ll.forgetting.feature_energies(model, "0", spectra["0"], torch.randn(5, 6))
+        >>> energies.norms(ll.Window.first(4)).shares
+        tensor([1., 1., 1., 1., 1.])
     """
 
     spectrum: Spectrum
@@ -129,6 +154,16 @@ def feature_split(
             model does not call it or gives it something other than a batch, the placement does not
             fit, ``spectrum`` is another weight's, or the model does not take ``inputs``.
         TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> x = torch.randn(5, 6)
+        >>> split = ll.forgetting.feature_split(model, "0", spectra["0"], ll.Window.first(1), x)
+        >>> bool((split.window + split.residual)[:, 0].allclose(x @ model[0].weight.T, atol=1e-5))
+        True
     """
     instance(spectrum, Spectrum, "spectrum", "that of the layer, such as ll.spectra(model)[layer]")
     instance(window, Placement, "window", "a window, such as ll.Window.middle(8)")
@@ -151,6 +186,14 @@ def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: I
 
     Raises:
         ValueError, TypeError: as :func:`feature_split`; the spectrum lacks vectors.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> ll.forgetting.feature_energies(model, "0", spectra["0"], torch.randn(5, 6)).energies.shape
+        torch.Size([5, 1, 4])
     """
     instance(model, nn.Module, "model", "a torch.nn.Module, the pretrained model")
     instance(spectrum, Spectrum, "spectrum", "that of the layer, such as ll.spectra(model)[layer]")
@@ -201,6 +244,11 @@ def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
     Raises:
         ValueError: the others are no square.
         TypeError: a number is no whole one.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.forgetting.patch_grid(197)  # a class token and 14 x 14 patches
+        (1, 14)
     """
     positions = whole_number(positions, "positions", least=0)
     prefix = None if prefix is None else whole_number(prefix, "prefix", least=0)

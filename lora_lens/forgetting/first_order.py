@@ -93,6 +93,18 @@ def foresee(
         ValueError: no windows, ``examples`` below 1, a window does not fit, the spectra are another
             model's, a layer is no linear one, or the model has no classifier.
         TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> from timm.models import VisionTransformer
+        >>> sizes = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        >>> model = VisionTransformer(num_classes=2, **sizes)  # of random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> promised = ll.forgetting.foresee(model, task, images, ll.windows(rank=2, count=3))
+        >>> promised["position"].tolist(), bool(promised["disturbance"].is_monotonic_decreasing)
+        ([0.0, 0.5, 1.0], True)
     """
     instance(model, nn.Module, "model", "a pretrained model")
     instance(task, Task, "task", "a task, such as from ll.tasks.folder_task or ll.tasks.text_task")

@@ -60,6 +60,17 @@ def replies(
         TypeError: the model is no causal language model, or a question is no string.
         ValueError: there is no question, one is empty, most_tokens is below 1, or question and reply are
             longer than the model's context.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"hello": 0, "world": 1, "?": 2}, unk_token="?"))
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=3, eos_token_id=2, **sizes))  # of random weights
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> ll.forgetting.replies(model, tokenizer, ["hello"], most_tokens=3).columns.tolist()
+        ['question', 'reply']
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not (isinstance(inner, PreTrainedModel) and inner.can_generate()) or inner.config.is_encoder_decoder:
@@ -98,6 +109,14 @@ def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFr
 
     Raises:
         ValueError: a column is missing, or the questions are not the same in the same order.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> before = pd.DataFrame({"question": ["What is 2 + 3?"], "reply": ["5"]})
+        >>> ll.forgetting.replies_before_after(before, before.assign(reply="6"))
+                 question before after   same
+        0  What is 2 + 3?      5     6  False
     """
     for when, table in (("before", before), ("after", after)):
         instance(table, pd.DataFrame, f"the table {when} training", "what replies returned")

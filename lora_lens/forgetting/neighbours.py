@@ -37,6 +37,14 @@ def neighbour_agreement(before: Tensor | np.ndarray, after: Tensor | np.ndarray,
 
     Raises:
         ValueError: they are no matrices of as many rows, a row is zero or not finite, or k is out of range.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> after = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.3]])
+        >>> ll.forgetting.neighbour_agreement(before, after, k=1)
+        0.75
     """
     old, new = _nearest_before_and_after(before, after, k)
     return float(_shared(old, new).double().mean() / old.shape[1])
@@ -63,6 +71,16 @@ def neighbour_table(
 
     Raises:
         ValueError: as :func:`neighbour_agreement`, there are not as many texts as rows, or count is below 1.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> after = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.3]])
+        >>> ll.forgetting.neighbour_table(before, after, texts=["cat", "cats", "sun", "suns"], k=1, count=2)
+           text  shared before after
+        0  suns       0    sun  cats
+        1   cat       1   cats  cats
     """
     count, texts = whole_number(count, "count", least=1), sequence(texts, "texts", "the examples' texts")
     before = _features(before, "before")

@@ -36,6 +36,17 @@ def dominance(table: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, two runs share window, rate and seed, or there is one window only.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "seed": [0, 1, 0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
+        >>> runs["accuracy"], runs["retained_accuracy"] = [0.8, 0.9, 0.9, 0.8], [0.6, 0.7, 0.8, 0.9]
+        >>> found = ll.forgetting.dominance(runs)
+        >>> found[["position_a", "position_b", "pairs", "a_beats_b", "b_beats_a"]]
+           position_a  position_b  pairs  a_beats_b  b_beats_a
+        0         0.0         0.5      2        0.0        0.5
     """
     both = ["accuracy", "retained_accuracy"]
     found = [(names, group.set_index(["seed", "lr"])[both]) for names, group in groups(table, both)]
@@ -64,6 +75,11 @@ def hypervolume(points: ArrayLike, reference: tuple[float, float] = (0, 0)) -> f
 
     Raises:
         ValueError: ``points`` are not pairs.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.forgetting.hypervolume([[1.0, 0.5], [0.5, 1.0]])
+        0.75
     """
     points, reference = numbers(points, "points"), numbers(reference, "reference")
     if reference.shape != (2,):
@@ -99,6 +115,15 @@ def front_by_method(
     Raises:
         ValueError: a column is missing, two runs share window, rate and seed, or no seed of a window was
             run at all its rates.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"lr": [1e-3, 1e-2], "accuracy": [0.5, 1.0], "retained_accuracy": [1.0, 0.5]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> ll.forgetting.front_by_method(runs)[["position", "seeds", "rates", "on_front", "hypervolume"]]
+           position  seeds  rates  on_front  hypervolume
+        0       0.5      1      2         2         0.75
     """
     both, rows = ["accuracy", "retained_accuracy"], []
     for names, group in groups(table, both):

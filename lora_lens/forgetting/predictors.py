@@ -41,6 +41,15 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> drifts = pd.DataFrame({"run": ["a", "a"], "layer": ["0", "1"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
+        >>> drifts = drifts.assign(relative=0.5, inside=[1.0, 0.5], cka=0.9, relative_change=0.2)
+        >>> ll.forgetting.by_run(drifts).round(2)
+          run  update  relative  inside  relative_change  cka_loss
+        0   a     5.0       0.5    0.68              0.2       0.1
     """
     drifts = checked(drifts, ["run", "update", "relative", "cka", "relative_change"], *DRIFTS)
     groups = drifts.groupby("run", sort=False)
@@ -101,6 +110,18 @@ def predict_forgetting(
     Raises:
         ValueError: a column is missing, there are fewer than 3 windows and rates with a drift, all runs
             forgot the same, or ``folds`` or ``resamples`` is out of range.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"run": list("abcdef"), "lr": [1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3]})
+        >>> runs["forgetting"], runs["accuracy"] = 50 * runs["lr"], [0.9, 0.8, 0.9, 0.8, 0.9, 0.8]
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> drifts = pd.DataFrame({"run": list("abcdef"), "update": 9 * runs["lr"], "norm": 1.0, "cka": 0.9})
+        >>> drifts = drifts.assign(relative=drifts["update"], relative_change=0.1)
+        >>> found = ll.forgetting.predict_forgetting(runs, drifts, resamples=20).set_index("measure")["r2"]
+        >>> bool(found["relative"] > 0.5 > found["accuracy"])
+        True
     """
     folds = whole_number(folds, "folds", least=2)  # one part is fitted, the other predicted
     table = checked(table, ["run", *WINDOW, *OUTSIDE, "forgetting"], once=True)

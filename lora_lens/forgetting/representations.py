@@ -43,6 +43,17 @@ def feature_change(
         TypeError: ``before`` or ``after`` is no model, ``inputs`` no batch, or ``layers`` no names.
         ValueError: there are no inputs, or a model does not take them; it has no such layer or does not call
             it, what it gives is no batch or has another shape in the other model, or there is no classifier.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before, after = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> with torch.no_grad():  # features of twice the size: the same but for a scale
+        ...     for new, old in zip(after.parameters(), before.parameters()):
+        ...         _ = new.copy_(2 * old)
+        >>> ll.forgetting.feature_change(before, after, torch.randn(20, 4), layers=["0"]).round(3)
+          layer  cka  relative_change
+        0     0  1.0              1.0
     """
     for name, model in (("before", before), ("after", after)):
         instance(model, nn.Module, name, "a model")

@@ -29,6 +29,14 @@ class UShape:
         first_interval, last_interval: their 95% intervals (low, high).
         p: the p value of "at least one end forgets no more than every window between"; NaN without a test.
         words: the answer in one sentence.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.5, 1.0], "forgetting": [0.3, 0.1, 0.2]})
+        >>> found = ll.forgetting.u_shape_test(runs.assign(method="window", lr=5e-3, seed=0), lr=5e-3)
+        >>> found.seeds, found.position, found.p
+        (1, 0.5, nan)
     """
 
     lr: float
@@ -68,6 +76,15 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     Raises:
         ValueError: a column is missing, no windows at this rate, none at an end or between the ends, two
             runs share position and seed, or no seed was run at every position.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> rows = [(p, seed, f + 0.01 * seed) for p, f in ((0.0, 0.3), (0.5, 0.1), (1.0, 0.2)) for seed in range(5)]
+        >>> runs = pd.DataFrame(rows, columns=["position", "seed", "forgetting"]).assign(method="window", lr=5e-3)
+        >>> found = ll.forgetting.u_shape_test(runs, lr=5e-3)
+        >>> found.position, round(found.first_excess, 2), round(found.last_excess, 2), found.p
+        (0.5, 0.2, 0.1, 0.03125)
     """
     resamples, seed = resample_count(resamples), seed_number(seed)
     forgetting = _seeds_by_position(table, number(lr, "lr", above=0))

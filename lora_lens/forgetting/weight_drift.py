@@ -79,6 +79,18 @@ def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None 
         ValueError: ``adapted`` is none of attach's, is merged, or holds NaN; the spectra are another
             model's, lack vectors or an adapted layer; the window does not fit.
         TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> adapted = ll.attach(model, ll.Window.first(2), targets="0", spectra=spectra)
+        >>> with torch.no_grad():  # in place of training: the window's singular values grow by a tenth
+        ...     _ = adapted.get_parameter("base_model.model.0.lora_B.default.weight").mul_(1.1)
+        >>> ll.forgetting.drift(adapted, spectra)[["layer", "rank", "inside", "mixed", "diagonal"]].round(2)
+          layer  rank  inside  mixed  diagonal
+        0     0     2     1.0    0.0       1.0
     """
     _require_placement(window)
     rows = []

@@ -53,6 +53,18 @@ def report(
             settings, or ``accuracy`` is given beside a table alone or is no share.
         FileNotFoundError: there is no such folder.
         FileExistsError: something else than a report is at ``path``.
+
+    Example:
+        >>> import tempfile
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"accuracy": [0.9, 0.8], "retained_accuracy": [0.6, 0.8], "forgetting": [0.3, 0.1]})
+        >>> runs = runs.assign(method=["window", "LoRA"], position=None, start=[0, None], rank=8, lr=5e-3, seed=0)
+        >>> runs = runs.assign(retained_before=0.9, diverged=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = ll.reports.report(runs, f"{folder}/page.html", title="Two runs")
+        ...     "<title>Two runs</title>" in path.read_text(encoding="utf-8")
+        True
     """
     kept = sweep if isinstance(sweep, Sweep) else None
     table = _checked(sweep)
