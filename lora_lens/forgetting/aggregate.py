@@ -12,6 +12,17 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
 
     Larger is better in both. Rows with a missing value are never on the front.
 
+    Args:
+        table: such as that of :func:`lora_lens.sweep`, one row per point.
+        x: the name of one column of numbers.
+        y: the name of the other.
+
+    Returns:
+        A Series of bool with the table's index.
+
+    Raises:
+        ValueError: a column is missing or holds no numbers.
+
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
@@ -31,9 +42,16 @@ def pareto_front(table: pd.DataFrame, x: str = "accuracy", y: str = "retained_ac
 def seed_means(table: pd.DataFrame) -> pd.DataFrame:
     """One row per method (and variant, if the table has that column) and learning rate: means over seeds.
 
-    Columns: method, rank, position, start, lr, seeds (how many have an accuracy), accuracy,
-    retained_accuracy, forgetting (means), and each of the three with the
-    suffix ``_std`` (sample standard deviation over seeds; NaN for one seed).
+    Args:
+        table: from :func:`lora_lens.sweep`.
+
+    Returns:
+        Columns: method, rank, position, start, lr, seeds (how many have an accuracy), accuracy,
+        retained_accuracy, forgetting (means), and each of the three with the suffix ``_std`` (sample
+        standard deviation over seeds; NaN for one seed).
+
+    Raises:
+        ValueError: a column is missing, or a run stands in the table twice.
 
     Example:
         >>> import pandas as pd
@@ -42,10 +60,10 @@ def seed_means(table: pd.DataFrame) -> pd.DataFrame:
         >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
         >>> runs["accuracy"], runs["retained_accuracy"] = [0.90, 0.92, 0.88, 0.90], [0.6, 0.7, 0.8, 0.84]
         >>> runs["forgetting"] = 0.9 - runs["retained_accuracy"]
-        >>> ll.forgetting.seed_means(runs)[["position", "seeds", "accuracy", "forgetting", "forgetting_std"]].round(3)
-           position  seeds  accuracy  forgetting  forgetting_std
-        0       0.0      2      0.91        0.25           0.071
-        1       0.5      2      0.89        0.08           0.028
+        >>> ll.forgetting.seed_means(runs)[["position", "seeds", "forgetting", "forgetting_std"]].round(3)
+           position  seeds  forgetting  forgetting_std
+        0       0.0      2        0.25           0.071
+        1       0.5      2        0.08           0.028
     """
     scores = ["accuracy", "retained_accuracy", "forgetting"]
     table = checked(table, ["method", "lr", *scores], once=True)

@@ -36,8 +36,8 @@ def rotations(
     Columns: layer; stretch and rotation, the parts of the update in shares of ||W||_F, see
     :func:`lora_lens.spectrum.change`; turned_left and turned_right, 1 - the mean over i of
     <u_i, u'_i>^2 in [0, 1], which is 0 where every vector stayed in its place; first_left and first_right,
-    the same for the ``count`` largest components only, whose values lie apart, so that their order is
-    their own; degrees_left and degrees_right, the largest angle between the subspaces that those span
+    the same for the ``count`` largest components only, whose values lie apart, so that their order
+    means something; degrees_left and degrees_right, the largest angle between the subspaces that those span
     before and after; intruders, how many of the ``count`` largest components after resemble none before,
     see :func:`lora_lens.spectrum.intruder_dimensions`.
 
@@ -47,7 +47,7 @@ def rotations(
         adapted: from :func:`lora_lens.attach`.
         spectra: of the pretrained model, with all vectors.
         threshold: the cosine below which a new vector is an intruder, in [0, 1].
-        count: how many of the largest components are looked at apart; all where there are fewer.
+        count: how many of the largest components are looked at separately; all where there are fewer.
 
     Raises:
         ValueError, TypeError: as :func:`lora_lens.forgetting.drift`; ``threshold`` or ``count`` is out of its
@@ -61,7 +61,8 @@ def rotations(
         >>> adapted = ll.attach(model, ll.Window.first(2), targets="0", spectra=spectra)
         >>> with torch.no_grad():  # in place of training: the window's singular values grow by a tenth
         ...     _ = adapted.get_parameter("base_model.model.0.lora_B.default.weight").mul_(1.1)
-        >>> ll.forgetting.rotations(adapted, spectra)[["layer", "rotation", "turned_left", "intruders"]].round(3)
+        >>> turns = ll.forgetting.rotations(adapted, spectra)
+        >>> turns[["layer", "rotation", "turned_left", "intruders"]].round(3)
           layer  rotation  turned_left  intruders
         0     0       0.0          0.0          0
     """

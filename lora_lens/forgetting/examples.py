@@ -33,6 +33,7 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
     """How many examples went from right to wrong and from wrong to right.
 
     Args:
+        items: from :meth:`lora_lens.Sweep.answers`.
         by: what makes a group: "run", or for each class ["run", "label"].
 
     Returns:
@@ -50,7 +51,8 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
         >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
         >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
         >>> answers["after"] = [1, 1, 1, 1, 0, 0]
-        >>> ll.forgetting.transitions(answers)[["run", "kept", "forgotten", "gained", "never", "forgetting"]].round(2)
+        >>> counts = ll.forgetting.transitions(answers)
+        >>> counts[["run", "kept", "forgotten", "gained", "never", "forgetting"]].round(2)
           run  kept  forgotten  gained  never  forgetting
         0   a     1          1       1      0        0.00
         1   b     0          2       0      1        0.67
@@ -81,7 +83,8 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     """For each example that was right before: which share of the runs forgot it.
 
     Args:
-        by: a column of ``items``, such as a position merged from the table of runs, to tell who forgot it.
+        items: from :meth:`lora_lens.Sweep.answers`.
+        by: a column of ``items``, such as a position merged from the table of runs, to see who forgot it.
             Runs without a value there, such as those of other methods, have no column.
 
     Returns:
@@ -131,8 +134,9 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
     """The examples that the runs of one value of ``by`` forgot, and those of no other.
 
     Args:
+        items: from :meth:`lora_lens.Sweep.answers`.
         by: a column of ``items``, such as a position merged from the table of runs.
-        threshold: forgotten means by more than this share of a value's runs, in [0, 1).
+        threshold: forgotten means: by more than this share of a value's runs, in [0, 1).
 
     Returns:
         Rows of :func:`forgotten_by` with its columns, and only (the one value that forgot it).
@@ -173,7 +177,8 @@ def forgetting_interval(
     Args:
         items: the answers of all runs of ``table``.
         table: from :func:`lora_lens.sweep` (run, method, rank, position, start, lr, seed).
-        resamples, seed: of the bootstrap.
+        resamples: how many, of the bootstrap.
+        seed: of the bootstrap.
 
     Returns:
         One row per window and rate: method, rank, position, start (and variant, where the table has one),

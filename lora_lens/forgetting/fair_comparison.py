@@ -46,6 +46,12 @@ def bootstrap_interval(
     values its width is about sqrt((n - 1) / n) of that from the standard error, before any correction for
     few seeds), so read it as a lower bound of the uncertainty.
 
+    Args:
+        values: one number per seed, shape (n,).
+        level: the interval's, in (0, 1).
+        resamples: how many, at most 100,000.
+        seed: of the resampling.
+
     Raises:
         ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
 
@@ -65,6 +71,9 @@ def bootstrap_interval(
 def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
     """What every window gained and lost at each learning rate, all at the same number of steps.
 
+    Args:
+        table: from :func:`lora_lens.sweep`.
+
     Returns:
         One row per window and rate. Columns: method, rank, position, start, lr; seeds (those with both
         scores: a run that failed has none) and diverged (how many of them did); accuracy and forgetting
@@ -81,10 +90,10 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
         >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
         >>> runs["accuracy"], runs["forgetting"] = [0.90, 0.92, 0.88, 0.90], [0.30, 0.20, 0.10, 0.06]
         >>> fair = ll.forgetting.at_equal_rate(runs.assign(diverged=False))
-        >>> fair[["position", "seeds", "accuracy", "forgetting", "forgetting_low", "forgetting_high"]].round(2)
-           position  seeds  accuracy  forgetting  forgetting_low  forgetting_high
-        0       0.0      2      0.91        0.25            0.20              0.3
-        1       0.5      2      0.89        0.08            0.06              0.1
+        >>> fair[["position", "seeds", "accuracy", "forgetting", "forgetting_low"]].round(2)
+           position  seeds  accuracy  forgetting  forgetting_low
+        0       0.0      2      0.91        0.25            0.20
+        1       0.5      2      0.89        0.08            0.06
     """
     runs = groups(table, [*SCORES, "diverged"], by_rate=True)
     return pd.DataFrame([{**names, **_summary(group)} for names, group in runs])
@@ -95,8 +104,12 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
 
     The best rate has the highest mean of ``score`` over seeds; of equals, the lowest. The best of several
     noisy means is higher than it ought to be, the more so the more rates were tried. Where a window has at
-    least 4 seeds, its rate is therefore chosen on the lower half of them (by number) and all that the row
-    tells comes from the other half. Only the seeds that were run at every rate of the window take part.
+    least 4 seeds, its rate is therefore chosen on the lower half of them (by number), and all numbers in the
+    row come from the other half. Only the seeds that were run at every rate of the window take part.
+
+    Args:
+        table: from :func:`lora_lens.sweep`.
+        score: accuracy or retained_accuracy.
 
     Returns:
         One row per window with the columns of :func:`at_equal_rate` (lr is the chosen rate, seeds those
@@ -142,6 +155,7 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
     forgetting at it is not flattered by the choice.
 
     Args:
+        table: from :func:`lora_lens.sweep`.
         curves: from :meth:`lora_lens.Sweep.curves` (run, step, accuracy, retained_accuracy).
         accuracy: the accuracy to compare at, in [0, 1].
 
@@ -214,7 +228,7 @@ def relative_updates(drifts: pd.DataFrame) -> pd.Series:
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
-        >>> drifts = pd.DataFrame({"run": ["a", "a"], "layer": ["0", "1"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
+        >>> drifts = pd.DataFrame({"run": ["a", "a"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
         >>> drifts["relative"] = drifts["update"] / drifts["norm"]
         >>> ll.forgetting.relative_updates(drifts).to_dict()
         {'a': 0.5}
@@ -241,15 +255,14 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     The curve is the cubic that is monotone wherever the runs are (Fritsch and Carlson 1980, "Monotone
     piecewise cubic interpolation"); through two runs it is a straight line. Straight lines are off more,
     the more so for windows whose runs are far from ``update``, and that alone can look like a U-shape. The
-    curve is not free of it: of rates of 0.002 to 0.02 on digits, 0.01 was left out and read off the others.
-    Straight lines were off by 11 points of forgetting (mean over windows of the absolute error), the curve
-    by 5: it was 13 too low at position 0 and 3 to 5 too high from 0.25 on. With rates half as far apart
-    less is to be expected, but compare close to the updates of measured runs.
+    curve is not free of it: compare close to the updates of measured runs. ``docs/measures.md`` says how far
+    off both were on digits.
 
     Args:
+        table: from :func:`lora_lens.sweep`.
         drifts: from :meth:`lora_lens.Sweep.drifts`; runs that diverged or trained no adapter have none
             and are left out.
-        update: the relative update to compare at, such as 0.1.
+        update: the relative update to compare at, a share of the weights' norm, such as 0.1.
 
     Returns:
         One row per window. Columns: method, rank, position, start; seeds, and reached (how many of them
@@ -263,10 +276,12 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
-        >>> runs = pd.DataFrame({"run": ["a", "b"], "lr": [1e-3, 4e-3], "accuracy": [0.8, 0.9], "forgetting": [0.1, 0.3]})
+        >>> runs = pd.DataFrame({"run": ["a", "b"], "lr": [1e-3, 4e-3]})
         >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
-        >>> drifts = pd.DataFrame({"run": ["a", "b"], "update": [1.0, 4.0], "norm": 10.0, "relative": [0.1, 0.4]})
-        >>> ll.forgetting.at_matched_update(runs, drifts, update=0.2)[["reached", "accuracy", "forgetting"]].round(2)
+        >>> runs["accuracy"], runs["forgetting"] = [0.8, 0.9], [0.1, 0.3]
+        >>> drifts = pd.DataFrame({"run": ["a", "b"], "update": [1.0, 4.0], "relative": [0.1, 0.4]})
+        >>> fair = ll.forgetting.at_matched_update(runs, drifts, update=0.2)
+        >>> fair[["reached", "accuracy", "forgetting"]].round(2)
            reached  accuracy  forgetting
         0        1      0.85         0.2
     """

@@ -1,4 +1,4 @@
-"""What a window carries of an input's features: a layer's product with one batch, in two parts."""
+"""What a window carries of an input's features: a layer's product with one batch, split in two."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class FeatureSplit(_Shares):
         >>> import lora_lens as ll
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
         >>> spectra = ll.spectra(model, "0", progress=False)
-        >>> split = ll.forgetting.feature_split(model, "0", spectra["0"], ll.Window.first(1), torch.randn(5, 6))
+        >>> x, window = torch.randn(5, 6), ll.Window.first(1)
+        >>> split = ll.forgetting.feature_split(model, "0", spectra["0"], window, x)
         >>> split.window.shape, split.shares.shape
         (torch.Size([5, 1, 4]), torch.Size([5]))
     """
@@ -102,7 +103,7 @@ class FeatureSplit(_Shares):
 class FeatureEnergies:
     """What each component carries of a layer's product: s_i^2 (v_i^T x)^2, as the u_i are orthonormal.
 
-    From it the lengths of any window's part follow without another product, at once for a slider.
+    From it the lengths of any window's part follow without another product, fast enough for a slider.
 
     Attributes:
         spectrum: of the layer's weight.
@@ -178,11 +179,13 @@ def feature_split(
 
 @torch.no_grad()
 def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: Inputs) -> FeatureEnergies:
-    """Run the model once, and tell what each component carries of what one of its layers makes of it.
+    """Run the model once, and return what each component carries of one of its layers' products.
 
     Args:
-        model, layer, inputs: as for :func:`feature_split`.
+        model: as for :func:`feature_split`.
+        layer: as for :func:`feature_split`.
         spectrum: of this layer's weight, with all vectors.
+        inputs: as for :func:`feature_split`.
 
     Raises:
         ValueError, TypeError: as :func:`feature_split`; the spectrum lacks vectors.
@@ -241,9 +244,12 @@ def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
         positions: how many tokens there are.
         prefix: how many lead, such as a class token and registers; None to find out whether one does.
 
+    Returns:
+        (how many lead, the square's side in patches).
+
     Raises:
-        ValueError: the others are no square.
-        TypeError: a number is no whole one.
+        ValueError: the others form no square.
+        TypeError: an argument is no whole number.
 
     Example:
         >>> import lora_lens as ll

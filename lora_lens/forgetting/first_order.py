@@ -15,11 +15,8 @@ are +lr or -lr, independently of each other and of x, change the layer's output 
 
 E[dB^T dB] = lr^2 out I gives the first term, E[dA x x^T dA^T] = lr^2 ||x||^2 I the second, and the mixed
 term vanishes. Real steps are neither independent nor one alone, and the product dB dA of many of them, which
-is left out, disturbs about as much in every window. What the numbers are good for, in the embedded digits
-sweep (nine windows, means of 3 seeds): at one rate the windows' disturbance and forgetting are in nearly the
-same order (rank correlations of 0.7 to 0.9), and at low rates so are learning and accuracy (0.9). But the
-ratio does not find the best compromise: from the rate 5e-3 on its correlation with accuracy - forgetting is
-negative. So :func:`lora_lens.advise` shows these numbers and does not choose by them.
+is left out, disturbs about as much in every window. :func:`lora_lens.advise` shows these numbers and does not
+choose by them: ``docs/measures.md`` says what they predicted on digits.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ from lora_lens.tasks.linear_probe import drawn, fitted_head
 from lora_lens.tasks.readouts import HeadReadout, ask, real_positions, to_device
 from lora_lens.tasks.task import Examples, Task, require_examples
 
-ROWS = 4096  # inputs of a layer that are looked at at a time
+ROWS = 4096  # inputs of a layer in one product
 WITH_GRADIENT = 32  # examples in a pass whose activations are kept
 
 
@@ -68,7 +65,7 @@ def foresee(
     """How fast each window would start to learn, and how much that would disturb: no step is taken.
 
     The new task's head, where it has one, is a logistic regression on the model's frozen features of
-    ``examples`` training examples; then a gradient pass over them gives G. See the module's text for both
+    ``examples`` training examples; then a gradient pass over them gives G. The module's docstring has both
     formulas. Of G and of C only what the windows need is kept: G v_i, u_i^T G and v_i^T C v_i for their
     components i, so beside the model it takes one layer's gradient at a time.
 
@@ -77,9 +74,10 @@ def foresee(
         task: what to learn; only its training examples are used.
         retain_examples: of the source, a few hundred; their labels play no part.
         windows: windows or other placements to compare.
-        spectra: of this model with the windows' vectors, if they are at hand.
+        spectra: of this model with the windows' vectors, if you have them.
         targets: which linear layers would be adapted, see :func:`lora_lens.spectrum.target_layers`.
-        examples: how many training examples, drawn with ``seed``; all if there are fewer.
+        examples: how many training examples are used; all if there are fewer.
+        seed: of their draw.
 
     Returns:
         One row per window. Columns: position and start (None where the placement has none);
@@ -98,8 +96,8 @@ def foresee(
         >>> import torch
         >>> import lora_lens as ll
         >>> from timm.models import VisionTransformer
-        >>> sizes = {"img_size": 28, "patch_size": 14, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
-        >>> model = VisionTransformer(num_classes=2, **sizes)  # of random weights
+        >>> images = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**images, embed_dim=16, depth=1, num_heads=2)  # random weights
         >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
         >>> task = ll.Task("noise", ("even", "odd"), images, images)
         >>> promised = ll.forgetting.foresee(model, task, images, ll.windows(rank=2, count=3))

@@ -31,8 +31,8 @@ def neighbour_agreement(before: Tensor | np.ndarray, after: Tensor | np.ndarray,
     ones count.
 
     Args:
-        before, after: (n, p) and (n, q) features of the same n examples, such as the sentence vectors of a
-            model before and after training.
+        before: (n, p) features of n examples, such as the sentence vectors of a model before training.
+        after: (n, q) features of the same examples, such as those after training.
         k: neighbours, from 1 to n - 1.
 
     Raises:
@@ -60,8 +60,10 @@ def neighbour_table(
     """The examples whose nearest neighbours changed most, for people to read.
 
     Args:
-        before, after, k: as :func:`neighbour_agreement`.
+        before: as :func:`neighbour_agreement`.
+        after: as :func:`neighbour_agreement`.
         texts: of the n examples.
+        k: as :func:`neighbour_agreement`.
         count: rows, at most.
 
     Returns:
@@ -141,7 +143,11 @@ def _directions(features: Tensor, when: str) -> Tensor:
 
 
 def _nearest(directions: Tensor, k: int) -> Tensor:
-    """Of each row the k other ones with the largest cosine, the largest first: (n, k) indices, on the CPU."""
+    """Of each row the k other ones with the largest cosine, the largest first: (n, k) indices, on the CPU.
+
+    Not scikit-learn's NearestNeighbors, which takes any of equally near ones: of texts that stand in a corpus
+    several times, it would count as lost what a mere rotation left in place.
+    """
     found = []
     for rows in torch.arange(len(directions), device=directions.device).split(CHUNK):
         cosines = directions[rows] @ directions.T  # (chunk, n)

@@ -26,6 +26,9 @@ from lora_lens.forgetting.run_groups import (
 def dominance(table: pd.DataFrame) -> pd.DataFrame:
     """How often one window beats another on both tasks at once, at equal seed and learning rate.
 
+    Args:
+        table: from :func:`lora_lens.sweep`.
+
     Returns:
         One row per pair of windows. Columns: method, rank, position, start with the suffix ``_a`` for the
         one and ``_b`` for the other; pairs (seeds and rates that both were run at) and seeds among them;
@@ -71,7 +74,11 @@ def hypervolume(points: ArrayLike, reference: tuple[float, float] = (0, 0)) -> f
     Zitzler and Thiele 1998, "Multiobjective optimization using evolutionary algorithms - a comparative
     case study", where it is called the size of the space covered; exact, by sorting. Points that are not
     above ``reference`` in both, or have a missing value, cover nothing. It grows with the number of points,
-    so compare only sets of as many.
+    so compare only sets of equal size.
+
+    Args:
+        points: pairs of shares in [0, 1] (or any two scores), shape (n, 2).
+        reference: the pair that is worth nothing.
 
     Raises:
         ValueError: ``points`` are not pairs.
@@ -102,9 +109,11 @@ def front_by_method(
     """The trade-off that each window offers over its learning rates, and the area that it covers.
 
     Args:
+        table: from :func:`lora_lens.sweep`.
         reference: accuracies on the new and the retained task that are worth nothing, such as those of
             guessing.
-        resamples, seed: of the interval, which resamples the seeds that were run at every rate.
+        resamples: how many, of the seeds that were run at every rate.
+        seed: of the resampling.
 
     Returns:
         One row per window. Columns: method, rank, position, start; seeds, rates; on_front (how many of

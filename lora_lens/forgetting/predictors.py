@@ -1,4 +1,4 @@
-"""What inside a model tells how much it forgot: measures of drift against measured forgetting, run by run."""
+"""What inside a model predicts how much it forgot: measures of drift against forgetting, run by run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
-        >>> drifts = pd.DataFrame({"run": ["a", "a"], "layer": ["0", "1"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
+        >>> drifts = pd.DataFrame({"run": ["a", "a"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
         >>> drifts = drifts.assign(relative=0.5, inside=[1.0, 0.5], cka=0.9, relative_change=0.2)
         >>> ll.forgetting.by_run(drifts).round(2)
           run  update  relative  inside  relative_change  cka_loss
@@ -74,13 +74,13 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
 def predict_forgetting(
     table: pd.DataFrame, drifts: pd.DataFrame, *, folds: int = 10, resamples: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """Which measure of drift tells best how much a run forgot.
+    """Which measure of drift predicts best how much a run forgot.
 
     Each measure alone predicts forgetting by the best monotone function of it (isotonic regression, rising
     or falling as the training part says; constant beyond its ends). It is judged on runs that it was not
     fitted to: a fold holds out all seeds of some windows at some rates at once. Seeds of one window and
     rate are nearly copies of each other, and with one of them in the training part a measure could look
-    good by telling *which* window and rate it was. Learning rate, position and accuracy on the new task,
+    good by recognizing *which* window and rate it was. Learning rate, position and accuracy on the new task,
     which are known without looking inside, stand in the same table: what to beat. A monotone function
     misses a U-shape over position, so read that row as the rise or fall alone.
 
@@ -95,7 +95,8 @@ def predict_forgetting(
         table: from :func:`lora_lens.sweep`; runs without a drift are left out.
         drifts: from :meth:`lora_lens.Sweep.drifts`.
         folds: of the cross-validation, at least 2; one for each window and rate where there are fewer.
-        resamples, seed: of the intervals, and the seed also of the folds.
+        resamples: how many, for the intervals.
+        seed: of the intervals and of the folds.
 
     Returns:
         One row per measure, the best first. Columns: measure; runs (that have a value for it); spearman (rank

@@ -33,8 +33,9 @@ def feature_change(
     needs many examples, more than features if possible.
 
     Args:
-        before, after: two states of one model, adapted or not, on the inputs' device; they run in
-            evaluation mode and are left as they were.
+        before: one state of a model, adapted or not, on the inputs' device; it runs in evaluation mode and
+            is left as it was.
+        after: another state of it, likewise.
         inputs: a batch as the models take it, or a mapping of keyword arguments.
         layers: modules by their names without PEFT, whose outputs are compared (of several outputs the
             first, of several calls the last); default the classifier's input, under its name.
@@ -47,7 +48,7 @@ def feature_change(
     Example:
         >>> import torch
         >>> import lora_lens as ll
-        >>> before, after = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> before, after = (torch.nn.Sequential(torch.nn.Linear(4, 3)) for _ in range(2))
         >>> with torch.no_grad():  # features of twice the size: the same but for a scale
         ...     for new, old in zip(after.parameters(), before.parameters()):
         ...         _ = new.copy_(2 * old)

@@ -58,8 +58,7 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     excesses over all windows between, and its null distribution, with the same maximum, comes from
     turning the signs of whole seeds: where no window differs, a seed's differences (from all windows at
     once) are as likely as their negatives. That is exact when the noise is symmetric, however unequal or
-    correlated the windows are (simulated with 6 seeds and exponential noise, which is far from it, a
-    single high end was called a U in 1% to 7% of cases, according to the side of the long tail). All 2^n
+    correlated the windows are; ``docs/measures.md`` has a simulation where it is not. All 2^n
     sign patterns of n seeds are used, or ``resamples`` random ones where that is fewer. The p value is the
     larger of the two ends' (intersection-union test: a U needs both), so a single high end is not a U.
     The smallest possible p is 2^-n: it takes 5 seeds to fall below 0.05.
@@ -71,7 +70,8 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     Args:
         table: with method, position, lr, seed, forgetting, and one rank and variant at this rate.
         lr: a learning rate of the table.
-        resamples, seed: of the intervals, and of the sign patterns where there are too many for all.
+        resamples: of the intervals, and of the sign patterns where there are too many for all.
+        seed: of both.
 
     Raises:
         ValueError: a column is missing, no windows at this rate, none at an end or between the ends, two
@@ -80,9 +80,10 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
-        >>> rows = [(p, seed, f + 0.01 * seed) for p, f in ((0.0, 0.3), (0.5, 0.1), (1.0, 0.2)) for seed in range(5)]
-        >>> runs = pd.DataFrame(rows, columns=["position", "seed", "forgetting"]).assign(method="window", lr=5e-3)
-        >>> found = ll.forgetting.u_shape_test(runs, lr=5e-3)
+        >>> curve = {0.0: 0.3, 0.5: 0.1, 1.0: 0.2}
+        >>> rows = [(p, seed, f + 0.01 * seed) for p, f in curve.items() for seed in range(5)]
+        >>> runs = pd.DataFrame(rows, columns=["position", "seed", "forgetting"])
+        >>> found = ll.forgetting.u_shape_test(runs.assign(method="window", lr=5e-3), lr=5e-3)
         >>> found.position, round(found.first_excess, 2), round(found.last_excess, 2), found.p
         (0.5, 0.2, 0.1, 0.03125)
     """

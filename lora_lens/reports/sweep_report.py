@@ -30,7 +30,7 @@ NEEDED = (*IDENTITY, "accuracy", "retained_before", "retained_accuracy", "forget
 def report(
     sweep: Sweep | pd.DataFrame, path: str | Path, *, title: str | None = None, accuracy: float | None = None
 ) -> Path:
-    """Write all that a sweep shows into one HTML file that opens anywhere and prints on A4.
+    """Write everything a sweep shows into one HTML file that opens anywhere and prints on A4.
 
     In this order: what was run and with which versions; whether forgetting is U-shaped, tested at every
     rate and adjusted for their number; figures; tables with 95% intervals at equal rates, at own best
@@ -58,9 +58,9 @@ def report(
         >>> import tempfile
         >>> import pandas as pd
         >>> import lora_lens as ll
-        >>> runs = pd.DataFrame({"accuracy": [0.9, 0.8], "retained_accuracy": [0.6, 0.8], "forgetting": [0.3, 0.1]})
-        >>> runs = runs.assign(method=["window", "LoRA"], position=None, start=[0, None], rank=8, lr=5e-3, seed=0)
-        >>> runs = runs.assign(retained_before=0.9, diverged=False)
+        >>> runs = pd.DataFrame({"method": ["window", "LoRA"], "start": [0, None], "accuracy": [0.9, 0.8]})
+        >>> runs["retained_accuracy"], runs["forgetting"] = [0.6, 0.8], [0.3, 0.1]
+        >>> runs = runs.assign(position=None, rank=8, lr=5e-3, seed=0, retained_before=0.9, diverged=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = ll.reports.report(runs, f"{folder}/page.html", title="Two runs")
         ...     "<title>Two runs</title>" in path.read_text(encoding="utf-8")
