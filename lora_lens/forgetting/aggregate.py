@@ -51,7 +51,7 @@ def seed_means(table: pd.DataFrame) -> pd.DataFrame:
         standard deviation over seeds; NaN for one seed).
 
     Raises:
-        ValueError: a column is missing, or a run stands in the table twice.
+        ValueError: a column is missing, or a run is in the table twice.
 
     Example:
         >>> import pandas as pd

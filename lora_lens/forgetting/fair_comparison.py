@@ -65,7 +65,7 @@ def bootstrap_interval(
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
     level = number(level, "level", above=0, below=1)
-    return interval(lambda drawn: values[drawn].mean(1), len(values), level, resamples, seed)
+    return interval(lambda rows: values[rows].mean(1), len(values), level, resamples, seed)
 
 
 def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
@@ -136,9 +136,9 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
     for names, group in groups(table, [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
         half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
-        choosing, told = by_seed.iloc[: half or None], by_seed.index[half:]
+        choosing, measured = by_seed.iloc[: half or None], by_seed.index[half:]
         rate = choosing.mean().idxmax()  # the first of equals, and the rates ascend
-        chosen = group[(group["lr"] == rate) & group["seed"].isin(told)]
+        chosen = group[(group["lr"] == rate) & group["seed"].isin(measured)]
         selected_on = "other seeds" if half else "same seeds"
         row = {"lr": rate, **_summary(chosen), "rates": by_seed.shape[1], "selected_on": selected_on}
         rows.append({**names, **row})
@@ -394,9 +394,9 @@ def _plateau(means: np.ndarray, tolerance: float) -> tuple[int, int, int]:
     return low, best, high
 
 
-def _widths(scores: np.ndarray, rates: np.ndarray, tolerance: float, drawn: np.ndarray) -> np.ndarray:
-    """The plateau's width in octaves for each row of drawn seeds."""
-    low, _, high = np.array([_plateau(means, tolerance) for means in scores[drawn].mean(1)]).T
+def _widths(scores: np.ndarray, rates: np.ndarray, tolerance: float, draws: np.ndarray) -> np.ndarray:
+    """The plateau's width in octaves for each row of ``draws``, places of seeds."""
+    low, _, high = np.array([_plateau(means, tolerance) for means in scores[draws].mean(1)]).T
     return np.log2(rates[high] / rates[low])
 
 

@@ -137,9 +137,9 @@ def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFr
         raise InputError(
             f"the questions before and after training differ ({differ}); ask both models the same"
         )
-    said, says = before["reply"].tolist(), after["reply"].tolist()
-    same = [a == b for a, b in zip(said, says, strict=True)]
-    return pd.DataFrame({"question": old, "before": said, "after": says, "same": same})
+    old_replies, new_replies = before["reply"].tolist(), after["reply"].tolist()
+    same = [a == b for a, b in zip(old_replies, new_replies, strict=True)]
+    return pd.DataFrame({"question": old, "before": old_replies, "after": new_replies, "same": same})
 
 
 def _check(questions: Sequence[str], most_tokens: int) -> None:

@@ -23,8 +23,8 @@ def neighbour_agreement(before: Tensor | np.ndarray, after: Tensor | np.ndarray,
     similar features before and after, i itself left out. Huh et al. 2024, "The Platonic representation
     hypothesis", appendix A, mutual k-nearest neighbour alignment; as there, similar means the cosine, but
     no large features are cut off. Turning or scaling the features leaves it 1; features that have nothing
-    to do with each other get k / (n - 1) by chance. CKA, of which
-    :func:`lora_lens.forgetting.representations` tells, is about all pairs of examples; this is about the near
+    to do with each other get k / (n - 1) by chance. CKA, which
+    :func:`lora_lens.forgetting.feature_change` gives, is about all pairs of examples; this is about the near
     ones alone.
 
     In float32, in O(n (p + q + k)) memory and O(n^2 (p + q)) time. Of equally near examples the earlier
@@ -145,8 +145,8 @@ def _directions(features: Tensor, when: str) -> Tensor:
 def _nearest(directions: Tensor, k: int) -> Tensor:
     """Of each row the k other ones with the largest cosine, the largest first: (n, k) indices, on the CPU.
 
-    Not scikit-learn's NearestNeighbors, which takes any of equally near ones: of texts that stand in a corpus
-    several times, it would count as lost what a mere rotation left in place.
+    Not scikit-learn's NearestNeighbors, which takes any of equally near ones: of texts that a corpus
+    holds several times, it would count as lost what a mere rotation left in place.
     """
     found = []
     for rows in torch.arange(len(directions), device=directions.device).split(CHUNK):

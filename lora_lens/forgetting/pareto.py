@@ -142,8 +142,8 @@ def front_by_method(
         row["on_front"] = int(pareto_front(pd.DataFrame(means, columns=both)).sum())
         row["hypervolume"] = hypervolume(means, reference)
 
-        def covered(drawn: np.ndarray, scores: np.ndarray = scores) -> list[float]:
-            return [hypervolume(points, reference) for points in scores[drawn].mean(1)]
+        def covered(draws: np.ndarray, scores: np.ndarray = scores) -> list[float]:
+            return [hypervolume(points, reference) for points in scores[draws].mean(1)]
 
         row |= named_interval("hypervolume", covered, len(scores), resamples, seed)
         rows.append(names | row)

@@ -81,7 +81,7 @@ def predict_forgetting(
     fitted to: a fold holds out all seeds of some windows at some rates at once. Seeds of one window and
     rate are nearly copies of each other, and with one of them in the training part a measure could look
     good by recognizing *which* window and rate it was. Learning rate, position and accuracy on the new task,
-    which are known without looking inside, stand in the same table: what to beat. A monotone function
+    which are known without looking inside, are in the same table: what to beat. A monotone function
     misses a U-shape over position, so read that row as the rise or fall alone.
 
     Three things to know. The squares are dominated by the rates that forget much; spearman_within gives
@@ -170,10 +170,10 @@ def _held_out_r2(
         plain[held] = y[~held].mean()
     residual, whole = (np.bincount(of_cell, np.square(y - guess)) for guess in (predicted, plain))
 
-    def r2(drawn: np.ndarray) -> np.ndarray:
-        wholes = whole[drawn].sum(1)
+    def r2(draws: np.ndarray) -> np.ndarray:
+        wholes = whole[draws].sum(1)
         some = wholes > 0  # not only windows and rates that forgot exactly what the others did
-        return 1 - residual[drawn].sum(1)[some] / wholes[some]
+        return 1 - residual[draws].sum(1)[some] / wholes[some]
 
     found = float(1 - residual.sum() / whole.sum())
     return {"r2": found} | named_interval("r2", r2, len(cells), resamples, seed)
@@ -190,9 +190,9 @@ def _rank_correlations(
 ) -> dict[str, float]:
     cells = [np.flatnonzero(cell == c) for c in np.unique(cell)]
 
-    def spearmans(drawn: np.ndarray) -> list[float]:
-        draws = [np.concatenate([cells[i] for i in draw]) for draw in drawn]
-        return [_spearman(x[rows], y[rows]) for rows in draws if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
+    def spearmans(draws: np.ndarray) -> list[float]:
+        found = [np.concatenate([cells[i] for i in draw]) for draw in draws]
+        return [_spearman(x[rows], y[rows]) for rows in found if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
 
     found = {"spearman": _spearman(x, y)}
     return found | named_interval("spearman", spearmans, len(cells), resamples, seed)

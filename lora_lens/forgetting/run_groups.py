@@ -1,6 +1,6 @@
 """What comparisons of runs share: which rows are one window, and what its seeds say together.
 
-The tables that these functions are given were checked at the door of whoever calls them.
+Except for :func:`groups`, these functions trust the tables that they are given.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def interval(
     scipy.stats.bootstrap draws the same seeds and gives the same numbers, at three times the cost.
 
     Args:
-        statistic: of drawn places of the seeds, (resamples, n), its value for each row that has one.
+        statistic: of places of seeds, drawn with replacement, (resamples, n): its value for each row that
+            has one.
     """
     resamples, seed = resample_count(resamples), seed_number(seed)
     if n < 2:
@@ -94,7 +95,7 @@ def mean_and_interval(name: str, values: ArrayLike) -> dict[str, float]:
     """The mean over seeds and its interval, named; NaN where there are no values."""
     values = np.asarray(values, float)
     mean = float(values.mean()) if len(values) else np.nan
-    return {name: mean} | named_interval(name, lambda drawn: values[drawn].mean(1), len(values))
+    return {name: mean} | named_interval(name, lambda rows: values[rows].mean(1), len(values))
 
 
 def named_interval(

@@ -101,7 +101,7 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
         excess = _excess(end, between)
         result[f"{name}_excess"] = float(excess.mean())
         result[f"{name}_interval"] = interval(
-            lambda drawn, excess=excess: excess[drawn].mean(1), len(excess), resamples=resamples, seed=seed
+            lambda rows, excess=excess: excess[rows].mean(1), len(excess), resamples=resamples, seed=seed
         )
     return UShape(**result, words=_in_words(result))
 

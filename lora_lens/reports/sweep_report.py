@@ -132,7 +132,7 @@ def _sections(table: pd.DataFrame, kept: Sweep | None, accuracy: float | None, f
 
 
 def _pieces(write: Callable[[], list[Piece]]) -> list[Piece]:
-    """What a half-finished sweep cannot tell is said so, and the rest of the page stands."""
+    """A section that a half-finished sweep cannot fill says so, and the rest of the page is written."""
     try:
         return write()
     except LoraLensError as error:
