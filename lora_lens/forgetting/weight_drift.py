@@ -45,7 +45,7 @@ BELONGS = 1e-2  # of the weight's norm; residuals in bfloat16 are off by 2e-3
 
 
 def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None = None) -> pd.DataFrame:
-    """One row per adapted layer: how far its weight went, and between which components.
+    """One row per adapted layer: how far its weight moved, and between which components.
 
     Columns: layer, block and kind as in :meth:`lora_lens.spectrum.SpectrumSet.table`; rank, the adapter's;
 

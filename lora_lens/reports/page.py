@@ -70,7 +70,7 @@ def html_page(title: str, sections: Sequence[Mapping]) -> str:
 
 
 def page_path(path: str | Path) -> Path:
-    """``path``, if a page may be written there: over nothing but one as :func:`html_page` gave it."""
+    """``path``, if a page may be written there: it replaces only a page that nobody has edited."""
     path = Path(instance(path, (str, os.PathLike), "path", "the file to write, such as 'report.html'"))
     if path.is_dir():
         raise ExistingFileError(

@@ -34,8 +34,8 @@ def report(
 
     In this order: what was run and with which versions; whether forgetting is U-shaped, tested at every
     rate and adjusted for their number; figures; tables with 95% intervals at equal rates, at own best
-    rates and of windows against each other; unless there is a table alone, also at equal accuracy, by class
-    of the retained task and what the weights did; and the limits of all that.
+    rates and of windows against each other; of a sweep with its store also at equal accuracy, by class of the
+    retained task and what the weights did; and the limits of all that.
 
     Args:
         sweep: from :func:`lora_lens.sweep` or :meth:`lora_lens.Sweep.open`: windows, methods, ranks, rates
@@ -50,9 +50,9 @@ def report(
 
     Raises:
         ValueError: ``path`` does not end in .html, the table is empty, lacks a column or mixes
-            settings, or ``accuracy`` is given beside a table alone or is no share.
+            settings, or ``accuracy`` is given with a table alone or is no share.
         FileNotFoundError: there is no such folder.
-        FileExistsError: something else than a report is at ``path``.
+        FileExistsError: something other than a report is at ``path``.
 
     Example:
         >>> import tempfile
