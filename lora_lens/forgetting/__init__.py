@@ -1,4 +1,4 @@
-"""What training changed: what was learnt and forgotten, in which examples, in which directions."""
+"""What training changed: what was learned and forgotten, in which examples, in which directions."""
 
 import lazy_loader
 

@@ -1,8 +1,4 @@
-from .aggregate import (
-    ends_and_interior as ends_and_interior,
-    pareto_front as pareto_front,
-    seed_means as seed_means,
-)
+from .aggregate import pareto_front as pareto_front, seed_means as seed_means
 from .basis_rotation import rotations as rotations, turned as turned
 from .examples import (
     confusion as confusion,

@@ -6,6 +6,7 @@ Quercia et al. (arXiv 2602.03493) hold this rotation responsible for forgetting.
 from __future__ import annotations
 
 import pandas as pd
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
@@ -16,11 +17,10 @@ from lora_lens.forgetting.weight_drift import (
     basis,
     effective_weight,
     require_finite,
-    require_spectra,
     require_start_of,
     some_rows,
-    spectrum_of,
     start_rows,
+    trained_layers,
 )
 from lora_lens.spectrum.comparison import Side, compare
 from lora_lens.spectrum.factorizing import factorize
@@ -36,8 +36,8 @@ def rotations(
     Columns: layer; stretch and rotation, the parts of the update in shares of ||W||_F, see
     :func:`lora_lens.spectrum.change`; turned_left and turned_right, 1 - the mean over i of
     <u_i, u'_i>^2 in [0, 1], which is 0 where every vector stayed in its place; first_left and first_right,
-    the same for the ``count`` largest components only, whose values lie apart, so that their order is
-    their own; degrees_left and degrees_right, the largest angle between the subspaces that those span
+    the same for the ``count`` largest components only, whose values lie apart, so that their order
+    means something; degrees_left and degrees_right, the largest angle between the subspaces that those span
     before and after; intruders, how many of the ``count`` largest components after resemble none before,
     see :func:`lora_lens.spectrum.intruder_dimensions`.
 
@@ -47,23 +47,29 @@ def rotations(
         adapted: from :func:`lora_lens.attach`.
         spectra: of the pretrained model, with all vectors.
         threshold: the cosine below which a new vector is an intruder, in [0, 1].
-        count: how many of the largest components are looked at apart; all where there are fewer.
+        count: how many of the largest components are looked at separately; all where there are fewer.
 
     Raises:
         ValueError, TypeError: as :func:`lora_lens.forgetting.drift`; ``threshold`` or ``count`` is out of its
             range.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> adapted = ll.attach(model, ll.Window.first(2), targets="0", spectra=spectra)
+        >>> with torch.no_grad():  # in place of training: the window's singular values grow by a tenth
+        ...     _ = adapted.get_parameter("base_model.model.0.lora_B.default.weight").mul_(1.1)
+        >>> turns = ll.forgetting.rotations(adapted, spectra)
+        >>> turns[["layer", "rotation", "turned_left", "intruders"]].round(3)
+          layer  rotation  turned_left  intruders
+        0     0       0.0          0.0          0
     """
-    peft_model, record = attached(adapted)
-    require_unmerged(peft_model)
-    require_spectra(spectra)
     count, threshold = whole_number(count, "count", least=1), number(threshold, "threshold", least=0, most=1)
     rows = []
-    for name, layer in lora_layers(peft_model).items():
-        old = spectrum_of(spectra, name)
-        require_start_of(old, name, start_rows(layer, record.starts.get(name), some_rows(old)))
-        weight = effective_weight(layer)
-        require_finite(name, weight)
-        new = factorize(name, weight)
+    for name, layer, _, old in trained_layers(adapted, spectra):
+        new = _spectrum_now(name, layer)
         first = Window(min(count, old.k), start=0)
         found = compare(old, new, first, threshold=threshold, count=first.rank).iloc[0]
         row = {"layer": name, "stretch": found["stretch"], "rotation": found["rotation"]}
@@ -92,6 +98,15 @@ def turned(adapted: nn.Module, layer: str, spectrum: Spectrum, side: Side = "lef
 
     Raises:
         ValueError, TypeError: the layer is not adapted, ``side`` is another word, or as :func:`drift`.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> adapted = ll.attach(model, ll.Window.first(2), targets="0", spectra=spectra)
+        >>> bool(ll.forgetting.turned(adapted, "0", spectra["0"]).allclose(torch.eye(4), atol=1e-5))
+        True
     """
     choice(side, "side", ("left", "right"))
     instance(layer, str, "layer", "the name of an adapted layer")
@@ -103,7 +118,12 @@ def turned(adapted: nn.Module, layer: str, spectrum: Spectrum, side: Side = "lef
         raise InputError(f"{layer!r} is not adapted; these layers are: {listed(found)}")
     start = record.starts.get(layer)
     require_start_of(spectrum, layer, start_rows(found[layer], start, some_rows(spectrum)))
-    weight = effective_weight(found[layer])
-    require_finite(layer, weight)
-    old, new = (basis(s, side) for s in (spectrum, factorize(layer, weight)))
+    old, new = (basis(s, side) for s in (spectrum, _spectrum_now(layer, found[layer])))
     return (old.T @ new).abs().clamp_max(1)
+
+
+def _spectrum_now(name: str, layer: LoraLayer) -> Spectrum:
+    """The spectrum of the weight with its adapter."""
+    weight = effective_weight(layer)
+    require_finite(name, weight)
+    return factorize(name, weight)

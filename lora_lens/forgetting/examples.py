@@ -22,7 +22,7 @@ from lora_lens._base.validate import (
     sequence,
     whole_number,
 )
-from lora_lens.forgetting.run_groups import window_columns
+from lora_lens.forgetting.run_groups import groups
 
 COLUMNS = ("run", "item", "label", "before", "after")
 MOST_CLASSES = 30_000  # whose square fits a memory
@@ -33,6 +33,7 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
     """How many examples went from right to wrong and from wrong to right.
 
     Args:
+        items: from :meth:`lora_lens.Sweep.answers`.
         by: what makes a group: "run", or for each class ["run", "label"].
 
     Returns:
@@ -43,6 +44,18 @@ def transitions(items: pd.DataFrame, by: str | Sequence[str] = "run") -> pd.Data
 
     Raises:
         ValueError: a column is missing.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> counts = ll.forgetting.transitions(answers)
+        >>> counts[["run", "kept", "forgotten", "gained", "never", "forgetting"]].round(2)
+          run  kept  forgotten  gained  never  forgetting
+        0   a     1          1       1      0        0.00
+        1   b     0          2       0      1        0.67
     """
     by = list(sequence(by, "by", "columns", str))
     for column in by:
@@ -70,7 +83,8 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     """For each example that was right before: which share of the runs forgot it.
 
     Args:
-        by: a column of ``items``, such as a position merged from the table of runs, to tell who forgot it.
+        items: from :meth:`lora_lens.Sweep.answers`.
+        by: a column of ``items``, such as a position merged from the table of runs, to see who forgot it.
             Runs without a value there, such as those of other methods, have no column.
 
     Returns:
@@ -84,6 +98,17 @@ def forgotten_by(items: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, or the runs do not start from the same answers.
         TypeError: ``items`` is no table, or ``by`` no name.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> ll.forgetting.forgotten_by(answers)
+           item  label  runs  forgotten  share  instead
+        0     0      0     2          2    1.0        1
+        1     1      1     2          1    0.5        0
     """
     items = _answers(items)
     if by is not None and instance(by, str, "by", "the name of a column, or None") not in items:
@@ -109,14 +134,26 @@ def forgotten_by_one(items: pd.DataFrame, by: str, threshold: float = 0.5) -> pd
     """The examples that the runs of one value of ``by`` forgot, and those of no other.
 
     Args:
+        items: from :meth:`lora_lens.Sweep.answers`.
         by: a column of ``items``, such as a position merged from the table of runs.
-        threshold: forgotten means by more than this share of a value's runs, in [0, 1).
+        threshold: forgotten means: by more than this share of a value's runs, in [0, 1).
 
     Returns:
         Rows of :func:`forgotten_by` with its columns, and only (the one value that forgot it).
 
     Raises:
         ValueError: as :func:`forgotten_by`, or ``threshold`` out of range.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> answers["position"] = answers["run"].map({"a": 0.0, "b": 0.5})
+        >>> ll.forgetting.forgotten_by_one(answers, "position")[["item", "label", "only"]]
+           item  label only
+        0     1      1  0.5
     """
     if not 0 <= number(threshold, "threshold") < 1:
         raise InputError(f"threshold must be a share in [0, 1), not {threshold!r}")
@@ -140,7 +177,8 @@ def forgetting_interval(
     Args:
         items: the answers of all runs of ``table``.
         table: from :func:`lora_lens.sweep` (run, method, rank, position, start, lr, seed).
-        resamples, seed: of the bootstrap.
+        resamples: how many, of the bootstrap.
+        seed: of the bootstrap.
 
     Returns:
         One row per window and rate: method, rank, position, start (and variant, where the table has one),
@@ -150,21 +188,27 @@ def forgetting_interval(
     Raises:
         ValueError: a column is missing, two runs share window, rate and seed, a run has no answers, or the
             runs do not share their examples.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> runs = pd.DataFrame({"run": ["a", "b"], "seed": [0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, lr=5e-3)
+        >>> ll.forgetting.forgetting_interval(answers, runs)[["seeds", "examples", "forgetting"]].round(3)
+           seeds  examples  forgetting
+        0      2         3       0.333
     """
     items = _answers(items)
-    table = checked(table, ["run", "seed", "method", "rank", "position", "start", "lr"])
-    keys = [*window_columns(table), "lr"]
     resamples, seed = resample_count(resamples), seed_number(seed)
-    if table.duplicated([*keys, "seed"]).any():
-        raise InputError(
-            "two runs share window, learning rate and seed, so they are no two seeds; pass the runs of one "
-            "sweep, with one value of every other setting"
-        )
+    windows = list(groups(table, ["run"], by_rate=True))
     right = items.assign(
         lost=(items["before"] == items["label"]).astype(float) - (items["after"] == items["label"])
     )
     by_run = right.pivot(index="run", columns="item", values="lost")
-    if without := [run for run in table["run"] if run not in by_run.index]:
+    if without := [run for _, group in windows for run in group["run"] if run not in by_run.index]:
         raise InputError(f"no answers of {len(without)} runs, such as {without[0]}; pass those of this table")
     if by_run.isna().any(axis=None):
         raise InputError("the runs were tested on different examples; compare runs of one sweep")
@@ -172,14 +216,14 @@ def forgetting_interval(
     m = by_run.shape[1]
     examples = random.multinomial(m, np.full(m, 1 / m), size=resamples) / m  # the same for all windows
     rows = []
-    for values, group in table.groupby(keys, dropna=False, sort=False):
+    for names, group in windows:
         lost = by_run.loc[group["run"]].to_numpy()  # (seeds, examples)
         n = len(lost)
         seeds = random.multinomial(n, np.full(n, 1 / n), size=resamples) / n
         means = ((examples @ lost.T) * seeds).sum(1)
         low, high = np.quantile(means, [0.025, 0.975])
-        row = dict(zip(keys, values, strict=True)) | {"seeds": n, "examples": m, "forgetting": lost.mean()}
-        rows.append(row | {"forgetting_low": low, "forgetting_high": high})
+        row = {"seeds": n, "examples": m, "forgetting": lost.mean()}
+        rows.append(names | row | {"forgetting_low": low, "forgetting_high": high})
     return pd.DataFrame(rows)
 
 
@@ -193,6 +237,16 @@ def confusion(items: pd.DataFrame, classes: int, when: str = "after") -> np.ndar
 
     Raises:
         ValueError: a column is missing, another ``when``, or a class outside ``classes``.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> answers = pd.DataFrame({"run": ["a", "a", "a", "b", "b", "b"], "item": [0, 1, 2, 0, 1, 2]})
+        >>> answers["label"], answers["before"] = [0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0]
+        >>> answers["after"] = [1, 1, 1, 1, 0, 0]
+        >>> ll.forgetting.confusion(answers, classes=2)
+        array([[0, 2],
+               [2, 2]])
     """
     items, classes = _answers(items), whole_number(classes, "classes", least=1, most=MOST_CLASSES)
     choice(when, "when", ("before", "after"))

@@ -10,6 +10,8 @@ shares in [0, 1], rates are those of the grid.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -17,7 +19,7 @@ from scipy.interpolate import PchipInterpolator
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
-from lora_lens._base.validate import choice, number, numbers, resample_count, seed_number, share
+from lora_lens._base.validate import choice, number, numbers, share
 from lora_lens.forgetting.run_groups import (
     DRIFTS,
     FEWEST_SEEDS,
@@ -25,7 +27,7 @@ from lora_lens.forgetting.run_groups import (
     groups,
     interval,
     mean_and_interval,
-    resampled,
+    named_interval,
     seeds_by_rate,
     window_columns,
 )
@@ -44,18 +46,33 @@ def bootstrap_interval(
     values its width is about sqrt((n - 1) / n) of that from the standard error, before any correction for
     few seeds), so read it as a lower bound of the uncertainty.
 
+    Args:
+        values: one number per seed, shape (n,).
+        level: the interval's, in (0, 1).
+        resamples: how many, at most 100,000.
+        seed: of the resampling.
+
     Raises:
         ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> low, high = ll.forgetting.bootstrap_interval([0.30, 0.20, 0.25, 0.27])
+        >>> 0.20 < low < high < 0.30
+        True
     """
     values = numbers(values, "values").ravel()
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
     level = number(level, "level", above=0, below=1)
-    return interval(values, level, resample_count(resamples), seed_number(seed))
+    return interval(lambda rows: values[rows].mean(1), len(values), level, resamples, seed)
 
 
 def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
     """What every window gained and lost at each learning rate, all at the same number of steps.
+
+    Args:
+        table: from :func:`lora_lens.sweep`.
 
     Returns:
         One row per window and rate. Columns: method, rank, position, start, lr; seeds (those with both
@@ -65,13 +82,21 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, or two runs share window, rate and seed.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "seed": [0, 1, 0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
+        >>> runs["accuracy"], runs["forgetting"] = [0.90, 0.92, 0.88, 0.90], [0.30, 0.20, 0.10, 0.06]
+        >>> fair = ll.forgetting.at_equal_rate(runs.assign(diverged=False))
+        >>> fair[["position", "seeds", "accuracy", "forgetting", "forgetting_low"]].round(2)
+           position  seeds  accuracy  forgetting  forgetting_low
+        0       0.0      2      0.91        0.25            0.20
+        1       0.5      2      0.89        0.08            0.06
     """
-    table = _runs(table, *SCORES, "diverged")
-    rows = [
-        {**names, **_summary(group)}
-        for names, group in groups(table, [*window_columns(table), "lr"], [*SCORES, "diverged"])
-    ]
-    return pd.DataFrame(rows)
+    runs = groups(table, [*SCORES, "diverged"], by_rate=True)
+    return pd.DataFrame([{**names, **_summary(group)} for names, group in runs])
 
 
 def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFrame:
@@ -79,8 +104,12 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
 
     The best rate has the highest mean of ``score`` over seeds; of equals, the lowest. The best of several
     noisy means is higher than it ought to be, the more so the more rates were tried. Where a window has at
-    least 4 seeds, its rate is therefore chosen on the lower half of them (by number) and all that the row
-    tells comes from the other half. Only the seeds that were run at every rate of the window take part.
+    least 4 seeds, its rate is therefore chosen on the lower half of them (by number), and all numbers in the
+    row come from the other half. Only the seeds that were run at every rate of the window take part.
+
+    Args:
+        table: from :func:`lora_lens.sweep`.
+        score: accuracy or retained_accuracy.
 
     Returns:
         One row per window with the columns of :func:`at_equal_rate` (lr is the chosen rate, seeds those
@@ -90,15 +119,26 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
     Raises:
         ValueError: ``score`` is not accuracy or retained_accuracy, a column is missing, two runs share
             window, rate and seed, or no seed of a window was run at all its rates.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "lr": [1e-3, 1e-2, 1e-3, 1e-2]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, seed=0, diverged=False)
+        >>> runs["accuracy"], runs["forgetting"] = [0.9, 0.5, 0.6, 0.8], [0.3, 0.6, 0.0, 0.1]
+        >>> ll.forgetting.at_own_best_rate(runs)[["position", "lr", "forgetting", "rates", "selected_on"]]
+           position     lr  forgetting  rates selected_on
+        0       0.0  0.001         0.3      2  same seeds
+        1       0.5  0.010         0.1      2  same seeds
     """
     score = choice(score, "score", ("accuracy", "retained_accuracy"))
-    table, rows = _runs(table, score, *SCORES, "diverged"), []
-    for names, group in groups(table, window_columns(table), [score, *SCORES, "diverged"]):
+    rows = []
+    for names, group in groups(table, [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
         half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
-        choosing, told = by_seed.iloc[: half or None], by_seed.index[half:]
+        choosing, measured = by_seed.iloc[: half or None], by_seed.index[half:]
         rate = choosing.mean().idxmax()  # the first of equals, and the rates ascend
-        chosen = group[(group["lr"] == rate) & group["seed"].isin(told)]
+        chosen = group[(group["lr"] == rate) & group["seed"].isin(measured)]
         selected_on = "other seeds" if half else "same seeds"
         row = {"lr": rate, **_summary(chosen), "rates": by_seed.shape[1], "selected_on": selected_on}
         rows.append({**names, **row})
@@ -115,6 +155,7 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
     forgetting at it is not flattered by the choice.
 
     Args:
+        table: from :func:`lora_lens.sweep`.
         curves: from :meth:`lora_lens.Sweep.curves` (run, step, accuracy, retained_accuracy).
         accuracy: the accuracy to compare at, in [0, 1].
 
@@ -128,9 +169,21 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
     Raises:
         ValueError: ``accuracy`` is out of range, a column is missing, a run has no curve, or two runs
             share window, rate and seed.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"run": ["a", "b"], "seed": [0, 1]}).assign(retained_before=0.9)
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, lr=5e-3)
+        >>> curves = pd.DataFrame({"run": ["a", "a", "b", "b"], "step": [0, 100, 0, 100]})
+        >>> curves["accuracy"], curves["retained_accuracy"] = [0.1, 0.9, 0.1, 0.5], [0.9, 0.6, 0.9, 0.8]
+        >>> found = ll.forgetting.at_matched_accuracy(runs, curves, accuracy=0.5)
+        >>> found[["seeds", "reached", "step", "forgetting"]].round(2)
+           seeds  reached  step  forgetting
+        0      2        2  75.0        0.12
     """
     accuracy = share(accuracy, "accuracy")
-    table = _runs(table, "run", "retained_before")
+    table = checked(table, [*WINDOW, "lr", "seed", "run", "retained_before"])
     curves = checked(
         curves,
         ["run", "step", "accuracy", "retained_accuracy"],
@@ -145,20 +198,14 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
     rows = []
-    for names, group in groups(table, [*window_columns(table), "lr"], ["retained_before"]):
+    for names, group in groups(table, ["retained_before"], by_rate=True):
         found = [_first_crossing(by_run.get(run, curves[:0]), accuracy) for run in group["run"]]
         step, retained = np.array(found, float).T
         there = ~np.isnan(step)
         forgotten = group["retained_before"].to_numpy(float) - retained
         row = {"seeds": len(group), "reached": int(there.sum())}
-        rows.append(
-            {
-                **names,
-                **row,
-                **mean_and_interval("step", step[there]),
-                **mean_and_interval("forgetting", forgotten[there]),
-            }
-        )
+        row |= mean_and_interval("step", step[there]) | mean_and_interval("forgetting", forgotten[there])
+        rows.append(names | row)
     result = pd.DataFrame(rows)
     order = result.assign(share=result["reached"] / result["seeds"]).sort_values(
         ["share", "lr"], ascending=[False, True], kind="stable"
@@ -177,6 +224,14 @@ def relative_updates(drifts: pd.DataFrame) -> pd.Series:
 
     Raises:
         ValueError: a column is missing.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> drifts = pd.DataFrame({"run": ["a", "a"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
+        >>> drifts["relative"] = drifts["update"] / drifts["norm"]
+        >>> ll.forgetting.relative_updates(drifts).to_dict()
+        {'a': 0.5}
     """
     drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     norms = drifts["norm"] if "norm" in drifts else pd.Series(np.nan, drifts.index)
@@ -200,15 +255,14 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     The curve is the cubic that is monotone wherever the runs are (Fritsch and Carlson 1980, "Monotone
     piecewise cubic interpolation"); through two runs it is a straight line. Straight lines are off more,
     the more so for windows whose runs are far from ``update``, and that alone can look like a U-shape. The
-    curve is not free of it: of rates of 0.002 to 0.02 on digits, 0.01 was left out and read off the others.
-    Straight lines were off by 11 points of forgetting (mean over windows of the absolute error), the curve
-    by 5: it was 13 too low at position 0 and 3 to 5 too high from 0.25 on. With rates half as far apart
-    less is to be expected, but compare close to the updates of measured runs.
+    curve is not free of it: compare close to the updates of measured runs. ``docs/measures.md`` says how far
+    off both were on digits.
 
     Args:
+        table: from :func:`lora_lens.sweep`.
         drifts: from :meth:`lora_lens.Sweep.drifts`; runs that diverged or trained no adapter have none
             and are left out.
-        update: the relative update to compare at, such as 0.1.
+        update: the relative update to compare at, a share of the weights' norm, such as 0.1.
 
     Returns:
         One row per window. Columns: method, rank, position, start; seeds, and reached (how many of them
@@ -218,15 +272,27 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     Raises:
         ValueError: ``update`` is not positive, a column is missing, no run of the table has a drift, or two
             runs share window, rate and seed.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"run": ["a", "b"], "lr": [1e-3, 4e-3]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> runs["accuracy"], runs["forgetting"] = [0.8, 0.9], [0.1, 0.3]
+        >>> drifts = pd.DataFrame({"run": ["a", "b"], "update": [1.0, 4.0], "relative": [0.1, 0.4]})
+        >>> fair = ll.forgetting.at_matched_update(runs, drifts, update=0.2)
+        >>> fair[["reached", "accuracy", "forgetting"]].round(2)
+           reached  accuracy  forgetting
+        0        1      0.85         0.2
     """
     update = number(update, "update, a share of the weights' norm,", above=0)
-    table = _runs(table, "run", *SCORES)
+    table = checked(table, [*WINDOW, "lr", "seed", "run", *SCORES])
     drifts = checked(drifts, ["run", "update", "relative"], *DRIFTS)
     if not table["run"].isin(drifts["run"]).any():
         raise InputError("none of the table's runs has a drift; pass sweep.drifts()")
     sized = table.assign(size=table["run"].map(relative_updates(drifts)))
     rows = []
-    for names, group in groups(sized, window_columns(table), SCORES):
+    for names, group in groups(sized, SCORES):
         found = [_at_size(runs, update) for _, runs in group[group["size"] > 0].groupby("seed")]
         found = np.array([f for f in found if f is not None], float).reshape(-1, len(SCORES))
         row = {"seeds": group["seed"].nunique(), "reached": len(found)}
@@ -256,10 +322,19 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
     Raises:
         ValueError: ``tolerance`` is negative, a column is missing, two runs share window, rate and seed,
             or no seed of a window was run at all its rates.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"lr": [1e-3, 2e-3, 4e-3, 8e-3], "accuracy": [0.80, 0.90, 0.89, 0.30]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> ll.forgetting.rate_robustness(runs)[["best_lr", "lowest", "highest", "octaves", "collapse"]]
+           best_lr  lowest  highest  octaves  collapse
+        0    0.002   0.002    0.004      1.0     0.008
     """
     tolerance = number(tolerance, "tolerance", least=0)
-    table, rows = _runs(table, "accuracy"), []
-    for names, group in groups(table, window_columns(table), ["accuracy"]):
+    rows = []
+    for names, group in groups(table, ["accuracy"]):
         by_seed = seeds_by_rate(group, "accuracy", names)
         rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
         means = scores.mean(0)
@@ -275,7 +350,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
                 "lowest": rates[low],
                 "highest": rates[high],
                 "octaves": np.log2(rates[high] / rates[low]),
-                **_width_interval(scores, rates, tolerance),
+                **named_interval("octaves", partial(_widths, scores, rates, tolerance), len(scores)),
                 "at_grid_end": low == 0 or high == len(rates) - 1,
                 "collapse": too_high[0] if len(too_high) else np.nan,
             }
@@ -319,14 +394,10 @@ def _plateau(means: np.ndarray, tolerance: float) -> tuple[int, int, int]:
     return low, best, high
 
 
-def _width_interval(scores: np.ndarray, rates: np.ndarray, tolerance: float) -> dict[str, float]:
-    """The 95% interval of the plateau's width in octaves, when the seeds are resampled."""
-    if len(scores) == 1:
-        return {"octaves_low": np.nan, "octaves_high": np.nan}
-    means = scores[resampled(len(scores), 2000, 0)].mean(1)
-    ends = np.array([_plateau(m, tolerance) for m in means])
-    low, high = np.quantile(np.log2(rates[ends[:, 2]] / rates[ends[:, 0]]), [0.025, 0.975])
-    return {"octaves_low": low, "octaves_high": high}
+def _widths(scores: np.ndarray, rates: np.ndarray, tolerance: float, draws: np.ndarray) -> np.ndarray:
+    """The plateau's width in octaves for each row of ``draws``, places of seeds."""
+    low, _, high = np.array([_plateau(means, tolerance) for means in scores[draws].mean(1)]).T
+    return np.log2(rates[high] / rates[low])
 
 
 def _summary(group: pd.DataFrame) -> dict[str, float]:
@@ -336,8 +407,3 @@ def _summary(group: pd.DataFrame) -> dict[str, float]:
     for score in SCORES:
         row |= mean_and_interval(score, scored[score])
     return row
-
-
-def _runs(table: object, *columns: str) -> pd.DataFrame:
-    """The runs of a sweep that did not fail."""
-    return checked(table, [*WINDOW, "lr", "seed", *columns])

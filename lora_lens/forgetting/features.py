@@ -1,8 +1,8 @@
-"""What a window carries of an input's features: a layer's product with one batch, in two parts."""
+"""What a window carries of an input's features: a layer's product with one batch, split in two."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isqrt
 
@@ -46,6 +46,13 @@ class FeatureNorms(_Shares):
     Attributes:
         window_norms: ||W_w x|| at each position, shape (batch, positions), float32, on the CPU.
         residual_norms: ||(W - W_w) x||, likewise.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> norms = ll.forgetting.FeatureNorms(torch.tensor([[3.0]]), torch.tensor([[4.0]]))
+        >>> round(norms.shares.item(), 2)
+        0.36
     """
 
     window_norms: Tensor
@@ -65,6 +72,16 @@ class FeatureSplit(_Shares):
         layer: the module's name.
         window: W_w x, shape (batch, positions, out_features), float32, on the CPU.
         residual: (W - W_w) x, likewise.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> x, window = torch.randn(5, 6), ll.Window.first(1)
+        >>> split = ll.forgetting.feature_split(model, "0", spectra["0"], window, x)
+        >>> split.window.shape, split.shares.shape
+        (torch.Size([5, 1, 4]), torch.Size([5]))
     """
 
     layer: str
@@ -86,11 +103,20 @@ class FeatureSplit(_Shares):
 class FeatureEnergies:
     """What each component carries of a layer's product: s_i^2 (v_i^T x)^2, as the u_i are orthonormal.
 
-    From it the lengths of any window's part follow without another product, at once for a slider.
+    From it the lengths of any window's part follow without another product, fast enough for a slider.
 
     Attributes:
         spectrum: of the layer's weight.
         energies: shape (batch, positions, k), float32, on the CPU; zero at positions that hold padding.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> energies = ll.forgetting.feature_energies(model, "0", spectra["0"], torch.randn(5, 6))
+        >>> energies.norms(ll.Window.first(4)).shares
+        tensor([1., 1., 1., 1., 1.])
     """
 
     spectrum: Spectrum
@@ -129,6 +155,16 @@ def feature_split(
             model does not call it or gives it something other than a batch, the placement does not
             fit, ``spectrum`` is another weight's, or the model does not take ``inputs``.
         TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> x = torch.randn(5, 6)
+        >>> split = ll.forgetting.feature_split(model, "0", spectra["0"], ll.Window.first(1), x)
+        >>> bool((split.window + split.residual)[:, 0].allclose(x @ model[0].weight.T, atol=1e-5))
+        True
     """
     instance(spectrum, Spectrum, "spectrum", "that of the layer, such as ll.spectra(model)[layer]")
     instance(window, Placement, "window", "a window, such as ll.Window.middle(8)")
@@ -143,14 +179,24 @@ def feature_split(
 
 @torch.no_grad()
 def feature_energies(model: nn.Module, layer: str, spectrum: Spectrum, inputs: Inputs) -> FeatureEnergies:
-    """Run the model once, and tell what each component carries of what one of its layers makes of it.
+    """Run the model once, and return what each component carries of one of its layers' products.
 
     Args:
-        model, layer, inputs: as for :func:`feature_split`.
+        model: as for :func:`feature_split`.
+        layer: as for :func:`feature_split`.
         spectrum: of this layer's weight, with all vectors.
+        inputs: as for :func:`feature_split`.
 
     Raises:
         ValueError, TypeError: as :func:`feature_split`; the spectrum lacks vectors.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> ll.forgetting.feature_energies(model, "0", spectra["0"], torch.randn(5, 6)).energies.shape
+        torch.Size([5, 1, 4])
     """
     instance(model, nn.Module, "model", "a torch.nn.Module, the pretrained model")
     instance(spectrum, Spectrum, "spectrum", "that of the layer, such as ll.spectra(model)[layer]")
@@ -166,13 +212,12 @@ def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
     """What the layer is given in one pass, (batch, positions, in_features), float32; zero at padding."""
     instance(model, nn.Module, "model", "a pretrained model")
     instance(layer, str, "layer", "the name of a linear layer")
-    require_batch(inputs)
+    batch = require_batch(inputs)
     module = _linear(model, layer)
     given = layer_inputs(model, [layer], inputs)
     if layer not in given:
         raise InputError(f"{type(model).__name__} made its output without calling {layer}")
     x = given[layer]
-    batch = _batch_size(inputs)
     if not _is_batch(x, batch):
         raise InputError(
             f"{layer} was given an input of shape {tuple(x.shape)} for a batch of {batch}: expected "
@@ -185,7 +230,7 @@ def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
 
 def splittable(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, int]:
     """Those of the named layers that :func:`feature_split` takes, with their number of positions."""
-    batch = _batch_size(inputs)
+    batch = require_batch(inputs)
     linear = [name for name in names if type(_module(model, name)) in LINEAR]
     given = layer_inputs(model, linear, inputs)
     found = {name: given[name] for name in linear if name in given}
@@ -199,9 +244,17 @@ def patch_grid(positions: int, prefix: int | None = None) -> tuple[int, int]:
         positions: how many tokens there are.
         prefix: how many lead, such as a class token and registers; None to find out whether one does.
 
+    Returns:
+        (how many lead, the square's side in patches).
+
     Raises:
-        ValueError: the others are no square.
-        TypeError: a number is no whole one.
+        ValueError: the others form no square.
+        TypeError: an argument is no whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.forgetting.patch_grid(197)  # a class token and 14 x 14 patches
+        (1, 14)
     """
     positions = whole_number(positions, "positions", least=0)
     prefix = None if prefix is None else whole_number(prefix, "prefix", least=0)
@@ -236,10 +289,6 @@ def _linear(model: nn.Module, name: str) -> nn.Module:
             "by the same matrix"
         )
     return module
-
-
-def _batch_size(inputs: Inputs) -> int:
-    return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
 
 
 def _is_batch(x: Tensor, batch: int) -> bool:

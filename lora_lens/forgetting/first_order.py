@@ -15,17 +15,15 @@ are +lr or -lr, independently of each other and of x, change the layer's output 
 
 E[dB^T dB] = lr^2 out I gives the first term, E[dA x x^T dA^T] = lr^2 ||x||^2 I the second, and the mixed
 term vanishes. Real steps are neither independent nor one alone, and the product dB dA of many of them, which
-is left out, disturbs about as much in every window. What the numbers are good for, in the embedded digits
-sweep (nine windows, means of 3 seeds): at one rate the windows' disturbance and forgetting are in nearly the
-same order (rank correlations of 0.7 to 0.9), and at low rates so are learning and accuracy (0.9). But the
-ratio does not find the best compromise: from the rate 5e-3 on its correlation with accuracy - forgetting is
-negative. So :func:`lora_lens.advise` shows these numbers and does not choose by them.
+is left out, disturbs about as much in every window. :func:`lora_lens.advise` shows these numbers and does not
+choose by them: ``docs/measures.md`` says what they predicted on digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -49,7 +47,7 @@ from lora_lens.tasks.linear_probe import drawn, fitted_head
 from lora_lens.tasks.readouts import HeadReadout, ask, real_positions, to_device
 from lora_lens.tasks.task import Examples, Task, require_examples
 
-ROWS = 4096  # inputs of a layer that are looked at at a time
+ROWS = 4096  # inputs of a layer in one product
 WITH_GRADIENT = 32  # examples in a pass whose activations are kept
 
 
@@ -67,7 +65,7 @@ def foresee(
     """How fast each window would start to learn, and how much that would disturb: no step is taken.
 
     The new task's head, where it has one, is a logistic regression on the model's frozen features of
-    ``examples`` training examples; then a gradient pass over them gives G. See the module's text for both
+    ``examples`` training examples; then a gradient pass over them gives G. The module's docstring has both
     formulas. Of G and of C only what the windows need is kept: G v_i, u_i^T G and v_i^T C v_i for their
     components i, so beside the model it takes one layer's gradient at a time.
 
@@ -76,9 +74,10 @@ def foresee(
         task: what to learn; only its training examples are used.
         retain_examples: of the source, a few hundred; their labels play no part.
         windows: windows or other placements to compare.
-        spectra: of this model with the windows' vectors, if they are at hand.
+        spectra: of this model with the windows' vectors, if you have them.
         targets: which linear layers would be adapted, see :func:`lora_lens.spectrum.target_layers`.
-        examples: how many training examples, drawn with ``seed``; all if there are fewer.
+        examples: how many training examples are used; all if there are fewer.
+        seed: of their draw.
 
     Returns:
         One row per window. Columns: position and start (None where the placement has none);
@@ -92,6 +91,18 @@ def foresee(
         ValueError: no windows, ``examples`` below 1, a window does not fit, the spectra are another
             model's, a layer is no linear one, or the model has no classifier.
         TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> from timm.models import VisionTransformer
+        >>> images = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**images, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> promised = ll.forgetting.foresee(model, task, images, ll.windows(rank=2, count=3))
+        >>> promised["position"].tolist(), bool(promised["disturbance"].is_monotonic_decreasing)
+        ([0.0, 0.5, 1.0], True)
     """
     instance(model, nn.Module, "model", "a pretrained model")
     instance(task, Task, "task", "a task, such as from ll.tasks.folder_task or ll.tasks.text_task")
@@ -234,7 +245,6 @@ def _handing_over(
     A layer that the loss does not depend on, such as a pooler beside a mean, gets none.
     """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles = []
 
     def hand_over(weight: nn.Parameter) -> None:
         for name, layer in layers.items():
@@ -246,13 +256,12 @@ def _handing_over(
         for parameter, _, _ in before:
             parameter.requires_grad_(False)
             parameter.grad = None
-        for weight in {id(layer.weight): layer.weight for layer in layers.values()}.values():
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(hand_over))
-        yield
+        with ExitStack() as during:
+            for weight in {id(layer.weight): layer.weight for layer in layers.values()}.values():
+                weight.requires_grad_(True)
+                during.enter_context(weight.register_post_accumulate_grad_hook(hand_over))
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
@@ -262,21 +271,17 @@ def _pass_forward(
     model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, LayerSums], examples: Examples
 ) -> None:
     """Add up every layer's inputs over examples and positions."""
+
+    def add(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        real = real_positions(inputs, given[0])
+        sums[name].add_inputs(given[0].flatten(0, -2) if real is None else given[0][real])
+
     device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
+    with ExitStack() as during:
+        for name, layer in layers.items():
+            during.enter_context(layer.register_forward_pre_hook(partial(add, name)))
+        during.enter_context(evaluating(model))
+        during.enter_context(torch.no_grad())
         for rows in examples.in_batches():
             inputs = to_device(examples.batch(rows), device)
-
-            def watch(layer: LayerSums, x: Tensor, inputs: object = inputs) -> None:
-                real = real_positions(inputs, x)
-                layer.add_inputs(x.flatten(0, -2) if real is None else x[real])
-
-            handles = [
-                layer.register_forward_pre_hook(lambda _module, given, one=sums[name]: watch(one, given[0]))
-                for name, layer in layers.items()
-            ]
-            try:
-                call(model, inputs)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            call(model, inputs)

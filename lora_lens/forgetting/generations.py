@@ -44,22 +44,35 @@ def replies(
     """What the model says to each question, one row each: question and reply.
 
     The likeliest token is taken every time, whatever the model's generation config says, so the same
-    model replies the same to the same list. Questions run together, which changes the rounding: in other
-    company a question may get another reply where two tokens are as likely as each other.
+    model replies the same to the same list. Questions run together, which changes the rounding: in a
+    different batch a question may get another reply where two tokens are equally likely.
 
     Args:
         model: a causal language model of transformers, or one with adapters from :func:`lora_lens.attach`.
             It runs in evaluation mode and is left as it was.
         tokenizer: the model's. If it has a chat template, each question is a user's message; if not, the
-            question itself is what the model continues. Either way it begins as the tokenizer begins a text
-            by itself, such as with one beginning of text. It needs no pad token.
+            question itself is what the model continues. Either way the prompt begins as the tokenizer begins
+            a text, such as with one beginning-of-text token. It needs no pad token.
         questions: by default 6 facts, 4 instructions and 2 sums.
-        most_tokens: of a reply, which ends earlier at an end token of the model or of the tokenizer.
+        most_tokens: the length of a reply at most; it ends earlier at an end token of the model or of the
+            tokenizer.
 
     Raises:
         TypeError: the model is no causal language model, or a question is no string.
         ValueError: there is no question, one is empty, most_tokens is below 1, or question and reply are
             longer than the model's context.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"hello": 0, "world": 1, "?": 2}, unk_token="?"))
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        >>> config = LlamaConfig(vocab_size=3, eos_token_id=2, num_attention_heads=1, **sizes)
+        >>> model = LlamaForCausalLM(config)  # random weights
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> ll.forgetting.replies(model, tokenizer, ["hello"], most_tokens=3).columns.tolist()
+        ['question', 'reply']
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not (isinstance(inner, PreTrainedModel) and inner.can_generate()) or inner.config.is_encoder_decoder:
@@ -96,8 +109,20 @@ def replies(
 def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     """Two tables of :func:`replies` side by side: question, before, after, and same (bool), letter by letter.
 
+    Args:
+        before: what :func:`replies` returned before training.
+        after: what it returned afterwards, to the same questions.
+
     Raises:
         ValueError: a column is missing, or the questions are not the same in the same order.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> before = pd.DataFrame({"question": ["What is 2 + 3?"], "reply": ["5"]})
+        >>> ll.forgetting.replies_before_after(before, before.assign(reply="6"))
+                 question before after   same
+        0  What is 2 + 3?      5     6  False
     """
     for when, table in (("before", before), ("after", after)):
         instance(table, pd.DataFrame, f"the table {when} training", "what replies returned")
@@ -112,9 +137,9 @@ def replies_before_after(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFr
         raise InputError(
             f"the questions before and after training differ ({differ}); ask both models the same"
         )
-    said, says = before["reply"].tolist(), after["reply"].tolist()
-    same = [a == b for a, b in zip(said, says, strict=True)]
-    return pd.DataFrame({"question": old, "before": said, "after": says, "same": same})
+    old_replies, new_replies = before["reply"].tolist(), after["reply"].tolist()
+    same = [a == b for a, b in zip(old_replies, new_replies, strict=True)]
+    return pd.DataFrame({"question": old, "before": old_replies, "after": new_replies, "same": same})
 
 
 def _check(questions: Sequence[str], most_tokens: int) -> None:

@@ -23,20 +23,28 @@ def neighbour_agreement(before: Tensor | np.ndarray, after: Tensor | np.ndarray,
     similar features before and after, i itself left out. Huh et al. 2024, "The Platonic representation
     hypothesis", appendix A, mutual k-nearest neighbour alignment; as there, similar means the cosine, but
     no large features are cut off. Turning or scaling the features leaves it 1; features that have nothing
-    to do with each other get k / (n - 1) by chance. CKA, of which
-    :func:`lora_lens.forgetting.representations` tells, is about all pairs of examples; this is about the near
+    to do with each other get k / (n - 1) by chance. CKA, which
+    :func:`lora_lens.forgetting.feature_change` gives, is about all pairs of examples; this is about the near
     ones alone.
 
     In float32, in O(n (p + q + k)) memory and O(n^2 (p + q)) time. Of equally near examples the earlier
     ones count.
 
     Args:
-        before, after: (n, p) and (n, q) features of the same n examples, such as the sentence vectors of a
-            model before and after training.
+        before: (n, p) features of n examples, such as the sentence vectors of a model before training.
+        after: (n, q) features of the same examples, such as those after training.
         k: neighbours, from 1 to n - 1.
 
     Raises:
         ValueError: they are no matrices of as many rows, a row is zero or not finite, or k is out of range.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> after = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.3]])
+        >>> ll.forgetting.neighbour_agreement(before, after, k=1)
+        0.75
     """
     old, new = _nearest_before_and_after(before, after, k)
     return float(_shared(old, new).double().mean() / old.shape[1])
@@ -52,8 +60,10 @@ def neighbour_table(
     """The examples whose nearest neighbours changed most, for people to read.
 
     Args:
-        before, after, k: as :func:`neighbour_agreement`.
+        before: as :func:`neighbour_agreement`.
+        after: as :func:`neighbour_agreement`.
         texts: of the n examples.
+        k: as :func:`neighbour_agreement`.
         count: rows, at most.
 
     Returns:
@@ -63,6 +73,16 @@ def neighbour_table(
 
     Raises:
         ValueError: as :func:`neighbour_agreement`, there are not as many texts as rows, or count is below 1.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> after = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.3]])
+        >>> ll.forgetting.neighbour_table(before, after, texts=["cat", "cats", "sun", "suns"], k=1, count=2)
+           text  shared before after
+        0  suns       0    sun  cats
+        1   cat       1   cats  cats
     """
     count, texts = whole_number(count, "count", least=1), sequence(texts, "texts", "the examples' texts")
     before = _features(before, "before")
@@ -123,7 +143,11 @@ def _directions(features: Tensor, when: str) -> Tensor:
 
 
 def _nearest(directions: Tensor, k: int) -> Tensor:
-    """Of each row the k other ones with the largest cosine, the largest first: (n, k) indices, on the CPU."""
+    """Of each row the k other ones with the largest cosine, the largest first: (n, k) indices, on the CPU.
+
+    Not scikit-learn's NearestNeighbors, which takes any of equally near ones: of texts that a corpus
+    holds several times, it would count as lost what a mere rotation left in place.
+    """
     found = []
     for rows in torch.arange(len(directions), device=directions.device).split(CHUNK):
         cosines = directions[rows] @ directions.T  # (chunk, n)

@@ -13,21 +13,21 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from lora_lens._base.errors import InputError
-from lora_lens._base.schema import checked
 from lora_lens._base.validate import numbers
 from lora_lens.forgetting.aggregate import pareto_front
 from lora_lens.forgetting.run_groups import (
-    WINDOW,
     groups,
     mean_and_interval,
-    resampled,
+    named_interval,
     seeds_by_rate,
-    window_columns,
 )
 
 
 def dominance(table: pd.DataFrame) -> pd.DataFrame:
     """How often one window beats another on both tasks at once, at equal seed and learning rate.
+
+    Args:
+        table: from :func:`lora_lens.sweep`.
 
     Returns:
         One row per pair of windows. Columns: method, rank, position, start with the suffix ``_a`` for the
@@ -39,13 +39,20 @@ def dominance(table: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, two runs share window, rate and seed, or there is one window only.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "seed": [0, 1, 0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
+        >>> runs["accuracy"], runs["retained_accuracy"] = [0.8, 0.9, 0.9, 0.8], [0.6, 0.7, 0.8, 0.9]
+        >>> found = ll.forgetting.dominance(runs)
+        >>> found[["position_a", "position_b", "pairs", "a_beats_b", "b_beats_a"]]
+           position_a  position_b  pairs  a_beats_b  b_beats_a
+        0         0.0         0.5      2        0.0        0.5
     """
     both = ["accuracy", "retained_accuracy"]
-    table = checked(table, [*WINDOW, "lr", "seed", *both])
-    found = [
-        (names, group.set_index(["seed", "lr"])[both])
-        for names, group in groups(table, window_columns(table), both)
-    ]
+    found = [(names, group.set_index(["seed", "lr"])[both]) for names, group in groups(table, both)]
     if len(found) < 2:
         raise InputError(f"a comparison needs at least two windows or methods, not {len(found)}")
     rows = []
@@ -67,10 +74,19 @@ def hypervolume(points: ArrayLike, reference: tuple[float, float] = (0, 0)) -> f
     Zitzler and Thiele 1998, "Multiobjective optimization using evolutionary algorithms - a comparative
     case study", where it is called the size of the space covered; exact, by sorting. Points that are not
     above ``reference`` in both, or have a missing value, cover nothing. It grows with the number of points,
-    so compare only sets of as many.
+    so compare only sets of equal size.
+
+    Args:
+        points: pairs of shares in [0, 1] (or any two scores), shape (n, 2).
+        reference: the pair that is worth nothing.
 
     Raises:
         ValueError: ``points`` are not pairs.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.forgetting.hypervolume([[1.0, 0.5], [0.5, 1.0]])
+        0.75
     """
     points, reference = numbers(points, "points"), numbers(reference, "reference")
     if reference.shape != (2,):
@@ -93,9 +109,11 @@ def front_by_method(
     """The trade-off that each window offers over its learning rates, and the area that it covers.
 
     Args:
+        table: from :func:`lora_lens.sweep`.
         reference: accuracies on the new and the retained task that are worth nothing, such as those of
             guessing.
-        resamples, seed: of the interval, which resamples the seeds that were run at every rate.
+        resamples: how many, of the seeds that were run at every rate.
+        seed: of the resampling.
 
     Returns:
         One row per window. Columns: method, rank, position, start; seeds, rates; on_front (how many of
@@ -106,19 +124,27 @@ def front_by_method(
     Raises:
         ValueError: a column is missing, two runs share window, rate and seed, or no seed of a window was
             run at all its rates.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"lr": [1e-3, 1e-2], "accuracy": [0.5, 1.0], "retained_accuracy": [1.0, 0.5]})
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> ll.forgetting.front_by_method(runs)[["position", "seeds", "rates", "on_front", "hypervolume"]]
+           position  seeds  rates  on_front  hypervolume
+        0       0.5      1      2         2         0.75
     """
     both, rows = ["accuracy", "retained_accuracy"], []
-    table = checked(table, [*WINDOW, "lr", "seed", *both])
-    for names, group in groups(table, window_columns(table), both):
+    for names, group in groups(table, both):
         scores = np.stack([seeds_by_rate(group, score, names).to_numpy(float) for score in both], axis=-1)
         means = scores.mean(0)  # (rates, 2), from (seeds, rates, 2)
         row = {"seeds": len(scores), "rates": len(means)}
         row["on_front"] = int(pareto_front(pd.DataFrame(means, columns=both)).sum())
         row["hypervolume"] = hypervolume(means, reference)
-        row |= {"hypervolume_low": np.nan, "hypervolume_high": np.nan}
-        if len(scores) > 1:
-            drawn = scores[resampled(len(scores), resamples, seed)].mean(1)
-            low, high = np.quantile([hypervolume(points, reference) for points in drawn], [0.025, 0.975])
-            row |= {"hypervolume_low": low, "hypervolume_high": high}
-        rows.append({**names, **row})
+
+        def covered(draws: np.ndarray, scores: np.ndarray = scores) -> list[float]:
+            return [hypervolume(points, reference) for points in scores[draws].mean(1)]
+
+        row |= named_interval("hypervolume", covered, len(scores), resamples, seed)
+        rows.append(names | row)
     return pd.DataFrame(rows)

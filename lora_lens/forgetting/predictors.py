@@ -1,17 +1,17 @@
-"""What inside a model tells how much it forgot: measures of drift against measured forgetting, run by run."""
+"""What inside a model predicts how much it forgot: measures of drift against forgetting, run by run."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata
+from sklearn.isotonic import IsotonicRegression
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import whole_number
 from lora_lens.forgetting.fair_comparison import relative_updates
-from lora_lens.forgetting.run_groups import DRIFTS, WINDOW, resampled, window_columns
+from lora_lens.forgetting.run_groups import DRIFTS, WINDOW, named_interval, window_columns
 
 WEIGHTED = (
     "inside", "above", "below", "mixed", "outside", "left_inside", "right_inside", "diagonal",
@@ -41,6 +41,15 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> drifts = pd.DataFrame({"run": ["a", "a"], "update": [3.0, 4.0], "norm": [6.0, 8.0]})
+        >>> drifts = drifts.assign(relative=0.5, inside=[1.0, 0.5], cka=0.9, relative_change=0.2)
+        >>> ll.forgetting.by_run(drifts).round(2)
+          run  update  relative  inside  relative_change  cka_loss
+        0   a     5.0       0.5    0.68              0.2       0.1
     """
     drifts = checked(drifts, ["run", "update", "relative", "cka", "relative_change"], *DRIFTS)
     groups = drifts.groupby("run", sort=False)
@@ -65,14 +74,14 @@ def by_run(drifts: pd.DataFrame) -> pd.DataFrame:
 def predict_forgetting(
     table: pd.DataFrame, drifts: pd.DataFrame, *, folds: int = 10, resamples: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """Which measure of drift tells best how much a run forgot.
+    """Which measure of drift predicts best how much a run forgot.
 
     Each measure alone predicts forgetting by the best monotone function of it (isotonic regression, rising
     or falling as the training part says; constant beyond its ends). It is judged on runs that it was not
     fitted to: a fold holds out all seeds of some windows at some rates at once. Seeds of one window and
     rate are nearly copies of each other, and with one of them in the training part a measure could look
-    good by telling *which* window and rate it was. Learning rate, position and accuracy on the new task,
-    which are known without looking inside, stand in the same table: what to beat. A monotone function
+    good by recognizing *which* window and rate it was. Learning rate, position and accuracy on the new task,
+    which are known without looking inside, are in the same table: what to beat. A monotone function
     misses a U-shape over position, so read that row as the rise or fall alone.
 
     Three things to know. The squares are dominated by the rates that forget much; spearman_within gives
@@ -86,7 +95,8 @@ def predict_forgetting(
         table: from :func:`lora_lens.sweep`; runs without a drift are left out.
         drifts: from :meth:`lora_lens.Sweep.drifts`.
         folds: of the cross-validation, at least 2; one for each window and rate where there are fewer.
-        resamples, seed: of the intervals, and the seed also of the folds.
+        resamples: how many, for the intervals.
+        seed: of the intervals and of the folds.
 
     Returns:
         One row per measure, the best first. Columns: measure; runs (that have a value for it); spearman (rank
@@ -101,6 +111,18 @@ def predict_forgetting(
     Raises:
         ValueError: a column is missing, there are fewer than 3 windows and rates with a drift, all runs
             forgot the same, or ``folds`` or ``resamples`` is out of range.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"run": list("abcdef"), "lr": [1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3]})
+        >>> runs["forgetting"], runs["accuracy"] = 50 * runs["lr"], [0.9, 0.8, 0.9, 0.8, 0.9, 0.8]
+        >>> runs = runs.assign(method="window", rank=8, position=0.5, start=None, seed=0)
+        >>> drifts = pd.DataFrame({"run": list("abcdef"), "update": 9 * runs["lr"], "norm": 1.0, "cka": 0.9})
+        >>> drifts = drifts.assign(relative=drifts["update"], relative_change=0.1)
+        >>> found = ll.forgetting.predict_forgetting(runs, drifts, resamples=20).set_index("measure")["r2"]
+        >>> bool(found["relative"] > 0.5 > found["accuracy"])
+        True
     """
     folds = whole_number(folds, "folds", least=2)  # one part is fitted, the other predicted
     table = checked(table, ["run", *WINDOW, *OUTSIDE, "forgetting"], once=True)
@@ -147,30 +169,30 @@ def _held_out_r2(
         predicted[held] = _monotone(x[~held], y[~held], x[held])
         plain[held] = y[~held].mean()
     residual, whole = (np.bincount(of_cell, np.square(y - guess)) for guess in (predicted, plain))
-    drawn = resampled(len(cells), resamples, seed)
-    wholes = whole[drawn].sum(1)
-    some = wholes > 0  # not only windows and rates that forgot exactly what the others did
-    found = 1 - residual[drawn].sum(1)[some] / wholes[some]
-    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (np.nan, np.nan)
-    r2 = 1 - residual.sum() / whole.sum()
-    return {"r2": float(r2), "r2_low": float(low), "r2_high": float(high)}
+
+    def r2(draws: np.ndarray) -> np.ndarray:
+        wholes = whole[draws].sum(1)
+        some = wholes > 0  # not only windows and rates that forgot exactly what the others did
+        return 1 - residual[draws].sum(1)[some] / wholes[some]
+
+    found = float(1 - residual.sum() / whole.sum())
+    return {"r2": found} | named_interval("r2", r2, len(cells), resamples, seed)
 
 
 def _monotone(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Isotonic regression of y on x, at new places; falling where the rank correlation is negative."""
-    places, where = np.unique(x, return_inverse=True)
-    counts = np.bincount(where)
-    means = np.bincount(where, y) / counts
-    rising = len(places) < 2 or _spearman(x, y) >= 0
-    fitted = isotonic_regression(means, weights=counts, increasing=bool(rising)).x
-    return np.interp(new, places, fitted)
+    rising = bool(np.ptp(x) == 0 or _spearman(x, y) >= 0)
+    return IsotonicRegression(increasing=rising, out_of_bounds="clip").fit(x, y).predict(new)
 
 
 def _rank_correlations(
     x: np.ndarray, y: np.ndarray, cell: np.ndarray, resamples: int, seed: int
 ) -> dict[str, float]:
     cells = [np.flatnonzero(cell == c) for c in np.unique(cell)]
-    draws = [np.concatenate([cells[i] for i in draw]) for draw in resampled(len(cells), resamples, seed)]
-    found = [_spearman(x[rows], y[rows]) for rows in draws if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
-    low, high = np.quantile(found, [0.025, 0.975]) if found else (np.nan, np.nan)
-    return {"spearman": _spearman(x, y), "spearman_low": float(low), "spearman_high": float(high)}
+
+    def spearmans(draws: np.ndarray) -> list[float]:
+        found = [np.concatenate([cells[i] for i in draw]) for draw in draws]
+        return [_spearman(x[rows], y[rows]) for rows in found if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
+
+    found = {"spearman": _spearman(x, y)}
+    return found | named_interval("spearman", spearmans, len(cells), resamples, seed)

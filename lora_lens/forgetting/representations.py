@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import pandas as pd
 import torch
@@ -32,8 +33,9 @@ def feature_change(
     needs many examples, more than features if possible.
 
     Args:
-        before, after: two states of one model, adapted or not, on the inputs' device; they run in
-            evaluation mode and are left as they were.
+        before: one state of a model, adapted or not, on the inputs' device; it runs in evaluation mode and
+            is left as it was.
+        after: another state of it, likewise.
         inputs: a batch as the models take it, or a mapping of keyword arguments.
         layers: modules by their names without PEFT, whose outputs are compared (of several outputs the
             first, of several calls the last); default the classifier's input, under its name.
@@ -42,14 +44,24 @@ def feature_change(
         TypeError: ``before`` or ``after`` is no model, ``inputs`` no batch, or ``layers`` no names.
         ValueError: there are no inputs, or a model does not take them; it has no such layer or does not call
             it, what it gives is no batch or has another shape in the other model, or there is no classifier.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before, after = (torch.nn.Sequential(torch.nn.Linear(4, 3)) for _ in range(2))
+        >>> with torch.no_grad():  # features of twice the size: the same but for a scale
+        ...     for new, old in zip(after.parameters(), before.parameters()):
+        ...         _ = new.copy_(2 * old)
+        >>> ll.forgetting.feature_change(before, after, torch.randn(20, 4), layers=["0"]).round(3)
+          layer  cka  relative_change
+        0     0  1.0              1.0
     """
     for name, model in (("before", before), ("after", after)):
         instance(model, nn.Module, name, "a model")
-    require_batch(inputs)
+    batch = require_batch(inputs)
     if layers is not None:
         layers = _names(layers)
     old, new = (_features(model, inputs, layers) for model in (before, after))
-    batch = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
     rows = []
     for (name, x), (_, y) in zip(old.items(), new.items(), strict=True):
         if x.shape != y.shape or x.ndim < 2 or len(x) != batch:
@@ -119,6 +131,7 @@ def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) ->
     """By layer what one pass in evaluation mode gives there, (batch, ...)."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = dict(named_modules(inner))
+    head = None
     if layers is None:
         head = classifier(inner, required=False)
         if head is None:
@@ -127,36 +140,20 @@ def _features(model: nn.Module, inputs: Inputs, layers: Sequence[str] | None) ->
                 "modules to compare with layers="
             )
         layers = [next(name for name, module in modules.items() if module is head)]
-    else:
-        head = None
     if missing := [name for name in layers if name not in modules]:
         raise InputError(f"{type(inner).__name__} has no module {missing[0]!r}; layers= takes module names")
-    with (
-        _kept({name: modules[name] for name in layers}, head) as found,
-        evaluating(model),
-        taking(model, "these inputs", REMEDY),
-    ):
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, given: tuple, output: object) -> None:
+        value = given[0] if module is head else output
+        found[name] = value if isinstance(value, Tensor) else value[0]
+
+    with ExitStack() as during:
+        for name in layers:
+            during.enter_context(modules[name].register_forward_hook(partial(keep, name)))
+        during.enter_context(evaluating(model))
+        during.enter_context(taking(model, "these inputs", REMEDY))
         call(model, inputs)
     if silent := [name for name in layers if name not in found]:
         raise InputError(f"{type(inner).__name__} made its output without calling {silent[0]}")
     return {name: found[name] for name in layers}
-
-
-@contextmanager
-def _kept(modules: Mapping[str, nn.Module], head: nn.Module | None) -> Iterator[dict[str, Tensor]]:
-    """A mapping that each module's last output goes to, or of ``head`` its input."""
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str, module: nn.Module):
-        def keep(_module: nn.Module, given: tuple, output: object) -> None:
-            value = given[0] if module is head else output
-            found[name] = value if isinstance(value, Tensor) else value[0]
-
-        return module.register_forward_hook(keep)
-
-    handles = [hook(name, module) for name, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,11 +1,11 @@
 """What comparisons of runs share: which rows are one window, and what its seeds say together.
 
-The tables that these functions are given were checked at the door of whoever calls them.
+Except for :func:`groups`, these functions trust the tables that they are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,20 +26,28 @@ def window_columns(table: pd.DataFrame) -> list[str]:
 
 
 def groups(
-    table: pd.DataFrame, keys: list[str], columns: list[str]
+    table: object, columns: Sequence[str], *, by_rate: bool = False
 ) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
-    """(the keys' values by name, their rows), in the table's order, after checking the table."""
-    table = checked(table, [*keys, "lr", "seed", *columns])
-    twice = table.duplicated([*window_columns(table), "lr", "seed"])
+    """(what names it, its rows) of each window, or of each window and rate, in the table's order.
+
+    Args:
+        table: of a sweep; what it needs beside ``columns`` is checked here.
+        columns: that the caller reads.
+        by_rate: one group per window and learning rate, named by both.
+    """
+    table = checked(table, [*WINDOW, "lr", "seed", *columns])
+    windows = window_columns(table)
+    twice = table.duplicated([*windows, "lr", "seed"])
     if twice.any():
         # Two runs of one seed are not two seeds: their interval would be too narrow.
         row = table[twice].iloc[0]
         raise InputError(
-            f"two runs of {_named(row[window_columns(table)].to_dict())} share learning rate {row['lr']:g} "
+            f"two runs of {_named(row[windows].to_dict())} share learning rate {row['lr']:g} "
             f"and seed {row['seed']}; pass the runs of one sweep, with one value of every other setting"
         )
-    groups = table.groupby(keys, dropna=False, sort=False)
-    return ((dict(zip(keys, values, strict=True)), group) for values, group in groups)
+    keys = [*windows, "lr"] if by_rate else windows
+    found = table.groupby(keys, dropna=False, sort=False)
+    return ((dict(zip(keys, values, strict=True)), group) for values, group in found)
 
 
 def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> pd.DataFrame:
@@ -60,20 +68,26 @@ def rates_in(table: pd.DataFrame) -> str:
     return ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))
 
 
-def resampled(n: int, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, n) places of n values, drawn with replacement."""
-    resamples, seed = resample_count(resamples), seed_number(seed)
-    return np.random.default_rng(seed).integers(n, size=(resamples, n))
-
-
 def interval(
-    values: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    statistic: Callable[[np.ndarray], ArrayLike],
+    n: int,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """As :func:`lora_lens.forgetting.bootstrap_interval`, for an array of at least one number."""
-    if values.size == 1:
+    """(low, high) of a statistic of n seeds by the percentile bootstrap; NaN for fewer than two.
+
+    scipy.stats.bootstrap draws the same seeds and gives the same numbers, at three times the cost.
+
+    Args:
+        statistic: of places of seeds, drawn with replacement, (resamples, n): its value for each row that
+            has one.
+    """
+    resamples, seed = resample_count(resamples), seed_number(seed)
+    if n < 2:
         return float("nan"), float("nan")
-    means = values[resampled(len(values), resamples, seed)].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    found = statistic(np.random.default_rng(seed).integers(n, size=(resamples, n)))
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if len(found) else (np.nan, np.nan)
     return float(low), float(high)
 
 
@@ -81,8 +95,15 @@ def mean_and_interval(name: str, values: ArrayLike) -> dict[str, float]:
     """The mean over seeds and its interval, named; NaN where there are no values."""
     values = np.asarray(values, float)
     mean = float(values.mean()) if len(values) else np.nan
-    low, high = interval(values) if len(values) else (np.nan, np.nan)
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return {name: mean} | named_interval(name, lambda rows: values[rows].mean(1), len(values))
+
+
+def named_interval(
+    name: str, statistic: Callable[[np.ndarray], ArrayLike], n: int, resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """The 95% :func:`interval`, by the names of its ends."""
+    low, high = interval(statistic, n, resamples=resamples, seed=seed)
+    return {f"{name}_low": low, f"{name}_high": high}
 
 
 def _named(names: dict[str, object]) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import pandas as pd
+from scipy.stats import permutation_test
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, resample_count, seed_number
-from lora_lens.forgetting.fair_comparison import LEVEL, bootstrap_interval
-from lora_lens.forgetting.run_groups import FEWEST_SEEDS, rates_in
+from lora_lens.forgetting.fair_comparison import LEVEL
+from lora_lens.forgetting.run_groups import FEWEST_SEEDS, interval, rates_in
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,14 @@ class UShape:
         first_interval, last_interval: their 95% intervals (low, high).
         p: the p value of "at least one end forgets no more than every window between"; NaN without a test.
         words: the answer in one sentence.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.5, 1.0], "forgetting": [0.3, 0.1, 0.2]})
+        >>> found = ll.forgetting.u_shape_test(runs.assign(method="window", lr=5e-3, seed=0), lr=5e-3)
+        >>> found.seeds, found.position, found.p
+        (1, 0.5, nan)
     """
 
     lr: float
@@ -50,8 +58,7 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     excesses over all windows between, and its null distribution, with the same maximum, comes from
     turning the signs of whole seeds: where no window differs, a seed's differences (from all windows at
     once) are as likely as their negatives. That is exact when the noise is symmetric, however unequal or
-    correlated the windows are (simulated with 6 seeds and exponential noise, which is far from it, a
-    single high end was called a U in 1% to 7% of cases, according to the side of the long tail). All 2^n
+    correlated the windows are; ``docs/measures.md`` has a simulation where it is not. All 2^n
     sign patterns of n seeds are used, or ``resamples`` random ones where that is fewer. The p value is the
     larger of the two ends' (intersection-union test: a U needs both), so a single high end is not a U.
     The smallest possible p is 2^-n: it takes 5 seeds to fall below 0.05.
@@ -63,29 +70,38 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     Args:
         table: with method, position, lr, seed, forgetting, and one rank and variant at this rate.
         lr: a learning rate of the table.
-        resamples, seed: of the intervals, and of the sign patterns where there are too many for all.
+        resamples: of the intervals, and of the sign patterns where there are too many for all.
+        seed: of both.
 
     Raises:
         ValueError: a column is missing, no windows at this rate, none at an end or between the ends, two
             runs share position and seed, or no seed was run at every position.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> curve = {0.0: 0.3, 0.5: 0.1, 1.0: 0.2}
+        >>> rows = [(p, seed, f + 0.01 * seed) for p, f in curve.items() for seed in range(5)]
+        >>> runs = pd.DataFrame(rows, columns=["position", "seed", "forgetting"])
+        >>> found = ll.forgetting.u_shape_test(runs.assign(method="window", lr=5e-3), lr=5e-3)
+        >>> found.position, round(found.first_excess, 2), round(found.last_excess, 2), found.p
+        (0.5, 0.2, 0.1, 0.03125)
     """
     resamples, seed = resample_count(resamples), seed_number(seed)
     forgetting = _seeds_by_position(table, number(lr, "lr", above=0))
     positions, values = forgetting.columns.to_numpy(float), forgetting.to_numpy(float)
     between = values[:, 1:-1]
     position = float(positions[1:-1][between.mean(0).argmin()])
-    excess = {"first": _excess(values[:, 0], between), "last": _excess(values[:, -1], between)}
+    ends = {"first": values[:, 0], "last": values[:, -1]}
     p = float("nan")
     if len(values) >= FEWEST_SEEDS:
-        signs = _sign_patterns(len(values), resamples, seed)
-        p = max(_sign_flip_p(end[:, None] - between, signs) for end in (values[:, 0], values[:, -1]))
+        p = max(_sign_flip_p(end[:, None] - between, resamples, seed) for end in ends.values())
     result = {"lr": float(lr), "seeds": len(values), "position": position, "p": p}
-    for end, differences in excess.items():
-        result[f"{end}_excess"] = float(differences.mean())
-        known = not np.isnan(differences).any()
-        nothing = (float("nan"), float("nan"))
-        result[f"{end}_interval"] = (
-            bootstrap_interval(differences, resamples=resamples, seed=seed) if known else nothing
+    for name, end in ends.items():
+        excess = _excess(end, between)
+        result[f"{name}_excess"] = float(excess.mean())
+        result[f"{name}_interval"] = interval(
+            lambda rows, excess=excess: excess[rows].mean(1), len(excess), resamples=resamples, seed=seed
         )
     return UShape(**result, words=_in_words(result))
 
@@ -155,16 +171,21 @@ def _excess(end: np.ndarray, between: np.ndarray) -> np.ndarray:
     return end - between[np.arange(n), others.argmin(1)]
 
 
-def _sign_patterns(n: int, resamples: int, seed: int) -> np.ndarray:
-    """(patterns, n) of +1 and -1, the first one all +1: every pattern if they are few, or random ones."""
-    if 2**n <= max(resamples, 2**FEWEST_SEEDS):
-        return np.array(list(product([1.0, -1.0], repeat=n)))
-    random = np.random.default_rng(seed).choice([1.0, -1.0], size=(resamples, n))
-    return np.vstack([np.ones(n), random])
-
-
-def _sign_flip_p(differences: np.ndarray, signs: np.ndarray) -> float:
+def _sign_flip_p(differences: np.ndarray, resamples: int, seed: int) -> float:
     """How often turned signs make the largest mean of a column (seeds, windows) as large as it is."""
-    largest = (signs @ differences / len(differences)).max(1)
-    slack = 1e-12 * np.abs(differences).max()  # equal patterns differ by rounding
-    return float((largest >= largest[0] - slack).mean())
+
+    def largest(signs: np.ndarray, axis: int) -> np.ndarray:  # (patterns, seeds), or (seeds,)
+        means = signs @ differences / len(differences)
+        return means.max(axis).round(12)  # equal patterns differ by rounding
+
+    return float(
+        permutation_test(
+            (np.ones(len(differences)),),  # a lone sample is permuted by turning the signs of its values
+            largest,
+            permutation_type="samples",
+            alternative="greater",
+            n_resamples=max(resamples, 2**FEWEST_SEEDS),
+            vectorized=True,
+            rng=seed,
+        ).pvalue
+    )

@@ -13,6 +13,7 @@ second order, dB dA, reaches a pair of components that both lie elsewhere.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -46,7 +47,7 @@ BELONGS = 1e-2  # of the weight's norm; residuals in bfloat16 are off by 2e-3
 
 
 def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None = None) -> pd.DataFrame:
-    """One row per adapted layer: how far its weight went, and between which components.
+    """One row per adapted layer: how far its weight moved, and between which components.
 
     Columns: layer, block and kind as in :meth:`lora_lens.spectrum.SpectrumSet.table`; rank, the adapter's;
 
@@ -80,19 +81,26 @@ def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None 
         ValueError: ``adapted`` is none of attach's, is merged, or holds NaN; the spectra are another
             model's, lack vectors or an adapted layer; the window does not fit.
         TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> spectra = ll.spectra(model, "0", progress=False)
+        >>> adapted = ll.attach(model, ll.Window.first(2), targets="0", spectra=spectra)
+        >>> with torch.no_grad():  # in place of training: the window's singular values grow by a tenth
+        ...     _ = adapted.get_parameter("base_model.model.0.lora_B.default.weight").mul_(1.1)
+        >>> ll.forgetting.drift(adapted, spectra)[["layer", "rank", "inside", "mixed", "diagonal"]].round(2)
+          layer  rank  inside  mixed  diagonal
+        0     0     2     1.0    0.0       1.0
     """
-    peft_model, record = attached(adapted)
-    require_unmerged(peft_model)
-    require_spectra(spectra)
     _require_placement(window)
     rows = []
-    for name, layer in lora_layers(peft_model).items():
-        spectrum, start = spectrum_of(spectra, name), record.starts.get(name)
-        require_start_of(spectrum, name, start_rows(layer, start, some_rows(spectrum)))
+    for name, layer, start, spectrum in trained_layers(adapted, spectra):
         components = start.components if start is not None and len(start.components) else None
         if window is not None:
             components = spectrum.components_of(window)
-        row = named(name) | {"rank": layer.r[ADAPTER]}
+        row = _named(name) | {"rank": layer.r[ADAPTER]}
         rows.append(row | _measured(_trained(name, layer, start), spectrum, components))
     return pd.DataFrame(rows)
 
@@ -133,7 +141,7 @@ def drift_between(
         require_start_of(spectrum, name, start[some_rows(spectrum)])
         update = _factorized(name, end.double() - start.double())
         components = None if window is None else spectrum.components_of(window)
-        rows.append(named(name) | _measured(update, spectrum, components))
+        rows.append(_named(name) | _measured(update, spectrum, components))
     return pd.DataFrame(rows)
 
 
@@ -176,6 +184,19 @@ def _shares(
     parts = {"inside": components, "above": slice(0, first), "below": slice(last + 1, None)}
     squares = {key: product_norm(rows[part], columns[:, part]).square() for key, part in parts.items()}
     return squares | {"mixed": (in_span - sum(squares.values())).clamp_min(0)}
+
+
+def trained_layers(
+    adapted: nn.Module, spectra: SpectrumSet
+) -> Iterator[tuple[str, LoraLayer, Start | None, Spectrum]]:
+    """Each adapted layer by name, with what it started from and its pretrained weight's spectrum."""
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
+    require_spectra(spectra)
+    for name, layer in lora_layers(peft_model).items():
+        spectrum, start = spectrum_of(spectra, name), record.starts.get(name)
+        require_start_of(spectrum, name, start_rows(layer, start, some_rows(spectrum)))
+        yield name, layer, start, spectrum
 
 
 def _trained(name: str, layer: LoraLayer, start: Start | None) -> Factors:
@@ -287,6 +308,6 @@ def basis(spectrum: Spectrum, side: Side) -> Tensor:
     return left if side == "left" else right.T
 
 
-def named(name: str) -> dict[str, object]:
+def _named(name: str) -> dict[str, object]:
     block, kind = block_and_kind(name)
     return {"layer": name, "block": block, "kind": kind}

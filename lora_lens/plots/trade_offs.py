@@ -61,7 +61,7 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes | None =
     keys = window_columns(table)
     means = _ordered(
         pd.DataFrame(
-            [{**names, **group[scores].mean()} for names, group in groups(table, [*keys, "lr"], scores)]
+            [{**names, **group[scores].mean()} for names, group in groups(table, scores, by_rate=True)]
         )
     )
     means = means.assign(row=means.groupby(keys, dropna=False, sort=False).ngroup())
@@ -241,7 +241,7 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """
     table = sweep_table(table)
     keys = window_columns(table)
-    groups(table, keys, ["accuracy"])  # refuses two runs of a window, rate and seed
+    groups(table, ["accuracy"])  # refuses two runs of a window, rate and seed
     means = _ordered(seed_means(table))
     scale = ScalarMappable(Normalize(0, 1), "cividis")
     rows = means.groupby(keys, dropna=False, sort=False)

@@ -1,4 +1,4 @@
-"""What a report says of the runs themselves: what they were, with what, and what they cannot tell."""
+"""What a report says about the runs themselves: what they were, made with what, and their limits."""
 
 from __future__ import annotations
 
@@ -112,30 +112,32 @@ def _shown(column: str, value: object) -> str:
 
 
 def limits(table: pd.DataFrame, answers: pd.DataFrame | None) -> str:
-    """What the page cannot tell, from its own facts."""
-    said = [
+    """The limits of the page, from its own facts."""
+    sentences = [
         "All runs start from one pretrained model and learn one task: another model or task may differ.",
         *_of_seeds(table),
         *_of_rates(table),
     ]
     if diverged := int(table["diverged"].sum()):
-        said.append(f"{counted(diverged, 'run')} diverged; the scores after that are part of the means.")
+        sentences.append(f"{counted(diverged, 'run')} diverged; the scores after that are part of the means.")
     unknown = "How many test examples the scores rest on is not known here."
-    return " ".join([*said, unknown if answers is None else _of_examples(table, answers)])
+    return " ".join([*sentences, unknown if answers is None else _of_examples(table, answers)])
 
 
 def _of_seeds(table: pd.DataFrame) -> list[str]:
     seeds = at_equal_rate(table)["seeds"]
     if seeds.max() == 1:
-        return ["There is one seed, so nothing tells a difference between windows from chance."]
+        return ["There is one seed, so nothing distinguishes a difference between windows from chance."]
     few = "; with so few they are too narrow rather than too wide" if seeds.min() < MANY_SEEDS else ""
-    said = [f"Intervals resample {span(seeds)}{few}."]
+    sentences = [f"Intervals resample {span(seeds)}{few}."]
     if (fewer := int((seeds < seeds.max()).sum())) > 0:
-        said.append(f"{fewer} of {len(seeds)} cells of window and rate have fewer seeds than the others.")
+        sentences.append(
+            f"{fewer} of {len(seeds)} cells of window and rate have fewer seeds than the others."
+        )
     if len(placed(table)) and (smallest := 2.0 ** -int(seeds.max())) > LEVEL:
         few = f"{seeds.max()} cannot give a p value below {smallest:g}"
-        said.append(f"A single test of a U-shape needs 5 seeds: {few}.")
-    return said
+        sentences.append(f"A single test of a U-shape needs 5 seeds: {few}.")
+    return sentences
 
 
 def _of_rates(table: pd.DataFrame) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pictures of a report on a sweep, each with its caption and told in words for who cannot see it."""
+"""The pictures of a report on a sweep, each with its caption and its description for screen readers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import pandas as pd
 
 from lora_lens._base.errors import LoraLensError
-from lora_lens.forgetting.fair_comparison import at_matched_accuracy, at_own_best_rate, rate_robustness
+from lora_lens.forgetting.fair_comparison import at_own_best_rate, rate_robustness
 from lora_lens.plots.settings import by_setting
 from lora_lens.plots.sweeps import accuracy_curve, forgetting_curve, tradeoff
 from lora_lens.plots.trade_offs import comparison, fronts_by_method, robustness, surface
@@ -32,7 +32,7 @@ def _by_rank(table: pd.DataFrame) -> list[Piece]:
     windows = placed(table)
     if windows["rank"].nunique() == 1 or table["lr"].nunique() > 1 or "variant" in table or windows.empty:
         return []
-    told = ", ".join(
+    described = ", ".join(
         f"rank {rank:g} from {points(mean.iloc[0])} at position {mean.index[0]:.3g} to "
         f"{points(mean.iloc[-1])} at {mean.index[-1]:.3g}"
         for rank, rows in windows.groupby("rank")
@@ -41,7 +41,7 @@ def _by_rank(table: pd.DataFrame) -> list[Piece]:
     return [
         picture(
             partial(by_setting, table, "rank"),
-            f"Line chart of forgetting against the position of the window, one line per rank: {told}.",
+            f"Line chart of forgetting against the position of the window, one line per rank: {described}.",
             "One line per rank: mean over seeds, in a band from lowest to highest. Dashed lines are LoRA.",
         )
     ]
@@ -62,21 +62,23 @@ def _at_each_rate(table: pd.DataFrame) -> list[Piece]:
         "Flat lines are methods without a position."
     )
     curves = {"forgetting": forgetting_curve, "accuracy": accuracy_curve}
-    pieces = [picture(partial(draw, table), _told_by_rate(table, s), reading) for s, draw in curves.items()]
+    pieces = [
+        picture(partial(draw, table), _described_by_rate(table, s), reading) for s, draw in curves.items()
+    ]
     return [*pieces, plane]
 
 
-def _told_by_rate(table: pd.DataFrame, score: str) -> str:
+def _described_by_rate(table: pd.DataFrame, score: str) -> str:
     """The curve in words: ends and extremes at every rate."""
-    told = [f"Line chart of {score} against the position of the window."]
+    described = [f"Line chart of {score} against the position of the window."]
     for lr, rows in placed(table).groupby("lr"):
         mean = rows.groupby("position")[score].mean()
-        told.append(
+        described.append(
             f"At learning rate {plain(lr)}: {points(mean.iloc[0])} at position {mean.index[0]:.3g}, lowest "
             f"{points(mean.min())} at {mean.idxmin():.3g}, highest {points(mean.max())} at "
             f"{mean.idxmax():.3g}, {points(mean.iloc[-1])} at {mean.index[-1]:.3g}."
         )
-    return " ".join(told)
+    return " ".join(described)
 
 
 def _over_rates(table: pd.DataFrame) -> list[Piece]:
@@ -121,19 +123,18 @@ def _over_rates(table: pd.DataFrame) -> list[Piece]:
     ]
 
 
-def matched_figures(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> list[Piece]:
+def matched_figures(result: pd.DataFrame, accuracy: float) -> list[Piece]:
     """Forgetting where the runs first reach ``accuracy``, for each rank of windows."""
     caption = f"Forgetting at {points(accuracy)}% on the new task. Hollow: not all runs got there."
-    pieces = []
-    for part, rows in parts_by_rank(table):
-        result = at_matched_accuracy(rows, curves, accuracy).query("most_reached")
-        pieces.append(
-            _compared(result, f"{titled(part)}Forgetting at equal accuracy", titled(part) + caption)
-        )
-    return pieces
+    return [
+        _compared(rows, f"{titled(part)}Forgetting at equal accuracy", titled(part) + caption)
+        for part, rows in parts_by_rank(result)
+    ]
 
 
 def _compared(result: pd.DataFrame, what: str, caption: str) -> Piece:
-    told = ", ".join(f"{n} {points(v)}" for n, v in zip(names_of(result), result["forgetting"], strict=True))
+    described = ", ".join(
+        f"{n} {points(v)}" for n, v in zip(names_of(result), result["forgetting"], strict=True)
+    )
     draw = partial(comparison, result, score="forgetting")
-    return picture(draw, f"{what}, in points: {told}.", caption, height=4.6)
+    return picture(draw, f"{what}, in points: {described}.", caption, height=4.6)

@@ -1,6 +1,6 @@
 """A page of text, tables and pictures in one HTML file that needs nothing else: no scripts, no network.
 
-What stands on it is data, and ``templates/report.html.j2`` is how it looks. A page has sections, each a
+What it shows is data, and ``templates/report.html.j2`` is how it looks. A page has sections, each a
 heading and pieces. A piece is a paragraph (a text), a :class:`Table`, a :func:`picture`, or one of
 {"bullets": texts}, {"beside": tables} (next to each other as far as they fit) and {"heading": text} (of the
 pieces that follow).
@@ -53,7 +53,7 @@ Piece = str | Table | dict
 
 
 def picture(draw: Callable[..., Axes], alt: str, caption: str, height: float = 4.2) -> dict[str, str]:
-    """An SVG, drawn by ``draw(ax=ax)``, ``height`` inches of 7.6; ``alt`` tells it to who cannot see it."""
+    """An SVG, drawn by ``draw(ax=ax)``, ``height`` inches of 7.6; ``alt`` describes it to screen readers."""
     stream = io.BytesIO()
     with house_style(), matplotlib.rc_context({"svg.hashsalt": "lora_lens"}):  # same picture, same bytes
         canvas = Figure(figsize=(7.6, height))  # not pyplot's, which would keep it open
@@ -66,11 +66,11 @@ def html_page(title: str, sections: Sequence[Mapping]) -> str:
     """The whole document, of sections with ``heading`` and ``pieces``."""
     look = LOOKS.get_template("report.html.j2")
     page = look.render(title=title, sections=sections, generator=GENERATOR, date=date.today()) + "\n"
-    return page.replace("<title>", f"{_seal(page)}<title>", 1)  # tells a page that somebody edits later
+    return page.replace("<title>", f"{_seal(page)}<title>", 1)  # an edited page no longer fits it
 
 
 def page_path(path: str | Path) -> Path:
-    """``path``, if a page may be written there: over nothing but one as :func:`html_page` gave it."""
+    """``path``, if a page may be written there: it replaces only a page that nobody has edited."""
     path = Path(instance(path, (str, os.PathLike), "path", "the file to write, such as 'report.html'"))
     if path.is_dir():
         raise ExistingFileError(

@@ -30,12 +30,12 @@ NEEDED = (*IDENTITY, "accuracy", "retained_before", "retained_accuracy", "forget
 def report(
     sweep: Sweep | pd.DataFrame, path: str | Path, *, title: str | None = None, accuracy: float | None = None
 ) -> Path:
-    """Write all that a sweep shows into one HTML file that opens anywhere and prints on A4.
+    """Write everything a sweep shows into one HTML file that opens anywhere and prints on A4.
 
     In this order: what was run and with which versions; whether forgetting is U-shaped, tested at every
     rate and adjusted for their number; figures; tables with 95% intervals at equal rates, at own best
-    rates and of windows against each other; unless there is a table alone, also at equal accuracy, by class
-    of the retained task and what the weights did; and the limits of all that.
+    rates and of windows against each other; of a sweep with its store also at equal accuracy, by class of the
+    retained task and what the weights did; and the limits of all that.
 
     Args:
         sweep: from :func:`lora_lens.sweep` or :meth:`lora_lens.Sweep.open`: windows, methods, ranks, rates
@@ -50,9 +50,21 @@ def report(
 
     Raises:
         ValueError: ``path`` does not end in .html, the table is empty, lacks a column or mixes
-            settings, or ``accuracy`` is given beside a table alone or is no share.
+            settings, or ``accuracy`` is given with a table alone or is no share.
         FileNotFoundError: there is no such folder.
-        FileExistsError: something else than a report is at ``path``.
+        FileExistsError: something other than a report is at ``path``.
+
+    Example:
+        >>> import tempfile
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"method": ["window", "LoRA"], "start": [0, None], "accuracy": [0.9, 0.8]})
+        >>> runs["retained_accuracy"], runs["forgetting"] = [0.6, 0.8], [0.3, 0.1]
+        >>> runs = runs.assign(position=None, rank=8, lr=5e-3, seed=0, retained_before=0.9, diverged=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = ll.reports.report(runs, f"{folder}/page.html", title="Two runs")
+        ...     "<title>Two runs</title>" in path.read_text(encoding="utf-8")
+        True
     """
     kept = sweep if isinstance(sweep, Sweep) else None
     table = _checked(sweep)
@@ -120,7 +132,7 @@ def _sections(table: pd.DataFrame, kept: Sweep | None, accuracy: float | None, f
 
 
 def _pieces(write: Callable[[], list[Piece]]) -> list[Piece]:
-    """What a half-finished sweep cannot tell is said so, and the rest of the page stands."""
+    """A section that a half-finished sweep cannot fill says so, and the rest of the page is written."""
     try:
         return write()
     except LoraLensError as error:

@@ -37,9 +37,9 @@ MECHANISM = {
 
 def equal_rate_section(table: pd.DataFrame) -> list[Piece]:
     result = fair.at_equal_rate(table)
-    told = f"at equal learning rates: mean over {span(result['seeds'])} and 95% interval."
-    accuracy = _by_rate(result, "accuracy", f"Accuracy on the new task (%) {told}")
-    forgetting = _by_rate(result, "forgetting", f"Forgetting of the retained task (points) {told}")
+    how = f"at equal learning rates: mean over {span(result['seeds'])} and 95% interval."
+    accuracy = _by_rate(result, "accuracy", f"Accuracy on the new task (%) {how}")
+    forgetting = _by_rate(result, "forgetting", f"Forgetting of the retained task (points) {how}")
     return [{"beside": [accuracy, forgetting]}]
 
 
@@ -120,10 +120,10 @@ def _who_beats_whom(part: str, table: pd.DataFrame) -> Table:
     )
 
 
-def equal_accuracy_section(table: pd.DataFrame, curves: pd.DataFrame, asked: float | None) -> list[Piece]:
-    """Forgetting where the runs first reach an accuracy, ``asked`` for or chosen here."""
-    accuracy, why = matched_accuracy(table, curves, asked), "as asked for"
-    if asked is None:
+def equal_accuracy_section(table: pd.DataFrame, curves: pd.DataFrame, requested: float | None) -> list[Piece]:
+    """Forgetting where the runs first reach an accuracy, ``requested`` or chosen here."""
+    accuracy, why = matched_accuracy(table, curves, requested), "as asked for"
+    if requested is None:
         most = f"{REACH:.0%} of the runs of every window and method"
         why = f"the highest whole percentage that {most} reach at one of its learning rates"
     result = fair.at_matched_accuracy(table, curves, accuracy).query("most_reached")
@@ -139,16 +139,16 @@ def equal_accuracy_section(table: pd.DataFrame, curves: pd.DataFrame, asked: flo
         "at which most runs get there. Means with 95% intervals over the runs that got there, read off "
         f"straight lines between {span(curves.groupby('run').size(), 'evaluation')} of each run."
     )
-    return [Table(cells, caption), *matched_figures(table, curves, accuracy)]
+    return [Table(cells, caption), *matched_figures(result, accuracy)]
 
 
-def matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, asked: float | None = None) -> float:
-    """``asked``, or the highest whole percentage that ``REACH`` of every method's runs reach at some rate.
+def matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, requested: float | None = None) -> float:
+    """``requested``, or the highest whole percentage that 80% of every method's runs reach at some rate.
 
     Methods that train nothing but the classifier reach little and forget nothing, so they do not count.
     """
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     scored = table.assign(best=table["run"].map(curves.groupby("run")["accuracy"].max()))
     if "trainable" in scored and (scored["trainable"] > 0).any():
         scored = scored[scored["trainable"] > 0]
@@ -178,14 +178,14 @@ def items_section(table: pd.DataFrame, answers: pd.DataFrame) -> list[Piece]:
         **by.groupby(label).sum().loc[shown.index],
         "mostly taken for": [instead.get(name, MISSING) for name in shown.index],
     }
-    told = (
+    summary = (
         f"Of {answers['item'].nunique()} test examples of the retained task {len(known)} were right before. "
         f"{(share == 0).sum()} of these were kept by all of the {len(table)} runs, "
         f"{by['by most runs'].sum()} forgotten by most and {by['by every run'].sum()} by every run."
     )
     cut = f" The first {MOST_CLASSES} of {len(classes)} classes." if len(classes) > MOST_CLASSES else ""
     caption = f"Test examples by class, over all runs, the most forgotten class first.{cut}"
-    return [told, Table(cells, caption)]
+    return [summary, Table(cells, caption)]
 
 
 def drift_section(table: pd.DataFrame, drifts: pd.DataFrame) -> list[Piece]:

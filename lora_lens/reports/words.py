@@ -34,10 +34,10 @@ def _name(row: dict[str, object], differ: list[str]) -> str:
         name += f" at {row['position']:.3g}{ {0.0: ' (PiSSA)', 1.0: ' (MiLoRA)'}.get(row['position'], '') }"
     elif name == "window" and pd.notna(row["start"]):
         name += f" from component {row['start']:g}"
-    return ", ".join([name, *(_told(c, row[c]) for c in differ if pd.notna(row[c]))])
+    return ", ".join([name, *(_detail(c, row[c]) for c in differ if pd.notna(row[c]))])
 
 
-def _told(column: str, value: object) -> str:
+def _detail(column: str, value: object) -> str:
     return f"rank {value:g}" if column == "rank" else str(value)
 
 
@@ -52,7 +52,7 @@ def parts_by_rank(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         mine = np.ones(len(table), bool)
         for column, value in zip(columns, values, strict=True):
             mine &= table[column].isna() | (table[column] == value)
-        yield ", ".join(map(_told, columns, values)), table[mine]
+        yield ", ".join(map(_detail, columns, values)), table[mine]
 
 
 def titled(part: str) -> str:
@@ -111,11 +111,9 @@ def _verdict(found: list[tuple[str, UShape]], adjusted: np.ndarray) -> str:
         return "The seeds are too few for a test."
     how = f"after Holm's adjustment for {tests} tests" if tests > 1 else "in the one test"
     how += f" (level {LEVEL:g})"
-    stands = [
-        titled(p).lower() + plain(t.lr) for (p, t), q in zip(found, adjusted, strict=True) if q <= LEVEL
-    ]
-    if stands:
-        return f"A U-shape is established {how} at learning rate {', '.join(stands)}."
+    rates = [titled(p).lower() + plain(t.lr) for (p, t), q in zip(found, adjusted, strict=True) if q <= LEVEL]
+    if rates:
+        return f"A U-shape is established {how} at learning rate {', '.join(rates)}."
     verdict, seeds = f"No U-shape is established at any learning rate {how}.", max(t.seeds for _, t in found)
     smallest = min(tests * 2.0**-seeds, 1.0)  # one p is at least 2^-seeds, and then adjusted
     if smallest <= LEVEL:

@@ -264,8 +264,8 @@ def taking(model: nn.Module, what: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{type(model).__name__} does not take {what}: {reason}; {remedy}") from error
 
 
-def require_batch(inputs: object) -> None:
-    """Refuse what is no batch of at least one example, or no mapping of keyword arguments.
+def require_batch(inputs: object) -> int:
+    """How many examples a batch holds, or a mapping of keyword arguments; anything else is refused.
 
     Raises:
         TypeError, ValueError: it is none.
@@ -274,6 +274,7 @@ def require_batch(inputs: object) -> None:
     some = next(iter(inputs.values()), ()) if isinstance(inputs, Mapping) else inputs
     if (isinstance(some, Tensor) and some.ndim == 0) or not len(some):
         raise InputError("inputs hold no examples; give at least one")
+    return len(some)
 
 
 def real_positions(inputs: Inputs, x: Tensor | None = None) -> Tensor | None:

@@ -14,7 +14,7 @@ from lora_lens._base.errors import InputError, LoraLensError
 from lora_lens._base.naming import counted
 from lora_lens.experiments.results import Sweep, require_sweep
 from lora_lens.forgetting import examples
-from lora_lens.forgetting.run_groups import groups, mean_and_interval, window_columns
+from lora_lens.forgetting.run_groups import groups, mean_and_interval
 from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.plots.single_runs import relative_updates, two_curves
@@ -56,7 +56,7 @@ def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
     """
     require_sweep(sweep)
     table, task = named_runs(sweep, "run"), retain
-    groups(table, window_columns(table), [])  # no two runs of a window, rate and seed
+    groups(table, [])  # no two runs of a window, rate and seed
     require_task(sweep, task)
     table = table.sort_values(["method", "position", "start"], ascending=[False, True, True], kind="stable")
     first, middle = _first_and_middle(table)

@@ -1,6 +1,6 @@
-"""Which models, operations and dtypes work, tried one by one; README.md shows the outcome.
+"""Which models, operations and dtypes work, tried one by one; docs/models.md shows the outcome.
 
-`PYTHONPATH=tests python tests/adapters/test_compatibility.py` tries all of them and rewrites the README's
+`PYTHONPATH=tests python tests/adapters/test_compatibility.py` tries all of them and rewrites the page's
 tables.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import lora_lens as ll
 from lora_lens.spectrum.adaptable_layers import matrix_shape, target_layers
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- compatibility -->", "<!-- /compatibility -->"
 RANK, ALPHA = 4, 10  # scaling is 2.5, with rsLoRA 5: a scaling that is forgotten or used twice shows
 DTYPES = {"32": torch.float32, "b16": torch.bfloat16, "16": torch.float16}
@@ -300,7 +300,7 @@ STATISTICS = (
 
 @dataclass(frozen=True)
 class Known:
-    """Cells that do not work yet: how they fail, and the README's footnote. A cure must show, too."""
+    """Cells that do not work yet: how they fail, and the page's footnote. A cure must show, too."""
 
     family: str
     operations: tuple[str, ...]
@@ -331,7 +331,7 @@ def outcome(family: str, operation: str, dtype: str) -> str:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layer that no window is put into: the reason in the README's words, and in the message's.
+    """A layer that no window is put into: the reason in the page's words, and in the message's.
 
     ``needs`` is a package that is not among the tests' requirements: without it the row is taken on trust.
     """
@@ -376,7 +376,7 @@ def bitsandbytes(kind: str) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(getattr(pytest.importorskip("bitsandbytes").nn, kind)(64, 64))
 
 
-READ = "another module reads its weight without calling it, and would pass the adapter by"
+READ = "another module reads its weight without calling it, and would bypass the adapter"
 QUANTIZED = "quantized: the residual would be rounded; quantize the base that `ll.export_residual` writes"
 NORM = "its weight is computed from others: remove the norm first"
 REFUSALS = {
@@ -482,13 +482,13 @@ def tables() -> str:
 
 
 def shown() -> str:
-    return README.read_text().split(BEGIN)[1].split(END)[0].strip()
+    return PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_works_or_fails_as_the_readme_says(family, operation, dtype):
+def test_it_works_or_fails_as_the_page_says(family, operation, dtype):
     expected = known(family, operation)
     said = outcome(family, operation, dtype)
     assert re.match(expected.says, said) if expected else said == "passed"
@@ -501,11 +501,11 @@ def test_what_is_refused_is_named_with_the_reason(what):
     assert f"matches {REFUSALS[what].layer}, which" in said or not REFUSALS[what].layer
 
 
-def test_the_readme_shows_these_outcomes():
+def test_the_page_shows_these_outcomes():
     assert shown() == tables(), "run PYTHONPATH=tests python tests/adapters/test_compatibility.py"
 
 
 if __name__ == "__main__":
     found = tables()
-    text = README.read_text()
-    README.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{found}\n{END}{text.split(END)[1]}")
+    text = PAGE.read_text()
+    PAGE.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{found}\n{END}{text.split(END)[1]}")

@@ -32,7 +32,9 @@ from transformers import (
 import lora_lens as ll
 
 HERE = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```py\n(.*?)```", (HERE.parent / "README.md").read_text(), re.DOTALL)
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+FENCED = re.compile(r"```py\n(.*?)```", re.DOTALL)
+BLOCKS = [(page.name, block) for page in PAGES for block in FENCED.findall(page.read_text())]
 MIDDLE = ll.Window.middle(rank=4)
 
 
@@ -411,16 +413,16 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if type(tensor).__module__.startswith("torchao") else tensor
 
 
-# The page
+# The pages
 
 
-def test_the_readme_has_blocks_to_run():
-    assert len(BLOCKS) == 5
+def test_the_pages_have_blocks_to_run():
+    assert [page for page, _ in BLOCKS] == ["loops.md", "loops.md", "loops.md", "models.md", "texts.md"]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_every_block_of_the_readme_runs_as_it_stands(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page} {i}" for i, (page, _) in enumerate(BLOCKS)])
+def test_every_block_of_the_pages_runs_as_it_stands(page, block, tmp_path, monkeypatch):
     for package in re.findall(r"^from (trl|datasets|torchao)\b", block, re.MULTILINE):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, page, "exec"), {"__name__": page})

@@ -183,7 +183,7 @@ def test_intervals_refuse_runs_that_do_not_belong_together():
     items, table = answered(np.eye(3, dtype=int))
     with pytest.raises(ValueError, match=r"no column seed.*pass what ll\.sweep returns"):
         forgetting_interval(items, table.drop(columns="seed"))
-    with pytest.raises(ValueError, match="share window, learning rate and seed"):
+    with pytest.raises(ValueError, match=r"share learning rate .* and seed 0; pass the runs of one"):
         forgetting_interval(items, table.assign(seed=[0, 0, 1]))
     with pytest.raises(ValueError, match=r"no answers of 1 runs, such as 0.5 0"):
         forgetting_interval(items[items["run"] != "0.5 0"], table)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
+from scipy.stats import bootstrap
 
 from lora_lens.forgetting import fair_comparison, u_shape
 
@@ -54,6 +55,13 @@ def test_an_interval_of_many_values_is_that_of_the_standard_error():
     narrow = fair_comparison.bootstrap_interval(values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
     assert (low, high) != fair_comparison.bootstrap_interval(values, seed=1)
+
+
+def test_an_interval_is_scipy_s_to_the_last_digit():
+    values = np.random.default_rng(0).random(7)
+    theirs = bootstrap((values,), np.mean, n_resamples=300, confidence_level=0.9, method="percentile", rng=5)
+    ours = fair_comparison.bootstrap_interval(values, level=0.9, resamples=300, seed=5)
+    assert ours == tuple(theirs.confidence_interval)
 
 
 def test_one_value_has_no_interval_and_none_or_missing_ones_are_refused():
