@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
 from html import escape
-from importlib.resources import files
 from threading import RLock, Timer
 
 import numpy as np
@@ -27,6 +26,7 @@ from lora_lens._base.errors import LoraLensError
 from lora_lens._base.validate import known_settings
 from lora_lens.plots._image import as_html
 from lora_lens.plots._style import DRAWING
+from lora_lens.widgets._page import Page
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
@@ -69,14 +69,32 @@ class _BusySign(HTML):
 
 
 class Explorer(VBox):
-    """Controls over a message over results; in a saved page, a still copy of the first view below."""
+    """Controls over a message over results; in a saved page, a still copy of the first view below.
+
+    The first view raises what is wrong, later ones say it in place.
+
+    Args:
+        rows: of controls.
+        results: what is hidden while something is wrong.
+        draw: sets the results and may change controls itself; that draws nothing again. For what takes
+            longer than a slider's move may, it returns an iterator: each pair of a box and its content is
+            shown as it comes, each None is a place to stop at. It runs in a thread of its own after a short
+            pause, and is dropped as soon as a control changes; at first, and where no event loop runs, all
+            of it is done at once.
+        page: to be told of clicks.
+    """
 
     def __init__(
-        self, rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]
+        self,
+        rows: list[list[Control]],
+        results: list[Control],
+        draw: Callable[[], Parts | None],
+        page: Page | None = None,
     ) -> None:
         self._draw = draw
+        self.page = Page() if page is None else page
         self._results = VBox(results)
-        self._message, self._busy, self._page = HTML(), _BusySign(), HTML()
+        self._message, self._busy = HTML(), _BusySign()
         self._drawing = False
         self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
         self._slow: set[HTML] = set()
@@ -85,11 +103,12 @@ class Explorer(VBox):
         for row in rows:
             for control in row:
                 control.observe(self._redraw, "value")
+        self.page.observe(self._redraw, ["picked", "brushed"])
         wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
         controls = [HBox(row, layout=wrapped) for row in rows]
-        super().__init__([self._page, *controls, self._message, self._busy, self._results])
+        super().__init__([self.page, *controls, self._message, self._busy, self._results])
         self.add_class("ll-explorer")
-        self._page.value = _page_of(self.model_id)
+        self.page.still = f"ll-{self.model_id}"
         self._still = _still(rows, results)
 
     def close(self) -> None:
@@ -99,7 +118,7 @@ class Explorer(VBox):
 
     def _ipython_display_(self) -> None:
         display(self._repr_mimebundle_(), raw=True)
-        display(StaticHTML(f'<div class="ll-still ll-{self.model_id}">{self._still}</div>'))
+        display(StaticHTML(f'<div class="ll-still {self.page.still}">{self._still}</div>'))
 
     def _redraw(self, _change: object) -> None:
         """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
@@ -161,17 +180,6 @@ class Explorer(VBox):
         self._results.layout.display = "none"  # a stale picture would answer another question
 
 
-def explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]) -> Explorer:
-    """Rows of controls over a message over results; the first view raises, later ones say what is wrong.
-
-    ``draw`` sets the results and may change controls itself; that draws nothing again. For what takes
-    longer than a slider's move may, it returns an iterator: each pair of a box and its content is shown as it
-    comes, each None is a place to stop at. It runs in a thread of its own after a short pause, and is dropped
-    as soon as a control changes; at first, and where no event loop runs, all of it is done at once.
-    """
-    return Explorer(rows, results, draw)
-
-
 def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
     """Let a notebook show bad arguments of an explorer in one line, without the way that led there."""
 
@@ -212,25 +220,6 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 def _worker() -> ThreadPoolExecutor:
     """One thread for the slow parts of all explorers: two would only slow each other down."""
     return ThreadPoolExecutor(1, thread_name_prefix="explorer")
-
-
-def _page_of(model_id: str) -> str:
-    """The style, the script and the words that show where no kernel answers.
-
-    HTML that a widget inserts runs no script elements, but it runs what a picture does when it is loaded.
-    """
-    style, script = (
-        files("lora_lens.widgets").joinpath("static", f"explorer.{kind}").read_text()
-        for kind in ("css", "js")
-    )
-    once = "const root = this.closest('.ll-explorer'); if (root && !root.dataset.ready)"
-    script = f"{once} {{ root.dataset.ready = 1; (function (root) {{\n{script}\n}})(root) }}"
-    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
-    return (
-        f"<style>{style} .ll-still.ll-{model_id} {{ display: none }}</style>"
-        f'<img class="ll-script" alt="" src="{pixel}" onload="{escape(script)}">'
-        '<p class="ll-no-kernel">No kernel answers: this is the last view. Run the cell again to explore.</p>'
-    )
 
 
 def _still(rows: list[list[Control]], results: list[Control]) -> str:

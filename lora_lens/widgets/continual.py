@@ -20,8 +20,8 @@ from lora_lens.plots.continual import DRIFTS, method_names, name_of_windows, pla
 from lora_lens.widgets._explorer import (
     ALL,
     WORDS,
+    Explorer,
     brief_errors,
-    explorer,
     html_table,
     offer_with_all,
     table_box,
@@ -125,7 +125,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
         numbers.value = html_table(_numbers(runs))
 
     rows = [[setting, method, position], [rate, order, seed]]
-    return explorer(rows, [sentence, heat, time, weights, numbers], draw)
+    return Explorer(rows, [sentence, heat, time, weights, numbers], draw)
 
 
 def _choice(description: str, width: str = "19em") -> Dropdown:

@@ -20,10 +20,10 @@ from lora_lens.forgetting.u_shape import u_shape_test
 from lora_lens.plots._image import drawn
 from lora_lens.widgets._explorer import (
     WORDS,
+    Explorer,
     brief_errors,
     checkbox,
     dropdown,
-    explorer,
     html_table,
     plain_texts,
     rate_choice,
@@ -118,7 +118,7 @@ def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
         bars.value = robustness(chosen, tolerance.value)
 
     rows = [[comparison, *settings.values()], [score, HTML("seeds"), *seeds.values()], [tolerance]]
-    return explorer(rows, [picture, sentence, numbers, bars], draw)
+    return Explorer(rows, [picture, sentence, numbers, bars], draw)
 
 
 def _drifts_in(sweep: Sweep) -> pd.DataFrame | None:

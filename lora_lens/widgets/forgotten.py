@@ -20,9 +20,9 @@ from lora_lens.plots.examples import shown_as
 from lora_lens.tasks.task import Task
 from lora_lens.widgets._explorer import (
     ALL,
+    Explorer,
     brief_errors,
     dropdown,
-    explorer,
     html_table,
     plain_texts,
     rate_choice,
@@ -90,7 +90,7 @@ def forgotten_explorer(sweep: Sweep, retain: Task) -> VBox:
             size=(10, 4.9),
         )
 
-    return explorer([[windows], [rate, label]], [sentence, numbers, examples, taken], draw)
+    return Explorer([[windows], [rate, label]], [sentence, numbers, examples, taken], draw)
 
 
 def require_same_examples(given: pd.DataFrame, task: Task) -> None:

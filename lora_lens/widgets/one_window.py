@@ -35,10 +35,10 @@ from lora_lens.tasks.readouts import to_device
 from lora_lens.tasks.task import Examples, Task
 from lora_lens.tasks.tokens import TokenExamples
 from lora_lens.widgets._explorer import (
+    Explorer,
     Parts,
     brief_errors,
     dropdown,
-    explorer,
     fixed_row,
     html_table,
     table_box,
@@ -144,7 +144,7 @@ def window_explorer(
         yield answers, f"<p>{words}</p>{look.answers(before, after)}"
 
     shown = [HBox([place, seen], layout=SIDE_BY_SIDE), numbers, cut, answers]
-    return explorer([[layer, *look.controls], [size, position]], shown, draw)
+    return Explorer([[layer, *look.controls], [size, position]], shown, draw)
 
 
 @torch.inference_mode()

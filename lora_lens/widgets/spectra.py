@@ -16,9 +16,9 @@ from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Window
 from lora_lens.widgets._explorer import (
     ALL,
+    Explorer,
     brief_errors,
     dropdown,
-    explorer,
     html_table,
     offer_with_all,
     table_box,
@@ -86,7 +86,7 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
         numbers.value = html_table(_by_kind(table, window))
 
     choices = [kind, block] if isinstance(spectra, SpectrumSet) else [model, kind, block]
-    return explorer([choices, [size, position]], [picture, numbers], draw)
+    return Explorer([choices, [size, position]], [picture, numbers], draw)
 
 
 def rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:

@@ -14,8 +14,9 @@ from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.aggregate import seed_means
 from lora_lens.plots._image import drawn
 from lora_lens.tasks.task import Task
-from lora_lens.widgets._clickable import Spot, clickable, picked_text
-from lora_lens.widgets._explorer import Parts, brief_errors, checkbox, explorer, html_table, table_box
+from lora_lens.widgets._clickable import Spot, clickable
+from lora_lens.widgets._explorer import Explorer, Parts, brief_errors, checkbox, html_table, table_box
+from lora_lens.widgets._page import Page
 from lora_lens.widgets._run_choice import RANGED, RunChoice
 from lora_lens.widgets._run_plane import RunPlane
 from lora_lens.widgets._run_view import RunView, named_runs, require_task, run_in_words
@@ -63,7 +64,8 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         require_task(kept, task)
     score = ToggleButtons(options=list(CURVES), description="score")
     rates = {rate: checkbox(f"{rate:g}") for rate in sorted(table["lr"].unique())}
-    choice, picked = RunChoice(table), picked_text(table.loc[_best(table), "run"])
+    page = Page(picked=table.loc[_best(table), "run"])
+    choice = RunChoice(table, page)
     curve, plane, sentence, numbers = HTML(), HTML(), HTML(), table_box()
     points, view = RunPlane(table), RunView(table, kept, task)
 
@@ -88,12 +90,12 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
             f"{inside.sum()} of {len(table)} in colour"
         )
         image = points.html(shown, inside, choice.narrowed(), alt)
-        rows = _pickable(table[shown].assign(aside=~inside), picked.value).sort_values(RANGED)
+        rows = _pickable(table[shown].assign(aside=~inside), page.picked).sort_values(RANGED)
         spots = [
             Spot(row["accuracy"], row["retained_accuracy"], run_in_words(row), row["run"], row["aside"])
             for _, row in rows.iterrows()
         ]
-        return clickable(image, points.ax, spots, name="runs", picked=picked.value, brush=True)
+        return clickable(image, points.ax, spots, name="runs", picked=page.picked, brush=True)
 
     def draw() -> Parts | None:
         chosen = tuple(rate for rate, box in rates.items() if box.value)
@@ -106,10 +108,10 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         runs = table[table["lr"].isin(chosen) & choice.inside()]
         sentence.value = f"<p>{_chosen_in_words(runs, len(table))}</p>"
         numbers.value = html_table(_means(runs), rows_in_view=10) if len(runs) else ""
-        return view.show(picked.value)
+        return view.show(page.picked)
 
-    controls = [[score], [HTML("learning rates"), *rates.values()], choice.controls, [picked]]
-    return explorer(controls, [curve, HTML(HINT), plane, sentence, *view.boxes, numbers], draw)
+    controls = [[score], [HTML("learning rates"), *rates.values()], choice.controls]
+    return Explorer(controls, [curve, HTML(HINT), plane, sentence, *view.boxes, numbers], draw, page)
 
 
 def _with_run(table: pd.DataFrame) -> pd.DataFrame:

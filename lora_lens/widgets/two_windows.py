@@ -19,7 +19,7 @@ from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.plots.single_runs import relative_updates, two_curves
 from lora_lens.tasks.task import Task
-from lora_lens.widgets._explorer import WORDS, Parts, brief_errors, explorer, html_table, table_box
+from lora_lens.widgets._explorer import WORDS, Explorer, Parts, brief_errors, html_table, table_box
 from lora_lens.widgets._run_view import named_runs, of_all_classes, or_why_not, require_task, span, those
 from lora_lens.widgets.forgotten import shown_examples
 
@@ -101,7 +101,7 @@ def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
         return ((box, made(make, runs)) for box, make in slow)
 
     choices = [[window, rate] for window, rate in zip(windows, rates, strict=True)]
-    return explorer(choices, [numbers, sentence, curves, drift, forgotten], draw)
+    return Explorer(choices, [numbers, sentence, curves, drift, forgotten], draw)
 
 
 def _first_and_middle(table: pd.DataFrame) -> tuple[str, str]:
