@@ -17,10 +17,10 @@ from .drift import (
 )
 from .examples import confusion as confusion, forgotten_examples as forgotten_examples
 from .settings import by_setting as by_setting
+from .single_runs import learning_curve as learning_curve, learning_curves as learning_curves
 from .spectra import (
     by_depth as by_depth,
     cumulative_energy as cumulative_energy,
-    depth_map as depth_map,
     overlap as overlap,
     small_multiples as small_multiples,
     spectrum as spectrum,
@@ -28,8 +28,6 @@ from .spectra import (
 from .sweeps import (
     accuracy_curve as accuracy_curve,
     forgetting_curve as forgetting_curve,
-    learning_curve as learning_curve,
-    learning_curves as learning_curves,
     tradeoff as tradeoff,
     watched as watched,
 )

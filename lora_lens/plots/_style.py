@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance, known_settings, sequence
@@ -79,6 +80,34 @@ def some_axes(axes: object, least: int, what: str) -> np.ndarray:
     found = np.empty(len(flat), object)
     found[:] = flat
     return found
+
+
+def panels(
+    count: int,
+    columns: int,
+    each: tuple[float, float],
+    more: tuple[float, float] = (0, 0),
+    figure: Figure | None = None,
+    **shared: object,
+) -> np.ndarray:
+    """``count`` Axes in rows of ``columns``; shape (count,).
+
+    Args:
+        each: size of one, in inches.
+        more: what the figure has beside them.
+        figure: an empty one that has its size; default a new pyplot figure.
+        shared: for ``Figure.subplots``.
+    """
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    if figure is None:
+        figure = plt.figure(figsize=(each[0] * columns + more[0], each[1] * rows + more[1]))
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[max(count - columns, 0) : count]:
+        ax.xaxis.set_tick_params(labelbottom=True)  # also where the panel below was removed
+    return axes[:count]
 
 
 def literal(name: object) -> str:

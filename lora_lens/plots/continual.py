@@ -16,7 +16,6 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -25,8 +24,16 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import choice, instance
 from lora_lens.forgetting.run_groups import mean_and_interval
+from lora_lens.plots._scores import (
+    OTHERS,
+    PERCENT,
+    method_name,
+    placed_windows,
+    position_bar,
+    position_colour,
+    shortened,
+)
 from lora_lens.plots._style import colour_bar, literal, styled
-from lora_lens.plots.sweeps import LONGEST_LABEL, PERCENT
 
 METHOD = ["strategy", "method", "rank", "position", "start"]  # what tells the lines of a picture apart
 # Of which the runs of a line share one value each.
@@ -36,8 +43,7 @@ MEASURES = {
     "overlap_right": "overlap with the first window, right",
     "block_change": "change of what the first window does",
 }
-# Colours in full, not "C0": a cycle's colours are looked up when the figure is drawn, after the style's end.
-OTHERS, RETAINED = "#404040", "#202020"
+RETAINED = "#202020"
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 OTHER_MARKERS = ("X", "P", "v", "<", ">", "*", "d", "p")
 LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 4)))
@@ -224,13 +230,12 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
 
 
 def _draw_drifts(ax: Axes, runs: pd.DataFrame, measure: str) -> None:
-    scale = ScalarMappable(Normalize(0, 1), "cividis")
     placed = placed_windows(runs)
     dashes = dict(zip(runs["strategy"].unique(), cycle(LINES), strict=False))
     markers = cycle(OTHER_MARKERS)
     handles = []
     if placed.any():
-        colour_bar(scale, ax, "position of the window")
+        position_bar(ax)
         several = len(dashes) > 1 or not placed.all()
         handles = [
             Line2D([], [], color="0.5", linestyle=dashes[s], label=shortened(f"{s}: windows"))
@@ -239,7 +244,7 @@ def _draw_drifts(ax: Axes, runs: pd.DataFrame, measure: str) -> None:
         ]
     for _, group in runs[placed].groupby(METHOD, dropna=False, sort=False):
         strategy, position = group[["strategy", "position"]].iloc[0]
-        look = {"color": scale.to_rgba(position), "linestyle": dashes[strategy], "marker": "o"}
+        look = {"color": position_colour(position), "linestyle": dashes[strategy], "marker": "o"}
         _line_in_band(ax, group, "after", measure, look | {"markersize": 4, "label": "_window"})
     for _, group in runs[~placed].groupby(METHOD, dropna=False, sort=False):
         (name,) = method_names(group.head(1))
@@ -348,10 +353,6 @@ def _drifts_by_run(drifts: pd.DataFrame, table: pd.DataFrame, measure: str) -> p
     return named[["run", *METHOD]].merge(by_run, on="run")
 
 
-def placed_windows(rows: pd.DataFrame) -> pd.Series:
-    return (rows["method"] == "window") & rows["position"].notna()
-
-
 def name_of_windows(strategy: str, rank: float, several_ranks: bool) -> str:
     """Of the windows at all positions together."""
     return f"{strategy}: windows" + (f" of rank {rank:g}" if several_ranks else "")
@@ -362,10 +363,7 @@ def method_names(rows: pd.DataFrame) -> list[str]:
     several_ranks = rows["rank"].nunique() > 1
     names = []
     for _, row in rows.iterrows():
-        name = str(row["method"])
-        if name == "window":
-            where = f"at {row['position']:.3g}" if pd.notna(row["position"]) else f"from {row['start']:g}"
-            name = f"window {where}"
+        name = method_name(row)
         if several_ranks and pd.notna(row["rank"]) and "rank" not in name:
             name += f" of rank {row['rank']:g}"
         names.append(f"{row['strategy']}: {name}")
@@ -379,8 +377,3 @@ def _title(ax: Axes, rows: pd.DataFrame) -> str:
     width = 72 * ax.get_window_extent().width / ax.figure.dpi  # points
     most = max(20, int(width / (0.55 * plt.rcParams["font.size"])))
     return literal(fill(name + (f", mean of {runs} runs" if runs > 1 else ""), most))
-
-
-def shortened(name: str) -> str:
-    """As a label of a picture."""
-    return literal(shorten(name, LONGEST_LABEL, placeholder=" ..."))

@@ -15,27 +15,29 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import choice
 from lora_lens.experiments.continual.metrics import continual_scores, score_means
-from lora_lens.plots._style import colour_bar, house_style, require_axes, styled
+from lora_lens.plots._scores import (
+    OTHERS,
+    PERCENT,
+    placed_windows,
+    position_bar,
+    position_colour,
+    shortened,
+)
+from lora_lens.plots._style import house_style, require_axes, styled
 from lora_lens.plots.continual import (
     LINES,
     MARKERS,
     METHOD,
     OTHER_MARKERS,
-    OTHERS,
     method_names,
     name_of_windows,
-    placed_windows,
     require_one_setting,
-    shortened,
 )
-from lora_lens.plots.sweeps import PERCENT
 
 SCORES = {
     "average_accuracy": "average accuracy (%)",
@@ -101,7 +103,6 @@ def continual_tradeoff(
 
 
 def _draw_windows(ax: Axes, windows: pd.DataFrame, score: str) -> None:
-    scale = ScalarMappable(Normalize(0, 1), "cividis")
     lines = windows.sort_values("position").groupby(["strategy", "rank"], sort=False)
     several_ranks = windows["rank"].nunique() > 1
     for ((strategy, rank), line), marker in zip(lines, cycle(MARKERS), strict=False):
@@ -109,12 +110,12 @@ def _draw_windows(ax: Axes, windows: pd.DataFrame, score: str) -> None:
         name = name_of_windows(strategy, rank, several_ranks)
         look = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6, "zorder": 3}
         for _, row in line.iterrows():
-            colour = scale.to_rgba(row["position"])
+            colour = position_colour(row["position"])
             _cross(ax, row, score, colour)
             ax.plot(row["average_accuracy"], row[score], marker, color=colour, label="_window", **look)
         ax.plot([], [], marker, color="0.5", label=shortened(name), **look)
     if len(windows):
-        colour_bar(scale, ax, "position of the window")
+        position_bar(ax)
 
 
 def _draw_others(ax: Axes, others: pd.DataFrame, score: str) -> None:

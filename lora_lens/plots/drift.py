@@ -6,10 +6,8 @@ from textwrap import shorten
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -19,8 +17,8 @@ from lora_lens._base.schema import checked
 from lora_lens._base.validate import instance, share_matrix
 from lora_lens.forgetting.predictors import OUTSIDE
 from lora_lens.forgetting.run_groups import DRIFTS
+from lora_lens.plots._scores import PERCENT, position_bar, position_colour, rate_markers
 from lora_lens.plots._style import colour_bar, literal, styled
-from lora_lens.plots.sweeps import PERCENT, RATE_MARKERS
 from lora_lens.spectrum.window import Window
 
 SHARES = {
@@ -198,12 +196,10 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
         raise InputError(
             f"none of the table's runs has a value of {measure}; pass the measures of the same table"
         )
-    scale = ScalarMappable(Normalize(0, 1), colormaps["cividis"].with_extremes(bad=NO_POSITION))
-    rates = sorted(runs["lr"].unique())
     handles = []
-    for rate, marker in zip(rates, RATE_MARKERS * len(rates), strict=False):
+    for rate, marker in rate_markers(runs["lr"]).items():
         for window, group in runs[runs["lr"] == rate].groupby(runs["method"] == "window"):
-            colours = scale.to_rgba(group["position"].to_numpy(float)) if window else "none"
+            colours = [position_colour(p, NO_POSITION) for p in group["position"]] if window else "none"
             edge = "white" if window else "0.3"
             ax.scatter(
                 group[measure], group["forgetting"], c=colours, marker=marker, s=34,
@@ -218,7 +214,7 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
     if runs.loc[runs["method"] == "window", "position"].isna().any():
         handles.append(Line2D([], [], color=NO_POSITION, marker="o", linestyle="", label="no position"))
     ax.legend(handles=handles, title="learning rate", loc="best")
-    colour_bar(scale, ax, "position of the window")
+    position_bar(ax)
     ax.yaxis.set_major_formatter(PERCENT)
     ax.set(xlabel=literal(MEASURES.get(measure, measure)), ylabel="forgetting (percentage points)", title="")
     return ax
