@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
@@ -68,13 +68,13 @@ def method_name(row: pd.Series) -> str:
     return f"window from {row['start']:g}"
 
 
-def shortened(name: object) -> str:
+def shortened(name: object, letters: int = LONGEST_LABEL) -> str:
     """As a label of a picture."""
-    return literal(shorten(str(name), LONGEST_LABEL, placeholder=" ..."))
+    return literal(shorten(str(name), letters, placeholder=" ..."))
 
 
-def position_colour(position: float, without: str = NO_POSITION) -> object:
-    return colormaps["cividis"](float(position)) if pd.notna(position) else without
+def position_colour(position: float, without: str = NO_POSITION) -> tuple[float, float, float, float]:
+    return colormaps["cividis"](float(position)) if pd.notna(position) else to_rgba(without)
 
 
 def position_bar(ax: Axes) -> None:
@@ -104,13 +104,17 @@ def method_colours(methods: Iterable[str]) -> dict[str, object]:
 
 
 def plane_legend(
-    markers: Mapping[float, str], edges: Mapping[str, object], front: str, colour: str
+    markers: Mapping[float, str],
+    edges: Mapping[str, object],
+    front: str,
+    colour: str,
+    letters: int = LONGEST_LABEL,
 ) -> list[Line2D]:
     """Handles for a trade-off plane: rates by shape, methods as hollow points, the line of the front."""
     plain = {"linestyle": "", "color": "0.3"}
     hollow = {"marker": "o", "linestyle": "", "markerfacecolor": "white", "markeredgewidth": 1.6}
     return [
         *(Line2D([], [], marker=m, label=f"rate {rate:g}", **plain) for rate, m in markers.items()),
-        *(Line2D([], [], markeredgecolor=edge, label=name, **hollow) for name, edge in edges.items()),
+        *(Line2D([], [], markeredgecolor=e, label=shortened(n, letters), **hollow) for n, e in edges.items()),
         Line2D([], [], color=colour, linewidth=1.3, label=front),
     ]

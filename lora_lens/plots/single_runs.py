@@ -68,6 +68,8 @@ def learning_curve(
         curve = run.curve if isinstance(run, Run) else run
         lines = [(label, curve, column, look) for column, (label, look) in ALONG.items()]
         title = f"One run at learning rate {run.config.lr:g}" if isinstance(run, Run) else "Along training"
+    if not lines:
+        raise InputError("there are no curves to show; pass what sweep.curves() returned, by a name")
     for label, curve, column, look in lines:
         if not isinstance(run, Run):
             curve = checked(curve, ["step", column], "the table of curves", "sweep.curves()")

@@ -243,8 +243,7 @@ def tradeoff(
         ax.scatter(row.accuracy, height, marker=markers[row.lr], s=52, **look)
     position_bar(ax)
     shown = {rate: markers[rate] for rate in chosen}
-    names = {shortened(name): edge for name, edge in edges.items()}
-    ax.legend(handles=plane_legend(shown, names, "Pareto front", FRONT), loc="best")
+    ax.legend(handles=plane_legend(shown, edges, "Pareto front", FRONT), loc="best")
     ax.xaxis.set_major_formatter(PERCENT)
     show_unit(ax, y)
     if y == "loss_rise":

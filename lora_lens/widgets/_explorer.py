@@ -176,7 +176,7 @@ class Explorer(VBox):
                 self._slow.add(box)
 
     def _say(self, words: str) -> None:
-        self._message.value = f'<p role="alert"><b>{escape(words)}</b></p>'
+        self._message.value = alarm(words)
         self._results.layout.display = "none"  # a stale picture would answer another question
 
 
@@ -266,6 +266,11 @@ def checkbox(description: str) -> Checkbox:
     return Checkbox(True, description=description, indent=False, layout=Layout(width="max-content"))
 
 
+def alarm(words: str) -> str:
+    """What is wrong, in words that a screen reader says at once."""
+    return f'<p role="alert"><b>{escape(words)}</b></p>'
+
+
 def table_box() -> HTML:
     numbers = HTML()
     numbers.add_class("jp-RenderedHTMLCommon")  # so that it looks like every other table of the notebook
@@ -326,6 +331,13 @@ def html_table(table: pd.DataFrame, rows_in_view: int | None = None, headings: s
         return text
     height = f"max-height: {2 * rows_in_view}em; overflow: auto"
     return f'<div tabindex="0" role="region" aria-label="table" style="{height}">{text}</div>'
+
+
+def percent(mean: float, low: float, high: float) -> str:
+    """A share with its interval, if there is one."""
+    if pd.isna(mean):
+        return ""
+    return f"{100 * mean:.1f}" + ("" if pd.isna(low) else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def plain_texts(values: pd.Series) -> list[str]:

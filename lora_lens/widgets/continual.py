@@ -24,6 +24,7 @@ from lora_lens.widgets._explorer import (
     brief_errors,
     html_table,
     offer_with_all,
+    percent,
     table_box,
 )
 
@@ -185,11 +186,7 @@ def _numbers(runs: pd.DataFrame) -> pd.DataFrame:
         {
             "score": [score.replace("_", " ") for score in shown],
             "percent [95% interval]": [
-                _percent(*(means[score + end] for end in ("", "_low", "_high"))) for score in shown
+                percent(*(means[score + end] for end in ("", "_low", "_high"))) for score in shown
             ],
         }
     )
-
-
-def _percent(mean: float, low: float, high: float) -> str:
-    return f"{100 * mean:.1f}" + ("" if pd.isna(low) else f" [{100 * low:.1f}, {100 * high:.1f}]")

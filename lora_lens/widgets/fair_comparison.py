@@ -25,6 +25,7 @@ from lora_lens.widgets._explorer import (
     checkbox,
     dropdown,
     html_table,
+    percent,
     plain_texts,
     rate_choice,
     table_box,
@@ -207,12 +208,6 @@ def _compared(result: pd.DataFrame) -> pd.DataFrame:
     for score in fair_comparison.SCORES:
         if score in result:
             shown[f"{score} (%) [95% interval]"] = [
-                _percent(*result.loc[row, [score, f"{score}_low", f"{score}_high"]]) for row in result.index
+                percent(*result.loc[row, [score, f"{score}_low", f"{score}_high"]]) for row in result.index
             ]
     return pd.DataFrame(shown)
-
-
-def _percent(mean: float, low: float, high: float) -> str:
-    if pd.isna(mean):
-        return ""
-    return f"{100 * mean:.1f}" + ("" if pd.isna(low) else f" [{100 * low:.1f}, {100 * high:.1f}]")

@@ -10,7 +10,7 @@ from html import escape
 from threading import RLock
 
 import pandas as pd
-from ipywidgets import HTML, Dropdown, VBox
+from ipywidgets import HTML, Button, Dropdown, IntSlider, Layout, VBox
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import nn
@@ -19,8 +19,8 @@ from lora_lens._base.errors import LoraLensError
 from lora_lens._base.validate import instance, whole_number
 from lora_lens.adapters.attaching import attach, chosen_layers, planned
 from lora_lens.adapters.methods import FullFineTuning, LoRA, Method
+from lora_lens.plots.single_runs import learning_curves
 from lora_lens.plots.spectra import some_spectra
-from lora_lens.plots.sweeps import learning_curves
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Window
@@ -32,6 +32,7 @@ from lora_lens.widgets._explorer import (
     WORDS,
     Explorer,
     Picture,
+    alarm,
     brief_errors,
     fixed_axes,
     html_table,
@@ -39,10 +40,10 @@ from lora_lens.widgets._explorer import (
     said,
     table_box,
 )
-from lora_lens.widgets._training_controls import button, learning_rate_choice, steps_slider
-from lora_lens.widgets.spectra import position_slider, rank_slider
+from lora_lens.widgets.spectra import position_slider, rank_slider, require_rank
 
 WINDOW, ORDINARY, FULL = "window", "LoRA", "full fine-tuning"
+RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2)
 LOOK = 0.2  # seconds between two looks at a run
 IN_PICTURE = 6  # runs that stay as pale lines; the table keeps all
 ROWS = 8
@@ -165,11 +166,14 @@ class _Panel:
         self.cut = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
         self.kind = Dropdown(options=[WINDOW, ORDINARY, FULL], description="what to train", style=WORDS)
         self.rank, self.position = rank_slider(rank, self.cut), position_slider()
-        self.rate = learning_rate_choice(config.lr)
-        self.steps = steps_slider(config.steps)
-        self.start_button = button("Start", "play", "train with these settings", self.start)
-        self.pause_button = button("Pause", "pause", "hold the run after this step", self.pause)
-        self.stop_button = button("Stop", "stop", "end the run after this step and test it", self.stop)
+        rates = [(f"{value:g}", value) for value in sorted({*RATES, config.lr})]
+        self.rate = Dropdown(options=rates, value=config.lr, description="learning rate", style=WORDS)
+        unit = 1 if config.steps % 10 else 10
+        most = max(4 * config.steps, 40)
+        self.steps = IntSlider(config.steps, unit, most, unit, description="steps")
+        self.start_button = _button("Start", "play", "train with these settings", self.start)
+        self.pause_button = _button("Pause", "pause", "hold the run after this step", self.pause)
+        self.stop_button = _button("Stop", "stop", "end the run after this step and test it", self.stop)
         self.plan, self.now, self.curves, self.numbers = HTML(), HTML(), HTML(), table_box()
         self.training: _Training | None = None
         self.finished: list[_Finished] = []
@@ -196,7 +200,7 @@ class _Panel:
             fault = self._fault()
             what = f"Next run: {self._method()}, learning rate {self.rate.value:g}, {self.steps.value} steps."
             self.plan.value = (
-                _said(what) if fault is None else _alarm(f"{fault}; before that, nothing starts.")
+                _said(what) if fault is None else alarm(f"{fault}; before that, nothing starts.")
             )
             self._offer_buttons()
             self._keep_watching()
@@ -254,8 +258,7 @@ class _Panel:
         if self.kind.value == FULL:
             return None
         try:
-            for spectrum in self.cut.values():
-                Window.first(self.rank.value).slice(spectrum.k, spectrum.name)
+            require_rank(self.rank.value, self.cut)
         except LoraLensError as error:
             return str(error)
         return None
@@ -300,7 +303,7 @@ class _Panel:
                 self._grow(() if progress is None else progress.rows, training.config.steps)
                 self.now.value = self._in_words(training, progress)
             except Exception as error:  # nobody else would hear of it
-                self.now.value = _alarm(said(error, "this view"))
+                self.now.value = alarm(said(error, "this view"))
             if done:
                 self._finish(training)
 
@@ -308,7 +311,7 @@ class _Panel:
         self.training = None
         if training.run is None:
             reason = said(training.error, "training") if training.error else "it was interrupted"
-            self.now.value = _alarm(f"This run failed: {reason}. Change the settings, or start it again.")
+            self.now.value = alarm(f"This run failed: {reason}. Change the settings, or start it again.")
         else:
             self.finished.append(_Finished(training.method, training.run))
             self._grow(training.run.curve.to_dict("records"), training.config.steps)
@@ -370,7 +373,7 @@ class _Panel:
         run, number = training.run, len(self.finished)
         last = int(run.curve["step"].iloc[-1])
         if run.diverged:
-            return _alarm(
+            return alarm(
                 f"Run {number} diverged at step {last}: its loss is no finite number any more. Take a "
                 f"smaller learning rate than {training.config.lr:g}."
             )
@@ -382,13 +385,15 @@ class _Panel:
         )
 
 
+def _button(description: str, icon: str, tooltip: str, press: Callable[[], None]) -> Button:
+    made = Button(description=description, icon=icon, tooltip=tooltip, layout=Layout(width="8em"))
+    made.on_click(lambda _made: press())
+    return made
+
+
 def _kind_of(method: Method) -> str:
     return {Window: WINDOW, LoRA: ORDINARY, FullFineTuning: FULL}[type(method)]
 
 
 def _said(*lines: str) -> str:
     return f'<p style="margin: 0.2em 0">{"<br>".join(map(escape, lines))}</p>'
-
-
-def _alarm(words: str) -> str:
-    return f'<p role="alert"><b>{escape(words)}</b></p>'

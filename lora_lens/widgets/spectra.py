@@ -90,11 +90,16 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
 
 
 def rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:
-    all_spectra = [spectrum for spectra in models for spectrum in spectra.values()]
-    for spectrum in all_spectra:
-        Window.first(rank).slice(spectrum.k, spectrum.name)
-    largest = max(spectrum.k for spectrum in all_spectra)
+    for spectra in models:
+        require_rank(rank, spectra)
+    largest = max(spectrum.k for spectra in models for spectrum in spectra.values())
     return IntSlider(rank, 1, largest, description="rank")
+
+
+def require_rank(rank: int, spectra: SpectrumSet) -> None:
+    """Refuse a rank that one of the weights has no window of."""
+    for spectrum in spectra.values():
+        Window.first(rank).slice(spectrum.k, spectrum.name)
 
 
 def position_slider() -> FloatSlider:

@@ -13,6 +13,7 @@ from lora_lens._base.errors import InputError
 from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.aggregate import seed_means
 from lora_lens.plots._image import drawn
+from lora_lens.plots._scores import require_placed
 from lora_lens.tasks.task import Task
 from lora_lens.widgets._clickable import Spot, clickable
 from lora_lens.widgets._explorer import Explorer, Parts, brief_errors, checkbox, html_table, table_box
@@ -54,8 +55,7 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
     """
     kept, task = sweep if isinstance(sweep, Sweep) else None, retain
     table = _with_run(named_runs(sweep, *(["run"] if kept is not None else [])))
-    if not ((table["method"] == "window") & table["position"].notna()).any():
-        raise InputError("the table has no runs of windows placed by position")
+    require_placed(table)
     if task is not None and kept is None:
         raise InputError(
             "examples that were forgotten are no part of a table; with retain, give the ll.Sweep"

@@ -10,6 +10,7 @@ import pandas as pd
 from ipywidgets import HTML, Dropdown, VBox
 from matplotlib.figure import Figure
 
+from lora_lens import plots
 from lora_lens._base.errors import InputError, LoraLensError
 from lora_lens._base.naming import counted
 from lora_lens.experiments.results import Sweep, require_sweep
@@ -17,7 +18,7 @@ from lora_lens.forgetting import examples
 from lora_lens.forgetting.run_groups import groups, mean_and_interval, window_columns
 from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
-from lora_lens.plots.single_runs import relative_updates, two_curves
+from lora_lens.plots.single_runs import relative_updates
 from lora_lens.tasks.task import Task
 from lora_lens.widgets._explorer import WORDS, Explorer, Parts, brief_errors, html_table, table_box
 from lora_lens.widgets._run_view import named_runs, of_all_classes, or_why_not, require_task, span, those
@@ -169,7 +170,7 @@ def _curves(sweep: Sweep, runs: Runs) -> str:
 
     def draw(figure: Figure) -> None:
         for ax, column in zip(figure.subplots(1, 2), ("accuracy", "retained_accuracy"), strict=True):
-            two_curves(along, column, ax=ax)
+            plots.learning_curve(along, column, ax=ax)
 
     ends = {name: curve[curve["step"] == curve["step"].max()] for name, curve in along.items()}
     told = "; ".join(
