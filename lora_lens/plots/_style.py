@@ -27,7 +27,13 @@ NO_WIDTH = "\N{ZERO WIDTH SPACE}"
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Give figures that are made within it the look of all pictures here; one thread at a time."""
+    """Give figures that are made within it the look of all pictures here; one thread at a time.
+
+    Example:
+        >>> import lora_lens as ll, matplotlib.pyplot as plt
+        >>> with ll.plots.house_style():
+        ...     figure, axes = plt.subplots(1, 2)
+    """
     with DRAWING, plt.style.context(STYLE):
         try:
             yield

@@ -64,10 +64,21 @@ def accuracy_heatmap(table: pd.DataFrame, run: str | None = None, *, ax: Axes) -
     Args:
         table: from :func:`lora_lens.experiments.continual_sweep`, of one strategy and method.
         run: which of its runs; default the mean over all of them.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column or the run is missing, there are no rows, or they are of several strategies,
             methods or sets of tasks.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> rows = [(1, 0, "clothes", 0.9), (2, 0, "clothes", 0.7), (2, 1, "digits", 0.8)]
+        >>> table = pd.DataFrame(rows, columns=["after", "place", "task", "accuracy"])
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = table.assign(run="a", order="first", **names)
+        >>> table = table.assign(retained_before=0.9, retained_accuracy=0.8)
+        >>> ll.plots.accuracy_heatmap(table).get_title()
+        'continued: window at 0.5'
     """
     rows = _of_one_method(table, run)
     names = _task_names(rows)
@@ -149,10 +160,21 @@ def accuracy_over_time(table: pd.DataFrame, *, ax: Axes) -> Axes:
     Args:
         table: from :func:`lora_lens.experiments.continual_sweep`, of one strategy and method. Where the runs'
             orders differ, a line is a place in the order, whichever task stood there.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, there are no rows, or they are of several strategies, methods or
             sets of tasks.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> rows = [(1, 0, "clothes", 0.9), (2, 0, "clothes", 0.7), (2, 1, "digits", 0.8)]
+        >>> table = pd.DataFrame(rows, columns=["after", "place", "task", "accuracy"])
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = table.assign(run="a", order="first", **names)
+        >>> table = table.assign(retained_before=0.9, retained_accuracy=0.8)
+        >>> [text.get_text() for text in ll.plots.accuracy_over_time(table).get_legend().get_texts()]
+        ['clothes', 'digits', 'retained task']
     """
     rows = _of_one_method(table)
     names = _task_names(rows)
@@ -189,10 +211,20 @@ def window_survival(
             overlap_right, the mean squared cosine between the subspace of the window as it stood after the
             first task and that of the window at the same place now, in [0, 1], on the output's or the
             input's side.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``measure``, a column is missing, no drift is of a window placed by position, or
             the runs of a strategy and method differ in a setting.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = pd.DataFrame([{"run": "a", **names}])
+        >>> drifts = pd.DataFrame({"run": "a", "after": [1, 2], "layer": "fc", "update": [0.1, 0.2]})
+        >>> drifts = drifts.assign(block_change=[0, 0.3])
+        >>> ll.plots.window_survival(drifts, table).get_ylabel()
+        'change of what the first window does'
     """
     choice(measure, "measure", MEASURES)
     runs = _drifts_by_run(drifts, table, measure)
@@ -215,10 +247,19 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
     Args:
         drifts: from :meth:`lora_lens.experiments.ContinualSweep.drifts`.
         table: the same runs, from :func:`lora_lens.experiments.continual_sweep`.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, no run of the table has a drift, or the runs of a strategy and method
             differ in a setting.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = pd.DataFrame([{"run": "a", **names}])
+        >>> drifts = pd.DataFrame({"run": "a", "after": [1, 2], "layer": "fc", "update": [0.1, 0.2]})
+        >>> ll.plots.update_over_time(drifts, table).get_ylabel()
+        'update, ||dW|| / ||W||'
     """
     runs = _drifts_by_run(drifts, table, "update").dropna(subset=["update"])
     if runs.empty:

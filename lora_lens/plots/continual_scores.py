@@ -76,6 +76,17 @@ def continual_tradeoff(
     Raises:
         ValueError: another ``score``, a column is missing, there are no runs, or those of a strategy and
             method differ in a setting.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
+        >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
+        >>> columns = ll.experiments.continual.metrics.SCORES
+        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=columns, dtype=float).assign(**names)
+        >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
+        >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
+        >>> ll.plots.continual_tradeoff(scores).get_xlabel()
+        'average accuracy (%)'
     """
     choice(score, "score", LOST)
     require_axes(ax)
@@ -161,9 +172,21 @@ def forgetting_by_position(scores: pd.DataFrame, score: str = "average_forgettin
     Args:
         scores: as for :func:`continual_tradeoff`.
         score: average_forgetting, retained_forgetting, average_accuracy or another of SCORES.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: as :func:`continual_tradeoff`, or no run of a window placed by position.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
+        >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
+        >>> columns = ll.experiments.continual.metrics.SCORES
+        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=columns, dtype=float).assign(**names)
+        >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
+        >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
+        >>> ll.plots.forgetting_by_position(scores).get_title()
+        'Average forgetting'
     """
     choice(score, "score", SCORES)
     means = _means(scores, [score])

@@ -71,14 +71,24 @@ MEASURES = {
 @styled
 def rotation_matrix(turned: Tensor, window: Window | None = None, *, ax: Axes) -> Axes:
     """|cos| between singular vectors before (rows) and after (columns), from
-    ``ll.forgetting.turned``.
+    :func:`lora_lens.forgetting.turned`.
 
     A bright diagonal is a basis that stayed; what lies off it turned. Colours are logarithmic from 0.001.
     Lines mark the window's components.
 
+    Args:
+        turned: (components before, components after), in [0, 1].
+        window: of which the ends are marked; default none.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         TypeError: ``turned`` holds no numbers or is a table, or ``window`` is no window.
         ValueError: ``turned`` is no matrix with entries in [0, 1], or the window does not fit.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> ll.plots.rotation_matrix(torch.eye(8), ll.Window.middle(2)).get_title()
+        'How far the basis turned'
     """
     cosines = share_matrix(turned, "turned", "ll.forgetting.turned")
     if window is not None:
@@ -105,9 +115,17 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
     Args:
         drifts: from :meth:`lora_lens.Sweep.drifts`, with position merged from the table of runs; rows
             without a position (other methods) or an update are left out.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, or no rows are left.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> shares = {"inside": 0.5, "above": 0.2, "below": 0.1, "mixed": 0.1, "outside": 0.1}
+        >>> drifts = pd.DataFrame([{"position": p, "update": 1.0, **shares} for p in (0, 1)])
+        >>> ll.plots.shares(drifts).get_xlabel()
+        'position of the window'
     """
     drifts = checked(drifts, ["position", "update", *SHARES], *DRIFTS)
     known = drifts[drifts["update"] > 0].dropna(subset=["position", *SHARES])
@@ -147,8 +165,18 @@ def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
     Beside each bar stands the rank correlation. Negative R^2 are cut off at 0: worse than the mean. Thin
     lines are the 95% intervals, where the result has them.
 
+    Args:
+        result: one row per measure, with the columns measure, r2 and spearman.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         ValueError: a column is missing, or there are no rows.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> result = pd.DataFrame({"measure": ["update", "lr"], "r2": [0.8, 0.3], "spearman": [0.9, 0.5]})
+        >>> ll.plots.predictors(result).get_title()
+        'What predicts forgetting'
     """
     columns = ["measure", "r2", "spearman"]
     result = checked(result, columns, "the result", "ll.forgetting.predict_forgetting")
@@ -184,9 +212,17 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
         table: from :func:`lora_lens.sweep`.
         measures: from :func:`lora_lens.forgetting.by_run`.
         measure: one of its columns.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, or no run of the table has a value of the measure.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> table = pd.DataFrame({"run": ["a", "b"], "method": "window", "position": [0, 1], "lr": 0.01})
+        >>> measures = pd.DataFrame({"run": ["a", "b"], "update": [2.0, 1.0]})
+        >>> ll.plots.against_forgetting(table.assign(forgetting=[0.2, 0.1]), measures, "update").get_xlabel()
+        'update, ||dW||'
     """
     table = checked(table, ["run", "method", "position", "lr", "forgetting"], once=True)
     instance(measure, str, "measure", "a column of the measures, such as 'relative'")

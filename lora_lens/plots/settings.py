@@ -37,10 +37,18 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
     Args:
         table: runs at one learning rate that differ in ``setting``, such as rank, steps or targets.
         score: accuracy, retained_accuracy, forgetting or loss_rise (in nats).
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``score``, a column is missing, the table has several rates or no window placed by
             position, or two runs of a seed differ in more than ``setting`` and position.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
+        >>> table = table.assign(rank=8, forgetting=[0.2, 0.1, 0.1])
+        >>> ll.plots.by_setting(table, "rank").get_title()
+        'Forgetting by rank'
     """
     require_score(score)
     instance(setting, str, "setting", "the name of a column, such as 'rank'")

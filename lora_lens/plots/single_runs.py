@@ -96,6 +96,15 @@ def learning_curves(
             lines. The last may still be empty; its two lines are the first of the Axes.
         steps: where the horizontal axis ends.
         tasks: what to call the two tasks.
+        ax: to draw on; default a new pyplot figure.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> curve = pd.DataFrame({"step": [0, 10], "accuracy": [0.1, 0.9], "retained_accuracy": [0.9, 0.7]})
+        >>> runs = {"1": curve, "2": curve.head(1)}
+        >>> ax = ll.plots.learning_curves(runs, steps=10, tasks=("digits", "clothes"))
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['digits', 'clothes', 'earlier runs']
     """
     instance(runs, Mapping, "runs", "a dict of curves, such as {'first': run.curve}")
     if not runs:

@@ -32,7 +32,17 @@ FLOOR = 1e-12  # smaller singular values are drawn here: a logarithmic axis has 
 def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, ax: Axes) -> Axes:
     """Singular values by component, one line per weight, one colour per kind, later blocks paler.
 
-    A ``window`` is shaded where it lies on the widest spectrum.
+    Args:
+        spectra: from :func:`lora_lens.spectra`, or one of them.
+        window: shaded where it lies on the widest spectrum; default none.
+        ax: to draw on; default a new pyplot figure.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
+        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
+        >>> ll.plots.spectrum(spectra, ll.Window.first(2)).get_title()
+        'Spectra of 4 weights'
     """
     weights = [spectra] if isinstance(spectra, Spectrum) else list(some_spectra(spectra).values())
     if window is not None:
@@ -81,6 +91,13 @@ def small_multiples(
 
     Raises:
         ValueError: there are fewer ``axes`` than kinds.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
+        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
+        >>> [ax.get_title() for ax in ll.plots.small_multiples(spectra)]
+        ['fc', 'proj']
     """
     columns, relative = whole_number(columns, "columns", least=1), flag(relative, "relative")
     places = {name: block_and_kind(name) for name in some_spectra(spectra)}
@@ -123,6 +140,17 @@ def cumulative_energy(spectra: SpectrumSet | Mapping[str, SpectrumSet], *, ax: A
     models: the median over its weights, in a band from the 10th to the 90th
     percentile. Both axes are shares, so weights of any size compare. Equal
     singular values would give the grey diagonal.
+
+    Args:
+        spectra: of one model, or of several by the models' names.
+        ax: to draw on; default a new pyplot figure.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
+        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
+        >>> [line.get_label() for line in ll.plots.cumulative_energy({"small": spectra}).lines]
+        ['small', 'equal values']
     """
     if isinstance(spectra, SpectrumSet):
         some_spectra(spectra)
@@ -180,8 +208,9 @@ def by_depth(
 
     Example:
         >>> import lora_lens as ll, torch
-        >>> weights = {f"blocks.{i}.fc": torch.randn(6, 4) for i in range(3)}
-        >>> table = ll.spectra(weights, progress=False).table()
+        >>> names = ("blocks.0.fc", "blocks.1.fc", "blocks.2.fc")
+        >>> spectra = [ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names]
+        >>> table = ll.SpectrumSet(spectra).table()
         >>> ll.plots.by_depth(table, "stable_rank").get_ylabel()
         'stable rank'
         >>> ax = ll.plots.by_depth(table, heat_map=True, share=True, limits=(0, 1))
@@ -241,6 +270,11 @@ def overlap(matrix: np.ndarray, *, ax: Axes) -> Axes:
     Raises:
         ValueError: the matrix is not 2-D, or holds values outside [0, 1].
         TypeError: it is a table, or holds no numbers.
+
+    Example:
+        >>> import lora_lens as ll, numpy as np
+        >>> ll.plots.overlap(np.eye(4)).get_xlabel()
+        'band of components after (0 = largest)'
     """
     matrix = share_matrix(matrix, "matrix", "ll.spectrum.overlap_matrix")
     image = ax.imshow(matrix, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")

@@ -48,12 +48,21 @@ def forgetting_curve(
     """Forgetting against the window's position; see :func:`accuracy_curve` for how to read it.
 
     Args:
-        table, rates: as there.
+        table: from :func:`lora_lens.sweep`.
+        rates: the learning rates to draw; default all.
         score: forgetting, of the accuracy; or loss_rise, of the loss, in nats per example, of a language
             task per token.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``score``, or no run of a window placed by position.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
+        >>> table = table.assign(forgetting=[0.2, 0.1, 0.1])
+        >>> ll.plots.forgetting_curve(table).get_ylabel()
+        'forgetting (percentage points)'
     """
     require_score(score, LOST)
     table = _swept(table, score)
@@ -73,8 +82,21 @@ def accuracy_curve(table: pd.DataFrame, rates: Collection[float] | None = None, 
     to the highest seed. Flat lines are ordinary LoRA (dashed), full
     fine-tuning (dotted) and other placements at the same rate, as far as the
     table holds them.
-    ``rates`` picks the learning rates to draw, all by default; each looks the
-    same in every choice.
+
+    Args:
+        table: from :func:`lora_lens.sweep`.
+        rates: the learning rates to draw, each of which looks the same in every choice; default all.
+        ax: to draw on; default a new pyplot figure.
+
+    Raises:
+        ValueError: there is no run of a window placed by position, or none at one of ``rates``.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
+        >>> table = table.assign(accuracy=[0.9, 0.9, 0.8])
+        >>> ll.plots.accuracy_curve(table, rates=[0.01]).get_ylabel()
+        'test accuracy (%)'
     """
     table = _swept(table, "accuracy")
     _against_position(table, "accuracy", rates, ax)
@@ -112,6 +134,13 @@ def watched(
     Raises:
         ValueError: another ``score``, a column is missing, a run of ``table`` has no results, there is no run
             of a window placed by position, or there are fewer ``axes`` than tasks.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> runs = {"run": ["a", "b"], "method": "window", "position": [0, 1], "lr": 0.01}
+        >>> results = pd.DataFrame({"run": ["a", "b"], "task": "digits", "forgetting": [0.2, 0.1]})
+        >>> [ax.get_title() for ax in ll.plots.watched(results, pd.DataFrame(runs))]
+        ['digits']
     """
     require_score(score, LOST)
     table = checked(table, ["run", "method", "position", "lr"], once=True)
@@ -216,12 +245,23 @@ def tradeoff(
     One point per method and learning rate (mean over seeds): filled by
     position for windows, hollow for baselines, shaped by learning rate. The
     line joins the points that no other beats in both (the Pareto front).
-    ``rates`` picks the learning rates to draw, all by default; each looks the
-    same in every choice, and the front is that of the chosen. With ``y="loss_rise"`` the vertical axis is
-    the rise of the retained task's loss, in nats, and runs downwards.
+
+    Args:
+        table: from :func:`lora_lens.sweep`.
+        rates: the learning rates to draw, of which the front is made; each looks the same in every choice.
+            Default all.
+        y: retained_accuracy; or loss_rise, of the retained task, in nats, which runs downwards.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``y`` than retained_accuracy or loss_rise.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
+        >>> table = table.assign(accuracy=[0.9, 0.9, 0.8], retained_accuracy=[0.7, 0.8, 0.8], forgetting=0.1)
+        >>> ll.plots.tradeoff(table).get_ylabel()
+        'accuracy on the retained task (%)'
     """
     require_score(y, ("retained_accuracy", "loss_rise"))
     table = checked(

@@ -63,6 +63,14 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes | None =
     Raises:
         ValueError: another ``score``, a column is missing, the table is empty, or two runs share window, rate
             and seed.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
+        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
+        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
+        >>> ll.plots.surface(table.assign(forgetting=table["lr"])).get_ylabel()
+        'window or method'
     """
     require_score(score)
     require_axes(ax)
@@ -122,10 +130,19 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
     Args:
         result: one row per window or method with ``score``, and with ``score`` + _low and _high.
         score: any for which the result has these columns: accuracy, forgetting, loss_rise.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``score``, a column is missing, there are no rows, or a window or method has
             several.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> windows = {"method": "window", "rank": 8, "position": [0, 1], "start": None, "seeds": 5}
+        >>> interval = {"forgetting_low": [0.2, 0.1], "forgetting_high": [0.4, 0.3]}
+        >>> result = pd.DataFrame({**windows, "forgetting": [0.3, 0.2], **interval})
+        >>> ll.plots.comparison(result).get_ylabel()
+        'forgetting (percentage points)'
     """
     require_score(score)
     columns = [*WINDOW, "seeds", score, f"{score}_low", f"{score}_high"]
@@ -202,8 +219,21 @@ def robustness(result: pd.DataFrame, *, ax: Axes) -> Axes:
     The bar reaches from the lowest to the highest rate within the tolerance, the dot is the best rate, a
     cross the rate at which the window collapses. A pale bar is a lower bound: it ends where the grid does.
 
+    Args:
+        result: one row per window or method.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         ValueError: a column is missing, or there are no rows.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
+        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
+        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
+        >>> widths = ll.forgetting.rate_robustness(table, tolerance=0.02)
+        >>> ll.plots.robustness(widths).get_xlabel()
+        'learning rate'
     """
     columns = [*WINDOW, "best_lr", "lowest", "highest", "at_grid_end", "collapse"]
     result = checked(result, columns, "the result", "ll.forgetting.rate_robustness")
@@ -246,8 +276,21 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     front). A pale line joins all its rates from the lowest to the highest; it may leave the picture, which
     shows the fronts. Windows are coloured by position; other methods are dashed.
 
+    Args:
+        table: from :func:`lora_lens.sweep`.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         ValueError: a column is missing, the table is empty, or two runs share window, rate and seed.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
+        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
+        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
+        >>> table = table.assign(retained_accuracy=0.9 - 10 * table["lr"], forgetting=10 * table["lr"])
+        >>> ll.plots.fronts_by_method(table).get_ylabel()
+        'accuracy on the retained task (%)'
     """
     table = sweep_table(table)
     keys = window_columns(table)
