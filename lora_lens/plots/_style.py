@@ -91,17 +91,16 @@ def some_axes(axes: object, least: int, what: str) -> np.ndarray:
 def panels(
     count: int,
     columns: int,
-    each: tuple[float, float],
-    more: tuple[float, float] = (0, 0),
     figure: Figure | None = None,
+    each: tuple[float, float] = (2.7, 2.7),
+    more: tuple[float, float] = (0, 0),
     **shared: object,
 ) -> np.ndarray:
     """``count`` Axes in rows of ``columns``; shape (count,).
 
     Args:
-        each: size of one, in inches.
-        more: what the figure has beside them.
-        figure: an empty one that has its size; default a new pyplot figure.
+        figure: an empty one; default a new pyplot figure, for each of them as large as ``each`` (inches) and
+            ``more`` beside.
         shared: for ``Figure.subplots``.
     """
     columns = min(count, columns)

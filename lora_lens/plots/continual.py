@@ -7,8 +7,7 @@ Tables are those of :func:`lora_lens.experiments.continual_sweep`. Bands are 95%
 from __future__ import annotations
 
 from itertools import cycle
-from numbers import Integral
-from textwrap import fill, shorten
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,33 +20,33 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lora_lens._base.errors import InputError
-from lora_lens._base.schema import checked
-from lora_lens._base.validate import choice, instance
+from lora_lens._base.validate import choice
 from lora_lens.forgetting.run_groups import mean_and_interval
 from lora_lens.plots._scores import (
     OTHERS,
     PERCENT,
-    method_name,
     placed_windows,
     position_bar,
     position_colour,
     shortened,
 )
+from lora_lens.plots._sequences import (
+    LINES,
+    MARKERS,
+    METHOD,
+    OTHER_MARKERS,
+    drifts_by_run,
+    method_names,
+    of_one_method,
+)
 from lora_lens.plots._style import colour_bar, literal, styled
 
-METHOD = ["strategy", "method", "rank", "position", "start"]  # what tells the lines of a picture apart
-# Of which the runs of a line share one value each.
-SETTINGS = ("setting", "lr", "steps", "batch_size", "warmup", "weight_decay", "precision", "alpha", "targets")
 MEASURES = {
     "overlap_left": "overlap with the first window, left",
     "overlap_right": "overlap with the first window, right",
     "block_change": "change of what the first window does",
 }
 RETAINED = "#202020"
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
-OTHER_MARKERS = ("X", "P", "v", "<", ">", "*", "d", "p")
-LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 4)))
-DRIFTS = ("the table of drifts", "sweep.drifts()")
 GAP = 0.25  # cells between the tasks and the retained one
 
 
@@ -80,7 +79,7 @@ def accuracy_heatmap(table: pd.DataFrame, run: str | None = None, *, ax: Axes) -
         >>> ll.plots.accuracy_heatmap(table).get_title()
         'continued: window at 0.5'
     """
-    rows = _of_one_method(table, run)
+    rows = of_one_method(table, run)
     names = _task_names(rows)
     accuracy = rows.groupby(["after", "place"])["accuracy"].mean().unstack("place")
     accuracy = accuracy[accuracy.index > 0]
@@ -176,7 +175,7 @@ def accuracy_over_time(table: pd.DataFrame, *, ax: Axes) -> Axes:
         >>> [text.get_text() for text in ll.plots.accuracy_over_time(table).get_legend().get_texts()]
         ['clothes', 'digits', 'retained task']
     """
-    rows = _of_one_method(table)
+    rows = of_one_method(table)
     names = _task_names(rows)
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
     for (place, group), name, colour, marker in zip(
@@ -227,7 +226,7 @@ def window_survival(
         'change of what the first window does'
     """
     choice(measure, "measure", MEASURES)
-    runs = _drifts_by_run(drifts, table, measure)
+    runs = drifts_by_run(drifts, table, measure)
     runs = runs[placed_windows(runs)].dropna(subset=[measure])
     if runs.empty:
         raise InputError("none of the drifts is of a window placed by position in a run of the table")
@@ -261,7 +260,7 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
         >>> ll.plots.update_over_time(drifts, table).get_ylabel()
         'update, ||dW|| / ||W||'
     """
-    runs = _drifts_by_run(drifts, table, "update").dropna(subset=["update"])
+    runs = drifts_by_run(drifts, table, "update").dropna(subset=["update"])
     if runs.empty:
         raise InputError("none of the table's runs has a drift; pass sweep.drifts()")
     _draw_drifts(ax, runs, "update")
@@ -316,52 +315,6 @@ def _line_in_band(ax: Axes, rows: pd.DataFrame, x: str, y: str, look: dict[str, 
     ax.plot(line.index, line["mean"], **look)
 
 
-def _of_one_method(table: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
-    """The rows of one run, or of the runs of one strategy and method on the same tasks, checked."""
-    keys = ["run", "after", "place"]
-    columns = [*keys, *METHOD, "order", "task", "accuracy", "retained_before", "retained_accuracy"]
-    table = checked(table, columns, source="ll.experiments.continual_sweep")
-    if run is not None:
-        instance(run, (str, Integral), "run", "one of the table's column run, or None")
-    rows = table if run is None else table[[one == run for one in table["run"]]]
-    if rows.empty:
-        raise InputError(
-            f"the table has no run {run!r}; it has {shorten(', '.join(map(str, table['run'].unique())), 80)}"
-        )
-    if rows.duplicated(keys).any():
-        raise InputError(
-            "some rows stand twice in the table; pass what ll.experiments.continual_sweep returned"
-        )
-    methods = rows.drop_duplicates(METHOD)
-    if len(methods) > 1:
-        first, second, *_ = method_names(methods)
-        raise InputError(
-            f"one picture shows one strategy and method, and the table has {len(methods)}, such as {first} "
-            f"and {second}; choose one, such as table[table['strategy'] == '{methods['strategy'].iloc[0]}'], "
-            "or pass a run"
-        )
-    require_one_setting(rows)
-    tasks = rows.groupby("run")["task"].agg(lambda names: ", ".join(sorted(set(names))))
-    if tasks.nunique() > 1:
-        one, two, *_ = tasks.unique()
-        raise InputError(f"the runs learnt different tasks: {one} and {two}; pass runs of the same tasks")
-    return rows
-
-
-def require_one_setting(rows: pd.DataFrame) -> None:
-    """Runs that differ in more than their order and seed have no common mean."""
-    for setting in (*SETTINGS, "variant"):
-        if setting not in rows:
-            continue
-        for _, group in rows.groupby(METHOD, dropna=False, sort=False):
-            if len(values := group[setting].unique().tolist()) > 1:
-                (name,) = method_names(group.head(1))
-                raise InputError(
-                    f"the runs of {name} differ in {setting}: {values[0]} and {values[1]}; choose one, such "
-                    f"as table[table['{setting}'] == {values[0]!r}]"
-                )
-
-
 def _task_names(rows: pd.DataFrame) -> list[str]:
     """The tasks by place: their names, or where orders differ "1st task", "2nd task", ..."""
     by_place = rows.groupby("place")["task"].unique()
@@ -382,33 +335,6 @@ def _retained(rows: pd.DataFrame) -> pd.Series | None:
         return None
     later = once[once["after"] > 0].groupby("after")["retained_accuracy"].mean()
     return pd.concat([pd.Series({0: once["retained_before"].mean()}), later])
-
-
-def _drifts_by_run(drifts: pd.DataFrame, table: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """One row per run and number of tasks: the mean of a measure over layers, with what names the run."""
-    drifts = checked(drifts, ["run", "after", "layer", measure], *DRIFTS)
-    table = checked(table, ["run", *METHOD], source="ll.experiments.continual_sweep")
-    named = table.drop_duplicates("run")
-    require_one_setting(named[named["run"].isin(drifts["run"])])
-    by_run = drifts.groupby(["run", "after"])[measure].mean().reset_index()
-    return named[["run", *METHOD]].merge(by_run, on="run")
-
-
-def name_of_windows(strategy: str, rank: float, several_ranks: bool) -> str:
-    """Of the windows at all positions together."""
-    return f"{strategy}: windows" + (f" of rank {rank:g}" if several_ranks else "")
-
-
-def method_names(rows: pd.DataFrame) -> list[str]:
-    """What tells rows apart, such as "merged: LoRA"; with the rank where there are several."""
-    several_ranks = rows["rank"].nunique() > 1
-    names = []
-    for _, row in rows.iterrows():
-        name = method_name(row)
-        if several_ranks and pd.notna(row["rank"]) and "rank" not in name:
-            name += f" of rank {row['rank']:g}"
-        names.append(f"{row['strategy']}: {name}")
-    return names
 
 
 def _title(ax: Axes, rows: pd.DataFrame) -> str:

@@ -28,8 +28,7 @@ from lora_lens.plots._scores import (
     position_colour,
     shortened,
 )
-from lora_lens.plots._style import house_style, require_axes, styled
-from lora_lens.plots.continual import (
+from lora_lens.plots._sequences import (
     LINES,
     MARKERS,
     METHOD,
@@ -38,6 +37,7 @@ from lora_lens.plots.continual import (
     name_of_windows,
     require_one_setting,
 )
+from lora_lens.plots._style import house_style, require_axes, styled
 
 SCORES = {
     "average_accuracy": "average accuracy (%)",

@@ -108,7 +108,7 @@ def small_multiples(
     with house_style():
         alone = axes is None
         if alone:
-            axes = panels(len(kinds), columns, (2.6, 2.3), (1, 0.5), sharex=True, sharey=True)
+            axes = panels(len(kinds), columns, None, (2.6, 2.3), (1, 0.5), sharex=True, sharey=True)
         else:
             axes = some_axes(axes, len(kinds), "kinds of weights")
         axes = axes[: len(kinds)]

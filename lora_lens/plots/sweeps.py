@@ -157,7 +157,7 @@ def watched(
     with house_style():
         if axes is None:
             share = score == "forgetting"
-            axes = panels(len(tasks), columns, (2.7, 2.7), (1.6, 0.3), sharey=share)
+            axes = panels(len(tasks), columns, more=(1.6, 0.3), sharey=share)
         axes = some_axes(axes, len(tasks), "watched tasks")[: len(tasks)]
         for ax, task in zip(axes, tasks, strict=True):
             of_task = runs.merge(results.loc[results["task"] == task, ["run", score]], on="run")

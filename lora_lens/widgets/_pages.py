@@ -22,6 +22,13 @@ def pages(explorers: Mapping[str, Callable[[], Widget]]) -> Tab:
 
     Raises:
         ValueError: there are none.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> spectra = ll.SpectrumSet([ll.spectrum.factorize("blocks.0.fc", torch.randn(6, 4))])
+        >>> tabs = ll.widgets.pages({"Spectrum": lambda: ll.widgets.spectrum_explorer(spectra, rank=2)})
+        >>> tabs.titles
+        ('Spectrum',)
     """
     instance(explorers, Mapping, "explorers", "a dict of functions by the names on their tabs")
     if not explorers:

@@ -57,6 +57,15 @@ def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
     Raises:
         ValueError: the table is empty or lacks columns of a sweep, two runs share window, rate and seed,
             or no seed of a window was run at all its rates.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> settings = {"method": "window", "rank": 8, "start": None, "lr": 0.01, "seed": 0}
+        >>> scores = {"accuracy": [0.9, 0.9, 0.8], "retained_accuracy": [0.6, 0.8, 0.7], "forgetting": 0.1}
+        >>> table = pd.DataFrame({"position": [0, 0.5, 1], **settings, **scores}).assign(diverged=False)
+        >>> explorer = ll.widgets.comparison_explorer(table)  # the last line of a cell shows it
+        >>> explorer.children[1].children[0].options
+        ('equal learning rate', 'own best rate')
     """
     table = sweep_table(sweep, "diverged", *(["run"] if isinstance(sweep, Sweep) else []))
     kept = sweep.only(table) if isinstance(sweep, Sweep) else None

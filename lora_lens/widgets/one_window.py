@@ -81,6 +81,14 @@ def window_explorer(
         ValueError: there are no spectra or they are another model's, the rank
             does not fit a weight, the inputs are neither images nor texts, no layer has their tokens, or the
             model cannot do the task.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision()
+        >>> spectra = ll.spectra(model, targets="blocks.0.attn.*", progress=False)
+        >>> explorer = ll.widgets.window_explorer(model, spectra, task)  # the last line of a cell shows it
+        >>> explorer.children[1].children[0].options
+        ('blocks.0.attn.qkv', 'blocks.0.attn.proj')
     """
     instance(model, nn.Module, "model", "the pretrained model, a torch module")
     some_spectra(spectra)

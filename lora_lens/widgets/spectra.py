@@ -43,6 +43,13 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
 
     Raises:
         ValueError: there are no spectra, or the rank does not fit one of them.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> spectra = ll.SpectrumSet([ll.spectrum.factorize("blocks.0.fc", torch.randn(6, 4))])
+        >>> explorer = ll.widgets.spectrum_explorer(spectra, rank=2)  # the last line of a cell shows it
+        >>> [control.description for control in explorer.children[1].children]
+        ['kind', 'block']
     """
     models = {"": some_spectra(spectra)} if isinstance(spectra, SpectrumSet) else named_spectra(spectra)
     rank = whole_number(rank, "rank", least=1)

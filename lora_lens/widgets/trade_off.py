@@ -52,6 +52,15 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         ValueError: the table is empty, lacks columns of a sweep, or has no run of a window placed by
             position; there is a retained task beside a table alone, or its test examples are others, or are
             neither images nor texts with classes.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> settings = {"method": "window", "rank": 8, "start": None, "lr": 0.01, "seed": 0}
+        >>> scores = {"accuracy": [0.9, 0.9, 0.8], "retained_accuracy": [0.6, 0.8, 0.7], "forgetting": 0.1}
+        >>> table = pd.DataFrame({"position": [0, 0.5, 1], **settings, **scores}).assign(diverged=False)
+        >>> explorer = ll.widgets.tradeoff_explorer(table)  # the last line of a cell shows it
+        >>> [box.description for box in explorer.children[2].children[1:]]
+        ['0.01']
     """
     kept, task = sweep if isinstance(sweep, Sweep) else None, retain
     table = _with_run(named_runs(sweep, *(["run"] if kept is not None else [])))

@@ -54,6 +54,20 @@ def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
         ValueError: the table is empty or lacks columns of a sweep, there is one window only, two runs share
             window, rate and seed, or the test examples of ``retain`` are others or are neither images nor
             texts with classes.
+
+    Example:
+        >>> from collections import OrderedDict
+        >>> import lora_lens as ll, torch
+        >>> images = ll.Examples(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+        >>> task = ll.Task("squares", ("dark", "light"), images, images)
+        >>> flat, body, head = torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.Sequential(OrderedDict(flat=flat, body=body, head=head))
+        >>> grid = ll.Grid(window=ll.windows(2, 3), lr=[0.01], seed=[0])
+        >>> fast = {"steps": 1, "evaluations": 2, "batch_size": 4, "jobs": 1, "progress": False}
+        >>> sweep = ll.sweep(grid, model=model, task=task, retain=task, **fast)
+        >>> explorer = ll.widgets.pair_explorer(sweep, task)  # the last line of a cell shows it
+        >>> [control.description for control in explorer.children[1].children]
+        ['A', 'learning rate of A']
     """
     require_sweep(sweep)
     table, task = named_runs(sweep, "run"), retain
