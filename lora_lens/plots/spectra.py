@@ -229,16 +229,16 @@ def by_depth(
     )
     name = literal(column.replace("_", " "))
     label, title = (f"{name} / k", ", as a share of k") if share else (name, "")
-    ax.set(xlabel="block", title=f"{name.capitalize()} by block{title}")
     if flag(heat_map, "heat_map"):
         _draw_depth_map(ax, table, limits, label)
+        ax.set(xlabel="block", title=f"{name.capitalize()} by block{title}")
         return ax
     sns.lineplot(
         table, x="block", y="value", hue="kind", style="kind", markers=True, dashes=False,
         palette=sns.color_palette("colorblind", table["kind"].nunique()), ax=ax,
     )  # fmt: skip
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(ylabel=label, ylim=limits)
+    ax.set(xlabel="block", ylabel=label, ylim=limits, title=f"{name.capitalize()} by depth{title}")
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return ax
 

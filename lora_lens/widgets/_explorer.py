@@ -14,7 +14,7 @@ from threading import RLock, Timer
 import numpy as np
 import pandas as pd
 from IPython.display import HTML as StaticHTML, display
-from ipywidgets import HTML, Checkbox, Dropdown, HBox, Layout, VBox, Widget as Control
+from ipywidgets import HTML, Checkbox, Dropdown, HBox, Layout, SelectMultiple, VBox, Widget as Control
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -260,6 +260,13 @@ def rate_choice(table: pd.DataFrame) -> Dropdown:
     learnt = table.groupby("lr")["accuracy"].mean()
     options = [(f"{rate:g}", rate) for rate in learnt.index]
     return Dropdown(options=options, value=learnt.idxmax(), description="learning rate", style=WORDS)
+
+
+def window_choice(names: list[str]) -> SelectMultiple:
+    """Windows and methods, at first all of them."""
+    layout = Layout(width="24em", max_width="98%")
+    rows = min(len(names), 6)
+    return SelectMultiple(options=names, value=names, rows=rows, description="windows", layout=layout)
 
 
 def checkbox(description: str) -> Checkbox:

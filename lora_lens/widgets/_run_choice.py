@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from ipywidgets import Button, FloatRangeSlider, Layout, SelectMultiple, Widget as Control
+from ipywidgets import Button, FloatRangeSlider, Layout, Widget as Control
 from matplotlib.axes import Axes
 
 from lora_lens._base.errors import InputError
 from lora_lens.widgets._clickable import brushed_ranges
-from lora_lens.widgets._explorer import WORDS
+from lora_lens.widgets._explorer import WORDS, window_choice
 from lora_lens.widgets._page import Page
 
 RANGED = ["accuracy", "retained_accuracy"]  # along x and along y
@@ -32,10 +32,7 @@ class RunChoice:
     def __init__(self, table: pd.DataFrame, page: Page) -> None:
         self._table, self._page = table, page
         names = list(table.sort_values(["method", "position"], ascending=[False, True])["window"].unique())
-        self._windows = SelectMultiple(
-            options=names, value=names, rows=min(len(names), 6), description="windows",
-            layout=Layout(width="24em", max_width="98%"),
-        )  # fmt: skip
+        self._windows = window_choice(names)
         self._ranges = [_range_slider(table[column], column.replace("_", " ")) for column in RANGED]
         everything = Button(description="all runs", tooltip="undo the choice of windows and of ranges")
         everything.on_click(self._choose_all)

@@ -31,7 +31,6 @@ from lora_lens.widgets._explorer import (
     table_box,
 )
 
-LONG = {"width": "36em", "max_width": "98%"}  # of sliders with long names
 EQUAL_RATE, OWN_BEST_RATE = "equal learning rate", "own best rate"
 MATCHED_ACCURACY, MATCHED_UPDATE = "matched accuracy", "matched update"
 
@@ -92,7 +91,7 @@ def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
     seeds = {seed: checkbox(f"{seed}") for seed in sorted(table["seed"].unique())}
     tolerance = FloatSlider(
         2, min=0.5, max=10, step=0.5, readout_format=".1f", description="tolerance (points of accuracy)",
-        continuous_update=False, style=WORDS, layout=Layout(**LONG),
+        **_long_slider(),
     )  # fmt: skip
     picture, sentence, numbers, bars = HTML(), HTML(), table_box(), HTML()
 
@@ -138,6 +137,11 @@ def _drifts_in(sweep: Sweep) -> pd.DataFrame | None:
         return None
 
 
+def _long_slider() -> dict[str, object]:
+    """For one with a long name, that asks for more than a picture while it moves."""
+    return {"continuous_update": False, "style": WORDS, "layout": Layout(width="36em", max_width="98%")}
+
+
 def _accuracy_slider(table: pd.DataFrame, along: pd.DataFrame) -> FloatSlider:
     """From where training begins to the best of all; at first what all seeds of every window reach."""
     begin = along.loc[along.groupby("run")["step"].idxmin(), "accuracy"].mean()
@@ -146,7 +150,7 @@ def _accuracy_slider(table: pd.DataFrame, along: pd.DataFrame) -> FloatSlider:
     low, start, high = (np.floor(100 * v) / 100 for v in (begin, reached, along["accuracy"].max()))
     return FloatSlider(
         np.clip(start, low, high), min=low, max=high, step=0.01, readout_format=".0%",
-        description="accuracy to match", continuous_update=False, style=WORDS, layout=Layout(**LONG),
+        description="accuracy to match", **_long_slider(),
     )  # fmt: skip
 
 
@@ -159,7 +163,7 @@ def _update_slider(table: pd.DataFrame, moved: pd.DataFrame) -> FloatLogSlider:
     start = np.sqrt(spans["min"].median() * spans["max"].median())
     return FloatLogSlider(
         start, base=10, min=low, max=high, step=(high - low) / 100 or 0.01, readout_format=".3f",
-        description="update to match", continuous_update=False, style=WORDS, layout=Layout(**LONG),
+        description="update to match", **_long_slider(),
     )  # fmt: skip
 
 

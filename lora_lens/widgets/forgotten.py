@@ -6,7 +6,7 @@ from html import escape
 from textwrap import shorten
 
 import pandas as pd
-from ipywidgets import HTML, Layout, SelectMultiple, VBox
+from ipywidgets import HTML, VBox
 from matplotlib.figure import Figure
 
 from lora_lens import plots
@@ -27,6 +27,7 @@ from lora_lens.widgets._explorer import (
     plain_texts,
     rate_choice,
     table_box,
+    window_choice,
 )
 
 EXAMPLES, IN_A_ROW = 12, 6
@@ -73,11 +74,7 @@ def forgotten_explorer(sweep: Sweep, retain: Task) -> VBox:
     given = sweep.only(table).answers()
     require_same_examples(given, task)
     names = list(table["window"].unique())
-    windows = SelectMultiple(
-        options=names, value=names, rows=min(len(names), 6), description="windows",
-        layout=Layout(width="24em"),
-    )  # fmt: skip
-    rate = rate_choice(table)
+    windows, rate = window_choice(names), rate_choice(table)
     label = dropdown("class", [("all", ALL), *((name, i) for i, name in enumerate(task.classes))])
     numbers, sentence, examples, taken = table_box(), HTML(), HTML(), HTML()
 
