@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
 from html import escape
-from threading import RLock, Timer
 
 import numpy as np
 import pandas as pd
@@ -30,42 +29,12 @@ from lora_lens.widgets._page import Page
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
-BUSY_AFTER = 0.3  # seconds
 PAUSE = 0.15  # seconds without a change before slow parts begin
-BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
 DONE = object()
 
 LOG = logging.getLogger(__name__)
 
 Parts = Iterator[tuple[HTML, str] | None]
-
-
-class _BusySign(HTML):
-    """Says that something is worked at, once it takes long: a sign for every move would slow all down."""
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-        self._soon: Timer | None = None
-        super().__init__()
-
-    def begin(self) -> None:
-        with self._lock:
-            if self._soon is not None:
-                self._soon.cancel()
-            self._soon = Timer(BUSY_AFTER, self._say)
-            self._soon.daemon = True
-            self._soon.start()
-
-    def end(self) -> None:
-        with self._lock:
-            if self._soon is not None:
-                self._soon.cancel()
-            self._soon, self.value = None, ""
-
-    def _say(self) -> None:
-        with self._lock:
-            if self._soon is not None:  # not ended while this waited for the lock
-                self.value = BUSY
 
 
 class Explorer(VBox):
@@ -94,7 +63,7 @@ class Explorer(VBox):
         self._draw = draw
         self.page = Page() if page is None else page
         self._results = VBox(results)
-        self._message, self._busy = HTML(), _BusySign()
+        self._message = HTML()
         self._drawing = False
         self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
         self._slow: set[HTML] = set()
@@ -106,13 +75,12 @@ class Explorer(VBox):
         self.page.observe(self._redraw, ["picked", "brushed"])
         wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
         controls = [HBox(row, layout=wrapped) for row in rows]
-        super().__init__([self.page, *controls, self._message, self._busy, self._results])
+        super().__init__([self.page, *controls, self._message, self._results])
         self.add_class("ll-explorer")
         self.page.still = f"ll-{self.model_id}"
         self._still = _still(rows, results)
 
     def close(self) -> None:
-        self._busy.end()
         self._view += 1
         super().close()
 
@@ -126,7 +94,7 @@ class Explorer(VBox):
             return
         self._drawing = True
         self._view += 1
-        self._busy.begin()
+        self.page.busy = True
         follows = False
         try:
             parts = self._draw()
@@ -147,7 +115,7 @@ class Explorer(VBox):
         finally:
             self._drawing = False
             if not follows:
-                self._busy.end()
+                self.page.busy = False
 
     async def _follow(self, parts: Parts, view: int) -> None:
         """Show slow parts as they are ready, as long as nobody asks for another view."""
@@ -165,7 +133,7 @@ class Explorer(VBox):
                 self._say(words)
         finally:
             if view == self._view:
-                self._busy.end()
+                self.page.busy = False
 
     def _fill(self, parts: Iterable[tuple[HTML, str] | None]) -> None:
         for part in parts:

@@ -31,7 +31,7 @@ STATE = """root => {
     pictures: pictures.map(i => ({alt: i.alt, source: i.currentSrc, width: i.complete ? i.naturalWidth : 0})),
     words: texts.map(text => text.innerText.trim()).filter(text => text),
     message: [...root.querySelectorAll('[role="alert"]')].filter(seen).map(e => e.innerText).join(' '),
-    busy: !laidOut || Boolean(root.querySelector('.ll-busy, .ll-stale')),
+    busy: !laidOut || root.matches('.ll-working') || Boolean(root.querySelector('.ll-stale')),
   }
 }"""
 

@@ -80,10 +80,10 @@ def test_slow_parts_follow_a_pause_and_keep_the_loop_free():
         assert "ll-stale" not in squares.square._dom_classes and squares.cube.value == "1"
         for _ in range(10):
             await asyncio.sleep(0.01)
-        await until(lambda: "working" in squares.explorer._busy.value)
+        assert squares.explorer.page.busy
         squares.free_cube.set()
         await until(lambda: squares.cube.value == "125")
-        await until(lambda: not squares.explorer._busy.value)
+        await until(lambda: not squares.explorer.page.busy)
         assert "ll-stale" not in squares.cube._dom_classes
 
     asyncio.run(session())
@@ -130,7 +130,7 @@ def test_an_error_in_a_slow_part_is_said_in_place_until_the_next_change(number, 
         squares.number.value = number
         await until(lambda: not shows_results(squares.explorer))
         assert words in message(squares.explorer).replace("&#x27;", "'")
-        assert not squares.explorer._busy.value
+        assert not squares.explorer.page.busy
         squares.number.value = 2
         await until(lambda: squares.cube.value == "8")
         assert shows_results(squares.explorer)

@@ -30,6 +30,10 @@ function explore(root, model, signal) {
   observer.observe(root, {childList: true, subtree: true});
   signal.addEventListener('abort', () => observer.disconnect());
   nameSliders(root);
+  const working = () => root.classList.toggle('ll-working', model.get('busy'));
+  model.on('change:busy', working);
+  signal.addEventListener('abort', () => model.off('change:busy', working));
+  working();
 
   let pressed = null;
   listen('pointerdown', event => { pressed = event }, true);
