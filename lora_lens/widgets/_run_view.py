@@ -91,7 +91,7 @@ class RunView:
     def _draw_curve(self, run: str) -> str:
         curve = those(self._kept, [run]).curves()
         return drawn(
-            lambda figure: plots.learning_curve(curve, ax=figure.subplots()),
+            lambda figure: plots.learning_curve(curve, ax=figure.subplots()).set_title("Along this run"),
             f"accuracy on both tasks along the run, {len(curve)} evaluations",
             size=SIZE,
         )
