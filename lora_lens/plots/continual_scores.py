@@ -79,10 +79,10 @@ def continual_tradeoff(
 
     Example:
         >>> import lora_lens as ll, pandas as pd
+        >>> from lora_lens.experiments.continual.metrics import SCORES
         >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
         >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
-        >>> columns = ll.experiments.continual.metrics.SCORES
-        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=columns, dtype=float).assign(**names)
+        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=SCORES, dtype=float).assign(**names)
         >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
         >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
         >>> ll.plots.continual_tradeoff(scores).get_xlabel()
@@ -179,10 +179,10 @@ def forgetting_by_position(scores: pd.DataFrame, score: str = "average_forgettin
 
     Example:
         >>> import lora_lens as ll, pandas as pd
+        >>> from lora_lens.experiments.continual.metrics import SCORES
         >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
         >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
-        >>> columns = ll.experiments.continual.metrics.SCORES
-        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=columns, dtype=float).assign(**names)
+        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=SCORES, dtype=float).assign(**names)
         >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
         >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
         >>> ll.plots.forgetting_by_position(scores).get_title()
