@@ -37,9 +37,8 @@ def pictures(explorer: VBox) -> list[bytes]:
 
 
 def text(explorer: VBox) -> str:
-    """All that is written, without the pictures, the style and the signs of work."""
-    unwritten = ("<img", "<style", '<p class="ll-busy"')
-    return "\n".join(html.value for html in parts(explorer, HTML) if not html.value.startswith(unwritten))
+    """All that is written, without the pictures."""
+    return "\n".join(html.value for html in parts(explorer, HTML) if not html.value.startswith("<img"))
 
 
 def message(explorer: VBox) -> str:

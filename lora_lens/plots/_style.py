@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance, known_settings, sequence
@@ -26,7 +27,13 @@ NO_WIDTH = "\N{ZERO WIDTH SPACE}"
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Give figures that are made within it the look of all pictures here; one thread at a time."""
+    """Give figures that are made within it the look of all pictures here; one thread at a time.
+
+    Example:
+        >>> import lora_lens as ll, matplotlib.pyplot as plt
+        >>> with ll.plots.house_style():
+        ...     figure, axes = plt.subplots(1, 2)
+    """
     with DRAWING, plt.style.context(STYLE):
         try:
             yield
@@ -79,6 +86,33 @@ def some_axes(axes: object, least: int, what: str) -> np.ndarray:
     found = np.empty(len(flat), object)
     found[:] = flat
     return found
+
+
+def panels(
+    count: int,
+    columns: int,
+    figure: Figure | None = None,
+    each: tuple[float, float] = (2.7, 2.7),
+    more: tuple[float, float] = (0, 0),
+    **shared: object,
+) -> np.ndarray:
+    """``count`` Axes in rows of ``columns``; shape (count,).
+
+    Args:
+        figure: an empty one; default a new pyplot figure, for each of them as large as ``each`` (inches) and
+            ``more`` beside.
+        shared: for ``Figure.subplots``.
+    """
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    if figure is None:
+        figure = plt.figure(figsize=(each[0] * columns + more[0], each[1] * rows + more[1]))
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[max(count - columns, 0) : count]:
+        ax.xaxis.set_tick_params(labelbottom=True)  # also where the panel below was removed
+    return axes[:count]
 
 
 def literal(name: object) -> str:

@@ -7,8 +7,7 @@ Tables are those of :func:`lora_lens.experiments.continual_sweep`. Bands are 95%
 from __future__ import annotations
 
 from itertools import cycle
-from numbers import Integral
-from textwrap import fill, shorten
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,32 +15,38 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lora_lens._base.errors import InputError
-from lora_lens._base.schema import checked
-from lora_lens._base.validate import choice, instance
+from lora_lens._base.validate import choice
 from lora_lens.forgetting.run_groups import mean_and_interval
+from lora_lens.plots._scores import (
+    OTHERS,
+    PERCENT,
+    placed_windows,
+    position_bar,
+    position_colour,
+    shortened,
+)
+from lora_lens.plots._sequences import (
+    LINES,
+    MARKERS,
+    METHOD,
+    OTHER_MARKERS,
+    drifts_by_run,
+    method_names,
+    of_one_method,
+)
 from lora_lens.plots._style import colour_bar, literal, styled
-from lora_lens.plots.sweeps import LONGEST_LABEL, PERCENT
 
-METHOD = ["strategy", "method", "rank", "position", "start"]  # what tells the lines of a picture apart
-# Of which the runs of a line share one value each.
-SETTINGS = ("setting", "lr", "steps", "batch_size", "warmup", "weight_decay", "precision", "alpha", "targets")
 MEASURES = {
     "overlap_left": "overlap with the first window, left",
     "overlap_right": "overlap with the first window, right",
     "block_change": "change of what the first window does",
 }
-# Colours in full, not "C0": a cycle's colours are looked up when the figure is drawn, after the style's end.
-OTHERS, RETAINED = "#404040", "#202020"
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
-OTHER_MARKERS = ("X", "P", "v", "<", ">", "*", "d", "p")
-LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 4)))
-DRIFTS = ("the table of drifts", "sweep.drifts()")
+RETAINED = "#202020"
 GAP = 0.25  # cells between the tasks and the retained one
 
 
@@ -58,12 +63,23 @@ def accuracy_heatmap(table: pd.DataFrame, run: str | None = None, *, ax: Axes) -
     Args:
         table: from :func:`lora_lens.experiments.continual_sweep`, of one strategy and method.
         run: which of its runs; default the mean over all of them.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column or the run is missing, there are no rows, or they are of several strategies,
             methods or sets of tasks.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> rows = [(1, 0, "clothes", 0.9), (2, 0, "clothes", 0.7), (2, 1, "digits", 0.8)]
+        >>> table = pd.DataFrame(rows, columns=["after", "place", "task", "accuracy"])
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = table.assign(run="a", order="first", **names)
+        >>> table = table.assign(retained_before=0.9, retained_accuracy=0.8)
+        >>> ll.plots.accuracy_heatmap(table).get_title()
+        'continued: window at 0.5'
     """
-    rows = _of_one_method(table, run)
+    rows = of_one_method(table, run)
     names = _task_names(rows)
     accuracy = rows.groupby(["after", "place"])["accuracy"].mean().unstack("place")
     accuracy = accuracy[accuracy.index > 0]
@@ -143,12 +159,23 @@ def accuracy_over_time(table: pd.DataFrame, *, ax: Axes) -> Axes:
     Args:
         table: from :func:`lora_lens.experiments.continual_sweep`, of one strategy and method. Where the runs'
             orders differ, a line is a place in the order, whichever task stood there.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, there are no rows, or they are of several strategies, methods or
             sets of tasks.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> rows = [(1, 0, "clothes", 0.9), (2, 0, "clothes", 0.7), (2, 1, "digits", 0.8)]
+        >>> table = pd.DataFrame(rows, columns=["after", "place", "task", "accuracy"])
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = table.assign(run="a", order="first", **names)
+        >>> table = table.assign(retained_before=0.9, retained_accuracy=0.8)
+        >>> [text.get_text() for text in ll.plots.accuracy_over_time(table).get_legend().get_texts()]
+        ['clothes', 'digits', 'retained task']
     """
-    rows = _of_one_method(table)
+    rows = of_one_method(table)
     names = _task_names(rows)
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
     for (place, group), name, colour, marker in zip(
@@ -183,13 +210,23 @@ def window_survival(
             overlap_right, the mean squared cosine between the subspace of the window as it stood after the
             first task and that of the window at the same place now, in [0, 1], on the output's or the
             input's side.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``measure``, a column is missing, no drift is of a window placed by position, or
             the runs of a strategy and method differ in a setting.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = pd.DataFrame([{"run": "a", **names}])
+        >>> drifts = pd.DataFrame({"run": "a", "after": [1, 2], "layer": "fc", "update": [0.1, 0.2]})
+        >>> drifts = drifts.assign(block_change=[0, 0.3])
+        >>> ll.plots.window_survival(drifts, table).get_ylabel()
+        'change of what the first window does'
     """
     choice(measure, "measure", MEASURES)
-    runs = _drifts_by_run(drifts, table, measure)
+    runs = drifts_by_run(drifts, table, measure)
     runs = runs[placed_windows(runs)].dropna(subset=[measure])
     if runs.empty:
         raise InputError("none of the drifts is of a window placed by position in a run of the table")
@@ -209,12 +246,21 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
     Args:
         drifts: from :meth:`lora_lens.experiments.ContinualSweep.drifts`.
         table: the same runs, from :func:`lora_lens.experiments.continual_sweep`.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, no run of the table has a drift, or the runs of a strategy and method
             differ in a setting.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
+        >>> table = pd.DataFrame([{"run": "a", **names}])
+        >>> drifts = pd.DataFrame({"run": "a", "after": [1, 2], "layer": "fc", "update": [0.1, 0.2]})
+        >>> ll.plots.update_over_time(drifts, table).get_ylabel()
+        'update, ||dW|| / ||W||'
     """
-    runs = _drifts_by_run(drifts, table, "update").dropna(subset=["update"])
+    runs = drifts_by_run(drifts, table, "update").dropna(subset=["update"])
     if runs.empty:
         raise InputError("none of the table's runs has a drift; pass sweep.drifts()")
     _draw_drifts(ax, runs, "update")
@@ -224,13 +270,12 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
 
 
 def _draw_drifts(ax: Axes, runs: pd.DataFrame, measure: str) -> None:
-    scale = ScalarMappable(Normalize(0, 1), "cividis")
     placed = placed_windows(runs)
     dashes = dict(zip(runs["strategy"].unique(), cycle(LINES), strict=False))
     markers = cycle(OTHER_MARKERS)
     handles = []
     if placed.any():
-        colour_bar(scale, ax, "position of the window")
+        position_bar(ax)
         several = len(dashes) > 1 or not placed.all()
         handles = [
             Line2D([], [], color="0.5", linestyle=dashes[s], label=shortened(f"{s}: windows"))
@@ -239,7 +284,7 @@ def _draw_drifts(ax: Axes, runs: pd.DataFrame, measure: str) -> None:
         ]
     for _, group in runs[placed].groupby(METHOD, dropna=False, sort=False):
         strategy, position = group[["strategy", "position"]].iloc[0]
-        look = {"color": scale.to_rgba(position), "linestyle": dashes[strategy], "marker": "o"}
+        look = {"color": position_colour(position), "linestyle": dashes[strategy], "marker": "o"}
         _line_in_band(ax, group, "after", measure, look | {"markersize": 4, "label": "_window"})
     for _, group in runs[~placed].groupby(METHOD, dropna=False, sort=False):
         (name,) = method_names(group.head(1))
@@ -270,52 +315,6 @@ def _line_in_band(ax: Axes, rows: pd.DataFrame, x: str, y: str, look: dict[str, 
     ax.plot(line.index, line["mean"], **look)
 
 
-def _of_one_method(table: pd.DataFrame, run: str | None = None) -> pd.DataFrame:
-    """The rows of one run, or of the runs of one strategy and method on the same tasks, checked."""
-    keys = ["run", "after", "place"]
-    columns = [*keys, *METHOD, "order", "task", "accuracy", "retained_before", "retained_accuracy"]
-    table = checked(table, columns, source="ll.experiments.continual_sweep")
-    if run is not None:
-        instance(run, (str, Integral), "run", "one of the table's column run, or None")
-    rows = table if run is None else table[[one == run for one in table["run"]]]
-    if rows.empty:
-        raise InputError(
-            f"the table has no run {run!r}; it has {shorten(', '.join(map(str, table['run'].unique())), 80)}"
-        )
-    if rows.duplicated(keys).any():
-        raise InputError(
-            "some rows stand twice in the table; pass what ll.experiments.continual_sweep returned"
-        )
-    methods = rows.drop_duplicates(METHOD)
-    if len(methods) > 1:
-        first, second, *_ = method_names(methods)
-        raise InputError(
-            f"one picture shows one strategy and method, and the table has {len(methods)}, such as {first} "
-            f"and {second}; choose one, such as table[table['strategy'] == '{methods['strategy'].iloc[0]}'], "
-            "or pass a run"
-        )
-    require_one_setting(rows)
-    tasks = rows.groupby("run")["task"].agg(lambda names: ", ".join(sorted(set(names))))
-    if tasks.nunique() > 1:
-        one, two, *_ = tasks.unique()
-        raise InputError(f"the runs learnt different tasks: {one} and {two}; pass runs of the same tasks")
-    return rows
-
-
-def require_one_setting(rows: pd.DataFrame) -> None:
-    """Runs that differ in more than their order and seed have no common mean."""
-    for setting in (*SETTINGS, "variant"):
-        if setting not in rows:
-            continue
-        for _, group in rows.groupby(METHOD, dropna=False, sort=False):
-            if len(values := group[setting].unique().tolist()) > 1:
-                (name,) = method_names(group.head(1))
-                raise InputError(
-                    f"the runs of {name} differ in {setting}: {values[0]} and {values[1]}; choose one, such "
-                    f"as table[table['{setting}'] == {values[0]!r}]"
-                )
-
-
 def _task_names(rows: pd.DataFrame) -> list[str]:
     """The tasks by place: their names, or where orders differ "1st task", "2nd task", ..."""
     by_place = rows.groupby("place")["task"].unique()
@@ -338,40 +337,6 @@ def _retained(rows: pd.DataFrame) -> pd.Series | None:
     return pd.concat([pd.Series({0: once["retained_before"].mean()}), later])
 
 
-def _drifts_by_run(drifts: pd.DataFrame, table: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """One row per run and number of tasks: the mean of a measure over layers, with what names the run."""
-    drifts = checked(drifts, ["run", "after", "layer", measure], *DRIFTS)
-    table = checked(table, ["run", *METHOD], source="ll.experiments.continual_sweep")
-    named = table.drop_duplicates("run")
-    require_one_setting(named[named["run"].isin(drifts["run"])])
-    by_run = drifts.groupby(["run", "after"])[measure].mean().reset_index()
-    return named[["run", *METHOD]].merge(by_run, on="run")
-
-
-def placed_windows(rows: pd.DataFrame) -> pd.Series:
-    return (rows["method"] == "window") & rows["position"].notna()
-
-
-def name_of_windows(strategy: str, rank: float, several_ranks: bool) -> str:
-    """Of the windows at all positions together."""
-    return f"{strategy}: windows" + (f" of rank {rank:g}" if several_ranks else "")
-
-
-def method_names(rows: pd.DataFrame) -> list[str]:
-    """What tells rows apart, such as "merged: LoRA"; with the rank where there are several."""
-    several_ranks = rows["rank"].nunique() > 1
-    names = []
-    for _, row in rows.iterrows():
-        name = str(row["method"])
-        if name == "window":
-            where = f"at {row['position']:.3g}" if pd.notna(row["position"]) else f"from {row['start']:g}"
-            name = f"window {where}"
-        if several_ranks and pd.notna(row["rank"]) and "rank" not in name:
-            name += f" of rank {row['rank']:g}"
-        names.append(f"{row['strategy']}: {name}")
-    return names
-
-
 def _title(ax: Axes, rows: pd.DataFrame) -> str:
     """Of what the picture is, in lines as wide as it."""
     (name,) = method_names(rows.head(1))
@@ -379,8 +344,3 @@ def _title(ax: Axes, rows: pd.DataFrame) -> str:
     width = 72 * ax.get_window_extent().width / ax.figure.dpi  # points
     most = max(20, int(width / (0.55 * plt.rcParams["font.size"])))
     return literal(fill(name + (f", mean of {runs} runs" if runs > 1 else ""), most))
-
-
-def shortened(name: str) -> str:
-    """As a label of a picture."""
-    return literal(shorten(name, LONGEST_LABEL, placeholder=" ..."))

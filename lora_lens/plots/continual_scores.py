@@ -15,27 +15,29 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import choice
 from lora_lens.experiments.continual.metrics import continual_scores, score_means
-from lora_lens.plots._style import colour_bar, house_style, require_axes, styled
-from lora_lens.plots.continual import (
+from lora_lens.plots._scores import (
+    OTHERS,
+    PERCENT,
+    placed_windows,
+    position_bar,
+    position_colour,
+    shortened,
+)
+from lora_lens.plots._sequences import (
     LINES,
     MARKERS,
     METHOD,
     OTHER_MARKERS,
-    OTHERS,
     method_names,
     name_of_windows,
-    placed_windows,
     require_one_setting,
-    shortened,
 )
-from lora_lens.plots.sweeps import PERCENT
+from lora_lens.plots._style import house_style, require_axes, styled
 
 SCORES = {
     "average_accuracy": "average accuracy (%)",
@@ -74,6 +76,17 @@ def continual_tradeoff(
     Raises:
         ValueError: another ``score``, a column is missing, there are no runs, or those of a strategy and
             method differ in a setting.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> from lora_lens.experiments.continual.metrics import SCORES
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
+        >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
+        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=SCORES, dtype=float).assign(**names)
+        >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
+        >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
+        >>> ll.plots.continual_tradeoff(scores).get_xlabel()
+        'average accuracy (%)'
     """
     choice(score, "score", LOST)
     require_axes(ax)
@@ -101,7 +114,6 @@ def continual_tradeoff(
 
 
 def _draw_windows(ax: Axes, windows: pd.DataFrame, score: str) -> None:
-    scale = ScalarMappable(Normalize(0, 1), "cividis")
     lines = windows.sort_values("position").groupby(["strategy", "rank"], sort=False)
     several_ranks = windows["rank"].nunique() > 1
     for ((strategy, rank), line), marker in zip(lines, cycle(MARKERS), strict=False):
@@ -109,12 +121,12 @@ def _draw_windows(ax: Axes, windows: pd.DataFrame, score: str) -> None:
         name = name_of_windows(strategy, rank, several_ranks)
         look = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.6, "zorder": 3}
         for _, row in line.iterrows():
-            colour = scale.to_rgba(row["position"])
+            colour = position_colour(row["position"])
             _cross(ax, row, score, colour)
             ax.plot(row["average_accuracy"], row[score], marker, color=colour, label="_window", **look)
         ax.plot([], [], marker, color="0.5", label=shortened(name), **look)
     if len(windows):
-        colour_bar(scale, ax, "position of the window")
+        position_bar(ax)
 
 
 def _draw_others(ax: Axes, others: pd.DataFrame, score: str) -> None:
@@ -160,9 +172,21 @@ def forgetting_by_position(scores: pd.DataFrame, score: str = "average_forgettin
     Args:
         scores: as for :func:`continual_tradeoff`.
         score: average_forgetting, retained_forgetting, average_accuracy or another of SCORES.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: as :func:`continual_tradeoff`, or no run of a window placed by position.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> from lora_lens.experiments.continual.metrics import SCORES
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
+        >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
+        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=SCORES, dtype=float).assign(**names)
+        >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
+        >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
+        >>> ll.plots.forgetting_by_position(scores).get_title()
+        'Average forgetting'
     """
     choice(score, "score", SCORES)
     means = _means(scores, [score])

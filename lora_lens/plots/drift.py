@@ -6,10 +6,8 @@ from textwrap import shorten
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -19,8 +17,8 @@ from lora_lens._base.schema import checked
 from lora_lens._base.validate import instance, share_matrix
 from lora_lens.forgetting.predictors import OUTSIDE
 from lora_lens.forgetting.run_groups import DRIFTS
+from lora_lens.plots._scores import PERCENT, position_bar, position_colour, rate_markers
 from lora_lens.plots._style import colour_bar, literal, styled
-from lora_lens.plots.sweeps import PERCENT, RATE_MARKERS
 from lora_lens.spectrum.window import Window
 
 SHARES = {
@@ -73,14 +71,24 @@ MEASURES = {
 @styled
 def rotation_matrix(turned: Tensor, window: Window | None = None, *, ax: Axes) -> Axes:
     """|cos| between singular vectors before (rows) and after (columns), from
-    ``ll.forgetting.turned``.
+    :func:`lora_lens.forgetting.turned`.
 
     A bright diagonal is a basis that stayed; what lies off it turned. Colours are logarithmic from 0.001.
     Lines mark the window's components.
 
+    Args:
+        turned: (components before, components after), in [0, 1].
+        window: of which the ends are marked; default none.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         TypeError: ``turned`` holds no numbers or is a table, or ``window`` is no window.
         ValueError: ``turned`` is no matrix with entries in [0, 1], or the window does not fit.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> ll.plots.rotation_matrix(torch.eye(8), ll.Window.middle(2)).get_title()
+        'How far the basis turned'
     """
     cosines = share_matrix(turned, "turned", "ll.forgetting.turned")
     if window is not None:
@@ -107,9 +115,17 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
     Args:
         drifts: from :meth:`lora_lens.Sweep.drifts`, with position merged from the table of runs; rows
             without a position (other methods) or an update are left out.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, or no rows are left.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> shares = {"inside": 0.5, "above": 0.2, "below": 0.1, "mixed": 0.1, "outside": 0.1}
+        >>> drifts = pd.DataFrame([{"position": p, "update": 1.0, **shares} for p in (0, 1)])
+        >>> ll.plots.shares(drifts).get_xlabel()
+        'position of the window'
     """
     drifts = checked(drifts, ["position", "update", *SHARES], *DRIFTS)
     known = drifts[drifts["update"] > 0].dropna(subset=["position", *SHARES])
@@ -149,8 +165,18 @@ def predictors(result: pd.DataFrame, *, ax: Axes) -> Axes:
     Beside each bar stands the rank correlation. Negative R^2 are cut off at 0: worse than the mean. Thin
     lines are the 95% intervals, where the result has them.
 
+    Args:
+        result: one row per measure, with the columns measure, r2 and spearman.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         ValueError: a column is missing, or there are no rows.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> result = pd.DataFrame({"measure": ["update", "lr"], "r2": [0.8, 0.3], "spearman": [0.9, 0.5]})
+        >>> ll.plots.predictors(result).get_title()
+        'What predicts forgetting'
     """
     columns = ["measure", "r2", "spearman"]
     result = checked(result, columns, "the result", "ll.forgetting.predict_forgetting")
@@ -186,9 +212,17 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
         table: from :func:`lora_lens.sweep`.
         measures: from :func:`lora_lens.forgetting.by_run`.
         measure: one of its columns.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: a column is missing, or no run of the table has a value of the measure.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> table = pd.DataFrame({"run": ["a", "b"], "method": "window", "position": [0, 1], "lr": 0.01})
+        >>> measures = pd.DataFrame({"run": ["a", "b"], "update": [2.0, 1.0]})
+        >>> ll.plots.against_forgetting(table.assign(forgetting=[0.2, 0.1]), measures, "update").get_xlabel()
+        'update, ||dW||'
     """
     table = checked(table, ["run", "method", "position", "lr", "forgetting"], once=True)
     instance(measure, str, "measure", "a column of the measures, such as 'relative'")
@@ -198,12 +232,10 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
         raise InputError(
             f"none of the table's runs has a value of {measure}; pass the measures of the same table"
         )
-    scale = ScalarMappable(Normalize(0, 1), colormaps["cividis"].with_extremes(bad=NO_POSITION))
-    rates = sorted(runs["lr"].unique())
     handles = []
-    for rate, marker in zip(rates, RATE_MARKERS * len(rates), strict=False):
+    for rate, marker in rate_markers(runs["lr"]).items():
         for window, group in runs[runs["lr"] == rate].groupby(runs["method"] == "window"):
-            colours = scale.to_rgba(group["position"].to_numpy(float)) if window else "none"
+            colours = [position_colour(p, NO_POSITION) for p in group["position"]] if window else "none"
             edge = "white" if window else "0.3"
             ax.scatter(
                 group[measure], group["forgetting"], c=colours, marker=marker, s=34,
@@ -218,7 +250,7 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
     if runs.loc[runs["method"] == "window", "position"].isna().any():
         handles.append(Line2D([], [], color=NO_POSITION, marker="o", linestyle="", label="no position"))
     ax.legend(handles=handles, title="learning rate", loc="best")
-    colour_bar(scale, ax, "position of the window")
+    position_bar(ax)
     ax.yaxis.set_major_formatter(PERCENT)
     ax.set(xlabel=literal(MEASURES.get(measure, measure)), ylabel="forgetting (percentage points)", title="")
     return ax

@@ -32,9 +32,15 @@ def confusion(counts: np.ndarray, classes: Sequence[str], *, ax: Axes) -> Axes:
         counts: (classes, classes), from :func:`lora_lens.forgetting.confusion`. Rows without examples stay
             empty.
         classes: their names.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: the shape of ``counts`` is not that of the classes.
+
+    Example:
+        >>> import lora_lens as ll, numpy as np
+        >>> [text.get_text() for text in ll.plots.confusion(np.array([[9, 1], [5, 5]]), ["cat", "dog"]).texts]
+        ['90', '10', '50', '50']
     """
     counts = numbers(counts, "counts")
     classes = [literal(name) for name in sequence(classes, "classes", "the classes' names")]
@@ -87,6 +93,14 @@ def forgotten_examples(
     Raises:
         ValueError: there is nothing to show, an item is not among the test examples, a column is missing, too
             few ``axes``, or the task is one of neither images nor classified texts.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd, torch
+        >>> images = ll.Examples(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))
+        >>> clothes = ll.Task("clothes", ("shirt", "coat"), images, images)
+        >>> forgotten = {"item": [0, 3], "label": [0, 1], "share": [1.0, 0.5], "instead": [1, 0]}
+        >>> ll.plots.forgotten_examples(clothes, pd.DataFrame(forgotten)).shape
+        (1, 2)
     """
     kind = shown_as(task)
     columns = ["item", "label", "share", "instead"]

@@ -14,9 +14,17 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import block_and_kind
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import instance
+from lora_lens.plots._scores import (
+    LABELS,
+    line_in_range,
+    placed_windows,
+    position_ticks,
+    require_score,
+    show_unit,
+    with_unit,
+)
 from lora_lens.plots._style import literal, styled
-from lora_lens.plots.sweeps import LABELS, require_score, show_unit, with_unit
-from lora_lens.plots.trade_offs import LONGEST, POSITIONS
+from lora_lens.plots.trade_offs import LONGEST
 
 
 @styled
@@ -29,10 +37,18 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
     Args:
         table: runs at one learning rate that differ in ``setting``, such as rank, steps or targets.
         score: accuracy, retained_accuracy, forgetting or loss_rise (in nats).
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``score``, a column is missing, the table has several rates or no window placed by
             position, or two runs of a seed differ in more than ``setting`` and position.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
+        >>> table = table.assign(rank=8, forgetting=[0.2, 0.1, 0.1])
+        >>> ll.plots.by_setting(table, "rank").get_title()
+        'Forgetting by rank'
     """
     require_score(score)
     instance(setting, str, "setting", "the name of a column, such as 'rank'")
@@ -44,7 +60,7 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
             f"one picture shows one learning rate, and the table has {rates or 'none'}; choose one, such as "
             "table[table['lr'] == 0.005]"
         )
-    windows = table[(table["method"] == "window") & table["position"].notna() & table[setting].notna()]
+    windows = table[placed_windows(table) & table[setting].notna()]
     if windows.empty:
         raise InputError(f"the table has no runs of windows placed by position and with a {setting}")
     lora = table[table["method"] == "LoRA"]
@@ -59,10 +75,7 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
     references = lora[lora[setting].isin(values)].dropna(subset=score)
     for value, colour in zip(values, sns.color_palette("colorblind", len(values)), strict=True):
         by_position = windows[windows[setting] == value].groupby("position")[score]
-        mean = by_position.mean()
-        band = {"color": colour, "alpha": 0.18, "linewidth": 0}
-        ax.fill_between(mean.index, by_position.min(), by_position.max(), **band)
-        ax.plot(mean.index, mean, marker="o", color=colour, label=_setting_name(value))
+        line_in_range(ax, by_position, color=colour, marker="o", label=_setting_name(value))
         flat = references.loc[references[setting] == value, score].mean()
         if pd.notna(flat):
             ax.axhline(flat, color=colour, linestyle="--", linewidth=1.2)
@@ -71,7 +84,7 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
         handles.append(Line2D([], [], color="0.3", linestyle="--", linewidth=1.2, label="LoRA"))
     words = literal("layers" if setting == "targets" else setting.replace("_", " "))
     ax.legend(handles=handles, title=words, loc="best")
-    ax.set_xticks(POSITIONS, [f"{position:g}" for position in POSITIONS])
+    position_ticks(ax)
     show_unit(ax, score)
     title = f"{LABELS[score].capitalize()} by {words}"
     ax.set(xlabel="position of the window", ylabel=with_unit(score), title=title)

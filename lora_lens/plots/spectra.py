@@ -17,7 +17,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import block_and_kind
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import flag, instance, number, sequence, share_matrix, whole_number
-from lora_lens.plots._style import colour_bar, house_style, literal, some_axes, styled
+from lora_lens.plots._style import colour_bar, house_style, literal, panels, some_axes, styled
 from lora_lens.spectrum.measures import cumulative_energy as energy_until
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Window
@@ -25,7 +25,6 @@ from lora_lens.spectrum.window import Window
 WINDOW_COLOUR = "#E69F00"
 LINE_STYLES = ("-", "--", "-.", ":")
 HEAT = "cividis"
-COUNTS = {"effective_rank", "stable_rank", "participation_ratio", "above_mp", "tail"}
 FLOOR = 1e-12  # smaller singular values are drawn here: a logarithmic axis has no zero
 
 
@@ -33,7 +32,17 @@ FLOOR = 1e-12  # smaller singular values are drawn here: a logarithmic axis has 
 def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, ax: Axes) -> Axes:
     """Singular values by component, one line per weight, one colour per kind, later blocks paler.
 
-    A ``window`` is shaded where it lies on the widest spectrum.
+    Args:
+        spectra: from :func:`lora_lens.spectra`, or one of them.
+        window: shaded where it lies on the widest spectrum; default none.
+        ax: to draw on; default a new pyplot figure.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
+        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
+        >>> ll.plots.spectrum(spectra, ll.Window.first(2)).get_title()
+        'Spectra of 4 weights'
     """
     weights = [spectra] if isinstance(spectra, Spectrum) else list(some_spectra(spectra).values())
     if window is not None:
@@ -82,6 +91,13 @@ def small_multiples(
 
     Raises:
         ValueError: there are fewer ``axes`` than kinds.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
+        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
+        >>> [ax.get_title() for ax in ll.plots.small_multiples(spectra)]
+        ['fc', 'proj']
     """
     columns, relative = whole_number(columns, "columns", least=1), flag(relative, "relative")
     places = {name: block_and_kind(name) for name in some_spectra(spectra)}
@@ -91,15 +107,18 @@ def small_multiples(
     colours = ScalarMappable(scale, sns.color_palette("crest", as_cmap=True))
     with house_style():
         alone = axes is None
-        axes = _panels(len(kinds), columns) if alone else some_axes(axes, len(kinds), "kinds of weights")
+        if alone:
+            axes = panels(len(kinds), columns, None, (2.6, 2.3), (1, 0.5), sharex=True, sharey=True)
+        else:
+            axes = some_axes(axes, len(kinds), "kinds of weights")
         axes = axes[: len(kinds)]
-        panels = dict(zip(kinds, axes, strict=True))
+        by_kind = dict(zip(kinds, axes, strict=True))
         for name, (block, kind) in places.items():
             values = spectra[name].singular_values.clamp_min(FLOOR).numpy()
             steps = np.arange(len(values)) / (len(values) if relative else 1)
             colour = colours.to_rgba(block) if block >= 0 else "0.5"
-            panels[kind].plot(steps, values, color=colour, linewidth=1)
-        for kind, ax in panels.items():
+            by_kind[kind].plot(steps, values, color=colour, linewidth=1)
+        for kind, ax in by_kind.items():
             ax.set(yscale="log", title=literal(kind))
             _thin_ticks(ax)
         across = "component, i / k" if relative else "component i (0 = largest)"
@@ -121,6 +140,17 @@ def cumulative_energy(spectra: SpectrumSet | Mapping[str, SpectrumSet], *, ax: A
     models: the median over its weights, in a band from the 10th to the 90th
     percentile. Both axes are shares, so weights of any size compare. Equal
     singular values would give the grey diagonal.
+
+    Args:
+        spectra: of one model, or of several by the models' names.
+        ax: to draw on; default a new pyplot figure.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
+        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
+        >>> [line.get_label() for line in ll.plots.cumulative_energy({"small": spectra}).lines]
+        ['small', 'equal values']
     """
     if isinstance(spectra, SpectrumSet):
         some_spectra(spectra)
@@ -153,32 +183,68 @@ def cumulative_energy(spectra: SpectrumSet | Mapping[str, SpectrumSet], *, ax: A
 
 
 @styled
-def depth_map(
+def by_depth(
     table: pd.DataFrame,
     column: str = "effective_rank",
     *,
-    share: bool | None = None,
+    heat_map: bool = False,
+    share: bool = False,
     limits: tuple[float, float] | None = None,
     ax: Axes,
 ) -> Axes:
-    """One column of ``SpectrumSet.table()`` as a heat map, kind of weight by block.
+    """One column of ``SpectrumSet.table()`` against the block: a line per kind of weight, or a heat map.
 
     Args:
-        table: of a model of any depth; up to 12 blocks have their values written in.
+        table: one row per weight of a model of any depth.
         column: any numeric one; means, where a block has several weights of a kind.
-        share: divide by k, the number of components; default for columns that count
-            components (the ranks).
-        limits: of the colour scale, to compare several maps; default the range of the values.
+        heat_map: kinds by blocks instead of lines; up to 12 blocks have their values written in.
+        share: divide by k, the number of components, such as the ranks, which count components.
+        limits: the lowest and the highest value shown, to compare several pictures; default that of the
+            values.
         ax: to draw on; default a new pyplot figure.
+
+    Raises:
+        ValueError: a column is missing, the table is empty, or ``limits`` are not two.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> names = ("blocks.0.fc", "blocks.1.fc", "blocks.2.fc")
+        >>> spectra = [ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names]
+        >>> table = ll.SpectrumSet(spectra).table()
+        >>> ll.plots.by_depth(table, "stable_rank").get_ylabel()
+        'stable rank'
+        >>> ax = ll.plots.by_depth(table, heat_map=True, share=True, limits=(0, 1))
+        >>> ax.images[0].get_array().shape
+        (1, 3)
     """
-    table = _of_spectra(table, column, "k")
-    share = column in COUNTS if share is None else flag(share, "share")
+    instance(column, str, "column", "the name of a column, such as 'effective_rank'")
+    columns = ["kind", "block", *(["k"] if flag(share, "share") else []), column]
+    table = checked(table, columns, "the table of spectra", "SpectrumSet.table()")
     if limits is not None:
         limits = [number(limit, "each of limits") for limit in sequence(limits, "limits", "two numbers")]
         if len(limits) != 2:
             raise InputError(f"limits are the lowest and the highest value, not {len(limits)} numbers")
-    values = table[column] / table["k"] if share else table[column]
-    cells = table.assign(value=values).pivot_table("value", "kind", "block", sort=False)
+    table = table.assign(
+        value=table[column] / table["k"] if share else table[column], kind=table["kind"].map(literal)
+    )
+    name = literal(column.replace("_", " "))
+    label, title = (f"{name} / k", ", as a share of k") if share else (name, "")
+    if flag(heat_map, "heat_map"):
+        _draw_depth_map(ax, table, limits, label)
+        ax.set(xlabel="block", title=f"{name.capitalize()} by block{title}")
+        return ax
+    sns.lineplot(
+        table, x="block", y="value", hue="kind", style="kind", markers=True, dashes=False,
+        palette=sns.color_palette("colorblind", table["kind"].nunique()), ax=ax,
+    )  # fmt: skip
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="block", ylabel=label, ylim=limits, title=f"{name.capitalize()} by depth{title}")
+    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
+    return ax
+
+
+def _draw_depth_map(ax: Axes, table: pd.DataFrame, limits: list[float] | None, label: str) -> None:
+    cells = table.pivot_table("value", "kind", "block", sort=False)
     cells = cells[sorted(cells.columns)].where(np.isfinite)
     low, high = limits or (cells.min(axis=None), cells.max(axis=None))
     image = ax.imshow(cells, cmap=HEAT, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
@@ -187,12 +253,9 @@ def depth_map(
     every = -(-len(cells.columns) // 12)
     shown = range(0, len(cells.columns), every)
     ax.set_xticks(shown, [str(cells.columns[i]) if cells.columns[i] >= 0 else "none" for i in shown])
-    ax.set_yticks(range(len(cells)), [literal(kind) for kind in cells.index])
-    name = literal(column.replace("_", " "))
-    ax.set(xlabel="block", title=f"{name.capitalize()} by block" + (", as a share of k" if share else ""))
+    ax.set_yticks(range(len(cells)), cells.index)
     ax.grid(False)
-    colour_bar(image, ax, f"{name} / k" if share else name)
-    return ax
+    colour_bar(image, ax, label)
 
 
 @styled
@@ -207,6 +270,11 @@ def overlap(matrix: np.ndarray, *, ax: Axes) -> Axes:
     Raises:
         ValueError: the matrix is not 2-D, or holds values outside [0, 1].
         TypeError: it is a table, or holds no numbers.
+
+    Example:
+        >>> import lora_lens as ll, numpy as np
+        >>> ll.plots.overlap(np.eye(4)).get_xlabel()
+        'band of components after (0 = largest)'
     """
     matrix = share_matrix(matrix, "matrix", "ll.spectrum.overlap_matrix")
     image = ax.imshow(matrix, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
@@ -241,29 +309,11 @@ def named_spectra(models: object) -> dict[str, SpectrumSet]:
     }
 
 
-def _of_spectra(table: object, column: str, *more: str) -> pd.DataFrame:
-    instance(column, str, "column", "the name of a column, such as 'effective_rank'")
-    return checked(table, ["kind", "block", *more, column], "the table of spectra", "SpectrumSet.table()")
-
-
 def _thin_ticks(ax: Axes) -> None:
     """No minor ticks on a logarithmic axis of many decades: they say little and cost most of the time."""
     low, high = ax.get_ylim()
     if high > 100 * low:
         ax.yaxis.minorticks_off()
-
-
-def _panels(count: int, columns: int) -> np.ndarray:
-    """The Axes of a new figure in rows of ``columns``, with common scales; shape (count,)."""
-    columns = min(count, columns)
-    rows = -(-count // columns)
-    size = (2.6 * columns + 1, 2.3 * rows + 0.5)
-    axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)[1].ravel()
-    for ax in axes[count:]:
-        ax.remove()
-    for ax in axes[max(count - columns, 0) : count]:
-        ax.xaxis.set_tick_params(labelbottom=True)  # also where the panel below was removed
-    return axes[:count]
 
 
 def _cumulated(s: Spectrum) -> tuple[np.ndarray, np.ndarray]:
@@ -278,19 +328,3 @@ def _write_in(ax: Axes, cells: np.ndarray, low: float, high: float) -> None:
         if np.isfinite(value):
             colour = "white" if value < (low + high) / 2 else "black"
             ax.text(column, row, f"{value:{style}}", ha="center", va="center", color=colour, fontsize=8.5)
-
-
-@styled
-def by_depth(table: pd.DataFrame, column: str = "effective_rank", *, ax: Axes) -> Axes:
-    """One column of ``SpectrumSet.table()`` against the block, one line per kind."""
-    table = _of_spectra(table, column)
-    table = table.assign(kind=table["kind"].map(literal))
-    sns.lineplot(
-        table, x="block", y=column, hue="kind", style="kind", markers=True, dashes=False,
-        palette=sns.color_palette("colorblind", table["kind"].nunique()), ax=ax,
-    )  # fmt: skip
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    name = literal(column.replace("_", " "))
-    ax.set(xlabel="block", ylabel=name, title=f"{name.capitalize()} by depth")
-    sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
-    return ax

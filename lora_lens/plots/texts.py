@@ -43,6 +43,12 @@ def token_shares(pieces: Sequence[str], shares: ArrayLike, *, ax: Axes | None = 
 
     Raises:
         ValueError: there are no pieces, not as many shares, or shares outside [0, 1].
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ax = ll.plots.token_shares(["Good", " day"], [0.25, 0.5])
+        >>> [text.get_text() for text in ax.texts]
+        ['Good', '25', 'day', '50']
     """
     require_axes(ax)
     pieces = sequence(pieces, "pieces", "tokens in writing")

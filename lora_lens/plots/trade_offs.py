@@ -9,8 +9,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -20,8 +18,22 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked, sweep_table
 from lora_lens.forgetting.aggregate import pareto_front, seed_means
 from lora_lens.forgetting.run_groups import WINDOW, groups, window_columns
-from lora_lens.plots._style import colour_bar, house_style, literal, require_axes, styled
-from lora_lens.plots.sweeps import LABELS, PERCENT, UNITS, require_score, show_unit, with_unit
+from lora_lens.plots._scores import (
+    LABELS,
+    OTHERS,
+    PERCENT,
+    POSITIONS,
+    UNITS,
+    WINDOWS,
+    method_name,
+    placed_windows,
+    position_bar,
+    position_colour,
+    require_score,
+    show_unit,
+    with_unit,
+)
+from lora_lens.plots._style import house_style, literal, require_axes, styled
 
 COLOURS = {
     "accuracy": "viridis",
@@ -29,9 +41,7 @@ COLOURS = {
     "forgetting": "rocket_r",
     "loss_rise": "rocket_r",
 }
-# Colours in full, not "C0": a cycle's colours are looked up when the figure is drawn, after the style's end.
-WINDOWS, OTHERS, COLLAPSE = "#0072B2", "#404040", "#D55E00"
-POSITIONS = (0, 0.25, 0.5, 0.75, 1)
+COLLAPSE = "#D55E00"
 LONGEST = 34  # characters of a name in one line
 IN_THE_PICTURE = 4  # more names than these stand in a legend below it
 ROW = 0.26  # inches that a row of the surface takes if it may
@@ -53,6 +63,14 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes | None =
     Raises:
         ValueError: another ``score``, a column is missing, the table is empty, or two runs share window, rate
             and seed.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
+        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
+        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
+        >>> ll.plots.surface(table.assign(forgetting=table["lr"])).get_ylabel()
+        'window or method'
     """
     require_score(score)
     require_axes(ax)
@@ -112,10 +130,19 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
     Args:
         result: one row per window or method with ``score``, and with ``score`` + _low and _high.
         score: any for which the result has these columns: accuracy, forgetting, loss_rise.
+        ax: to draw on; default a new pyplot figure.
 
     Raises:
         ValueError: another ``score``, a column is missing, there are no rows, or a window or method has
             several.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> windows = {"method": "window", "rank": 8, "position": [0, 1], "start": None, "seeds": 5}
+        >>> interval = {"forgetting_low": [0.2, 0.1], "forgetting_high": [0.4, 0.3]}
+        >>> result = pd.DataFrame({**windows, "forgetting": [0.3, 0.2], **interval})
+        >>> ll.plots.comparison(result).get_ylabel()
+        'forgetting (percentage points)'
     """
     require_score(score)
     columns = [*WINDOW, "seeds", score, f"{score}_low", f"{score}_high"]
@@ -128,7 +155,7 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
             "as result[result['lr'] == 0.005] or result[result['most_reached']]"
         )
     rows = _ordered(result)
-    placed = (rows["method"] == "window") & rows["position"].notna()
+    placed = placed_windows(rows)
     windows, others = rows[placed], rows[~placed]
     lines = windows.groupby([key for key in keys if key in ("rank", "variant")], dropna=False, sort=False)
     palette = [WINDOWS, *sns.color_palette("colorblind", lines.ngroups)[1:]]
@@ -192,8 +219,21 @@ def robustness(result: pd.DataFrame, *, ax: Axes) -> Axes:
     The bar reaches from the lowest to the highest rate within the tolerance, the dot is the best rate, a
     cross the rate at which the window collapses. A pale bar is a lower bound: it ends where the grid does.
 
+    Args:
+        result: one row per window or method.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         ValueError: a column is missing, or there are no rows.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
+        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
+        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
+        >>> widths = ll.forgetting.rate_robustness(table, tolerance=0.02)
+        >>> ll.plots.robustness(widths).get_xlabel()
+        'learning rate'
     """
     columns = [*WINDOW, "best_lr", "lowest", "highest", "at_grid_end", "collapse"]
     result = checked(result, columns, "the result", "ll.forgetting.rate_robustness")
@@ -236,14 +276,26 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     front). A pale line joins all its rates from the lowest to the highest; it may leave the picture, which
     shows the fronts. Windows are coloured by position; other methods are dashed.
 
+    Args:
+        table: from :func:`lora_lens.sweep`.
+        ax: to draw on; default a new pyplot figure.
+
     Raises:
         ValueError: a column is missing, the table is empty, or two runs share window, rate and seed.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
+        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
+        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
+        >>> table = table.assign(retained_accuracy=0.9 - 10 * table["lr"], forgetting=10 * table["lr"])
+        >>> ll.plots.fronts_by_method(table).get_ylabel()
+        'accuracy on the retained task (%)'
     """
     table = sweep_table(table)
     keys = window_columns(table)
     groups(table, ["accuracy"])  # refuses two runs of a window, rate and seed
     means = _ordered(seed_means(table))
-    scale = ScalarMappable(Normalize(0, 1), "cividis")
     rows = means.groupby(keys, dropna=False, sort=False)
     firsts = rows.head(1)
     others = firsts[firsts["method"] != "window"]
@@ -257,8 +309,7 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
         if first in dashed:
             look = {"color": dashed[first], "linestyle": "--"}
         else:
-            position = group["position"].iloc[0]
-            look = {"color": scale.to_rgba(position) if pd.notna(position) else "0.5"}
+            look = {"color": position_colour(group["position"].iloc[0])}
         pale = {"alpha": 0.3, "linewidth": 1, "marker": ".", "zorder": 1, "label": "_every rate"}
         ax.plot(group["accuracy"], group["retained_accuracy"], **look | pale)
         strong = {"linewidth": 1.8, "marker": "o", "markersize": 5, "label": names.get(first, "_front")}
@@ -266,7 +317,7 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
         fronts.append(front)
     _show_only(ax, pd.concat(fronts)[["accuracy", "retained_accuracy"]].to_numpy())
     if (firsts["method"] == "window").any():
-        colour_bar(scale, ax, "position of the window")
+        position_bar(ax)
     handles, _ = ax.get_legend_handles_labels()
     handles.append(Line2D([], [], color="0.5", alpha=0.5, linewidth=1, marker=".", label="all rates"))
     if len(others) > IN_THE_PICTURE:
@@ -276,8 +327,8 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PERCENT)
     ax.set(
-        xlabel="accuracy on the new task (%)",
-        ylabel="accuracy on the retained task (%)",
+        xlabel=with_unit("accuracy"),
+        ylabel=with_unit("retained_accuracy"),
         title="What each window offers when its rate is chosen",
     )
     return ax
@@ -304,13 +355,9 @@ def _full_names(rows: pd.DataFrame) -> list[str]:
     several = [key for key in ("rank", "variant") if key in rows and rows[key].nunique() > 1]
     names = []
     for _, row in rows.iterrows():
-        name = str(row["method"])
-        if name == "window" and pd.notna(row["position"]):
-            name = f"window at {row['position']:.3g}"
-        elif name == "window":
-            name = f"window from {row['start']:g}"
-        details = [f", {key} {row[key]:g}" if key == "rank" else f", {row[key]}" for key in several]
-        names.append(name + "".join(d for d, key in zip(details, several, strict=True) if pd.notna(row[key])))
+        known = [key for key in several if pd.notna(row[key])]
+        details = [f", {key} {row[key]:g}" if key == "rank" else f", {row[key]}" for key in known]
+        names.append(method_name(row) + "".join(details))
     return names
 
 

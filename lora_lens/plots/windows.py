@@ -24,9 +24,25 @@ ROUNDING = 1e-5  # norms below this share of the others are what float32 leaves 
 def decomposition(spectrum: Spectrum, window: Window, axes: np.ndarray | None = None) -> np.ndarray:
     """The weight, the slice that the window holds and the residual that stays, as three heat maps.
 
+    The colours of weight and residual share one scale; the slice has its own, written in its title.
+
     Returns:
-        The three Axes. The colours of weight and residual share one scale;
-        the slice has its own, written in its title.
+        The three Axes, shape (3,).
+
+    Args:
+        spectrum: of one weight, with vectors.
+        window: the components of the slice.
+        axes: to draw on, at least three; default a new pyplot figure.
+
+    Raises:
+        ValueError: the window does not fit the weight, or there are fewer than three ``axes``.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> spectrum = ll.spectrum.factorize("fc", torch.randn(6, 4))
+        >>> axes = ll.plots.decomposition(spectrum, ll.Window.middle(2))
+        >>> axes[0].get_title().splitlines()[0]
+        'weight W'
     """
     instance(spectrum, Spectrum, "spectrum", "that of one weight, such as ll.spectra(model)[layer]")
     instance(window, Placement, "window", "a Window, such as ll.Window.middle(8)")
@@ -116,6 +132,13 @@ def feature_maps(
     Raises:
         ValueError: these are no images, not as many as were split, the tokens are no square, or
             ``axes`` have another shape.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> images = torch.rand(2, 1, 8, 8)
+        >>> norms = ll.forgetting.FeatureNorms(window_norms=torch.rand(2, 4), residual_norms=torch.rand(2, 4))
+        >>> ll.plots.feature_maps(images, norms).shape
+        (2, 3)
     """
     instance(images, Tensor, "images", "a tensor (n, channels, height, width)")
     instance(split, (FeatureSplit, FeatureNorms), "split", "what ll.forgetting.feature_split returns")

@@ -14,24 +14,6 @@ Each explorer already shows a sensible view. Bad arguments raise at the door; wh
 at some setting of the controls, is said in place until the controls are moved again.
 """
 
-from lora_lens.widgets._pages import pages
-from lora_lens.widgets.continual import continual_explorer
-from lora_lens.widgets.fair_comparison import comparison_explorer
-from lora_lens.widgets.forgotten import forgotten_explorer
-from lora_lens.widgets.live_training import training_explorer
-from lora_lens.widgets.one_window import window_explorer
-from lora_lens.widgets.spectra import spectrum_explorer
-from lora_lens.widgets.trade_off import tradeoff_explorer
-from lora_lens.widgets.two_windows import pair_explorer
+import lazy_loader
 
-__all__ = [
-    "comparison_explorer",
-    "continual_explorer",
-    "forgotten_explorer",
-    "pages",
-    "pair_explorer",
-    "spectrum_explorer",
-    "tradeoff_explorer",
-    "training_explorer",
-    "window_explorer",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

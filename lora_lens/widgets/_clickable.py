@@ -1,8 +1,8 @@
-"""Pictures whose points are buttons, and on which a rectangle can be drawn: the page's side is explorer.js.
+"""Pictures whose points are buttons, and on which a rectangle can be drawn.
 
 An HTML image cannot say where it was clicked, so every point gets a real button, placed over the picture in
 percent of its size: it grows and shrinks with it, takes the keyboard, and has a name for screen readers. What
-is chosen reaches Python as the value of a hidden text field in the same explorer.
+is chosen comes back through :class:`lora_lens.widgets._page.Page`, whose side in the browser is explorer.js.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from ipywidgets import Text
 from matplotlib.axes import Axes
 
 from lora_lens._base.errors import InputError
@@ -36,16 +35,6 @@ class Spot:
     label: str
     value: str
     aside: bool = False
-
-
-def picked_text(value: str = "") -> Text:
-    """The hidden control whose value is that of the spot picked last."""
-    return _hidden("ll-picked", value)
-
-
-def brushed_text() -> Text:
-    """The hidden control whose value is the rectangle drawn last; see :func:`brushed_ranges`."""
-    return _hidden("ll-brushed")
 
 
 def clickable(
@@ -105,12 +94,6 @@ def brushed_ranges(text: str, ax: Axes) -> Rectangle:
     ends = start[:, None] + np.array([(x0, x1), (y0, y1)]) * (end - start)[:, None]
     (left, right), (bottom, top) = np.sort(ends, axis=1).tolist()
     return (left, right), (bottom, top)
-
-
-def _hidden(kind: str, value: str = "") -> Text:
-    text = Text(value)
-    text.add_class(kind)
-    return text
 
 
 def _place(ax: Axes) -> str:

@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, wraps
 from html import escape
-from importlib.resources import files
-from threading import RLock, Timer
 
 import numpy as np
 import pandas as pd
 from IPython.display import HTML as StaticHTML, display
-from ipywidgets import HTML, Checkbox, Dropdown, HBox, Layout, VBox, Widget as Control
+from ipywidgets import HTML, Checkbox, Dropdown, HBox, Layout, SelectMultiple, VBox, Widget as Control
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,12 +25,11 @@ from lora_lens._base.errors import LoraLensError
 from lora_lens._base.validate import known_settings
 from lora_lens.plots._image import as_html
 from lora_lens.plots._style import DRAWING
+from lora_lens.widgets._page import Page
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
-BUSY_AFTER = 0.3  # seconds
 PAUSE = 0.15  # seconds without a change before slow parts begin
-BUSY = '<p class="ll-busy" aria-hidden="true">working ...</p>'
 DONE = object()
 
 LOG = logging.getLogger(__name__)
@@ -40,43 +37,33 @@ LOG = logging.getLogger(__name__)
 Parts = Iterator[tuple[HTML, str] | None]
 
 
-class _BusySign(HTML):
-    """Says that something is worked at, once it takes long: a sign for every move would slow all down."""
-
-    def __init__(self) -> None:
-        self._lock = RLock()
-        self._soon: Timer | None = None
-        super().__init__()
-
-    def begin(self) -> None:
-        with self._lock:
-            if self._soon is not None:
-                self._soon.cancel()
-            self._soon = Timer(BUSY_AFTER, self._say)
-            self._soon.daemon = True
-            self._soon.start()
-
-    def end(self) -> None:
-        with self._lock:
-            if self._soon is not None:
-                self._soon.cancel()
-            self._soon, self.value = None, ""
-
-    def _say(self) -> None:
-        with self._lock:
-            if self._soon is not None:  # not ended while this waited for the lock
-                self.value = BUSY
-
-
 class Explorer(VBox):
-    """Controls over a message over results; in a saved page, a still copy of the first view below."""
+    """Controls over a message over results; in a saved page, a still copy of the first view below.
+
+    The first view raises what is wrong, later ones say it in place.
+
+    Args:
+        rows: of controls.
+        results: what is hidden while something is wrong.
+        draw: sets the results and may change controls itself; that draws nothing again. For what takes
+            longer than a slider's move may, it returns an iterator: each pair of a box and its content is
+            shown as it comes, each None is a place to stop at. It runs in a thread of its own after a short
+            pause, and is dropped as soon as a control changes; at first, and where no event loop runs, all
+            of it is done at once.
+        page: to be told of clicks.
+    """
 
     def __init__(
-        self, rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]
+        self,
+        rows: list[list[Control]],
+        results: list[Control],
+        draw: Callable[[], Parts | None],
+        page: Page | None = None,
     ) -> None:
         self._draw = draw
+        self.page = Page() if page is None else page
         self._results = VBox(results)
-        self._message, self._busy, self._page = HTML(), _BusySign(), HTML()
+        self._message = HTML()
         self._drawing = False
         self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
         self._slow: set[HTML] = set()
@@ -85,21 +72,21 @@ class Explorer(VBox):
         for row in rows:
             for control in row:
                 control.observe(self._redraw, "value")
+        self.page.observe(self._redraw, ["picked", "brushed"])
         wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
         controls = [HBox(row, layout=wrapped) for row in rows]
-        super().__init__([self._page, *controls, self._message, self._busy, self._results])
+        super().__init__([self.page, *controls, self._message, self._results])
         self.add_class("ll-explorer")
-        self._page.value = _page_of(self.model_id)
+        self.page.still = f"ll-{self.model_id}"
         self._still = _still(rows, results)
 
     def close(self) -> None:
-        self._busy.end()
         self._view += 1
         super().close()
 
     def _ipython_display_(self) -> None:
         display(self._repr_mimebundle_(), raw=True)
-        display(StaticHTML(f'<div class="ll-still ll-{self.model_id}">{self._still}</div>'))
+        display(StaticHTML(f'<div class="ll-still {self.page.still}">{self._still}</div>'))
 
     def _redraw(self, _change: object) -> None:
         """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
@@ -107,7 +94,7 @@ class Explorer(VBox):
             return
         self._drawing = True
         self._view += 1
-        self._busy.begin()
+        self.page.busy = True
         follows = False
         try:
             parts = self._draw()
@@ -128,7 +115,7 @@ class Explorer(VBox):
         finally:
             self._drawing = False
             if not follows:
-                self._busy.end()
+                self.page.busy = False
 
     async def _follow(self, parts: Parts, view: int) -> None:
         """Show slow parts as they are ready, as long as nobody asks for another view."""
@@ -146,7 +133,7 @@ class Explorer(VBox):
                 self._say(words)
         finally:
             if view == self._view:
-                self._busy.end()
+                self.page.busy = False
 
     def _fill(self, parts: Iterable[tuple[HTML, str] | None]) -> None:
         for part in parts:
@@ -157,19 +144,8 @@ class Explorer(VBox):
                 self._slow.add(box)
 
     def _say(self, words: str) -> None:
-        self._message.value = f'<p role="alert"><b>{escape(words)}</b></p>'
+        self._message.value = alarm(words)
         self._results.layout.display = "none"  # a stale picture would answer another question
-
-
-def explorer(rows: list[list[Control]], results: list[Control], draw: Callable[[], Parts | None]) -> Explorer:
-    """Rows of controls over a message over results; the first view raises, later ones say what is wrong.
-
-    ``draw`` sets the results and may change controls itself; that draws nothing again. For what takes
-    longer than a slider's move may, it returns an iterator: each pair of a box and its content is shown as it
-    comes, each None is a place to stop at. It runs in a thread of its own after a short pause, and is dropped
-    as soon as a control changes; at first, and where no event loop runs, all of it is done at once.
-    """
-    return Explorer(rows, results, draw)
 
 
 def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
@@ -214,25 +190,6 @@ def _worker() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="explorer")
 
 
-def _page_of(model_id: str) -> str:
-    """The style, the script and the words that show where no kernel answers.
-
-    HTML that a widget inserts runs no script elements, but it runs what a picture does when it is loaded.
-    """
-    style, script = (
-        files("lora_lens.widgets").joinpath("static", f"explorer.{kind}").read_text()
-        for kind in ("css", "js")
-    )
-    once = "const root = this.closest('.ll-explorer'); if (root && !root.dataset.ready)"
-    script = f"{once} {{ root.dataset.ready = 1; (function (root) {{\n{script}\n}})(root) }}"
-    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
-    return (
-        f"<style>{style} .ll-still.ll-{model_id} {{ display: none }}</style>"
-        f'<img class="ll-script" alt="" src="{pixel}" onload="{escape(script)}">'
-        '<p class="ll-no-kernel">No kernel answers: this is the last view. Run the cell again to explore.</p>'
-    )
-
-
 def _still(rows: list[list[Control]], results: list[Control]) -> str:
     """The first view without its controls, but with what they said."""
     chosen = [
@@ -273,8 +230,20 @@ def rate_choice(table: pd.DataFrame) -> Dropdown:
     return Dropdown(options=options, value=learnt.idxmax(), description="learning rate", style=WORDS)
 
 
+def window_choice(names: list[str]) -> SelectMultiple:
+    """Windows and methods, at first all of them."""
+    layout = Layout(width="24em", max_width="98%")
+    rows = min(len(names), 6)
+    return SelectMultiple(options=names, value=names, rows=rows, description="windows", layout=layout)
+
+
 def checkbox(description: str) -> Checkbox:
     return Checkbox(True, description=description, indent=False, layout=Layout(width="max-content"))
+
+
+def alarm(words: str) -> str:
+    """What is wrong, in words that a screen reader says at once."""
+    return f'<p role="alert"><b>{escape(words)}</b></p>'
 
 
 def table_box() -> HTML:
@@ -337,6 +306,13 @@ def html_table(table: pd.DataFrame, rows_in_view: int | None = None, headings: s
         return text
     height = f"max-height: {2 * rows_in_view}em; overflow: auto"
     return f'<div tabindex="0" role="region" aria-label="table" style="{height}">{text}</div>'
+
+
+def percent(mean: float, low: float, high: float) -> str:
+    """A share with its interval, if there is one."""
+    if pd.isna(mean):
+        return ""
+    return f"{100 * mean:.1f}" + ("" if pd.isna(low) else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def plain_texts(values: pd.Series) -> list[str]:

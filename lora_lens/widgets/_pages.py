@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from html import escape
 
 from ipywidgets import HTML, Tab, VBox, Widget
 
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.validate import instance, shown
-from lora_lens.widgets._explorer import said
+from lora_lens.widgets._explorer import alarm, said
 
 WAITING = "<p>making this page ...</p>"
 
@@ -23,6 +22,13 @@ def pages(explorers: Mapping[str, Callable[[], Widget]]) -> Tab:
 
     Raises:
         ValueError: there are none.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> spectra = ll.SpectrumSet([ll.spectrum.factorize("blocks.0.fc", torch.randn(6, 4))])
+        >>> tabs = ll.widgets.pages({"Spectrum": lambda: ll.widgets.spectrum_explorer(spectra, rank=2)})
+        >>> tabs.titles
+        ('Spectrum',)
     """
     instance(explorers, Mapping, "explorers", "a dict of functions by the names on their tabs")
     if not explorers:
@@ -45,8 +51,7 @@ def pages(explorers: Mapping[str, Callable[[], Widget]]) -> Tab:
             places[number].children = [makers[number]()]
             made.add(number)
         except Exception as error:  # whatever a maker meets, the other pages go on
-            words = escape(said(error, "this page"))
-            places[number].children = [HTML(f'<p role="alert"><b>{words}</b></p>')]
+            places[number].children = [HTML(alarm(said(error, "this page")))]
 
     tabs.observe(lambda change: open_page(change["new"]), "selected_index")
     open_page(0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from ipywidgets import Button, FloatRangeSlider, Layout, SelectMultiple, Widget as Control
+from ipywidgets import Button, FloatRangeSlider, Layout, Widget as Control
 from matplotlib.axes import Axes
 
 from lora_lens._base.errors import InputError
-from lora_lens.widgets._clickable import brushed_ranges, brushed_text
-from lora_lens.widgets._explorer import WORDS
+from lora_lens.widgets._clickable import brushed_ranges
+from lora_lens.widgets._explorer import WORDS, window_choice
+from lora_lens.widgets._page import Page
 
 RANGED = ["accuracy", "retained_accuracy"]  # along x and along y
 STEP = 0.01  # of their sliders, in shares
@@ -18,27 +19,24 @@ STEP = 0.01  # of their sliders, in shares
 class RunChoice:
     """Which runs are looked at; all of them at first.
 
-    The sliders are the one truth: a rectangle drawn in the plane moves them.
+    The sliders are the single source of truth: a rectangle drawn in the plane moves them.
 
     Args:
         table: with the scores and window, the name of each run's window or method.
+        page: where the rectangle is drawn.
 
     Attributes:
         controls: to be shown, and to be observed.
     """
 
-    def __init__(self, table: pd.DataFrame) -> None:
-        self._table = table
+    def __init__(self, table: pd.DataFrame, page: Page) -> None:
+        self._table, self._page = table, page
         names = list(table.sort_values(["method", "position"], ascending=[False, True])["window"].unique())
-        self._windows = SelectMultiple(
-            options=names, value=names, rows=min(len(names), 6), description="windows",
-            layout=Layout(width="24em", max_width="98%"),
-        )  # fmt: skip
+        self._windows = window_choice(names)
         self._ranges = [_range_slider(table[column], column.replace("_", " ")) for column in RANGED]
-        self._brushed = brushed_text()
         everything = Button(description="all runs", tooltip="undo the choice of windows and of ranges")
         everything.on_click(self._choose_all)
-        self.controls: list[Control] = [self._windows, *self._ranges, everything, self._brushed]
+        self.controls: list[Control] = [self._windows, *self._ranges, everything]
 
     def take_brush(self, ax: Axes) -> None:
         """Move the sliders to the rectangle that was drawn in the Axes, if there is one.
@@ -46,7 +44,7 @@ class RunChoice:
         Raises:
             ValueError: it is no rectangle.
         """
-        text, self._brushed.value = self._brushed.value, ""  # the same one may be drawn again
+        text, self._page.brushed = self._page.brushed, ""  # the same one may be drawn again
         if text:
             for slider, (low, high) in zip(self._ranges, brushed_ranges(text, ax), strict=True):
                 ends = np.floor(low / STEP) * STEP, np.ceil(high / STEP) * STEP  # what is inside stays inside
@@ -78,7 +76,7 @@ class RunChoice:
 
     def _choose_all(self, _click: Button) -> None:
         self._windows.value = self._windows.options
-        self._brushed.value = "0,0,1,1"
+        self._page.brushed = "0,0,1,1"
 
 
 def _range_slider(values: pd.Series, description: str) -> FloatRangeSlider:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from textwrap import shorten
-
+import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PathCollection
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from lora_lens.forgetting.aggregate import pareto_front
-from lora_lens.plots._style import colour_bar, literal
-from lora_lens.plots.sweeps import PERCENT, RATE_MARKERS, with_unit
+from lora_lens.plots._scores import (
+    PERCENT,
+    method_colours,
+    plane_legend,
+    position_bar,
+    position_colour,
+    rate_markers,
+    with_unit,
+)
 from lora_lens.widgets._explorer import Picture
 
 SCORES = ["accuracy", "retained_accuracy"]
-PALE, NO_POSITION = "#cccccc", "#888888"
+PALE, FRONT = "#cccccc", "0.45"
 OTHER_METHODS = "#D55E00"
 MOST_NAMED = 4  # methods with a colour of their own
 LONGEST_NAME = 30  # characters
@@ -44,11 +46,9 @@ class RunPlane:
 
     def __init__(self, table: pd.DataFrame) -> None:
         self._table = table
-        others = [method for method in table["method"].unique() if method != "window"]
-        colours = sns.color_palette("bright", len(others)).as_hex()
-        self._edges = dict(zip(others, colours, strict=True))
-        if len(others) > MOST_NAMED:
-            self._edges = dict.fromkeys(others, OTHER_METHODS)
+        self._edges = method_colours(table["method"])
+        if len(self._edges) > MOST_NAMED:
+            self._edges = dict.fromkeys(self._edges, OTHER_METHODS)
         self._picture = Picture(self._draw, (9, 4.9))
 
     def html(self, shown: pd.Series, chosen: pd.Series, ranges: Ranges | None, alt: str) -> str:
@@ -77,22 +77,20 @@ class RunPlane:
 
     def _draw(self, figure: Figure) -> list[PathCollection | Line2D | Rectangle]:
         self.ax = ax = figure.subplots()
-        rates = sorted(self._table["lr"].unique())
-        markers = dict(zip(rates, RATE_MARKERS * len(rates), strict=False))
-        self._scale = ScalarMappable(Normalize(0, 1), colormaps["cividis"].with_extremes(bad=NO_POSITION))
+        markers = rate_markers(self._table["lr"])
         self._groups = []
         for (method, rate), group in self._table.groupby(["method", "lr"], sort=False):
             look = {"marker": markers[rate], "s": 46}
             in_grey = ax.scatter([], [], facecolor="none", edgecolor=PALE, linewidth=1, zorder=1, **look)
             if method == "window":
-                colours = self._scale.to_rgba(group["position"].to_numpy(float))
+                colours = np.array([position_colour(position) for position in group["position"]])
                 own = {"edgecolor": "white", "linewidth": 0.6, "zorder": 4}
             else:
                 colours = None
                 own = {"facecolor": "white", "edgecolor": self._edges[method], "linewidth": 1.6, "zorder": 3}
             in_colour = ax.scatter([], [], **own, **look)
             self._groups.append((self._table.index.isin(group.index), colours, in_colour, in_grey))
-        (self._front,) = ax.step([], [], where="pre", color="0.45", linewidth=1.3, zorder=2)
+        (self._front,) = ax.step([], [], where="pre", color=FRONT, linewidth=1.3, zorder=2)
         self._box = ax.add_patch(Rectangle((0, 0), 0, 0, fill=False, edgecolor="0.2", linestyle=(0, (4, 3))))
         self._finish(figure, ax, markers)
         moving = [
@@ -107,22 +105,10 @@ class RunPlane:
             low, high = self._table[score].min(), self._table[score].max()
             margin = 0.05 * (high - low) or 0.05
             limit(low - margin, high + margin)
-        colour_bar(self._scale, ax, "position of the window")
-        plain = {"linestyle": "", "color": "0.3"}
-        handles = [
-            Line2D([], [], marker=marker, label=f"rate {rate:g}", **plain) for rate, marker in markers.items()
-        ]
-        hollow = {"marker": "o", "linestyle": "", "markerfacecolor": "white", "markeredgewidth": 1.6}
-        named = {
-            colour: shorten(name, LONGEST_NAME, placeholder=" ...") for name, colour in self._edges.items()
-        }
-        if len(named) < len(self._edges):
-            named = dict.fromkeys(named, "other methods")
-        handles += [
-            Line2D([], [], markeredgecolor=edge, label=literal(name), **hollow)
-            for edge, name in named.items()
-        ]
-        handles.append(Line2D([], [], color="0.45", linewidth=1.3, label="front of the chosen runs"))
+        position_bar(ax)
+        one_look = OTHER_METHODS in self._edges.values()
+        edges = {"other methods": OTHER_METHODS} if one_look else self._edges
+        handles = plane_legend(markers, edges, "front of the chosen runs", FRONT, LONGEST_NAME)
         figure.legend(handles=handles, loc="outside right center")
         ax.xaxis.set_major_formatter(PERCENT)
         ax.yaxis.set_major_formatter(PERCENT)

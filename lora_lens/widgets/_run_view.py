@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from html import escape
 
-import numpy as np
 import pandas as pd
 from ipywidgets import HTML, HBox, Layout
 
@@ -19,8 +18,6 @@ from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.plots.single_runs import relative_updates
 from lora_lens.tasks.task import Task
-from lora_lens.training.run import Run
-from lora_lens.training.settings import Training
 from lora_lens.widgets._explorer import Parts, html_table, plain_texts
 from lora_lens.widgets.forgotten import require_same_examples, shown_examples, window_names
 
@@ -93,10 +90,8 @@ class RunView:
 
     def _draw_curve(self, run: str) -> str:
         curve = those(self._kept, [run]).curves()
-        config = Training(lr=float(self._rows.at[run, "lr"]))
-        kept = Run(config, curve, diverged=False, seconds=np.nan, head=None)
         return drawn(
-            lambda figure: plots.learning_curve(kept, ax=figure.subplots()).set_title("Along this run"),
+            lambda figure: plots.learning_curve(curve, ax=figure.subplots()).set_title("Along this run"),
             f"accuracy on both tasks along the run, {len(curve)} evaluations",
             size=SIZE,
         )

@@ -15,15 +15,18 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import counted
 from lora_lens._base.schema import checked, table_of
 from lora_lens.experiments.continual.metrics import SCORES, continual_scores, score_means
+from lora_lens.forgetting.run_groups import DRIFTS
 from lora_lens.plots._image import drawn
-from lora_lens.plots.continual import DRIFTS, method_names, name_of_windows, placed_windows
+from lora_lens.plots._scores import placed_windows
+from lora_lens.plots._sequences import method_names, name_of_windows
 from lora_lens.widgets._explorer import (
     ALL,
     WORDS,
+    Explorer,
     brief_errors,
-    explorer,
     html_table,
     offer_with_all,
+    percent,
     table_box,
 )
 
@@ -48,6 +51,20 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
         ValueError: the table is empty, lacks a column or the rows of a run (see
             :func:`lora_lens.experiments.continual.continual_scores`), runs of the first choice differ in a
             setting that is no control; ``drifts`` lacks a column or has none of the table's runs.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> places = [(after, place) for after in (0, 1, 2) for place in (0, 1)]
+        >>> table = pd.DataFrame(places, columns=["after", "place"])
+        >>> table["task"] = table["place"].map({0: "clothes", 1: "digits"})
+        >>> table["accuracy"] = [None, None, 0.9, None, 0.7, 0.8]
+        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5}
+        >>> names |= {"start": None, "run": "a", "setting": "a", "lr": 0.01, "order": "first", "seed": 0}
+        >>> table = table.assign(**names, loss=1.0, diverged=False)
+        >>> table = table.assign(retained_before=0.9, retained_accuracy=0.8)
+        >>> explorer = ll.widgets.continual_explorer(table)  # the last line of a cell shows it
+        >>> [control.description for control in explorer.children[1].children]
+        ['setting', 'strategy and method', 'position']
     """
     table = table_of(table)
     scores = continual_scores(table)
@@ -125,7 +142,7 @@ def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) 
         numbers.value = html_table(_numbers(runs))
 
     rows = [[setting, method, position], [rate, order, seed]]
-    return explorer(rows, [sentence, heat, time, weights, numbers], draw)
+    return Explorer(rows, [sentence, heat, time, weights, numbers], draw)
 
 
 def _choice(description: str, width: str = "19em") -> Dropdown:
@@ -185,11 +202,7 @@ def _numbers(runs: pd.DataFrame) -> pd.DataFrame:
         {
             "score": [score.replace("_", " ") for score in shown],
             "percent [95% interval]": [
-                _percent(*(means[score + end] for end in ("", "_low", "_high"))) for score in shown
+                percent(*(means[score + end] for end in ("", "_low", "_high"))) for score in shown
             ],
         }
     )
-
-
-def _percent(mean: float, low: float, high: float) -> str:
-    return f"{100 * mean:.1f}" + ("" if pd.isna(low) else f" [{100 * low:.1f}, {100 * high:.1f}]")

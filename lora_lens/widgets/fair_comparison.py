@@ -20,17 +20,17 @@ from lora_lens.forgetting.u_shape import u_shape_test
 from lora_lens.plots._image import drawn
 from lora_lens.widgets._explorer import (
     WORDS,
+    Explorer,
     brief_errors,
     checkbox,
     dropdown,
-    explorer,
     html_table,
+    percent,
     plain_texts,
     rate_choice,
     table_box,
 )
 
-LONG = {"width": "36em", "max_width": "98%"}  # of sliders with long names
 EQUAL_RATE, OWN_BEST_RATE = "equal learning rate", "own best rate"
 MATCHED_ACCURACY, MATCHED_UPDATE = "matched accuracy", "matched update"
 
@@ -56,6 +56,15 @@ def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
     Raises:
         ValueError: the table is empty or lacks columns of a sweep, two runs share window, rate and seed,
             or no seed of a window was run at all its rates.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> settings = {"method": "window", "rank": 8, "start": None, "lr": 0.01, "seed": 0}
+        >>> scores = {"accuracy": [0.9, 0.9, 0.8], "retained_accuracy": [0.6, 0.8, 0.7], "forgetting": 0.1}
+        >>> table = pd.DataFrame({"position": [0, 0.5, 1], **settings, **scores}).assign(diverged=False)
+        >>> explorer = ll.widgets.comparison_explorer(table)  # the last line of a cell shows it
+        >>> explorer.children[1].children[0].options
+        ('equal learning rate', 'own best rate')
     """
     table = sweep_table(sweep, "diverged", *(["run"] if isinstance(sweep, Sweep) else []))
     kept = sweep.only(table) if isinstance(sweep, Sweep) else None
@@ -82,7 +91,7 @@ def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
     seeds = {seed: checkbox(f"{seed}") for seed in sorted(table["seed"].unique())}
     tolerance = FloatSlider(
         2, min=0.5, max=10, step=0.5, readout_format=".1f", description="tolerance (points of accuracy)",
-        continuous_update=False, style=WORDS, layout=Layout(**LONG),
+        **_long_slider(),
     )  # fmt: skip
     picture, sentence, numbers, bars = HTML(), HTML(), table_box(), HTML()
 
@@ -118,7 +127,7 @@ def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
         bars.value = robustness(chosen, tolerance.value)
 
     rows = [[comparison, *settings.values()], [score, HTML("seeds"), *seeds.values()], [tolerance]]
-    return explorer(rows, [picture, sentence, numbers, bars], draw)
+    return Explorer(rows, [picture, sentence, numbers, bars], draw)
 
 
 def _drifts_in(sweep: Sweep) -> pd.DataFrame | None:
@@ -126,6 +135,11 @@ def _drifts_in(sweep: Sweep) -> pd.DataFrame | None:
         return sweep.drifts()
     except InputError:  # none was kept: a comparison fewer, not an error
         return None
+
+
+def _long_slider() -> dict[str, object]:
+    """For one with a long name, that asks for more than a picture while it moves."""
+    return {"continuous_update": False, "style": WORDS, "layout": Layout(width="36em", max_width="98%")}
 
 
 def _accuracy_slider(table: pd.DataFrame, along: pd.DataFrame) -> FloatSlider:
@@ -136,7 +150,7 @@ def _accuracy_slider(table: pd.DataFrame, along: pd.DataFrame) -> FloatSlider:
     low, start, high = (np.floor(100 * v) / 100 for v in (begin, reached, along["accuracy"].max()))
     return FloatSlider(
         np.clip(start, low, high), min=low, max=high, step=0.01, readout_format=".0%",
-        description="accuracy to match", continuous_update=False, style=WORDS, layout=Layout(**LONG),
+        description="accuracy to match", **_long_slider(),
     )  # fmt: skip
 
 
@@ -149,7 +163,7 @@ def _update_slider(table: pd.DataFrame, moved: pd.DataFrame) -> FloatLogSlider:
     start = np.sqrt(spans["min"].median() * spans["max"].median())
     return FloatLogSlider(
         start, base=10, min=low, max=high, step=(high - low) / 100 or 0.01, readout_format=".3f",
-        description="update to match", continuous_update=False, style=WORDS, layout=Layout(**LONG),
+        description="update to match", **_long_slider(),
     )  # fmt: skip
 
 
@@ -207,12 +221,6 @@ def _compared(result: pd.DataFrame) -> pd.DataFrame:
     for score in fair_comparison.SCORES:
         if score in result:
             shown[f"{score} (%) [95% interval]"] = [
-                _percent(*result.loc[row, [score, f"{score}_low", f"{score}_high"]]) for row in result.index
+                percent(*result.loc[row, [score, f"{score}_low", f"{score}_high"]]) for row in result.index
             ]
     return pd.DataFrame(shown)
-
-
-def _percent(mean: float, low: float, high: float) -> str:
-    if pd.isna(mean):
-        return ""
-    return f"{100 * mean:.1f}" + ("" if pd.isna(low) else f" [{100 * low:.1f}, {100 * high:.1f}]")

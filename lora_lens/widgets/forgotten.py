@@ -5,9 +5,8 @@ from __future__ import annotations
 from html import escape
 from textwrap import shorten
 
-import numpy as np
 import pandas as pd
-from ipywidgets import HTML, Layout, SelectMultiple, VBox
+from ipywidgets import HTML, VBox
 from matplotlib.figure import Figure
 
 from lora_lens import plots
@@ -16,17 +15,19 @@ from lora_lens._base.schema import sweep_table
 from lora_lens.experiments.results import Sweep, require_sweep
 from lora_lens.forgetting import examples as items
 from lora_lens.plots._image import drawn
+from lora_lens.plots._style import panels
 from lora_lens.plots.examples import shown_as
 from lora_lens.tasks.task import Task
 from lora_lens.widgets._explorer import (
     ALL,
+    Explorer,
     brief_errors,
     dropdown,
-    explorer,
     html_table,
     plain_texts,
     rate_choice,
     table_box,
+    window_choice,
 )
 
 EXAMPLES, IN_A_ROW = 12, 6
@@ -50,6 +51,20 @@ def forgotten_explorer(sweep: Sweep, retain: Task) -> VBox:
     Raises:
         ValueError: the sweep has no runs or no answers, or the test
             examples of ``retain`` are others, or are neither images nor texts with classes.
+
+    Example:
+        >>> from collections import OrderedDict
+        >>> import lora_lens as ll, torch
+        >>> images = ll.Examples(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+        >>> task = ll.Task("squares", ("dark", "light"), images, images)
+        >>> flat, body, head = torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.Sequential(OrderedDict(flat=flat, body=body, head=head))
+        >>> grid = ll.Grid(window=ll.windows(2, 3), lr=[0.01], seed=[0])
+        >>> fast = {"steps": 1, "evaluations": 2, "batch_size": 4, "jobs": 1, "progress": False}
+        >>> sweep = ll.sweep(grid, model=model, task=task, retain=task, **fast)
+        >>> explorer = ll.widgets.forgotten_explorer(sweep, task)  # the last line of a cell shows it
+        >>> explorer.children[1].children[0].options
+        ('window at 0', 'window at 0.5', 'window at 1')
     """
     require_sweep(sweep)
     table, task = sweep_table(sweep, "run"), retain
@@ -59,11 +74,7 @@ def forgotten_explorer(sweep: Sweep, retain: Task) -> VBox:
     given = sweep.only(table).answers()
     require_same_examples(given, task)
     names = list(table["window"].unique())
-    windows = SelectMultiple(
-        options=names, value=names, rows=min(len(names), 6), description="windows",
-        layout=Layout(width="24em"),
-    )  # fmt: skip
-    rate = rate_choice(table)
+    windows, rate = window_choice(names), rate_choice(table)
     label = dropdown("class", [("all", ALL), *((name, i) for i, name in enumerate(task.classes))])
     numbers, sentence, examples, taken = table_box(), HTML(), HTML(), HTML()
 
@@ -90,7 +101,7 @@ def forgotten_explorer(sweep: Sweep, retain: Task) -> VBox:
             size=(10, 4.9),
         )
 
-    return explorer([[windows], [rate, label]], [sentence, numbers, examples, taken], draw)
+    return Explorer([[windows], [rate, label]], [sentence, numbers, examples, taken], draw)
 
 
 def require_same_examples(given: pd.DataFrame, task: Task) -> None:
@@ -156,7 +167,7 @@ def _pictures(task: Task, forgotten: pd.DataFrame, title: str, shares: bool) -> 
 
 def _draw_images(figure: Figure, task: Task, forgotten: pd.DataFrame, shares: bool) -> None:
     count = len(forgotten)
-    for ax in plots.forgotten_examples(task, forgotten, count=count, axes=_grid(figure, count)):
+    for ax in plots.forgotten_examples(task, forgotten, count=count, axes=panels(count, IN_A_ROW, figure)):
         if not shares:
             ax.title.set_text(ax.get_title().rpartition("\n")[0])
 
@@ -175,14 +186,6 @@ def _texts(task: Task, forgotten: pd.DataFrame, title: str, shares: bool) -> str
     shown = pd.DataFrame(rows).drop(columns=[] if shares else "runs")
     with pd.option_context("display.max_colwidth", None):
         return f"<b>{escape(title[0].upper() + title[1:])}</b>{html_table(shown, headings='left')}"
-
-
-def _grid(figure: Figure, count: int) -> np.ndarray:
-    """Axes for ``count`` images, in rows of ``IN_A_ROW``; shape (count,)."""
-    axes = figure.subplots(-(-count // IN_A_ROW), IN_A_ROW, squeeze=False).ravel()
-    for ax in axes[count:]:
-        ax.remove()
-    return axes[:count]
 
 
 def _draw_confusion(figure: Figure, answered: pd.DataFrame, task: Task) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from html import escape
 from threading import RLock
 
 import pandas as pd
-from ipywidgets import HTML, Dropdown, VBox
+from ipywidgets import HTML, Button, Dropdown, IntSlider, Layout, VBox
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import nn
@@ -20,8 +19,8 @@ from lora_lens._base.validate import instance, whole_number
 from lora_lens.adapters.attaching import attach, planned
 from lora_lens.adapters.low_rank import chosen_layers
 from lora_lens.adapters.methods import FullFineTuning, LoRA, MethodLike
+from lora_lens.plots.single_runs import learning_curves
 from lora_lens.plots.spectra import some_spectra
-from lora_lens.plots.sweeps import learning_curves
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Window
@@ -29,11 +28,12 @@ from lora_lens.tasks.task import Task
 from lora_lens.training.finetuning import finetune
 from lora_lens.training.run import Progress, Run
 from lora_lens.training.settings import Training, training_with
-from lora_lens.widgets._background_run import BackgroundRun
+from lora_lens.widgets._background_run import FULL, ORDINARY, WINDOW, BackgroundRun
 from lora_lens.widgets._explorer import (
     WORDS,
     Explorer,
     Picture,
+    alarm,
     brief_errors,
     fixed_axes,
     html_table,
@@ -41,10 +41,9 @@ from lora_lens.widgets._explorer import (
     said,
     table_box,
 )
-from lora_lens.widgets._training_controls import button, learning_rate_choice, steps_slider
-from lora_lens.widgets.spectra import position_slider, rank_slider
+from lora_lens.widgets.spectra import position_slider, rank_slider, require_rank
 
-WINDOW, ORDINARY, FULL = "window", "LoRA", "full fine-tuning"
+RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2)
 LOOK = 0.2  # seconds between two looks at a run
 IN_PICTURE = 6  # runs that stay as pale lines; the table keeps all
 ROWS = 8
@@ -82,12 +81,27 @@ def training_explorer(
             ``task.subset(test=500)``.
         retain: what the model can do already; likewise.
         spectra: from :func:`lora_lens.spectra`; default taken now.
-        rank, lr, steps: at first.
-        batch_size, evaluations, settings: for all runs, see :class:`lora_lens.Training`.
+        rank: of the window or of LoRA, at first.
+        lr: the learning rate at first.
+        steps: how many, at first.
+        batch_size: examples per step, in all runs.
+        evaluations: how many times both tasks are tested in a run.
+        settings: others of :class:`lora_lens.Training`, for all runs.
 
     Raises:
         ValueError: the spectra are another model's, the rank does not fit a weight, a task does not fit the
             model, or a setting is impossible.
+
+    Example:
+        >>> from collections import OrderedDict
+        >>> import lora_lens as ll, torch
+        >>> images = ll.Examples(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+        >>> task = ll.Task("squares", ("dark", "light"), images, images)
+        >>> flat, body, head = torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.Sequential(OrderedDict(flat=flat, body=body, head=head))
+        >>> explorer = ll.widgets.training_explorer(model, task, task, rank=2, steps=2)
+        >>> [control.description for control in explorer.children[1].children]
+        ['what to train', 'position', 'rank']
     """
     instance(model, nn.Module, "model", "the pretrained model, a torch module")
     for name, given in (("task", task), ("retain", retain)):
@@ -114,39 +128,6 @@ class _TrainingExplorer(Explorer):
         super().close()
 
 
-class _Training(BackgroundRun):
-    """A run with what was asked for."""
-
-    def __init__(self, method: MethodLike, config: Training, train: Callable[..., Run]) -> None:
-        super().__init__(partial(train, method, config))
-        self.method, self.config = method, config
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """A run of this panel that came to an end."""
-
-    method: MethodLike
-    run: Run
-
-    def row(self, number: int) -> dict[str, object]:
-        curve, config = self.run.curve, self.run.config
-        last = int(curve["step"].iloc[-1])
-        end = "diverged" if self.run.diverged else "stopped" if self.run.stopped else ""
-        position, rank = getattr(self.method, "position", None), getattr(self.method, "rank", None)
-        return {
-            "run": number,
-            "trained": _kind_of(self.method),
-            "position": "" if position is None else f"{position:g}",
-            "rank": "" if rank is None else rank,
-            "learning rate": f"{config.lr:g}",
-            "steps": f"{last} of {config.steps}" if end else f"{last}",
-            "accuracy (%)": f"{100 * self.run.accuracy:.1f}",
-            "forgetting (points)": f"{100 * self.run.forgetting:.1f}",
-            "end": end,
-        }
-
-
 class _Panel:
     """The controls, the run that is going on, and the runs before it.
 
@@ -167,14 +148,17 @@ class _Panel:
         self.cut = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
         self.kind = Dropdown(options=[WINDOW, ORDINARY, FULL], description="what to train", style=WORDS)
         self.rank, self.position = rank_slider(rank, self.cut), position_slider()
-        self.rate = learning_rate_choice(config.lr)
-        self.steps = steps_slider(config.steps)
-        self.start_button = button("Start", "play", "train with these settings", self.start)
-        self.pause_button = button("Pause", "pause", "hold the run after this step", self.pause)
-        self.stop_button = button("Stop", "stop", "end the run after this step and test it", self.stop)
+        rates = [(f"{value:g}", value) for value in sorted({*RATES, config.lr})]
+        self.rate = Dropdown(options=rates, value=config.lr, description="learning rate", style=WORDS)
+        unit = 1 if config.steps % 10 else 10
+        most = max(4 * config.steps, 40)
+        self.steps = IntSlider(config.steps, unit, most, unit, description="steps")
+        self.start_button = _button("Start", "play", "train with these settings", self.start)
+        self.pause_button = _button("Pause", "pause", "hold the run after this step", self.pause)
+        self.stop_button = _button("Stop", "stop", "end the run after this step and test it", self.stop)
         self.plan, self.now, self.curves, self.numbers = HTML(), HTML(), HTML(), table_box()
-        self.training: _Training | None = None
-        self.finished: list[_Finished] = []
+        self.training: BackgroundRun | None = None
+        self.finished: list[BackgroundRun] = []
         self._watching: asyncio.Task | None = None
         self._lock = RLock()
         self._new_picture(config.steps)
@@ -198,7 +182,7 @@ class _Panel:
             fault = self._fault()
             what = f"Next run: {self._method()}, learning rate {self.rate.value:g}, {self.steps.value} steps."
             self.plan.value = (
-                _said(what) if fault is None else _alarm(f"{fault}; before that, nothing starts.")
+                _said(what) if fault is None else alarm(f"{fault}; before that, nothing starts.")
             )
             self._offer_buttons()
             self._keep_watching()
@@ -209,7 +193,7 @@ class _Panel:
                 return
             config = replace(self.config, lr=self.rate.value, steps=self.steps.value)
             self._new_picture(config.steps)
-            self.training = training = _Training(self._method(), config, self._train)
+            self.training = training = BackgroundRun(self._train, self._method(), config)
             self._offer_buttons()
             if running_loop() is not None:
                 training.start()
@@ -224,17 +208,13 @@ class _Panel:
         with self._lock:
             if self.training is not None and not self.training.ending:
                 (self.training.go_on if self.training.paused else self.training.pause)()
-                self._offer_buttons()
-                self._keep_watching()
-                self._look()
+                self._show_state()
 
     def stop(self) -> None:
         with self._lock:
             if self.training is not None:
                 self.training.end()
-                self._offer_buttons()
-                self._keep_watching()
-                self._look()
+                self._show_state()
 
     def close(self) -> None:
         with self._lock:
@@ -256,8 +236,7 @@ class _Panel:
         if self.kind.value == FULL:
             return None
         try:
-            for spectrum in self.cut.values():
-                Window.first(self.rank.value).slice(spectrum.k, spectrum.name)
+            require_rank(self.rank.value, self.cut)
         except LoraLensError as error:
             return str(error)
         return None
@@ -270,6 +249,11 @@ class _Panel:
         self.pause_button.description = "Go on" if paused else "Pause"
         self.pause_button.icon = "play" if paused else "pause"
         self.pause_button.tooltip = "go on with the run" if paused else "hold the run after this step"
+
+    def _show_state(self) -> None:
+        self._offer_buttons()
+        self._keep_watching()
+        self._look()
 
     def _keep_watching(self) -> None:
         """Look at the run from the loop that runs here, unless another loop does so already.
@@ -302,17 +286,17 @@ class _Panel:
                 self._grow(() if progress is None else progress.rows, training.config.steps)
                 self.now.value = self._in_words(training, progress)
             except Exception as error:  # nobody else would hear of it
-                self.now.value = _alarm(said(error, "this view"))
+                self.now.value = alarm(said(error, "this view"))
             if done:
                 self._finish(training)
 
-    def _finish(self, training: _Training) -> None:
+    def _finish(self, training: BackgroundRun) -> None:
         self.training = None
         if training.run is None:
             reason = said(training.error, "training") if training.error else "it was interrupted"
-            self.now.value = _alarm(f"This run failed: {reason}. Change the settings, or start it again.")
+            self.now.value = alarm(f"This run failed: {reason}. Change the settings, or start it again.")
         else:
-            self.finished.append(_Finished(training.method, training.run))
+            self.finished.append(training)
             self._grow(training.run.curve.to_dict("records"), training.config.steps)
             table = pd.DataFrame([f.row(number) for number, f in enumerate(self.finished, 1)])
             self.numbers.value = html_table(table, rows_in_view=ROWS)
@@ -357,7 +341,7 @@ class _Panel:
             f"{last['retained_accuracy']:.1%} ({first['retained_accuracy']:.1%} before)"
         )
 
-    def _in_words(self, training: _Training, progress: Progress | None) -> str:
+    def _in_words(self, training: BackgroundRun, progress: Progress | None) -> str:
         what = f"Run {len(self.finished) + 1} ({training.method}, learning rate {training.config.lr:g})"
         if progress is None:
             return _said(f"{what}: the first step is prepared,", "and both tasks are tested.")
@@ -368,11 +352,10 @@ class _Panel:
             f"Tested {self._scores(progress.rows)}.",
         )
 
-    def _result_in_words(self, training: _Training) -> str:
-        run, number = training.run, len(self.finished)
-        last = int(run.curve["step"].iloc[-1])
+    def _result_in_words(self, training: BackgroundRun) -> str:
+        run, number, last = training.run, len(self.finished), training.last_step
         if run.diverged:
-            return _alarm(
+            return alarm(
                 f"Run {number} diverged at step {last}: its loss is no finite number any more. Take a "
                 f"smaller learning rate than {training.config.lr:g}."
             )
@@ -384,13 +367,11 @@ class _Panel:
         )
 
 
-def _kind_of(method: MethodLike) -> str:
-    return {Window: WINDOW, LoRA: ORDINARY, FullFineTuning: FULL}[type(method)]
+def _button(description: str, icon: str, tooltip: str, press: Callable[[], None]) -> Button:
+    made = Button(description=description, icon=icon, tooltip=tooltip, layout=Layout(width="8em"))
+    made.on_click(lambda _made: press())
+    return made
 
 
 def _said(*lines: str) -> str:
     return f'<p style="margin: 0.2em 0">{"<br>".join(map(escape, lines))}</p>'
-
-
-def _alarm(words: str) -> str:
-    return f'<p role="alert"><b>{escape(words)}</b></p>'

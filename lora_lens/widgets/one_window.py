@@ -36,10 +36,10 @@ from lora_lens.tasks.readouts import to_device
 from lora_lens.tasks.task import Examples, Task
 from lora_lens.tasks.tokens import TokenExamples
 from lora_lens.widgets._explorer import (
+    Explorer,
     Parts,
     brief_errors,
     dropdown,
-    explorer,
     fixed_row,
     html_table,
     table_box,
@@ -82,6 +82,14 @@ def window_explorer(
         ValueError: there are no spectra or they are another model's, the rank
             does not fit a weight, the inputs are neither images nor texts, no layer has their tokens, or the
             model cannot do the task.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision()
+        >>> spectra = ll.spectra(model, targets="blocks.0.attn.*", progress=False)
+        >>> explorer = ll.widgets.window_explorer(model, spectra, task)  # the last line of a cell shows it
+        >>> explorer.children[1].children[0].options
+        ('blocks.0.attn.qkv', 'blocks.0.attn.proj')
     """
     instance(model, nn.Module, "model", "the pretrained model, a torch module")
     some_spectra(spectra)
@@ -145,7 +153,7 @@ def window_explorer(
         yield answers, f"<p>{words}</p>{look.answers(before, after)}"
 
     shown = [HBox([place, seen], layout=SIDE_BY_SIDE), numbers, cut, answers]
-    return explorer([[layer, *look.controls], [size, position]], shown, draw)
+    return Explorer([[layer, *look.controls], [size, position]], shown, draw)
 
 
 @torch.inference_mode()

@@ -16,9 +16,9 @@ from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Window
 from lora_lens.widgets._explorer import (
     ALL,
+    Explorer,
     brief_errors,
     dropdown,
-    explorer,
     html_table,
     offer_with_all,
     table_box,
@@ -43,6 +43,13 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
 
     Raises:
         ValueError: there are no spectra, or the rank does not fit one of them.
+
+    Example:
+        >>> import lora_lens as ll, torch
+        >>> spectra = ll.SpectrumSet([ll.spectrum.factorize("blocks.0.fc", torch.randn(6, 4))])
+        >>> explorer = ll.widgets.spectrum_explorer(spectra, rank=2)  # the last line of a cell shows it
+        >>> [control.description for control in explorer.children[1].children]
+        ['kind', 'block']
     """
     models = {"": some_spectra(spectra)} if isinstance(spectra, SpectrumSet) else named_spectra(spectra)
     rank = whole_number(rank, "rank", least=1)
@@ -86,15 +93,20 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
         numbers.value = html_table(_by_kind(table, window))
 
     choices = [kind, block] if isinstance(spectra, SpectrumSet) else [model, kind, block]
-    return explorer([choices, [size, position]], [picture, numbers], draw)
+    return Explorer([choices, [size, position]], [picture, numbers], draw)
 
 
 def rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:
-    all_spectra = [spectrum for spectra in models for spectrum in spectra.values()]
-    for spectrum in all_spectra:
-        Window.first(rank).slice(spectrum.k, spectrum.name)
-    largest = max(spectrum.k for spectrum in all_spectra)
+    for spectra in models:
+        require_rank(rank, spectra)
+    largest = max(spectrum.k for spectra in models for spectrum in spectra.values())
     return IntSlider(rank, 1, largest, description="rank")
+
+
+def require_rank(rank: int, spectra: SpectrumSet) -> None:
+    """Refuse a rank that one of the weights has no window of."""
+    for spectrum in spectra.values():
+        Window.first(rank).slice(spectrum.k, spectrum.name)
 
 
 def position_slider() -> FloatSlider:

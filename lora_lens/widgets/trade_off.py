@@ -13,9 +13,11 @@ from lora_lens._base.errors import InputError
 from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.aggregate import seed_means
 from lora_lens.plots._image import drawn
+from lora_lens.plots._scores import require_placed
 from lora_lens.tasks.task import Task
-from lora_lens.widgets._clickable import Spot, clickable, picked_text
-from lora_lens.widgets._explorer import Parts, brief_errors, checkbox, explorer, html_table, table_box
+from lora_lens.widgets._clickable import Spot, clickable
+from lora_lens.widgets._explorer import Explorer, Parts, brief_errors, checkbox, html_table, table_box
+from lora_lens.widgets._page import Page
 from lora_lens.widgets._run_choice import RANGED, RunChoice
 from lora_lens.widgets._run_plane import RunPlane
 from lora_lens.widgets._run_view import RunView, named_runs, require_task, run_in_words
@@ -50,11 +52,19 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         ValueError: the table is empty, lacks columns of a sweep, or has no run of a window placed by
             position; there is a retained task beside a table alone, or its test examples are others, or are
             neither images nor texts with classes.
+
+    Example:
+        >>> import lora_lens as ll, pandas as pd
+        >>> settings = {"method": "window", "rank": 8, "start": None, "lr": 0.01, "seed": 0}
+        >>> scores = {"accuracy": [0.9, 0.9, 0.8], "retained_accuracy": [0.6, 0.8, 0.7], "forgetting": 0.1}
+        >>> table = pd.DataFrame({"position": [0, 0.5, 1], **settings, **scores}).assign(diverged=False)
+        >>> explorer = ll.widgets.tradeoff_explorer(table)  # the last line of a cell shows it
+        >>> [box.description for box in explorer.children[2].children[1:]]
+        ['0.01']
     """
     kept, task = sweep if isinstance(sweep, Sweep) else None, retain
     table = _with_run(named_runs(sweep, *(["run"] if kept is not None else [])))
-    if not ((table["method"] == "window") & table["position"].notna()).any():
-        raise InputError("the table has no runs of windows placed by position")
+    require_placed(table)
     if task is not None and kept is None:
         raise InputError(
             "examples that were forgotten are no part of a table; with retain, give the ll.Sweep"
@@ -63,7 +73,8 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         require_task(kept, task)
     score = ToggleButtons(options=list(CURVES), description="score")
     rates = {rate: checkbox(f"{rate:g}") for rate in sorted(table["lr"].unique())}
-    choice, picked = RunChoice(table), picked_text(table.loc[_best(table), "run"])
+    page = Page(picked=table.loc[_best(table), "run"])
+    choice = RunChoice(table, page)
     curve, plane, sentence, numbers = HTML(), HTML(), HTML(), table_box()
     points, view = RunPlane(table), RunView(table, kept, task)
 
@@ -88,12 +99,12 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
             f"{inside.sum()} of {len(table)} in colour"
         )
         image = points.html(shown, inside, choice.narrowed(), alt)
-        rows = _pickable(table[shown].assign(aside=~inside), picked.value).sort_values(RANGED)
+        rows = _pickable(table[shown].assign(aside=~inside), page.picked).sort_values(RANGED)
         spots = [
             Spot(row["accuracy"], row["retained_accuracy"], run_in_words(row), row["run"], row["aside"])
             for _, row in rows.iterrows()
         ]
-        return clickable(image, points.ax, spots, name="runs", picked=picked.value, brush=True)
+        return clickable(image, points.ax, spots, name="runs", picked=page.picked, brush=True)
 
     def draw() -> Parts | None:
         chosen = tuple(rate for rate, box in rates.items() if box.value)
@@ -106,10 +117,10 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         runs = table[table["lr"].isin(chosen) & choice.inside()]
         sentence.value = f"<p>{_chosen_in_words(runs, len(table))}</p>"
         numbers.value = html_table(_means(runs), rows_in_view=10) if len(runs) else ""
-        return view.show(picked.value)
+        return view.show(page.picked)
 
-    controls = [[score], [HTML("learning rates"), *rates.values()], choice.controls, [picked]]
-    return explorer(controls, [curve, HTML(HINT), plane, sentence, *view.boxes, numbers], draw)
+    controls = [[score], [HTML("learning rates"), *rates.values()], choice.controls]
+    return Explorer(controls, [curve, HTML(HINT), plane, sentence, *view.boxes, numbers], draw, page)
 
 
 def _with_run(table: pd.DataFrame) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import pandas as pd
 from ipywidgets import HTML, Dropdown, VBox
 from matplotlib.figure import Figure
 
+from lora_lens import plots
 from lora_lens._base.errors import InputError, LoraLensError
 from lora_lens._base.naming import counted
 from lora_lens.experiments.results import Sweep, require_sweep
@@ -17,9 +18,9 @@ from lora_lens.forgetting import examples
 from lora_lens.forgetting.run_groups import groups, mean_and_interval
 from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
-from lora_lens.plots.single_runs import relative_updates, two_curves
+from lora_lens.plots.single_runs import relative_updates
 from lora_lens.tasks.task import Task
-from lora_lens.widgets._explorer import WORDS, Parts, brief_errors, explorer, html_table, table_box
+from lora_lens.widgets._explorer import WORDS, Explorer, Parts, brief_errors, html_table, table_box
 from lora_lens.widgets._run_view import named_runs, of_all_classes, or_why_not, require_task, span, those
 from lora_lens.widgets.forgotten import shown_examples
 
@@ -53,6 +54,20 @@ def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
         ValueError: the table is empty or lacks columns of a sweep, there is one window only, two runs share
             window, rate and seed, or the test examples of ``retain`` are others or are neither images nor
             texts with classes.
+
+    Example:
+        >>> from collections import OrderedDict
+        >>> import lora_lens as ll, torch
+        >>> images = ll.Examples(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+        >>> task = ll.Task("squares", ("dark", "light"), images, images)
+        >>> flat, body, head = torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.Sequential(OrderedDict(flat=flat, body=body, head=head))
+        >>> grid = ll.Grid(window=ll.windows(2, 3), lr=[0.01], seed=[0])
+        >>> fast = {"steps": 1, "evaluations": 2, "batch_size": 4, "jobs": 1, "progress": False}
+        >>> sweep = ll.sweep(grid, model=model, task=task, retain=task, **fast)
+        >>> explorer = ll.widgets.pair_explorer(sweep, task)  # the last line of a cell shows it
+        >>> [control.description for control in explorer.children[1].children]
+        ['A', 'learning rate of A']
     """
     require_sweep(sweep)
     table, task = named_runs(sweep, "run"), retain
@@ -101,7 +116,7 @@ def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
         return ((box, made(make, runs)) for box, make in slow)
 
     choices = [[window, rate] for window, rate in zip(windows, rates, strict=True)]
-    return explorer(choices, [numbers, sentence, curves, drift, forgotten], draw)
+    return Explorer(choices, [numbers, sentence, curves, drift, forgotten], draw)
 
 
 def _first_and_middle(table: pd.DataFrame) -> tuple[str, str]:
@@ -169,7 +184,7 @@ def _curves(sweep: Sweep, runs: Runs) -> str:
 
     def draw(figure: Figure) -> None:
         for ax, column in zip(figure.subplots(1, 2), ("accuracy", "retained_accuracy"), strict=True):
-            two_curves(along, column, ax=ax)
+            plots.learning_curve(along, column, ax=ax)
 
     ends = {name: curve[curve["step"] == curve["step"].max()] for name, curve in along.items()}
     told = "; ".join(

@@ -25,13 +25,13 @@ STATE = """root => {
   const laidOut = root.checkVisibility({contentVisibilityAuto: true});  // else there is no text yet
   if (!laidOut) root.scrollIntoView();
   const seen = element => element.checkVisibility();
-  const pictures = [...root.querySelectorAll('img:not(.ll-script)')].filter(seen);
+  const pictures = [...root.querySelectorAll('img')].filter(seen);
   const texts = [...root.querySelectorAll('.widget-html-content')].filter(seen);
   return {
     pictures: pictures.map(i => ({alt: i.alt, source: i.currentSrc, width: i.complete ? i.naturalWidth : 0})),
     words: texts.map(text => text.innerText.trim()).filter(text => text),
     message: [...root.querySelectorAll('[role="alert"]')].filter(seen).map(e => e.innerText).join(' '),
-    busy: !laidOut || Boolean(root.querySelector('.ll-busy, .ll-stale')),
+    busy: !laidOut || root.matches('.ll-working') || Boolean(root.querySelector('.ll-stale')),
   }
 }"""
 

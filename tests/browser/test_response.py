@@ -48,7 +48,7 @@ WATCH = """root => {
   const last = [];
   document.addEventListener('pointermove', event => root.moves.push(event.timeStamp), true);
   new MutationObserver(() => {
-    root.querySelectorAll('img:not(.ll-script)').forEach((image, place) => {
+    root.querySelectorAll('img').forEach((image, place) => {
       if (last[place] === image.src) return;
       last[place] = image.src;
       const alt = image.alt;

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 import lora_lens as ll
 from lora_lens.forgetting.features import FeatureSplit
-from lora_lens.plots.sweeps import PERCENT
+from lora_lens.plots._scores import PERCENT
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_equal_and_zero_singular_values_have_a_cumulative_energy():
 @pytest.mark.parametrize("blocks", [6, 80])
 def test_the_depth_map_holds_every_block_and_is_annotated_if_there_is_room(blocks):
     table = made_up(blocks).table()
-    ax = ll.plots.depth_map(table)
+    ax = ll.plots.by_depth(table, heat_map=True, share=True)
     cells = ax.images[0].get_array()
     assert cells.shape == (4, blocks + 1) and np.ma.count(cells) == 3 * blocks + 1
     row = table[table["layer"] == "blocks.2.attn.k"].iloc[0]
@@ -118,13 +118,16 @@ def test_the_depth_map_holds_every_block_and_is_annotated_if_there_is_room(block
     assert len(ax.get_xticks()) <= 13 and ax.get_xticklabels()[0].get_text() == "none"
 
 
-def test_the_depth_map_divides_by_k_what_counts_components_only():
+def test_the_depth_map_divides_by_k_where_it_is_asked_to():
     table = made_up(3).table()
-    largest = ll.plots.depth_map(table, "largest").images[0]
+    largest = ll.plots.by_depth(table, "largest", heat_map=True).images[0]
     assert largest.get_array().max() == pytest.approx(np.e)
     endless = table.assign(condition_number=[np.inf, *range(len(table) - 1)])
-    assert ll.plots.depth_map(endless, "condition_number").images[0].get_clim() == (0, len(table) - 2)
-    whole = ll.plots.depth_map(table, share=False, limits=(0, 64)).images[0]
+    assert ll.plots.by_depth(endless, "condition_number", heat_map=True).images[0].get_clim() == (
+        0,
+        len(table) - 2,
+    )
+    whole = ll.plots.by_depth(table, heat_map=True, limits=(0, 64)).images[0]
     assert whole.get_array().max() == pytest.approx(table["effective_rank"].max())
     assert whole.get_clim() == (0, 64)
 

@@ -66,7 +66,7 @@ def test_names_of_methods_classes_layers_and_models_stay_in_pictures(name):
     assert name in shown(ll.plots.spectrum(ll.SpectrumSet(weights)))
     assert name in shown(ll.plots.spectrum(weights[0]))
     assert name in shown(ll.plots.cumulative_energy({name: ll.SpectrumSet(weights)}))
-    assert name in shown(ll.plots.depth_map(ll.SpectrumSet(weights).table()))
+    assert name in shown(ll.plots.by_depth(ll.SpectrumSet(weights).table(), heat_map=True))
     assert name in shown(ll.plots.by_depth(ll.SpectrumSet(weights).table()))
     assert name in shown(ll.plots.learning_curves({"": pd.DataFrame()}, 10, (name, "other")))
     plt.close("all")

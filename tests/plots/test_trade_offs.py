@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 
 import lora_lens as ll
-from lora_lens.plots.sweeps import PERCENT
+from lora_lens.plots._scores import PERCENT
 
 POSITIONS = (0, 0.25, 0.5, 0.75, 1)
 RATES = (1e-3, 3e-3, 9e-3)

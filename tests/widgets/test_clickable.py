@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lora_lens.plots._image import drawn
-from lora_lens.widgets._clickable import Spot, brushed_ranges, brushed_text, clickable, picked_text
+from lora_lens.widgets._clickable import Spot, brushed_ranges, clickable
 from lora_lens.widgets._explorer import Picture
 
 SPOTS = [Spot(0.1, 1, "first", "a"), Spot(0.9, 3, "second", "b", aside=True), Spot(0.5, 9, "third", "c")]
@@ -122,8 +122,3 @@ def test_a_rectangle_is_the_same_from_whichever_corner_it_was_drawn(corners):
 def test_what_is_no_rectangle_is_refused(text):
     with pytest.raises(ValueError, match="a rectangle is four shares from 0 to 1"):
         brushed_ranges(text, picture()[1].axes[0])
-
-
-def test_choices_come_through_hidden_controls():
-    assert picked_text("a").value == "a" and "ll-picked" in picked_text()._dom_classes
-    assert brushed_text().value == "" and "ll-brushed" in brushed_text()._dom_classes

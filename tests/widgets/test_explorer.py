@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 import lora_lens as ll
-from lora_lens.widgets._explorer import Explorer, explorer
+from lora_lens.widgets._explorer import Explorer
 
 SECONDS = 60  # to wait for anything
 
@@ -32,7 +32,7 @@ class Squares:
         self.free, self.free_cube = Event(), Event()  # nothing slow goes on before they are set
         self.free.set()
         self.free_cube.set()
-        self.explorer = explorer([[self.number]], [self.quick, self.square, self.cube], self.draw)
+        self.explorer = Explorer([[self.number]], [self.quick, self.square, self.cube], self.draw)
 
     def draw(self) -> Iterator[tuple[HTML, str] | None]:
         self.quick.value = f"{self.number.value}"
@@ -80,10 +80,10 @@ def test_slow_parts_follow_a_pause_and_keep_the_loop_free():
         assert "ll-stale" not in squares.square._dom_classes and squares.cube.value == "1"
         for _ in range(10):
             await asyncio.sleep(0.01)
-        await until(lambda: "working" in squares.explorer._busy.value)
+        assert squares.explorer.page.busy
         squares.free_cube.set()
         await until(lambda: squares.cube.value == "125")
-        await until(lambda: not squares.explorer._busy.value)
+        await until(lambda: not squares.explorer.page.busy)
         assert "ll-stale" not in squares.cube._dom_classes
 
     asyncio.run(session())
@@ -130,7 +130,7 @@ def test_an_error_in_a_slow_part_is_said_in_place_until_the_next_change(number, 
         squares.number.value = number
         await until(lambda: not shows_results(squares.explorer))
         assert words in message(squares.explorer).replace("&#x27;", "'")
-        assert not squares.explorer._busy.value
+        assert not squares.explorer.page.busy
         squares.number.value = 2
         await until(lambda: squares.cube.value == "8")
         assert shows_results(squares.explorer)
@@ -148,7 +148,7 @@ def test_a_bug_in_the_quick_part_is_said_with_its_type_and_raised():
         if number.value == 4:
             raise ValueError("a library's own")
 
-    panel = explorer([[number]], [picture], draw)
+    panel = Explorer([[number]], [picture], draw)
     for value, words in (
         (3, "this view failed: ZeroDivisionError: "),
         (4, "this view failed: ValueError: a "),
@@ -204,8 +204,16 @@ def test_bad_arguments_are_one_line_in_a_notebook(executed):
     assert "the table has no column method, rank" in error["traceback"][0]
 
 
-def test_an_explorer_belongs_to_ipywidgets_alone():
-    """Nothing to install in the browser: no other package of widgets is loaded."""
-    code = "import sys, lora_lens.widgets; print({'ipympl', 'bqplot', 'anywidget'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+def test_widgets_are_loaded_when_one_is_used_and_no_other_packages_of_them():
+    code = """
+import sys
+import lora_lens as ll
+packages = {'anywidget', 'ipywidgets', 'ipympl', 'bqplot'}
+dir(ll.widgets), ll.plots, ll.Sweep
+print(sorted(packages & set(sys.modules)))
+ll.widgets.spectrum_explorer
+print(sorted(packages & set(sys.modules)))
+"""
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert loaded == ["[]", "['anywidget', 'ipywidgets']"]
     assert isinstance(ll.widgets.spectrum_explorer(ll.spectra(ll.tasks.bundled.vision()[0])), Explorer)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 
 import lora_lens as ll
-from lora_lens.plots.sweeps import learning_curves
+from lora_lens.plots.single_runs import learning_curves
 from lora_lens.widgets.live_training import training_explorer
 
 PATIENCE = 60  # seconds, for slow machines; nothing here measures speed but the ticker

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from explored import control, message, narrow_vit, parts, pictures, shows_results, text
-from ipywidgets import HTML, FloatRangeSlider, Text, VBox
+from ipywidgets import HTML, FloatRangeSlider, VBox
 from matplotlib.colors import to_hex
 
 import lora_lens as ll
@@ -55,18 +55,13 @@ def plane(kept) -> VBox:
     return ll.widgets.tradeoff_explorer(kept)
 
 
-def hidden(explorer: VBox, kind: str) -> Text:
-    (found,) = (text for text in parts(explorer, Text) if kind in text._dom_classes)
-    return found
-
-
 def pick(explorer: VBox, run: str) -> None:
     """As the page does when a point is clicked."""
-    hidden(explorer, "ll-picked").value = run
+    explorer.page.picked = run
 
 
 def brush(explorer: VBox, corners: str) -> None:
-    hidden(explorer, "ll-brushed").value = corners
+    explorer.page.brushed = corners
 
 
 def spots(explorer: VBox) -> dict[str, dict[str, str]]:

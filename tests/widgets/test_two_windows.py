@@ -17,7 +17,7 @@ from ipywidgets import HTML, VBox
 
 import lora_lens as ll
 from lora_lens.experiments.records import all_records
-from lora_lens.plots.single_runs import relative_updates, two_curves
+from lora_lens.plots.single_runs import learning_curve, relative_updates
 from lora_lens.widgets._run_view import of_all_classes
 from lora_lens.widgets.two_windows import pair_explorer
 
@@ -264,12 +264,12 @@ def test_curves_are_means_in_a_band_from_lowest_to_highest(table):
         "A": ll.Sweep.open(DIGITS).only(of(table, 0, 0.01)).curves(),
         "B": ll.Sweep.open(DIGITS).only(of(table, 0.5, 0.01)).curves(),
     }
-    ax = two_curves(along, "retained_accuracy")
+    ax = learning_curve(along, "retained_accuracy")
     for line, curve in zip(ax.lines, along.values(), strict=True):
         np.testing.assert_allclose(line.get_ydata(), curve.groupby("step")["retained_accuracy"].mean())
     assert ax.lines[0].get_linestyle() != ax.lines[1].get_linestyle()  # not by colour alone
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == along["A"]["retained_accuracy"].min()
     with pytest.raises(ValueError, match="no column step"):
-        two_curves({"A": along["A"].drop(columns="step")})
+        learning_curve({"A": along["A"].drop(columns="step")})
     plt.close("all")
