@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,7 @@ from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import Components
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Placement
+from lora_lens.tasks.batches import batch_limit
 from lora_lens.tasks.evaluation import example_features
 from lora_lens.tasks.linear_probe import drawn, fitted_head
 from lora_lens.tasks.readouts import HeadReadout, ask, real_positions, to_device
@@ -218,8 +220,10 @@ def _pass_back(
             example_features(model, task, examples), examples.labels, len(task.classes)
         )
     readout.to(device)
+    with evaluating(model), torch.no_grad():
+        most = batch_limit(model, examples, partial(ask, readout, model, examples))
     with evaluating(model), torch.enable_grad(), _handing_over(model, layers, sums):
-        for batch in examples.in_batches():
+        for batch in examples.in_batches(most):
             for rows in batch.split(WITH_GRADIENT):
                 loss = nn.functional.cross_entropy(*ask(readout, model, examples, rows))
                 (loss * (len(rows) / len(examples))).backward()
@@ -264,7 +268,8 @@ def _pass_forward(
     """Add up every layer's inputs over examples and positions."""
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
-        for rows in examples.in_batches():
+        most = batch_limit(model, examples, lambda rows: call(model, to_device(examples.batch(rows), device)))
+        for rows in examples.in_batches(most):
             inputs = to_device(examples.batch(rows), device)
 
             def watch(layer: LayerSums, x: Tensor, inputs: object = inputs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lora_lens._base.precision import PRECISIONS, autocast
 from lora_lens._base.torch_tools import evaluating
 from lora_lens._base.validate import choice, instance
+from lora_lens.tasks.batches import in_batches
 from lora_lens.tasks.readouts import FITTING, Readout, ask, inner_model, pooled_features, taking, to_device
 from lora_lens.tasks.task import Examples, Task, require_examples
 
@@ -76,8 +78,7 @@ def evaluate(
     examples = task.test if examples is None else examples
     order, parts = [], []
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
-        for rows in examples.in_batches():
-            logits, right = ask(readout, model, examples, rows)
+        for rows, (logits, right) in in_batches(model, examples, partial(ask, readout, model, examples)):
             losses = nn.functional.cross_entropy(logits.float(), right, reduction="none")
             order.append(rows)
             parts.append([x.cpu().reshape(len(rows), -1) for x in (right, logits.argmax(-1), losses)])
@@ -114,11 +115,11 @@ def example_features(
         ValueError: as :func:`lora_lens.tasks.readouts.pooled_features`.
     """
     device = next(model.parameters()).device
-    order, parts = [], []
+
+    def features(rows: Tensor) -> Tensor:
+        inputs = to_device(examples.batch(rows), device)
+        return pooled_features(model, inputs, task.pooling).float().cpu()
+
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
-        for rows in examples.in_batches():
-            order.append(rows)
-            parts.append(
-                pooled_features(model, to_device(examples.batch(rows), device), task.pooling).float().cpu()
-            )
+        order, parts = zip(*in_batches(model, examples, features), strict=True)
     return torch.cat(parts)[torch.cat(order).argsort()].clone()

@@ -65,7 +65,7 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
         raise InputError(
             f"severity must be 1 to {len(strengths)}, not {severity}; for clean inputs take the task itself"
         )
-    _require_images(task)
+    task = _in_memory(task)
     strength = strengths[severity - 1]
     if kind == "gaussian_noise":
         train, test = _noisy(task, strength, seed)
@@ -92,10 +92,10 @@ def rotated(task: Task, degrees: float) -> Task:
         TypeError: the angle is no number.
     """
     degrees = number(degrees, "degrees")
-    _require_images(task)
+    images = _in_memory(task)
     if degrees % 360 == 0:
         return task
-    background = task.train.inputs.amin((0, 2, 3))[:, None, None]  # (c, 1, 1)
+    background = images.train.inputs.amin((0, 2, 3))[:, None, None]  # (c, 1, 1)
     # torchvision's own fill is blended twice along the edge, which zeros are safe from.
     train, test = (
         torch.cat(
@@ -104,9 +104,9 @@ def rotated(task: Task, degrees: float) -> Task:
                 for x in examples.inputs.split(CHUNK)
             ]
         )
-        for examples in (task.train, task.test)
+        for examples in (images.train, images.test)
     )
-    return _with_images(task, f"rotated by {degrees:g} degrees", train, test)
+    return _with_images(images, f"rotated by {degrees:g} degrees", train, test)
 
 
 def permuted(task: Task, seed: int) -> Task:
@@ -128,7 +128,7 @@ def permuted(task: Task, seed: int) -> Task:
         TypeError: the seed is not a whole number.
     """
     seed = seed_number(seed)
-    _require_images(task)
+    task = _in_memory(task)
     height, width = task.train.inputs.shape[-2:]
     order = torch.randperm(height * width, generator=_generator(seed, 0))
     train, test = (
@@ -248,17 +248,27 @@ def _require_task(task: Task) -> None:
     instance(task, Task, "task", "a Task, as lora_lens.tasks.folder_task and text_task make them")
 
 
-def _require_images(task: Task) -> None:
+def _in_memory(task: Task) -> Task:
+    """A task of images, with all of them read.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     _require_task(task)
-    if not isinstance(task.train, Examples):
-        raise InputError(f"{task.name} holds texts, and only images can be changed like that")
+    parts = {}
     for part in ("train", "test"):
-        inputs = getattr(task, part).inputs
-        if inputs.ndim != 4 or not inputs.is_floating_point():
+        examples = getattr(task, part)
+        if not hasattr(examples, "shape"):
+            raise InputError(f"{task.name} holds texts, and only images can be changed like that")
+        if not isinstance(examples, Examples):
+            examples = Examples(examples.inputs, examples.labels)
+        if (inputs := examples.inputs).ndim != 4:
             raise InputError(
                 f"{task.name}: {part} inputs of shape {tuple(inputs.shape)} and type {inputs.dtype} are no "
                 "images; expected floating point, (n, c, h, w)"
             )
+        parts[part] = examples
+    return replace(task, **parts)
 
 
 def _with_images(task: Task, what: str, train: Tensor, test: Tensor) -> Task:
