@@ -70,6 +70,11 @@ def vision_architecture(num_classes: int = 10) -> VisionTransformer:
 
     Raises:
         TypeError, ValueError: ``num_classes`` is no whole number from 0 to 1000000.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.vision_architecture(num_classes=4).head
+        Linear(in_features=96, out_features=4, bias=True)
     """
     num_classes = whole_number(num_classes, "num_classes", least=0, most=MOST_CLASSES)
     width = 96
@@ -97,6 +102,12 @@ def vision() -> tuple[VisionTransformer, Task]:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision()
+        >>> task
+        <Task fashion_mnist: 10 classes; 10000 training, 10000 test examples>
     """
     return _pretrained("vit_fashion_mnist", len(FASHION_CLASSES)), fashion()
 
@@ -109,6 +120,12 @@ def vision_of_known_classes() -> tuple[VisionTransformer, Task, Task]:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, known, new = ll.tasks.bundled.vision_of_known_classes()
+        >>> new.classes
+        ('pullover', 'shirt', 'sneaker', 'ankle boot')
     """
     model, whole = _pretrained("vit_fashion_known", len(KNOWN_CLASSES)), fashion()
     new = [name for name in FASHION_CLASSES if name not in KNOWN_CLASSES]
@@ -124,6 +141,12 @@ def vision_of_digits() -> tuple[VisionTransformer, Task]:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision_of_digits()
+        >>> task.name
+        'digits'
     """
     task = digits()
     return _pretrained("vit_digits", len(task.classes)), task
@@ -134,6 +157,11 @@ def fashion() -> Task:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.fashion().train
+        <10000 Examples of shape (1, 28, 28)>
     """
     return _images("fashion_mnist", FASHION_CLASSES)
 
@@ -143,6 +171,11 @@ def digits() -> Task:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.digits().test
+        <2500 Examples of shape (1, 28, 28)>
     """
     return _images("digits", tuple("0123456789"))
 
@@ -158,6 +191,11 @@ def minilm() -> BertModel:
     Raises:
         ImportError: the package is not installed.
         ValueError: its files are not those of the version that lora_lens was tested with.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.minilm().config.hidden_size
+        384
     """
     folder = _minilm_folder("config.json", "model.safetensors")
     with _without_progress_bars():
@@ -178,6 +216,11 @@ def smollm2() -> LlamaForCausalLM:
     Raises:
         ImportError: the package, or the gguf package that reads it, is not installed.
         ValueError: its file is not that of the version that lora_lens was tested with.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.smollm2().config.num_hidden_layers  # doctest: +SKIP
+        30
     """
     folder = _smollm2_folder()
     # One at a time, or the last would put back what another had changed for a while.
@@ -194,6 +237,11 @@ def minilm_tokenizer() -> PreTrainedTokenizerBase:
 
     Raises:
         ImportError, ValueError: as :func:`minilm`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.minilm_tokenizer().tokenize("Least but not last")
+        ['least', 'but', 'not', 'last']
     """
     folder = _minilm_folder("tokenizer.json", "tokenizer_config.json")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -204,6 +252,11 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 
     Raises:
         ImportError, ValueError: as :func:`smollm2`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.smollm2_tokenizer().tokenize("Least but not last")  # doctest: +SKIP
+        ['Least', 'Ġbut', 'Ġnot', 'Ġlast']
     """
     return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=SMOLLM2_FILE, local_files_only=True)
 

@@ -19,6 +19,11 @@ class Texts:
     Raises:
         ValueError: no texts, different lengths, an empty text.
         TypeError: a text is no string, a label no whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        <2 Texts, the first 'a fine film'>
     """
 
     texts: tuple[str, ...]
@@ -59,6 +64,13 @@ class Corpus:
         ValueError: a label outside ``classes``, two classes of one name, or a test text that is also a
             training text.
         TypeError: an attribute of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> train = ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        >>> test = ll.tasks.Texts(["well played"], [1])
+        >>> ll.tasks.Corpus("films", ("bad", "good"), train, test)
+        <Corpus films: classes bad, good; 2 training, 1 test texts>
     """
 
     name: str

@@ -25,6 +25,13 @@ class Answers:
         labels: the right choice.
         predicted: the choice that the model takes.
         losses: -log of the probability of the right choice, in nats.
+
+    Example:
+        >>> import numpy as np
+        >>> import lora_lens as ll
+        >>> answers = ll.tasks.Answers(np.array([0, 1]), np.array([0, 0]), np.array([0.2, 1.8]))
+        >>> answers.accuracy, answers.loss
+        (0.5, 1.0)
     """
 
     labels: np.ndarray
@@ -66,6 +73,12 @@ def evaluate(
     Raises:
         ValueError: the task does not fit the model.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision()
+        >>> ll.evaluate(model, task, examples=task.test.first(50)).accuracy
+        0.88
     """
     instance(model, nn.Module, "model", "a torch model")
     instance(task, Task, "task", "a Task, as lora_lens.tasks.text_task and folder_task make them")

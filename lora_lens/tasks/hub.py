@@ -65,6 +65,11 @@ def hub_corpus(
         TypeError: as :func:`dataset_corpus`.
         datasets.exceptions.DatasetNotFoundError: there is no such data set.
         RuntimeError: it is a Python script.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.hub_corpus("stanfordnlp/imdb", most=2000)  # doctest: +SKIP
+        <Corpus imdb: classes neg, pos; 2000 training, 2000 test texts>
     """
     most, seed = _checked(text, label, most, seed, conflicts)
     instance(
@@ -129,6 +134,14 @@ def dataset_corpus(
             :func:`lora_lens.tasks.text_corpus`; an argument out of range.
         TypeError: a part is no ``datasets.Dataset``, a text no string, or a label neither a string nor a
             number.
+
+    Example:
+        >>> import datasets
+        >>> import lora_lens as ll
+        >>> train = datasets.Dataset.from_dict({"text": ["a fine film", "a waste of time"], "label": [1, 0]})
+        >>> test = datasets.Dataset.from_dict({"text": ["well played"], "label": [1]})
+        >>> ll.tasks.dataset_corpus(train, test, "films")
+        <Corpus films: classes 0, 1; 2 training, 1 test texts>
     """
     most, seed = _checked(text, label, most, seed, conflicts)
     instance(name, str, "name", "the name of the corpus")

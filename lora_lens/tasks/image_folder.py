@@ -89,6 +89,18 @@ def folder_task(
             memory out of range. Later, from whatever uses the task: a file that is gone, damaged or changed,
             or a transform that makes another tensor of it than at first.
         TypeError: the transform does not return floating-point tensors; an argument of another type.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> import lora_lens as ll
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for place in range(8):
+        ...         (Path(folder) / "ab"[place % 2]).mkdir(exist_ok=True)
+        ...         Image.new("RGB", (8, 8)).save(Path(folder) / "ab"[place % 2] / f"{place}.png")
+        ...     ll.tasks.folder_task(folder, test_share=0.25, name="letters", progress=False)
+        <Task letters: 2 classes; 6 training, 2 test examples>
     """
     path = Path(instance(path, (str, Path), "path", "a folder's path"))
     if transform is not None and not callable(transform):
@@ -126,6 +138,14 @@ def timm_transform(model: nn.Module) -> Transform:
 
     Raises:
         ValueError: the model does not say how it was pretrained: it is not from ``timm.create_model``.
+
+    Example:
+        >>> import timm
+        >>> from PIL import Image
+        >>> import lora_lens as ll
+        >>> transform = ll.tasks.timm_transform(timm.create_model("test_vit"))
+        >>> transform(Image.new("RGB", (300, 200))).shape
+        torch.Size([3, 160, 160])
     """
     config = getattr(model, "pretrained_cfg", None)
     if not config:

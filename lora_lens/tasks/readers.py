@@ -89,6 +89,16 @@ def text_corpus(
             range.
         TypeError: a text that is no string, or a label that is neither a string nor a number.
         ImportError: reading Parquet needs pyarrow.
+
+    Example:
+        >>> import os, tempfile
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> films = {"text": ["a fine film", "well played", "a waste", "so slow"], "label": [1, 1, 0, 0]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pd.DataFrame(films).to_csv(path := os.path.join(folder, "films.csv"), index=False)
+        ...     ll.tasks.text_corpus(path)
+        <Corpus films: classes 0, 1; 2 training, 2 test texts>
     """
     test_share = number(test_share, "test_share", above=0, below=1)
     random = generator(seed)

@@ -163,6 +163,13 @@ class Task:
         ValueError: a label outside ``classes``, two classes of one name, another pooling, or a head of
             another size.
         TypeError: an attribute of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> digits = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> ll.Task("digits", ("0", "1", "2"), train=ll.Examples(*digits), test=ll.Examples(*digits))
+        <Task digits: 3 classes; 6 training, 6 test examples>
     """
 
     name: str
@@ -266,6 +273,11 @@ class Task:
         Raises:
             ValueError: there are not as many examples, or a number is out of range.
             TypeError: a number is not whole.
+
+        Example:
+            >>> import lora_lens as ll
+            >>> ll.tasks.bundled.digits().subset(train=100, test=50)
+            <Task digits: 10 classes; 100 training, 50 test examples>
         """
         seed = seed_number(seed)
         return self._fewer(train, test, lambda examples, count: examples.sampled(count, seed))

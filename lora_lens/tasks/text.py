@@ -104,6 +104,15 @@ def text_task(
         ValueError: the corpus has fewer than two classes, ``most_tokens`` is below 1 or above what the
             tokenizer allows, another pooling, or a text has no tokens.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> films = ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        >>> corpus = ll.tasks.Corpus("films", ("bad", "good"), films, ll.tasks.Texts(["well played"], [1]))
+        >>> tokenizer = ll.tasks.bundled.minilm_tokenizer()
+        >>> task = ll.tasks.text_task(corpus, tokenizer)
+        >>> task.train.pieces(1)
+        ['[CLS]', 'a', 'waste', 'of', 'time', '[SEP]']
     """
     _require_classes(corpus)
     choice(pooling, "pooling", POOLINGS)
@@ -156,6 +165,15 @@ def label_word_task(
             as many different words as classes, one begins with another's tokens, or they depend on the text
             before.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> films = ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        >>> corpus = ll.tasks.Corpus("films", ("bad", "good"), films, ll.tasks.Texts(["well played"], [1]))
+        >>> tokenizer = ll.tasks.bundled.minilm_tokenizer()
+        >>> task = ll.tasks.label_word_task(corpus, tokenizer, prompt="{text} It was", words=[" bad", " good"])
+        >>> tokenizer.decode([word[0] for word in task.words])
+        'bad good'
     """
     _require_classes(corpus)
     limit = _limit(tokenizer, most_tokens)
@@ -230,6 +248,12 @@ def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> 
     Raises:
         ValueError: ``block`` has no room for a token to predict, or a part has fewer tokens than one block.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> tokenizer, corpus = ll.tasks.bundled.minilm_tokenizer(), ll.tasks.bundled_texts.articles()
+        >>> ll.tasks.language_task(corpus, tokenizer, block=64).first(train=20, test=10).train
+        <20 TokenExamples of 64 to 64 tokens>
     """
     instance(corpus, Corpus, "corpus", CORPUS)
     check_tokenizer(tokenizer)

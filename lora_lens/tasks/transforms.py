@@ -58,6 +58,12 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
         ValueError: the kind or severity is none of the above, the seed is
             negative, the inputs are no images or too small to be blurred.
         TypeError: the severity or seed is not a whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.corrupted(digits, "gaussian_noise", 3)
+        <Task digits, gaussian noise 3: 10 classes; 100 training, 50 test examples>
     """
     strengths = SEVERITIES[choice(kind, "kind", SEVERITIES)]
     severity, seed = whole_number(severity, "severity"), seed_number(seed)
@@ -90,6 +96,12 @@ def rotated(task: Task, degrees: float) -> Task:
     Raises:
         ValueError: the angle is not finite, or the inputs are no images.
         TypeError: the angle is no number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.rotated(digits, 90)
+        <Task digits, rotated by 90 degrees: 10 classes; 100 training, 50 test examples>
     """
     degrees = number(degrees, "degrees")
     images = _in_memory(task)
@@ -126,6 +138,12 @@ def permuted(task: Task, seed: int) -> Task:
     Raises:
         ValueError: the seed is negative, or the inputs are no images.
         TypeError: the seed is not a whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.permuted(digits, seed=0)
+        <Task digits, permuted 0: 10 classes; 100 training, 50 test examples>
     """
     seed = seed_number(seed)
     task = _in_memory(task)
@@ -148,6 +166,12 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
         ValueError: a class has too few training examples, ``per_class`` is
             below 1, the seed is negative.
         TypeError: ``per_class`` or the seed is not a whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.few_shot(digits, 5)
+        <Task digits, 5 per class: 10 classes; 50 training, 50 test examples>
     """
     _require_task(task)
     per_class, seed = whole_number(per_class, "per_class", least=1), seed_number(seed)
@@ -182,6 +206,12 @@ def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
             twice; fewer than two are given; one has no training or no test
             examples; the task is read from the model's own words.
         TypeError: classes is one string, or a class is neither a name nor an index.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.only_classes(digits, ["3", "8"]).classes
+        ('3', '8')
     """
     _require_task(task)
     classes = sequence(classes, "classes", "names or indices")
