@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from lora_lens._base.errors import InputError, InputTypeError, MissingPackageError
-from lora_lens._base.validate import choice, instance, seed_number, whole_number
+from lora_lens._base.validate import instance, seed_number, whole_number
 from lora_lens.tasks.corpus import Corpus
 from lora_lens.tasks.corpus_checks import (
-    CONFLICTS,
     Part,
+    check_columns,
     check_texts,
     corpus_of,
     found_classes,
@@ -46,9 +46,8 @@ def hub_corpus(
         imdb = hub_corpus("stanfordnlp/imdb", most=2000)
         sst2 = hub_corpus("nyu-mll/glue", "sst2", text="sentence", test="validation")
 
-    Nothing in a data set is executed: those that are Python scripts are refused. To leave out
-    texts first, or to correct labels, load the data set yourself and pass its parts to
-    :func:`dataset_corpus`.
+    Nothing in a data set is executed: those that are Python scripts are refused. To leave out texts first, or
+    to correct labels, load the data set yourself and pass its parts to :func:`dataset_corpus`.
 
     Args:
         dataset: its name, or a folder.
@@ -153,10 +152,7 @@ def dataset_corpus(
 def _checked(
     text: str, label: str | None, most: int | None, seed: int, conflicts: str
 ) -> tuple[int | None, int]:
-    instance(text, str, "text", "the name of a column")
-    if label is not None:
-        instance(label, str, "label", "the name of a column, or None for plain text")
-    choice(conflicts, "conflicts", CONFLICTS)
+    check_columns(text, label, conflicts)
     return None if most is None else whole_number(most, "most", least=1), seed_number(seed)
 
 

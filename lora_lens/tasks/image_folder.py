@@ -17,6 +17,7 @@ from lora_lens._base.progress import progress_bar
 from lora_lens._base.validate import flag, instance, number, seed_number, shown, whole_number
 from lora_lens.tasks.image_files import ImageFile, ImageFiles, Room, Transform
 from lora_lens.tasks.images import has_white
+from lora_lens.tasks.sampling import held_out
 from lora_lens.tasks.task import Task
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
@@ -39,17 +40,14 @@ def folder_task(
 ) -> Task:
     """A task from image files, ``path/train/<class>/*.jpg`` and ``path/val/<class>/*.jpg``.
 
-    With ``test_share``, from one folder without such parts,
-    ``path/<class>/*.jpg``: that share of every class, drawn at random, is for
-    testing. Files end in one of ``SUFFIXES``, in any case; others, and what is
-    hidden, are left out. Images are read as people see them, see
-    :func:`lora_lens.tasks.images.as_rgb`: turned by their EXIF data, on white where they
-    are transparent, of several frames the first. Classes are sorted by name. That is the order of
-    ImageNet's heads if its folders are called by their WordNet numbers, n01440764
-    and so on.
+    With ``test_share``, from one folder without such parts, ``path/<class>/*.jpg``: that share of every
+    class, drawn at random, is for testing. Files end in one of ``SUFFIXES``, in any case; others, and what is
+    hidden, are left out. Images are read as people see them, see :func:`lora_lens.tasks.images.as_rgb`:
+    turned by their EXIF data, on white where they are transparent, of several frames the first. Classes are
+    sorted by name. That is the order of ImageNet's heads if its folders are called by their WordNet numbers,
+    n01440764 and so on.
 
-    The setting of a vision transformer that learns Caltech101 and is to retain
-    ImageNet::
+    The setting of a vision transformer that learns Caltech101 and is to retain ImageNet::
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
         transform = timm_transform(model)
@@ -224,8 +222,7 @@ def _split(files: Files, share: float, random: np.random.Generator) -> list[File
     for name, found in files.items():
         if len(found) < 2:
             raise InputError(f"class {name!r} has 1 image, {found[0]}; splitting it takes at least 2")
-        count = min(max(round(share * len(found)), 1), len(found) - 1)
-        for_test = set(random.permutation(len(found))[:count].tolist())
+        for_test = set(held_out(len(found), share, random))
         test[name] = [f for i, f in enumerate(found) if i in for_test]
         train[name] = [f for i, f in enumerate(found) if i not in for_test]
     return [train, test]

@@ -21,9 +21,8 @@ MOST_TASKS = 1000  # whose orders can still be counted
 def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size: int = 2) -> list[Task]:
     """A task cut into tasks of some classes each, which are relabelled 0, 1, ... in every one of them.
 
-    As Split MNIST of Zenke, Poole and Ganguli 2017, "Continual learning through
-    synaptic intelligence" (ICML, section 5.1), where each of five tasks is to
-    tell two digits apart.
+    As Split MNIST of Zenke, Poole and Ganguli 2017, "Continual learning through synaptic intelligence" (ICML,
+    section 5.1), where each of five tasks is to tell two digits apart.
 
     Args:
         task: the whole; images or texts that a head reads.

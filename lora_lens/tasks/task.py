@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.hashing import Digest, add_tensor
 from lora_lens._base.random_state import seeded
-from lora_lens._base.validate import choice, instance, seed_number, sequence, shown, whole_number
+from lora_lens._base.validate import choice, instance, seed_number, shown, whole_number
 from lora_lens.spectrum.heads import classifier
-from lora_lens.tasks.corpus import require_different_names
+from lora_lens.tasks.corpus import class_names
 from lora_lens.tasks.readouts import (
     POOLINGS,
     HeadReadout,
@@ -203,11 +203,7 @@ class Task:
 
     def _check_parts(self) -> None:
         instance(self.name, str, "name", "a string")
-        classes = sequence(self.classes, "classes", "names")
-        for name in classes:
-            instance(name, str, "a class's name", "a string")
-        require_different_names(self.name, classes)
-        object.__setattr__(self, "classes", classes)
+        object.__setattr__(self, "classes", class_names(self.name, self.classes))
         for part in ("train", "test"):
             examples = getattr(self, part)
             if not hasattr(examples, "in_batches"):

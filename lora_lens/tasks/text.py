@@ -171,7 +171,8 @@ def label_word_task(
         >>> films = ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
         >>> corpus = ll.tasks.Corpus("films", ("bad", "good"), films, ll.tasks.Texts(["well played"], [1]))
         >>> tokenizer = ll.tasks.bundled.minilm_tokenizer()
-        >>> task = ll.tasks.label_word_task(corpus, tokenizer, prompt="{text} It was", words=[" bad", " good"])
+        >>> words = [" bad", " good"]
+        >>> task = ll.tasks.label_word_task(corpus, tokenizer, prompt="{text} It was", words=words)
         >>> tokenizer.decode([word[0] for word in task.words])
         'bad good'
     """

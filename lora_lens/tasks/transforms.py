@@ -28,10 +28,9 @@ CHUNK = 1000  # images blurred or rotated at once, which bounds the memory
 def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
     """The same task with corrupted training and test images.
 
-    In the spirit of ImageNet-C (Hendrycks and Dietterich 2019, "Benchmarking
-    neural network robustness to common corruptions and perturbations", arXiv
-    1903.12261), but for inputs that are normalised already, whose pixel values
-    are not known. Severities 1 to 5 are, by kind:
+    In the spirit of ImageNet-C (Hendrycks and Dietterich 2019, "Benchmarking neural network robustness to
+    common corruptions and perturbations", arXiv 1903.12261), but for inputs that are normalised already,
+    whose pixel values are not known. Severities 1 to 5 are, by kind:
 
     - ``"gaussian_noise"``: 0.10, 0.15, 0.20, 0.25, 0.30 standard deviations of
       the training inputs, channel by channel, added to every pixel; then cut
@@ -43,10 +42,9 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
     - ``"contrast"``: 0.4, 0.3, 0.2, 0.1, 0.05 of the distance to each image's
       own mean, channel by channel.
 
-    Every image is corrupted once, before training, so every pass sees the same
-    noise, however it is batched. Training and test images get different
-    noise; the noise of an image depends on the seed, its part and its place
-    there, not on how many images follow.
+    Every image is corrupted once, before training, so every pass sees the same noise, however it is batched.
+    Training and test images get different noise; the noise of an image depends on the seed, its part and its
+    place there, not on how many images follow.
 
     Args:
         task: inputs are images, (n, c, h, w), floating point.
@@ -85,9 +83,8 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
 def rotated(task: Task, degrees: float) -> Task:
     """The same task with all images turned counter-clockwise about their centre.
 
-    Pixels are interpolated bilinearly. What comes in from outside the image is
-    its background: the least training input of the channel. Corners that are
-    turned out of the image are lost.
+    Pixels are interpolated bilinearly. What comes in from outside the image is its background: the least
+    training input of the channel. Corners that are turned out of the image are lost.
 
     Args:
         task: inputs are images, (n, c, h, w), floating point.
@@ -124,12 +121,10 @@ def rotated(task: Task, degrees: float) -> Task:
 def permuted(task: Task, seed: int) -> Task:
     """The same task with the pixels of all images in one other order, which hides what is next to what.
 
-    Permuted MNIST: Goodfellow et al. 2013, "An empirical investigation of
-    catastrophic forgetting in gradient-based neural networks" (arXiv 1312.6211),
-    and Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural
-    networks" (PNAS 114, section 2.2). The order is the same for training and
-    test images and for all channels; it depends on the seed and the images' size
-    alone.
+    Permuted MNIST: Goodfellow et al. 2013, "An empirical investigation of catastrophic forgetting in
+    gradient-based neural networks" (arXiv 1312.6211), and Kirkpatrick et al. 2017, "Overcoming catastrophic
+    forgetting in neural networks" (PNAS 114, section 2.2). The order is the same for training and test images
+    and for all channels; it depends on the seed and the images' size alone.
 
     Args:
         task: inputs are images, (n, c, h, w), floating point.
@@ -193,9 +188,8 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
 def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
     """The training and test examples of some classes alone, relabelled 0, 1, ... in the order given.
 
-    For a split within one data set: pretrain on some classes, adapt to the
-    others. The model's own head then has as many classes as the first split,
-    which is the task to retain.
+    For a split within one data set: pretrain on some classes, adapt to the others. The model's own head then
+    has as many classes as the first split, which is the task to retain.
 
     Args:
         task: the whole; images or texts that a head reads.
