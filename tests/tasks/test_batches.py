@@ -15,6 +15,7 @@ from torch import nn
 import lora_lens as ll
 from lora_lens.tasks import batches
 from lora_lens.tasks.batches import in_batches
+from lora_lens.tasks.tokens import TokenExamples
 
 # A vocabulary of 150,000, whose logits for 2,048 tokens take 1.2 GB, and as much for every copy of them.
 UNDER_A_CAP = """
@@ -48,9 +49,19 @@ def sizes(model: nn.Module, examples: ll.Examples) -> list[int]:
         return [len(rows) for rows, _ in in_batches(model, examples, lambda r: model(examples.batch(r)))]
 
 
+def sizes_of_tokens(model: nn.Module, examples: TokenExamples) -> list[int]:
+    with torch.inference_mode():
+        return [len(rows) for rows, _ in in_batches(model, examples, lambda r: model(**examples.batch(r)))]
+
+
 def test_the_embedded_vision_model_has_the_batches_of_the_stored_results(model, source, digits):
     for task in (source, digits):
         assert sizes(model, task.test.first(1200)) == [500, 500, 200]
+
+
+def test_a_language_model_of_smollm2_s_vocabulary_has_the_batches_of_the_stored_results():
+    task = ll.tasks.language_task(part_of("movies", 4, 100), byte_tokenizer(), block=128).first(test=20)
+    assert sizes_of_tokens(small("llama", vocabulary=49_152), task.test) == [16, 4]  # 2048 tokens, and the rest
 
 
 def test_the_largest_tensor_of_a_batch_stays_within_the_limit(monkeypatch):
