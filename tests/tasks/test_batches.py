@@ -61,7 +61,7 @@ def test_the_embedded_vision_model_has_the_batches_of_the_stored_results(model, 
 
 def test_a_language_model_of_smollm2_s_vocabulary_has_the_batches_of_the_stored_results():
     task = ll.tasks.language_task(part_of("movies", 4, 100), byte_tokenizer(), block=128).first(test=20)
-    assert sizes_of_tokens(small("llama", vocabulary=49_152), task.test) == [16, 4]  # 2048 tokens, and the rest
+    assert sizes_of_tokens(small("llama", vocabulary=49_152), task.test) == [16, 4]  # of 2048 tokens
 
 
 def test_the_largest_tensor_of_a_batch_stays_within_the_limit(monkeypatch):
