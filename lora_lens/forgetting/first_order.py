@@ -42,6 +42,7 @@ from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import Components
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Placement
+from lora_lens.tasks.batches import batch_limit
 from lora_lens.tasks.evaluation import example_features
 from lora_lens.tasks.linear_probe import drawn, fitted_head
 from lora_lens.tasks.readouts import HeadReadout, ask, real_positions, to_device
@@ -229,8 +230,10 @@ def _pass_back(
             example_features(model, task, examples), examples.labels, len(task.classes)
         )
     readout.to(device)
+    with evaluating(model), torch.no_grad():
+        most = batch_limit(model, examples, partial(ask, readout, model, examples))
     with evaluating(model), torch.enable_grad(), _handing_over(model, layers, sums):
-        for batch in examples.in_batches():
+        for batch in examples.in_batches(most):
             for rows in batch.split(WITH_GRADIENT):
                 loss = nn.functional.cross_entropy(*ask(readout, model, examples, rows))
                 (loss * (len(rows) / len(examples))).backward()
@@ -277,11 +280,14 @@ def _pass_forward(
         sums[name].add_inputs(given[0].flatten(0, -2) if real is None else given[0][real])
 
     device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        # Before the hooks, which would see its example twice.
+        most = batch_limit(model, examples, lambda rows: call(model, to_device(examples.batch(rows), device)))
     with ExitStack() as during:
         for name, layer in layers.items():
             during.enter_context(layer.register_forward_pre_hook(partial(add, name)))
         during.enter_context(evaluating(model))
         during.enter_context(torch.no_grad())
-        for rows in examples.in_batches():
+        for rows in examples.in_batches(most):
             inputs = to_device(examples.batch(rows), device)
             call(model, inputs)

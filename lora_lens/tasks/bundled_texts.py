@@ -38,6 +38,11 @@ def ratings(name: str) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or damaged, or another ``name``.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled_texts.ratings("tweets").columns.tolist()
+        ['text', 'rating', 'group', 'test']
     """
     held = _held()[choice(name, "name", CORPORA)]
     return pd.DataFrame(
@@ -69,6 +74,11 @@ def sentiment(name: str) -> Corpus:
 
     Raises:
         FileNotFoundError, ValueError: as :func:`ratings`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled_texts.sentiment("tweets")
+        <Corpus tweets: classes negative, positive; 2705 training, 667 test texts>
     """
     table = ratings(name)
     clear = table[table["rating"].abs() >= CLEAR]
@@ -89,6 +99,11 @@ def genres(per_genre: int = 3000) -> Corpus:
         FileNotFoundError, ValueError: the file is missing or damaged, or ``per_genre`` is below 5 or above
             3,599, for which the smallest corpus has no more texts.
         TypeError: ``per_genre`` is no whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled_texts.genres(per_genre=100)
+        <Corpus genres: classes movies, products, tweets, newspaper; 320 training, 80 test texts>
     """
     tables = [_mixed(ratings(name), name).assign(label=label) for label, name in enumerate(CORPORA)]
     test_texts = min(int(table["test"].sum()) for table in tables)
@@ -119,6 +134,11 @@ def articles() -> Corpus:
 
     Raises:
         FileNotFoundError, ValueError: the file is missing or damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled_texts.articles().classes
+        ()
     """
     sentences = ratings("newspaper").groupby("group", sort=False)
     whole = sentences.agg(text=("text", " ".join), test=("test", "first"))

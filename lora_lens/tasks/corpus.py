@@ -19,6 +19,11 @@ class Texts:
     Raises:
         ValueError: no texts, different lengths, an empty text.
         TypeError: a text is no string, a label no whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        <2 Texts, the first 'a fine film'>
     """
 
     texts: tuple[str, ...]
@@ -59,6 +64,13 @@ class Corpus:
         ValueError: a label outside ``classes``, two classes of one name, or a test text that is also a
             training text.
         TypeError: an attribute of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> train = ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        >>> test = ll.tasks.Texts(["well played"], [1])
+        >>> ll.tasks.Corpus("films", ("bad", "good"), train, test)
+        <Corpus films: classes bad, good; 2 training, 1 test texts>
     """
 
     name: str
@@ -72,10 +84,7 @@ class Corpus:
 
     def __post_init__(self) -> None:
         instance(self.name, str, "name", "a string")
-        object.__setattr__(self, "classes", sequence(self.classes, "classes", "names"))
-        for name in self.classes:
-            instance(name, str, "a class's name", "a string")
-        require_different_names(self.name, self.classes)
+        object.__setattr__(self, "classes", class_names(self.name, self.classes))
         for part in ("train", "test"):
             instance(getattr(self, part), Texts, part, "Texts")
             labels = getattr(self, part).labels
@@ -98,18 +107,23 @@ class Corpus:
         return hashlib.sha256(repr((self.classes, parts)).encode()).hexdigest()[:16]
 
 
-def require_different_names(what: str, classes: Sequence[str]) -> None:
-    """Refuse two classes of one name, which no table or picture could tell apart.
+def class_names(what: str, classes: Sequence[str]) -> tuple[str, ...]:
+    """The names of ``what``'s classes, no two of them alike: no table or picture could tell those apart.
 
     Raises:
-        ValueError: there are two.
+        TypeError: they are no strings.
+        ValueError: there are two of one name.
     """
-    if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
+    names = sequence(classes, "classes", "names")
+    for name in names:
+        instance(name, str, "a class's name", "a string")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
         raise InputError(
             f"{what} has several classes called {twice!r}, which could not be told apart; give each a name "
             f"of its own, such as {twice + ' 1'!r} and {twice + ' 2'!r}"
         )
+    return names
 
 
 def same_text(text: str) -> str:

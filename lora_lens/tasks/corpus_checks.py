@@ -8,11 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import listed
-from lora_lens._base.validate import seed_number
+from lora_lens._base.validate import choice, instance
 from lora_lens.tasks.corpus import Corpus, Texts, same_text
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -47,8 +45,12 @@ class Part:
         )
 
 
-def generator(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed_number(seed))
+def check_columns(text: str, label: str | None, conflicts: str) -> None:
+    """The arguments that files and data sets share."""
+    instance(text, str, "text", "the name of a column")
+    if label is not None:
+        instance(label, str, "label", "the name of a column, or None for plain text")
+    choice(conflicts, "conflicts", CONFLICTS)
 
 
 def require(source: str, columns: list[str], found: Iterable[str], rows: int) -> None:

@@ -1,20 +1,25 @@
 """Tables of text, such as CSV and TSV: where rows begin, and whether quotation marks enclose cells.
 
-The csv module would raise one limit for the whole process to read long texts, and does not tell which cells
-were in quotation marks. pandas takes cells such as "NA" for missing.
+The csv module does not tell which cells were in quotation marks, so a table is read with and without them.
+pandas takes cells that are missing at the end of a line for empty ones.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
+from threading import Lock
 
 from lora_lens._base.errors import InputError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 OTHERS = (";", "\t", ",", "|")  # what a file of either kind may be delimited by as well
 NUMBER = re.compile(r"[+-]?[0-9]*\.?[0-9]*(e[+-]?[0-9]+)?", re.IGNORECASE)
+_limiting = Lock()
 
 
 @dataclass(frozen=True)
@@ -71,24 +76,43 @@ def read_table(source: str, content: str, delimiter: str, columns: list[str], qu
 
 def _delimiter(content: str, usual: str, columns: list[str]) -> str:
     """The usual one, unless the header has all columns only with another one."""
-    header = content.lstrip("\r\n").partition("\n")[0]
+    header = re.split("[\r\n]", content.lstrip("\r\n"), maxsplit=1)[0]
     for delimiter in dict.fromkeys((usual, *OTHERS)):
-        row = next(iter(_rows(header, delimiter, quoting=True)), (1, [], None))[1]
-        if all(column in row for column in columns):
+        names = next(iter(_table(header, delimiter, quoting=True).rows), [])
+        if all(column in names for column in columns):
             return delimiter
     return usual
 
 
 def _table(content: str, delimiter: str, quoting: bool) -> Table:
-    lines, rows = [], []
-    for line, row, problem in _rows(content, delimiter, quoting):
-        if problem is None and rows and len(row) != len(rows[0]):
-            problem = f"has {len(row)} cells, but the first line names {len(rows[0])} columns"
-        if problem is not None:
-            return Table([line], [], problem)
-        lines.append(line)
-        rows.append(row)
+    lines, rows, line = [], [], 1
+    quotes = csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE
+    with _cells_of_any_length(content):
+        reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, quoting=quotes, strict=True)
+        try:
+            for row in reader:
+                if row and rows and len(row) != len(rows[0]):
+                    what = f"has {len(row)} cells, but the first line names {len(rows[0])} columns"
+                    return Table([line], [], what)
+                if row:  # empty lines are no rows
+                    lines.append(line)
+                    rows.append(row)
+                line = reader.line_num + 1
+        except csv.Error:
+            return Table([line], [], "is damaged: a quotation mark opens or closes no cell there")
     return Table(lines, rows)
+
+
+@contextmanager
+def _cells_of_any_length(content: str) -> Iterator[None]:
+    """The csv module has one limit for the whole process."""
+    with _limiting:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, len(content)))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
 
 
 def _sound(source: str, table: Table, delimiter: str) -> Table:
@@ -100,33 +124,6 @@ def _sound(source: str, table: Table, delimiter: str) -> Table:
             "texts instead, pass quoting=False)"
         )
     return table
-
-
-def _rows(content: str, delimiter: str, quoting: bool) -> Iterator[tuple[int, list[str], str | None]]:
-    """The line on which each row begins, its cells, and what is wrong with it; empty lines are no rows."""
-    end = re.escape(delimiter)
-    plain = rf"[^{end}\r\n]*+"
-    cell = rf'(?:"((?:[^"]++|"")*+)"|((?!"){plain}))' if quoting else f"()({plain})"
-    pattern = re.compile(rf"{cell}({end}|\r\n|[\r\n]|\Z)")
-    breaks = "\n" if "\n" in content else "\r"
-    line, start, position, row = 1, 1, 0, []
-    while position < len(content) or row:
-        found = pattern.match(content, position)
-        if found is None:
-            yield (
-                start,
-                row,
-                "is damaged: a quotation mark opens or closes no cell there",
-            )
-            return
-        enclosed, bare, stop = found.groups()
-        row.append(bare if bare is not None else enclosed.replace('""', '"'))
-        line += content.count(breaks, position, found.end())
-        position = found.end()
-        if stop != delimiter:
-            if row != [""] or bare is None:
-                yield start, row, None
-            row, start = [], line
 
 
 def _as_a_writer_quotes(plain: list[list[str]], quoted: list[list[str]]) -> bool:

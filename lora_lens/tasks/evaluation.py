@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lora_lens._base.precision import PRECISIONS, autocast
 from lora_lens._base.torch_tools import evaluating
 from lora_lens._base.validate import choice, instance
+from lora_lens.tasks.batches import in_batches
 from lora_lens.tasks.readouts import FITTING, Readout, ask, inner_model, pooled_features, taking, to_device
 from lora_lens.tasks.task import Examples, Task, require_examples
 
@@ -23,6 +25,13 @@ class Answers:
         labels: the right choice.
         predicted: the choice that the model takes.
         losses: -log of the probability of the right choice, in nats.
+
+    Example:
+        >>> import numpy as np
+        >>> import lora_lens as ll
+        >>> answers = ll.tasks.Answers(np.array([0, 1]), np.array([0, 0]), np.array([0.2, 1.8]))
+        >>> answers.accuracy, answers.loss
+        (0.5, 1.0)
     """
 
     labels: np.ndarray
@@ -64,6 +73,12 @@ def evaluate(
     Raises:
         ValueError: the task does not fit the model.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, task = ll.tasks.bundled.vision()
+        >>> ll.evaluate(model, task, examples=task.test.first(50)).accuracy
+        0.88
     """
     instance(model, nn.Module, "model", "a torch model")
     instance(task, Task, "task", "a Task, as lora_lens.tasks.text_task and folder_task make them")
@@ -76,8 +91,7 @@ def evaluate(
     examples = task.test if examples is None else examples
     order, parts = [], []
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
-        for rows in examples.in_batches():
-            logits, right = ask(readout, model, examples, rows)
+        for rows, (logits, right) in in_batches(model, examples, partial(ask, readout, model, examples)):
             losses = nn.functional.cross_entropy(logits.float(), right, reduction="none")
             order.append(rows)
             parts.append([x.cpu().reshape(len(rows), -1) for x in (right, logits.argmax(-1), losses)])
@@ -114,11 +128,11 @@ def example_features(
         ValueError: as :func:`lora_lens.tasks.readouts.pooled_features`.
     """
     device = next(model.parameters()).device
-    order, parts = [], []
+
+    def features(rows: Tensor) -> Tensor:
+        inputs = to_device(examples.batch(rows), device)
+        return pooled_features(model, inputs, task.pooling).float().cpu()
+
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
-        for rows in examples.in_batches():
-            order.append(rows)
-            parts.append(
-                pooled_features(model, to_device(examples.batch(rows), device), task.pooling).float().cpu()
-            )
+        order, parts = zip(*in_batches(model, examples, features), strict=True)
     return torch.cat(parts)[torch.cat(order).argsort()].clone()

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from lora_lens._base.errors import InputError, InputTypeError, MissingPackageError
-from lora_lens._base.validate import choice, instance, seed_number, whole_number
+from lora_lens._base.validate import instance, seed_number, whole_number
 from lora_lens.tasks.corpus import Corpus
 from lora_lens.tasks.corpus_checks import (
-    CONFLICTS,
     Part,
+    check_columns,
     check_texts,
     corpus_of,
     found_classes,
@@ -46,9 +46,8 @@ def hub_corpus(
         imdb = hub_corpus("stanfordnlp/imdb", most=2000)
         sst2 = hub_corpus("nyu-mll/glue", "sst2", text="sentence", test="validation")
 
-    Nothing in a data set is executed: those that are Python scripts are refused. To leave out
-    texts first, or to correct labels, load the data set yourself and pass its parts to
-    :func:`dataset_corpus`.
+    Nothing in a data set is executed: those that are Python scripts are refused. To leave out texts first, or
+    to correct labels, load the data set yourself and pass its parts to :func:`dataset_corpus`.
 
     Args:
         dataset: its name, or a folder.
@@ -65,6 +64,11 @@ def hub_corpus(
         TypeError: as :func:`dataset_corpus`.
         datasets.exceptions.DatasetNotFoundError: there is no such data set.
         RuntimeError: it is a Python script.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.hub_corpus("stanfordnlp/imdb", most=2000)  # doctest: +SKIP
+        <Corpus imdb: classes neg, pos; 2000 training, 2000 test texts>
     """
     most, seed = _checked(text, label, most, seed, conflicts)
     instance(
@@ -129,6 +133,14 @@ def dataset_corpus(
             :func:`lora_lens.tasks.text_corpus`; an argument out of range.
         TypeError: a part is no ``datasets.Dataset``, a text no string, or a label neither a string nor a
             number.
+
+    Example:
+        >>> import datasets
+        >>> import lora_lens as ll
+        >>> train = datasets.Dataset.from_dict({"text": ["a fine film", "a waste of time"], "label": [1, 0]})
+        >>> test = datasets.Dataset.from_dict({"text": ["well played"], "label": [1]})
+        >>> ll.tasks.dataset_corpus(train, test, "films")
+        <Corpus films: classes 0, 1; 2 training, 1 test texts>
     """
     most, seed = _checked(text, label, most, seed, conflicts)
     instance(name, str, "name", "the name of the corpus")
@@ -140,10 +152,7 @@ def dataset_corpus(
 def _checked(
     text: str, label: str | None, most: int | None, seed: int, conflicts: str
 ) -> tuple[int | None, int]:
-    instance(text, str, "text", "the name of a column")
-    if label is not None:
-        instance(label, str, "label", "the name of a column, or None for plain text")
-    choice(conflicts, "conflicts", CONFLICTS)
+    check_columns(text, label, conflicts)
     return None if most is None else whole_number(most, "most", least=1), seed_number(seed)
 
 

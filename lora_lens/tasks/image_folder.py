@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms.functional import to_tensor
 
 from lora_lens._base.errors import InputError, InputTypeError, MissingFileError
 from lora_lens._base.naming import listed
 from lora_lens._base.progress import progress_bar
 from lora_lens._base.validate import flag, instance, number, seed_number, shown, whole_number
-from lora_lens.tasks.images import as_rgb, has_white
-from lora_lens.tasks.task import Examples, Task
+from lora_lens.tasks.image_files import ImageFile, ImageFiles, Room, Transform
+from lora_lens.tasks.images import has_white
+from lora_lens.tasks.sampling import held_out
+from lora_lens.tasks.task import Task
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-Transform = Callable[[Image.Image], Tensor]
 Files = dict[str, list[Path]]  # of every class, in the order of the labels
 LISTED = 5  # names in an error
 
@@ -35,21 +35,19 @@ def folder_task(
     limit: int | tuple[int | None, int | None] | None = None,
     seed: int = 0,
     name: str | None = None,
+    memory: float = 1.0,
     progress: bool = True,
 ) -> Task:
     """A task from image files, ``path/train/<class>/*.jpg`` and ``path/val/<class>/*.jpg``.
 
-    With ``test_share``, from one folder without such parts,
-    ``path/<class>/*.jpg``: that share of every class, drawn at random, is for
-    testing. Files end in one of ``SUFFIXES``, in any case; others, and what is
-    hidden, are left out. Images are read as people see them, see
-    :func:`lora_lens.tasks.images.as_rgb`: turned by their EXIF data, on white where they
-    are transparent, of several frames the first. Classes are sorted by name. That is the order of
-    ImageNet's heads if its folders are called by their WordNet numbers, n01440764
-    and so on.
+    With ``test_share``, from one folder without such parts, ``path/<class>/*.jpg``: that share of every
+    class, drawn at random, is for testing. Files end in one of ``SUFFIXES``, in any case; others, and what is
+    hidden, are left out. Images are read as people see them, see :func:`lora_lens.tasks.images.as_rgb`:
+    turned by their EXIF data, on white where they are transparent, of several frames the first. Classes are
+    sorted by name. That is the order of ImageNet's heads if its folders are called by their WordNet numbers,
+    n01440764 and so on.
 
-    The setting of a vision transformer that learns Caltech101 and is to retain
-    ImageNet::
+    The setting of a vision transformer that learns Caltech101 and is to retain ImageNet::
 
         model = timm.create_model("vit_base_patch16_224", pretrained=True)
         transform = timm_transform(model)
@@ -60,14 +58,16 @@ def folder_task(
         adapted = lora_lens.attach(model, lora_lens.Window(rank=8, position=0.5))
         run = lora_lens.finetune(adapted, caltech, retain=imagenet)
 
-    All images are in memory at once, 4 bytes per value: 0.6 MB for one of
-    3 x 224 x 224, so 3.6 GB for this ImageNet and at most 3.0 GB for this Caltech101.
-    ``limit`` bounds that.
+    Every image is read once, so that whatever is wrong with a file is known before work begins. The first
+    of them stay in memory, up to ``memory``; the others are read again whenever they are needed, and must
+    then be what they were. A value takes 4 bytes, so one of 3 x 224 x 224 takes 0.6 MB. What is made of a
+    task by :func:`lora_lens.tasks.corrupted`, ``rotated`` and ``permuted`` is in memory whole.
 
     Args:
         path: the folder.
-        transform: from an RGB image to a floating-point tensor of the same shape for all,
-            such as :func:`timm_transform`; without one, pixels in [0, 1], (3, h, w), as large as they are.
+        transform: from an RGB image to a floating-point tensor of the same shape for all, the same each
+            time, such as :func:`timm_transform`; without one, pixels in [0, 1], (3, h, w), as large as they
+            are.
         train: the subfolder of the training images.
         test: the subfolder of the test images; by default "val", or "test" if there is no "val".
         test_share: in (0, 1), instead of the two subfolders. It is rounded to whole images, and every
@@ -76,14 +76,29 @@ def folder_task(
             which None is no limit. They are drawn at random.
         seed: of the split and of the images drawn.
         name: of the task; by default the folder's.
-        progress: show a bar while checking and loading.
+        memory: of images that are kept, in GB, in each process that uses the task.
+        progress: show a bar while checking and reading.
 
     Raises:
         FileNotFoundError: the folder or a part of it is missing.
         ValueError: there are fewer than two classes, a class without images,
             or one that is in one part only; one folder for both parts; a file is no readable image, or one
-            of 32-bit numbers; tensors of different shapes; a share, limit or seed out of range.
+            of 32-bit numbers; tensors of different shapes, or that are not finite; a share, limit, seed or
+            memory out of range. Later, from whatever uses the task: a file that is gone, damaged or changed,
+            or a transform that makes another tensor of it than at first.
         TypeError: the transform does not return floating-point tensors; an argument of another type.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> import lora_lens as ll
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for place in range(8):
+        ...         (Path(folder) / "ab"[place % 2]).mkdir(exist_ok=True)
+        ...         Image.new("RGB", (8, 8)).save(Path(folder) / "ab"[place % 2] / f"{place}.png")
+        ...     ll.tasks.folder_task(folder, test_share=0.25, name="letters", progress=False)
+        <Task letters: 2 classes; 6 training, 2 test examples>
     """
     path = Path(instance(path, (str, Path), "path", "a folder's path"))
     if transform is not None and not callable(transform):
@@ -92,6 +107,7 @@ def folder_task(
         if part == "train" or given is not None:
             instance(given, (str, Path), part, "a subfolder's name")
     limits, progress = _limits(limit), flag(progress, "progress")
+    room = Room(10**9 * number(memory, "memory", least=0))
     random = np.random.default_rng(seed_number(seed))
     if test_share is None:
         parts = _parts(path, train, test)
@@ -108,7 +124,7 @@ def folder_task(
     return Task(
         path.resolve().name if name is None else name,
         tuple(parts[0]),
-        *(_loaded(part, transform or to_tensor, progress) for part in parts),
+        *(_read(part, transform or to_tensor, room, progress) for part in parts),
     )
 
 
@@ -120,6 +136,14 @@ def timm_transform(model: nn.Module) -> Transform:
 
     Raises:
         ValueError: the model does not say how it was pretrained: it is not from ``timm.create_model``.
+
+    Example:
+        >>> import timm
+        >>> from PIL import Image
+        >>> import lora_lens as ll
+        >>> transform = ll.tasks.timm_transform(timm.create_model("test_vit"))
+        >>> transform(Image.new("RGB", (300, 200))).shape
+        torch.Size([3, 160, 160])
     """
     config = getattr(model, "pretrained_cfg", None)
     if not config:
@@ -198,8 +222,7 @@ def _split(files: Files, share: float, random: np.random.Generator) -> list[File
     for name, found in files.items():
         if len(found) < 2:
             raise InputError(f"class {name!r} has 1 image, {found[0]}; splitting it takes at least 2")
-        count = min(max(round(share * len(found)), 1), len(found) - 1)
-        for_test = set(random.permutation(len(found))[:count].tolist())
+        for_test = set(held_out(len(found), share, random))
         test[name] = [f for i, f in enumerate(found) if i in for_test]
         train[name] = [f for i, f in enumerate(found) if i not in for_test]
     return [train, test]
@@ -233,31 +256,20 @@ def _check(files: list[Path], progress: bool) -> None:
         )
 
 
-def _loaded(part: Files, transform: Transform, progress: bool) -> Examples:
-    """Inputs of all files, class after class, in one tensor that is allocated once."""
+def _read(part: Files, transform: Transform, room: Room, progress: bool) -> ImageFiles:
+    """The files, class after class, each of which is read once."""
     files = [(f, label) for label, found in enumerate(part.values()) for f in found]
-    inputs = None
-    for row, (file, _) in enumerate(progress_bar(files, shown=progress, desc="loading", unit="image")):
-        made = transform(_rgb(file))
-        if not (isinstance(made, Tensor) and made.is_floating_point()):
-            kind = made.dtype if isinstance(made, Tensor) else type(made).__name__
-            raise InputTypeError(f"the transform must return a floating-point tensor, not {kind}, for {file}")
-        if inputs is None:
-            inputs = made.new_empty((len(files), *made.shape))
-        if made.shape != inputs.shape[1:]:
-            raise InputError(
-                f"{file} became a tensor of shape {tuple(made.shape)}, but {files[0][0]} one of "
-                f"{tuple(inputs.shape[1:])}; give a transform that makes all the same, such as timm_transform"
-            )
-        inputs[row] = made
-    return Examples(inputs, torch.tensor([label for _, label in files]))
+    images: list[ImageFile] = []
+    for file, _ in progress_bar(files, shown=progress, desc="reading", unit="image"):
+        images.append(ImageFile(file, transform, room))
+        for what in ("shape", "dtype"):
+            if (here := getattr(images[-1], what)) != (first := getattr(images[0], what)):
+                raise InputError(
+                    f"{file} became a tensor of {what} {_plain(here)}, but {files[0][0]} one of "
+                    f"{_plain(first)}; give a transform that makes all the same, such as timm_transform"
+                )
+    return ImageFiles(tuple(images), torch.tensor([label for _, label in files]))
 
 
-def _rgb(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return as_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file may be cut off after a sound header
-        raise InputError(f"not readable as an image, restore or remove it: {file} ({error})") from error
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value

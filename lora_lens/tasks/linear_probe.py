@@ -31,6 +31,13 @@ def probed(model: nn.Module, task: Task, examples: int | None = None) -> Task:
 
     Raises:
         ValueError: the task is no classification by a head, or does not fit the model.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> model, _ = ll.tasks.bundled.vision()
+        >>> digits = ll.tasks.probed(model, ll.tasks.bundled.digits().first(test=100), examples=200)
+        >>> round(ll.evaluate(model, digits).accuracy, 1)
+        0.8
     """
     instance(task, Task, "task", "a Task, as lora_lens.tasks.text_task and folder_task make them")
     if type(task) is not Task:

@@ -17,20 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from lora_lens._base.errors import InputError, LoraLensError, MissingFileError, MissingPackageError
-from lora_lens._base.validate import choice, flag, instance, number, sequence
+from lora_lens._base.validate import flag, instance, number, seed_number, sequence
 from lora_lens.tasks.corpus import Corpus
 from lora_lens.tasks.corpus_checks import (
-    CONFLICTS,
     Part,
+    check_columns,
     check_texts,
     corpus_of,
-    generator,
     labels_by_name,
     once,
     require,
     short,
 )
 from lora_lens.tasks.delimited import DELIMITERS, read_table
+from lora_lens.tasks.sampling import held_out
 
 UNPACKED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 EXAMPLE = '{"text": "...", "label": "..."}'
@@ -89,15 +89,22 @@ def text_corpus(
             range.
         TypeError: a text that is no string, or a label that is neither a string nor a number.
         ImportError: reading Parquet needs pyarrow.
+
+    Example:
+        >>> import os, tempfile
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> films = {"text": ["a fine film", "well played", "a waste", "so slow"], "label": [1, 1, 0, 0]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pd.DataFrame(films).to_csv(path := os.path.join(folder, "films.csv"), index=False)
+        ...     ll.tasks.text_corpus(path)
+        <Corpus films: classes 0, 1; 2 training, 2 test texts>
     """
     test_share = number(test_share, "test_share", above=0, below=1)
-    random = generator(seed)
-    choice(conflicts, "conflicts", CONFLICTS)
+    random = np.random.default_rng(seed_number(seed))
+    check_columns(text, label, conflicts)
     if quoting is not None:
         quoting = flag(quoting, "quoting")
-    instance(text, str, "text", "the name of a column")
-    if label is not None:
-        instance(label, str, "label", "the name of a column, or None for plain text")
     names = _class_names(classes, label)
     files = [_file(train)] if test is None else [_file(train), _file(test)]
     if quoting is not None and not any(_suffix(file) in DELIMITERS for file in files):
@@ -302,8 +309,7 @@ def _split(part: Part, share: float, random: np.random.Generator) -> tuple[Part,
                 f"{part.source}: {what} 1 text, {part.at(rows)}; splitting takes at least 2, so add texts, "
                 f"{'leave it out, ' if part.labels else ''}or give a test file"
             )
-        count = min(max(round(share * len(rows)), 1), len(rows) - 1)
-        for_test.update(rows[i] for i in random.permutation(len(rows))[:count].tolist())
+        for_test.update(rows[i] for i in held_out(len(rows), share, random))
     everything = range(len(part.texts))
     return (
         part.take([row for row in everything if row not in for_test]),

@@ -304,8 +304,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 def features_of(head: nn.Module) -> Iterator[list[Tensor]]:
     """A list whose only item is always the last input that ``head`` was given, (batch, features).
 
-    It turns any classifier into a feature extractor without knowing how the
-    model pools its tokens.
+    It turns any classifier into a feature extractor without knowing how the model pools its tokens.
     """
     features: list[Tensor] = []
 

@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def held_out(count: int, share: float, random: np.random.Generator) -> list[int]:
+    """Which of the ``count`` examples of a class are for testing; at least one is, and one is not."""
+    testing = min(max(round(share * count), 1), count - 1)
+    return random.permutation(count)[:testing].tolist()
+
+
 def sampled_rows(labels: Tensor, count: int, seed: int) -> Tensor:
     """The numbers of ``count`` examples in ascending order, drawn without replacement.
 

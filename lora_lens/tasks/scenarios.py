@@ -26,24 +26,21 @@ HeadState = dict[str, dict[str, Tensor]]
 
 
 @dataclass(eq=False)
-class TaskIncremental:
-    """A new head for each task; earlier heads stay as their task left them."""
+class _Scenario:
+    """What the settings have in common, and the readout of those that have one for all tasks."""
 
     tasks: Sequence[Task]
-    readouts: dict[int, Readout] = field(default_factory=dict)
+    readout: Readout | None = None
 
     def prepare(self, model: nn.Module, seed: int) -> None:
         """Make what is there before any training."""
 
     def begin(self, place: int, model: nn.Module, seed: int) -> None:
         """Make what is trained beside the model on the task at ``place``."""
-        for readout in self.readouts.values():
-            readout.requires_grad_(False)
-        self.readouts[place] = self.tasks[place].new_readout(model, seed)
 
     def trained(self, place: int) -> tuple[Task, Readout]:
         """The task with the labels it is trained with, and its readout."""
-        return self.tasks[place], self.readouts[place]
+        return self.tasks[place], self.readout
 
     def asked(self, place: int, after: int) -> tuple[Task, Readout] | None:
         """How the task at ``place`` is tested once ``after`` tasks were trained; None where it cannot be."""
@@ -51,24 +48,6 @@ class TaskIncremental:
 
     def shared(self) -> Readout | None:
         """The readout that all tasks train, if there is one."""
-        return None
-
-    def state(self) -> HeadState:
-        return {str(place): _state(readout) for place, readout in self.readouts.items()}
-
-    def restore(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        for place, kept in state.items():
-            self.readouts[int(place)] = _readout(self.tasks[int(place)], model, kept).requires_grad_(False)
-
-
-@dataclass(eq=False)
-class _OneReadout:
-    """What the settings with one readout for all tasks have in common."""
-
-    tasks: Sequence[Task]
-    readout: Readout | None = None
-
-    def shared(self) -> Readout | None:
         return self.readout
 
     def state(self) -> HeadState:
@@ -80,7 +59,29 @@ class _OneReadout:
 
 
 @dataclass(eq=False)
-class DomainIncremental(_OneReadout):
+class TaskIncremental(_Scenario):
+    """A new head for each task; earlier heads stay as their task left them."""
+
+    readouts: dict[int, Readout] = field(default_factory=dict)
+
+    def begin(self, place: int, model: nn.Module, seed: int) -> None:
+        for readout in self.readouts.values():
+            readout.requires_grad_(False)
+        self.readouts[place] = self.tasks[place].new_readout(model, seed)
+
+    def trained(self, place: int) -> tuple[Task, Readout]:
+        return self.tasks[place], self.readouts[place]
+
+    def state(self) -> HeadState:
+        return {str(place): _state(readout) for place, readout in self.readouts.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
+        for place, kept in state.items():
+            self.readouts[int(place)] = _readout(self.tasks[int(place)], model, kept).requires_grad_(False)
+
+
+@dataclass(eq=False)
+class DomainIncremental(_Scenario):
     """One readout for all tasks, whose classes must be the same.
 
     Raises:
@@ -101,18 +102,12 @@ class DomainIncremental(_OneReadout):
     def prepare(self, model: nn.Module, seed: int) -> None:
         self.readout = self.tasks[0].new_readout(model, seed)
 
-    def begin(self, place: int, model: nn.Module, seed: int) -> None:
-        """Nothing: the head is there already."""
-
-    def trained(self, place: int) -> tuple[Task, Readout]:
-        return self.tasks[place], self.readout
-
     def asked(self, place: int, after: int) -> tuple[Task, Readout] | None:
         return self.trained(place)
 
 
 @dataclass(eq=False)
-class ClassIncremental(_OneReadout):
+class ClassIncremental(_Scenario):
     """One head that grows by each task's classes; the loss and the answers are over all classes seen so far.
 
     Raises:
@@ -128,9 +123,6 @@ class ClassIncremental(_OneReadout):
                 )
         _require_one_reading(self.tasks, "share one head")
 
-    def prepare(self, model: nn.Module, seed: int) -> None:
-        """Nothing: no class is known yet."""
-
     def begin(self, place: int, model: nn.Module, seed: int) -> None:
         new = self.tasks[place].new_readout(model, seed)
         if self.readout is not None:
@@ -138,15 +130,9 @@ class ClassIncremental(_OneReadout):
         self.readout = new
 
     def trained(self, place: int) -> tuple[Task, Readout]:
-        return self._among_seen(place), self.readout
-
-    def asked(self, place: int, after: int) -> tuple[Task, Readout] | None:
-        return (self._among_seen(place), self.readout) if place < after else None
-
-    def _among_seen(self, place: int) -> Task:
         """The task with its classes numbered among all that the head has."""
         names = [name for task in self.tasks for name in task.classes][: self.readout.head.out_features]
-        return relabelled(self.tasks[place], offset_of(self.tasks, place), names)
+        return relabelled(self.tasks[place], offset_of(self.tasks, place), names), self.readout
 
 
 Scenario = TaskIncremental | DomainIncremental | ClassIncremental

@@ -21,9 +21,8 @@ MOST_TASKS = 1000  # whose orders can still be counted
 def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size: int = 2) -> list[Task]:
     """A task cut into tasks of some classes each, which are relabelled 0, 1, ... in every one of them.
 
-    As Split MNIST of Zenke, Poole and Ganguli 2017, "Continual learning through
-    synaptic intelligence" (ICML, section 5.1), where each of five tasks is to
-    tell two digits apart.
+    As Split MNIST of Zenke, Poole and Ganguli 2017, "Continual learning through synaptic intelligence" (ICML,
+    section 5.1), where each of five tasks is to tell two digits apart.
 
     Args:
         task: the whole; images or texts that a head reads.
@@ -36,6 +35,12 @@ def split(task: Task, groups: Sequence[Sequence[str | int]] | None = None, size:
             below 2, there is no group, a class is in two of them, or a group is
             none that :func:`lora_lens.tasks.only_classes` takes.
         TypeError: ``size`` is not a whole number, or a group is no list of names or indices.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> [task.classes for task in ll.tasks.sequences.split(digits, size=5)]
+        [('0', '1', '2', '3', '4'), ('5', '6', '7', '8', '9')]
     """
     instance(task, Task, "task", "a Task, as lora_lens.tasks.folder_task and text_task make them")
     if groups is None:
@@ -72,6 +77,12 @@ def rotations(task: Task, angles: Sequence[float]) -> list[Task]:
     Raises:
         ValueError: there is no angle, or two turn the images alike; as ``rotated``.
         TypeError: an angle is no number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> [task.name for task in ll.tasks.sequences.rotations(digits, [0, 90])]
+        ['digits', 'digits, rotated by 90 degrees']
     """
     instance(task, Task, "task", "a Task, as lora_lens.tasks.folder_task makes it")
     angles = sequence(angles, "angles", "numbers")
@@ -105,6 +116,11 @@ def orders(count: int, number: int, seed: int = 0) -> list[tuple[int, ...]]:
         ValueError: ``count`` or ``number`` is below 1, more orders are asked for
             than there are, the seed is negative.
         TypeError: an argument is not a whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.sequences.orders(3, number=2)
+        [(0, 1, 2), (2, 0, 1)]
     """
     count, number = whole_number(count, "count", most=MOST_TASKS), whole_number(number, "number")
     seed = seed_number(seed)
@@ -132,6 +148,11 @@ def split_fashion(train: int = 2000, test: int = 400) -> list[Task]:
     Raises:
         ValueError: there are not as many examples; a file is damaged.
         FileNotFoundError: a file is missing.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> [task.classes for task in ll.tasks.sequences.split_fashion(train=100, test=20)][:2]
+        [('T-shirt', 'trouser'), ('pullover', 'dress')]
     """
     return [task.first(train, test) for task in split(bundled.fashion())]
 
@@ -148,6 +169,12 @@ def fashion_digits_corrupted_rotated(train: int = 2000, test: int = 400) -> list
     Raises:
         ValueError: there are not as many examples; a file is damaged.
         FileNotFoundError: a file is missing.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> tasks = ll.tasks.sequences.fashion_digits_corrupted_rotated(train=100, test=20)
+        >>> [len(task.classes) for task in tasks]
+        [10, 10, 10, 10]
     """
     fashion, digits = (whole.first(train, test) for whole in (bundled.fashion(), bundled.digits()))
     return [fashion, digits, corrupted(digits, "gaussian_noise", 3), rotated(fashion, 90)]
@@ -169,6 +196,12 @@ def text_corpora(
     Raises:
         ValueError: there are not as many texts; a file is damaged; as ``text_task``.
         FileNotFoundError: a file is missing.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> tokenizer = ll.tasks.bundled.minilm_tokenizer()
+        >>> [task.name for task in ll.tasks.sequences.text_corpora(tokenizer)]  # doctest: +SKIP
+        ['movies', 'products', 'tweets', 'newspaper']
     """
     corpora = map(bundled_texts.sentiment, bundled_texts.CORPORA)
     return [text_task(corpus, tokenizer, pooling=pooling).first(train, test) for corpus in corpora]

@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +18,83 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.hashing import Digest, add_tensor
 from lora_lens._base.random_state import seeded
-from lora_lens._base.validate import choice, instance, seed_number, sequence, shown, whole_number
+from lora_lens._base.validate import choice, instance, seed_number, shown, whole_number
 from lora_lens.spectrum.heads import classifier
-from lora_lens.tasks.corpus import require_different_names
-from lora_lens.tasks.readouts import POOLINGS, HeadReadout, OwnHead, Readout, inner_model, require_taken
+from lora_lens.tasks.corpus import class_names
+from lora_lens.tasks.readouts import (
+    POOLINGS,
+    HeadReadout,
+    Inputs,
+    OwnHead,
+    Readout,
+    inner_model,
+    require_taken,
+)
 from lora_lens.tasks.sampling import sampled_rows
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 500  # examples at most; see lora_lens.tasks.batches for fewer
+
+
+class Labelled:
+    """What all kinds of examples have in common: labels, and batches of their numbers.
+
+    Attributes:
+        labels: (n,) int64.
+        most: how many a batch without gradients has where memory allows it.
+    """
+
+    labels: Tensor
+    most: ClassVar[int] = EVALUATION_BATCH
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int) -> Self:
+        """The first ``count`` examples; all of them if there are fewer."""
+        return self.take(torch.arange(min(count, len(self))))
+
+    def sampled(self, count: int, seed: int = 0) -> Self:
+        """``count`` examples that stand for all, see :func:`lora_lens.tasks.sampling.sampled_rows`."""
+        return self if count >= len(self) else self.take(sampled_rows(self.labels, count, seed))
+
+    def in_batches(self, most: int = EVALUATION_BATCH) -> Iterator[Tensor]:
+        """The numbers of all examples, at most ``most`` of them, but at least one, in a batch."""
+        return iter(torch.arange(len(self)).split(max(most, 1)))
+
+    def largest(self) -> tuple[int, int]:
+        """The number of an example that takes the most memory, and how much of ``most`` it takes."""
+        return 0, 1
+
+    def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
+        """Endless batches of numbers to train on; each comes once before any comes again."""
+        return shuffled_rows(len(self), batch_size, seed)
+
+    def check_fit(self, model: nn.Module) -> None:
+        """What can be said before the model has seen a batch; nothing of images."""
+
+    def trial(self) -> Inputs:
+        """A batch to try whether a model takes it."""
+        return self.batch(torch.arange(min(2, len(self))))
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
-    """Inputs as the model takes them, (n, ...) floating point, with class labels, (n,) integer.
+class Examples(Labelled):
+    """Inputs as the model takes them, with class labels.
+
+    Args:
+        inputs: (n, ...), floating point.
+        labels: (n,), whole numbers from 0.
 
     Raises:
         ValueError: no examples, different lengths, inputs that are not finite,
             labels that are not whole numbers.
+        TypeError: one of them is no tensor.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.Examples(torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 1, 0]))
+        <4 Examples of shape (1, 8, 8)>
     """
 
     inputs: Tensor
@@ -59,10 +121,12 @@ class Examples:
         object.__setattr__(self, "labels", self.labels.long())
 
     def __repr__(self) -> str:
-        return f"<{len(self)} Examples of shape {tuple(self.inputs.shape[1:])}>"
+        return f"<{len(self)} Examples of shape {tuple(self.shape)}>"
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def shape(self) -> torch.Size:
+        """Of one example's input."""
+        return self.inputs.shape[1:]
 
     def take(self, rows: Tensor) -> Examples:
         """Some of the examples, by their numbers."""
@@ -73,32 +137,9 @@ class Examples:
         parts = (self, *others)
         return Examples(torch.cat([p.inputs for p in parts]), torch.cat([p.labels for p in parts]))
 
-    def first(self, count: int) -> Examples:
-        """The first ``count`` examples; all of them if there are fewer."""
-        return self.take(torch.arange(min(count, len(self))))
-
-    def sampled(self, count: int, seed: int = 0) -> Examples:
-        """``count`` examples that stand for all, see :func:`lora_lens.tasks.sampling.sampled_rows`."""
-        return self if count >= len(self) else self.take(sampled_rows(self.labels, count, seed))
-
     def batch(self, rows: Tensor) -> Tensor:
         """Some examples' inputs, as the model takes them."""
         return self.inputs[rows]
-
-    def in_batches(self, most: int = EVALUATION_BATCH) -> Iterator[Tensor]:
-        """The numbers of all examples, in batches to run without gradients."""
-        return iter(torch.arange(len(self)).split(most))
-
-    def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
-        """Endless batches of numbers to train on; each comes once before any comes again."""
-        return shuffled_rows(len(self), batch_size, seed)
-
-    def check_fit(self, model: nn.Module) -> None:
-        """What can be said before the model has seen a batch; nothing of images."""
-
-    def trial(self) -> Tensor:
-        """A batch to try whether a model takes it."""
-        return self.inputs[:2]
 
     def add_to(self, digest: Digest) -> None:
         """Hash all that they hold."""
@@ -122,6 +163,13 @@ class Task:
         ValueError: a label outside ``classes``, two classes of one name, another pooling, or a head of
             another size.
         TypeError: an attribute of another type.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> digits = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> ll.Task("digits", ("0", "1", "2"), train=ll.Examples(*digits), test=ll.Examples(*digits))
+        <Task digits: 3 classes; 6 training, 6 test examples>
     """
 
     name: str
@@ -155,11 +203,7 @@ class Task:
 
     def _check_parts(self) -> None:
         instance(self.name, str, "name", "a string")
-        classes = sequence(self.classes, "classes", "names")
-        for name in classes:
-            instance(name, str, "a class's name", "a string")
-        require_different_names(self.name, classes)
-        object.__setattr__(self, "classes", classes)
+        object.__setattr__(self, "classes", class_names(self.name, self.classes))
         for part in ("train", "test"):
             examples = getattr(self, part)
             if not hasattr(examples, "in_batches"):
@@ -207,7 +251,7 @@ class Task:
         inner, seen = inner_model(instance(model, nn.Module, "model", "a torch model")), set()
         for examples in (self.train, self.test):
             examples.check_fit(inner)
-            shape = examples.inputs.shape[1:] if isinstance(examples, Examples) else None
+            shape = getattr(examples, "shape", None)
             if self.pooling == "model" and shape not in seen:
                 require_taken(inner, examples.trial(), self.name)
                 seen.add(shape)
@@ -225,6 +269,11 @@ class Task:
         Raises:
             ValueError: there are not as many examples, or a number is out of range.
             TypeError: a number is not whole.
+
+        Example:
+            >>> import lora_lens as ll
+            >>> ll.tasks.bundled.digits().subset(train=100, test=50)
+            <Task digits: 10 classes; 100 training, 50 test examples>
         """
         seed = seed_number(seed)
         return self._fewer(train, test, lambda examples, count: examples.sampled(count, seed))

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import choice, instance, sequence, whole_number
-from lora_lens.tasks.corpus import Corpus, Texts
+from lora_lens.tasks.corpus import Corpus
 from lora_lens.tasks.readouts import POOLINGS, LabelWords, NextTokens, Readout, inner_model
 from lora_lens.tasks.task import Task
 from lora_lens.tasks.tokenizing import (
@@ -29,6 +29,7 @@ NO_LIMIT = 10**9  # transformers' tokenizers without a limit have a larger numbe
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 PROMPT = "{text}\nSentiment:"
 SAMPLE = 16  # texts on which is seen how the label words are tokenized after a prompt
+Tokenized = Callable[[Sequence[str]], list[list[int]]]
 CORPUS = "a Corpus, such as lora_lens.tasks.text_corpus makes"
 
 
@@ -104,6 +105,15 @@ def text_task(
         ValueError: the corpus has fewer than two classes, ``most_tokens`` is below 1 or above what the
             tokenizer allows, another pooling, or a text has no tokens.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> films = ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        >>> corpus = ll.tasks.Corpus("films", ("bad", "good"), films, ll.tasks.Texts(["well played"], [1]))
+        >>> tokenizer = ll.tasks.bundled.minilm_tokenizer()
+        >>> task = ll.tasks.text_task(corpus, tokenizer)
+        >>> task.train.pieces(1)
+        ['[CLS]', 'a', 'waste', 'of', 'time', '[SEP]']
     """
     _require_classes(corpus)
     choice(pooling, "pooling", POOLINGS)
@@ -117,16 +127,13 @@ def text_task(
             f"more is needed, not {limit}"
         )
 
-    def tokenized(name: str, texts: Texts) -> TokenExamples:
-        found = tokenizer(list(texts.texts), add_special_tokens=True, verbose=False)["input_ids"]
-        longer = [row for row, ids in enumerate(found) if len(ids) > limit]
-        for row, ids in zip(
-            longer, bare_tokens(tokenizer, [texts.texts[row] for row in longer]), strict=True
-        ):
-            found[row] = [*before, *ids[:room], *after]
-        return _examples(name, texts, found, tokenizer, len(longer), limit)
+    def whole(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
 
-    return Task(corpus.name, corpus.classes, *_of_parts(corpus, tokenized), pooling=pooling)
+    def cut(texts: Sequence[str]) -> list[list[int]]:
+        return [[*before, *ids[:room], *after] for ids in bare_tokens(tokenizer, texts)]
+
+    return Task(corpus.name, corpus.classes, *_parts(corpus, tokenizer, limit, whole, cut), pooling=pooling)
 
 
 def label_word_task(
@@ -156,6 +163,16 @@ def label_word_task(
             as many different words as classes, one begins with another's tokens, or they depend on the text
             before.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> films = ll.tasks.Texts(["a fine film", "a waste of time"], [1, 0])
+        >>> corpus = ll.tasks.Corpus("films", ("bad", "good"), films, ll.tasks.Texts(["well played"], [1]))
+        >>> tokenizer = ll.tasks.bundled.minilm_tokenizer()
+        >>> words = [" bad", " good"]
+        >>> task = ll.tasks.label_word_task(corpus, tokenizer, prompt="{text} It was", words=words)
+        >>> tokenizer.decode([word[0] for word in task.words])
+        'bad good'
     """
     _require_classes(corpus)
     limit = _limit(tokenizer, most_tokens)
@@ -196,19 +213,12 @@ def label_word_task(
         found = bare_tokens(tokenizer, [f"{head}{text}{tail}" for text in texts])
         return [[*before, *ids[: len(ids) - len(end)]] for ids in found]
 
-    def tokenized(name: str, texts: Texts) -> TokenExamples:
-        found = contexts(texts.texts)
-        longer = [row for row, ids in enumerate(found) if len(ids) > limit]
-        if longer and (alone := len(contexts([""])[0])) >= limit:
+    def cut(texts: Sequence[str]) -> list[list[int]]:
+        if (alone := len(contexts([""])[0])) >= limit:
             raise InputError(f"the prompt alone has {alone} tokens, and {limit} are allowed in all")
-        shorter = shortened(
-            [texts.texts[row] for row in longer], lambda some: [len(ids) <= limit for ids in contexts(some)]
-        )
-        for row, ids in zip(longer, contexts(shorter), strict=True):
-            found[row] = ids
-        return _examples(name, texts, found, tokenizer, len(longer), limit)
+        return contexts(shortened(texts, lambda some: [len(ids) <= limit for ids in contexts(some)]))
 
-    parts = _of_parts(corpus, tokenized)
+    parts = _parts(corpus, tokenizer, limit, contexts, cut)
     return WordTask(corpus.name, corpus.classes, *parts, pooling="mean", words=tuple(map(tuple, ids)))
 
 
@@ -230,6 +240,12 @@ def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> 
     Raises:
         ValueError: ``block`` has no room for a token to predict, or a part has fewer tokens than one block.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> tokenizer, corpus = ll.tasks.bundled.minilm_tokenizer(), ll.tasks.bundled_texts.articles()
+        >>> ll.tasks.language_task(corpus, tokenizer, block=64).first(train=20, test=10).train
+        <20 TokenExamples of 64 to 64 tokens>
     """
     instance(corpus, Corpus, "corpus", CORPUS)
     check_tokenizer(tokenizer)
@@ -260,13 +276,6 @@ def language_task(corpus: Corpus, tokenizer: Tokenizer, *, block: int = 128) -> 
     return LanguageTask(corpus.name, (), *parts, pooling="mean")
 
 
-def _of_parts(corpus: Corpus, tokenized: Callable[[str, Texts], TokenExamples]) -> list[TokenExamples]:
-    found = []
-    for part, texts in (("training", corpus.train), ("test", corpus.test)):
-        found.append(tokenized(f"{corpus.name}, {part}", texts))  # no comprehension: warnings count frames
-    return found
-
-
 def _require_classes(corpus: Corpus) -> None:
     instance(corpus, Corpus, "corpus", CORPUS)
     if len(corpus.classes) < 2:
@@ -289,28 +298,39 @@ def _limit(tokenizer: Tokenizer, most_tokens: int | None) -> int:
     return most_tokens
 
 
-def _examples(
-    name: str, texts: Texts, found: list[list[int]], tokenizer: Tokenizer, truncated: int, limit: int
-) -> TokenExamples:
-    """The texts with their tokens, of which ``truncated`` have lost their end."""
-    if truncated:
-        warnings.warn(
-            f"{name}: {truncated} of {len(found)} texts have more than {limit} tokens and lost their end",
-            stacklevel=5,
-        )
-    if empty := [number for number, ids in enumerate(found) if not ids]:
-        raise InputError(f"{name}: text {empty[0]} ({texts.texts[empty[0]]!r}) has no tokens; leave it out")
+def _parts(
+    corpus: Corpus, tokenizer: Tokenizer, limit: int, whole: Tokenized, cut: Tokenized
+) -> list[TokenExamples]:
+    """Both parts of a corpus in tokens; texts of more than ``limit`` lose their end."""
     pad = getattr(tokenizer, "pad_token_id", None)
-    tokens = [token for ids in found for token in ids]
-    return TokenExamples(
-        torch.tensor(tokens, dtype=torch.int32),
-        torch.tensor([len(ids) for ids in found]),
-        torch.tensor(texts.labels),
-        pad=0 if pad is None else pad,  # any token will do, because the mask hides it
-        truncated=truncated,
-        texts=texts.texts,
-        words=_words(tokenizer, tokens),
-    )
+    parts = []
+    for part, texts in (("training", corpus.train), ("test", corpus.test)):
+        name, found = f"{corpus.name}, {part}", whole(texts.texts)
+        if longer := [row for row, ids in enumerate(found) if len(ids) > limit]:
+            for row, ids in zip(longer, cut([texts.texts[row] for row in longer]), strict=True):
+                found[row] = ids
+            warnings.warn(
+                f"{name}: {len(longer)} of {len(found)} texts have more than {limit} tokens and lost their "
+                "end",
+                stacklevel=3,
+            )
+        if empty := [row for row, ids in enumerate(found) if not ids]:
+            raise InputError(
+                f"{name}: text {empty[0]} ({texts.texts[empty[0]]!r}) has no tokens; leave it out"
+            )
+        tokens = [token for ids in found for token in ids]
+        parts.append(
+            TokenExamples(
+                torch.tensor(tokens, dtype=torch.int32),
+                torch.tensor([len(ids) for ids in found]),
+                torch.tensor(texts.labels),
+                pad=0 if pad is None else pad,  # any token will do, because the mask hides it
+                truncated=len(longer),
+                texts=texts.texts,
+                words=_words(tokenizer, tokens),
+            )
+        )
+    return parts
 
 
 def _words(tokenizer: Tokenizer, tokens: Sequence[int]) -> dict[int, str]:

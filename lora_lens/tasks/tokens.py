@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import Digest, add_tensor
-from lora_lens.tasks.sampling import sampled_rows
-from lora_lens.tasks.task import shuffled_rows
+from lora_lens.tasks.task import Labelled, shuffled_rows
 
 EVALUATION_TOKENS = 2048  # per batch, padding included: with a vocabulary of 50,000 the logits take 0.4 GB
 POOL = 16  # batches that are sorted by length together
 
 
 @dataclass(frozen=True, eq=False)
-class TokenExamples:
+class TokenExamples(Labelled):
     """Tokenized texts with one label each.
 
     Attributes:
@@ -39,6 +39,7 @@ class TokenExamples:
     truncated: int = 0
     texts: tuple[str, ...] | None = None
     words: Mapping[int, str] = field(default_factory=dict)
+    most: ClassVar[int] = EVALUATION_TOKENS
 
     def __post_init__(self) -> None:
         if len(self.labels) == 0 or len(self.lengths) != len(self.labels):
@@ -48,9 +49,6 @@ class TokenExamples:
 
     def __repr__(self) -> str:
         return f"<{len(self)} TokenExamples of {self.lengths.min()} to {self.lengths.max()} tokens>"
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def take(self, rows: Tensor) -> TokenExamples:
         """Some of the texts, by their numbers."""
@@ -80,14 +78,6 @@ class TokenExamples:
         """The tokens of one text in writing; those without a word as their number."""
         return [self.words.get(token, f"#{token}") for token in self._text(row).tolist()]
 
-    def first(self, count: int) -> TokenExamples:
-        """The first ``count`` texts; all of them if there are fewer."""
-        return self.take(torch.arange(min(count, len(self))))
-
-    def sampled(self, count: int, seed: int = 0) -> TokenExamples:
-        """``count`` texts that stand for all, see :func:`lora_lens.tasks.sampling.sampled_rows`."""
-        return self if count >= len(self) else self.take(sampled_rows(self.labels, count, seed))
-
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """input_ids and, unless all are of one length, attention_mask: (batch, tokens), padded right."""
         lengths = self.lengths[rows]
@@ -108,6 +98,10 @@ class TokenExamples:
                 batch = []
             batch.append(number)
         yield torch.tensor(batch)
+
+    def largest(self) -> tuple[int, int]:
+        """The number of the longest text, and its tokens."""
+        return int(self.lengths.argmax()), int(self.lengths.max())
 
     def shuffled(self, batch_size: int, seed: int) -> Iterator[Tensor]:
         """Endless batches to train on, of texts of like length, in random order.

@@ -28,10 +28,9 @@ CHUNK = 1000  # images blurred or rotated at once, which bounds the memory
 def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
     """The same task with corrupted training and test images.
 
-    In the spirit of ImageNet-C (Hendrycks and Dietterich 2019, "Benchmarking
-    neural network robustness to common corruptions and perturbations", arXiv
-    1903.12261), but for inputs that are normalised already, whose pixel values
-    are not known. Severities 1 to 5 are, by kind:
+    In the spirit of ImageNet-C (Hendrycks and Dietterich 2019, "Benchmarking neural network robustness to
+    common corruptions and perturbations", arXiv 1903.12261), but for inputs that are normalised already,
+    whose pixel values are not known. Severities 1 to 5 are, by kind:
 
     - ``"gaussian_noise"``: 0.10, 0.15, 0.20, 0.25, 0.30 standard deviations of
       the training inputs, channel by channel, added to every pixel; then cut
@@ -43,10 +42,9 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
     - ``"contrast"``: 0.4, 0.3, 0.2, 0.1, 0.05 of the distance to each image's
       own mean, channel by channel.
 
-    Every image is corrupted once, before training, so every pass sees the same
-    noise, however it is batched. Training and test images get different
-    noise; the noise of an image depends on the seed, its part and its place
-    there, not on how many images follow.
+    Every image is corrupted once, before training, so every pass sees the same noise, however it is batched.
+    Training and test images get different noise; the noise of an image depends on the seed, its part and its
+    place there, not on how many images follow.
 
     Args:
         task: inputs are images, (n, c, h, w), floating point.
@@ -58,6 +56,12 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
         ValueError: the kind or severity is none of the above, the seed is
             negative, the inputs are no images or too small to be blurred.
         TypeError: the severity or seed is not a whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.corrupted(digits, "gaussian_noise", 3)
+        <Task digits, gaussian noise 3: 10 classes; 100 training, 50 test examples>
     """
     strengths = SEVERITIES[choice(kind, "kind", SEVERITIES)]
     severity, seed = whole_number(severity, "severity"), seed_number(seed)
@@ -65,7 +69,7 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
         raise InputError(
             f"severity must be 1 to {len(strengths)}, not {severity}; for clean inputs take the task itself"
         )
-    _require_images(task)
+    task = _in_memory(task)
     strength = strengths[severity - 1]
     if kind == "gaussian_noise":
         train, test = _noisy(task, strength, seed)
@@ -79,9 +83,8 @@ def corrupted(task: Task, kind: str, severity: int, seed: int = 0) -> Task:
 def rotated(task: Task, degrees: float) -> Task:
     """The same task with all images turned counter-clockwise about their centre.
 
-    Pixels are interpolated bilinearly. What comes in from outside the image is
-    its background: the least training input of the channel. Corners that are
-    turned out of the image are lost.
+    Pixels are interpolated bilinearly. What comes in from outside the image is its background: the least
+    training input of the channel. Corners that are turned out of the image are lost.
 
     Args:
         task: inputs are images, (n, c, h, w), floating point.
@@ -90,12 +93,18 @@ def rotated(task: Task, degrees: float) -> Task:
     Raises:
         ValueError: the angle is not finite, or the inputs are no images.
         TypeError: the angle is no number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.rotated(digits, 90)
+        <Task digits, rotated by 90 degrees: 10 classes; 100 training, 50 test examples>
     """
     degrees = number(degrees, "degrees")
-    _require_images(task)
+    images = _in_memory(task)
     if degrees % 360 == 0:
         return task
-    background = task.train.inputs.amin((0, 2, 3))[:, None, None]  # (c, 1, 1)
+    background = images.train.inputs.amin((0, 2, 3))[:, None, None]  # (c, 1, 1)
     # torchvision's own fill is blended twice along the edge, which zeros are safe from.
     train, test = (
         torch.cat(
@@ -104,20 +113,18 @@ def rotated(task: Task, degrees: float) -> Task:
                 for x in examples.inputs.split(CHUNK)
             ]
         )
-        for examples in (task.train, task.test)
+        for examples in (images.train, images.test)
     )
-    return _with_images(task, f"rotated by {degrees:g} degrees", train, test)
+    return _with_images(images, f"rotated by {degrees:g} degrees", train, test)
 
 
 def permuted(task: Task, seed: int) -> Task:
     """The same task with the pixels of all images in one other order, which hides what is next to what.
 
-    Permuted MNIST: Goodfellow et al. 2013, "An empirical investigation of
-    catastrophic forgetting in gradient-based neural networks" (arXiv 1312.6211),
-    and Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural
-    networks" (PNAS 114, section 2.2). The order is the same for training and
-    test images and for all channels; it depends on the seed and the images' size
-    alone.
+    Permuted MNIST: Goodfellow et al. 2013, "An empirical investigation of catastrophic forgetting in
+    gradient-based neural networks" (arXiv 1312.6211), and Kirkpatrick et al. 2017, "Overcoming catastrophic
+    forgetting in neural networks" (PNAS 114, section 2.2). The order is the same for training and test images
+    and for all channels; it depends on the seed and the images' size alone.
 
     Args:
         task: inputs are images, (n, c, h, w), floating point.
@@ -126,9 +133,15 @@ def permuted(task: Task, seed: int) -> Task:
     Raises:
         ValueError: the seed is negative, or the inputs are no images.
         TypeError: the seed is not a whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.permuted(digits, seed=0)
+        <Task digits, permuted 0: 10 classes; 100 training, 50 test examples>
     """
     seed = seed_number(seed)
-    _require_images(task)
+    task = _in_memory(task)
     height, width = task.train.inputs.shape[-2:]
     order = torch.randperm(height * width, generator=_generator(seed, 0))
     train, test = (
@@ -148,6 +161,12 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
         ValueError: a class has too few training examples, ``per_class`` is
             below 1, the seed is negative.
         TypeError: ``per_class`` or the seed is not a whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.few_shot(digits, 5)
+        <Task digits, 5 per class: 10 classes; 50 training, 50 test examples>
     """
     _require_task(task)
     per_class, seed = whole_number(per_class, "per_class", least=1), seed_number(seed)
@@ -169,9 +188,8 @@ def few_shot(task: Task, per_class: int, seed: int = 0) -> Task:
 def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
     """The training and test examples of some classes alone, relabelled 0, 1, ... in the order given.
 
-    For a split within one data set: pretrain on some classes, adapt to the
-    others. The model's own head then has as many classes as the first split,
-    which is the task to retain.
+    For a split within one data set: pretrain on some classes, adapt to the others. The model's own head then
+    has as many classes as the first split, which is the task to retain.
 
     Args:
         task: the whole; images or texts that a head reads.
@@ -182,6 +200,12 @@ def only_classes(task: Task, classes: Sequence[str | int]) -> Task:
             twice; fewer than two are given; one has no training or no test
             examples; the task is read from the model's own words.
         TypeError: classes is one string, or a class is neither a name nor an index.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> digits = ll.tasks.bundled.digits().subset(train=100, test=50)
+        >>> ll.tasks.only_classes(digits, ["3", "8"]).classes
+        ('3', '8')
     """
     _require_task(task)
     classes = sequence(classes, "classes", "names or indices")
@@ -248,17 +272,27 @@ def _require_task(task: Task) -> None:
     instance(task, Task, "task", "a Task, as lora_lens.tasks.folder_task and text_task make them")
 
 
-def _require_images(task: Task) -> None:
+def _in_memory(task: Task) -> Task:
+    """A task of images, with all of them read.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     _require_task(task)
-    if not isinstance(task.train, Examples):
-        raise InputError(f"{task.name} holds texts, and only images can be changed like that")
+    parts = {}
     for part in ("train", "test"):
-        inputs = getattr(task, part).inputs
-        if inputs.ndim != 4 or not inputs.is_floating_point():
+        examples = getattr(task, part)
+        if not hasattr(examples, "shape"):
+            raise InputError(f"{task.name} holds texts, and only images can be changed like that")
+        if not isinstance(examples, Examples):
+            examples = Examples(examples.inputs, examples.labels)
+        if (inputs := examples.inputs).ndim != 4:
             raise InputError(
                 f"{task.name}: {part} inputs of shape {tuple(inputs.shape)} and type {inputs.dtype} are no "
                 "images; expected floating point, (n, c, h, w)"
             )
+        parts[part] = examples
+    return replace(task, **parts)
 
 
 def _with_images(task: Task, what: str, train: Tensor, test: Tensor) -> Task:

@@ -172,10 +172,10 @@ def _relative_difference(now: Tensor, reference: Tensor) -> float:
 def _look_of(task: Task, examples: Examples) -> _Look:
     if hasattr(examples, "pieces"):
         return _Texts(task, examples)
-    if examples.inputs.ndim == 4:
+    if len(examples.shape) == 3:
         return _Images(task, examples)
     raise InputError(
-        f"{task.name} has inputs of shape {tuple(examples.inputs.shape[1:])}; this explorer shows images, "
+        f"{task.name} has inputs of shape {tuple(examples.shape)}; this explorer shows images, "
         "(channels, height, width), and texts"
     )
 

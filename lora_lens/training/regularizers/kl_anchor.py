@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError
 from lora_lens._base.precision import autocast
 from lora_lens._base.torch_tools import evaluating
+from lora_lens.tasks.batches import in_batches
 from lora_lens.tasks.readouts import Readout, ask
 from lora_lens.tasks.task import Examples, shuffled_rows
 from lora_lens.training.regularizers.base import LossTerm, Past, Regularizer, check_strength, own_examples
@@ -67,12 +68,13 @@ class KLAnchor(Regularizer):
                     f"that the run will see, and these are {size:.1e} numbers, more than "
                     f"{MOST_ANSWERS:.0e}; retain a task with fewer choices, or take L2ToInitial"
                 )
-            batches_of_used = list(examples.take(used).in_batches())
-            parts = [
-                _log_probabilities(model, readout, examples, used[rows], config.precision)
-                for rows in batches_of_used
-            ]
-        order = torch.cat(batches_of_used).argsort()
+            found = in_batches(
+                model,
+                examples.take(used),
+                lambda rows: _log_probabilities(model, readout, examples, used[rows], config.precision),
+            )
+            places_of_parts, parts = zip(*found, strict=True)
+        order = torch.cat(places_of_parts).argsort()
         pretrained = torch.cat(parts)[order]  # (examples used, items, choices)
         steps = iter(places)
 
