@@ -64,8 +64,8 @@ def _asked(model: nn.Module) -> Iterator[nn.Module]:
         answer = ask() if callable(ask) else None
         if isinstance(answer, Mapping):
             answer = tuple(answer.values())
-        several = isinstance(answer, (tuple, list))
-        yield from (part for part in (answer if several else [answer]) if isinstance(part, nn.Module))
+        parts = answer if isinstance(answer, (tuple, list)) else [answer]
+        yield from (part for part in parts if isinstance(part, nn.Module))
 
 
 def _new_layers(model: nn.Module) -> dict[str, nn.Module]:

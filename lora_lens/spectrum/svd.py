@@ -7,6 +7,7 @@ than torch's on some processors and frees the GIL; on an accelerator everything 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 
 import numpy as np
 import torch
@@ -130,13 +131,14 @@ def _gram(matrix: Tensor) -> np.ndarray:
 
 def _gram_there(matrix: Tensor) -> Tensor:
     """W^T W on the matrix's accelerator."""
-    return sum(block.T @ block for block in _exact_blocks(matrix))
+    return reduce(torch.add, (block.T @ block for block in _exact_blocks(matrix)))
 
 
 def _eigenvectors(matrix: Tensor) -> Tensor:
     """Of W^T W, as columns, eigenvalues ascending."""
     if matrix.device.type != "cpu":
-        return torch.linalg.eigh(_gram_there(matrix))[1]
+        vectors: Tensor = torch.linalg.eigh(_gram_there(matrix)).eigenvectors
+        return vectors
     return torch.from_numpy(np.linalg.eigh(_gram(matrix), UPLO="U")[1])
 
 
@@ -201,4 +203,4 @@ def _exact_blocks(matrix: Tensor) -> Iterator[Tensor]:
 
 def _blocks(matrix: Tensor, columns: int) -> tuple[Tensor, ...]:
     """Rows, few enough for a float64 copy to be small and enough for fast products."""
-    return matrix.split(max(BLOCK // columns, columns // 2, 1))
+    return torch.split(matrix, max(BLOCK // columns, columns // 2, 1))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,7 +30,8 @@ def metadata(path: Path) -> dict[str, str]:
 def read_tensor(path: Path, key: str, expert: int | None = None) -> Tensor:
     """A tensor, or one of its experts."""
     with _opened(path) as file:
-        return file.get_tensor(key) if expert is None else file.get_slice(key)[expert]
+        tensor: Tensor = file.get_tensor(key) if expert is None else file.get_slice(key)[expert]
+        return tensor
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -44,7 +46,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:

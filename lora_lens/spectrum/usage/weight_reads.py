@@ -8,7 +8,7 @@ fails. Both are found by reading the code of the modules above, see :mod:`lora_l
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,17 +29,15 @@ def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Mod
     """
     names = {id(layer): name for name, layer in layers.items()}
 
-    shapes: dict[
-        int, tuple[int, bool]
-    ] = {}  # by id: a number for its structure, and whether layers are below
-    known: dict[tuple, int] = {}
+    # By id: a number for the module's structure, and whether layers are below.
+    shapes: dict[int, tuple[int, bool]] = {}
+    known: dict[tuple[object, ...], int] = {}
 
     def shape(module: nn.Module) -> tuple[int, bool]:
         if id(module) not in shapes:
             children = [(n, *shape(c)) for n, c in module._modules.items() if c is not None]
             own = [v for v in module.__dict__.values() if isinstance(v, _CALLABLE)]
-            own += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-            structure = (type(module), tuple(children), tuple(map(id, own)), id(module) in names)
+            structure = (type(module), *children, *map(id, [*own, *_hooks(module)]), id(module) in names)
             holds = id(module) in names or any(holds for *_, holds in children)
             shapes[id(module)] = known.setdefault(structure, len(known)), holds
         return shapes[id(module)]
@@ -66,6 +64,10 @@ def used_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Mod
 
 
 _CALLABLE = (types.FunctionType, types.MethodType, partial)
+
+
+def _hooks(module: nn.Module) -> list[Callable[..., object]]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,15 @@ def _read(
     names: Mapping[int, str],
     places: Mapping[int, str],
 ) -> _Reads:
-    found: dict[str, str] = {}
-    reader = CodeReader(
-        {i: layers[name] for i, name in names.items()},
-        lambda layer, why: found.setdefault(names[id(layer)], why),
-    )
+    reader = CodeReader({i: layers[name] for i, name in names.items()})
     kind = type(module)
     forward = module.__dict__.get("forward") or types.MethodType(kind.forward, module)
     reader.use(reader.enter(forward, []), f"{kind.__name__}.forward")
     if kind.__call__ is not nn.Module.__call__:
         reader.enter(types.MethodType(kind.__call__, module), [])
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+    for hook in _hooks(module):
         reader.enter(hook, [(module,)])
+    found = {names[i]: why for i, why in reader.reasons.items()}
     start = f"{path}." if path else ""
     asked = [(f"{places.get(id(m), '?')}.", key, value) for m, key, value in reader.asked]
     if all(name.startswith(start) for name in (*found, *(where for where, *_ in asked))):
