@@ -26,8 +26,8 @@ _kept = threading.local()
 def scratch(role: str, size: int) -> np.ndarray:
     """Float64 numbers of any value, (size,), in memory of its own.
 
-    What comes from the heap instead stays there in pieces between the results
-    that outlive it, and a long run grows with every matrix. Up to 32 MiB are
+    On the heap, the results that outlive it would lie between its pieces, and
+    a long run would grow with every matrix. Up to 32 MiB are
     kept until the thread ends: the next call for the same ``role`` gets them.
     """
     held = getattr(_kept, role, None)

@@ -129,10 +129,10 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, why in left_out.items():
         by_reason.setdefault(why, []).append(name)
-    said = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
+    reasons = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
     count = f"{len(left_out)} layer{'s' if len(left_out) > 1 else ''}"
     warnings.warn(
-        f"{count} of the targets left out, which cannot be adapted: {said}", stacklevel=frames_inside()
+        f"{count} of the targets left out, which cannot be adapted: {reasons}", stacklevel=frames_inside()
     )
 
 
@@ -355,9 +355,8 @@ def _empty_group(model: nn.Module, group: str, reasons: Mapping[str, str]) -> st
         "all-mlp": "linear layer whose name tells of an MLP",
     }[group]
     kin = _ConvNd if group == "all-conv" else LINEAR
-    said = [f"; {n} {why}" for n, why in reasons.items() if isinstance(submodule(model, n), kin)]
-    refused = said[0] if said else ""
-    return f"{type(model).__name__} has no {what} that can be adapted{refused}"
+    refused = (f"; {n} {why}" for n, why in reasons.items() if isinstance(submodule(model, n), kin))
+    return f"{type(model).__name__} has no {what} that can be adapted{next(refused, '')}"
 
 
 def _described(modules: Mapping[str, nn.Module], names: Iterable[str]) -> str:

@@ -219,8 +219,8 @@ def intruder_dimensions(
     _check_shapes(before, after)
     threshold = number(threshold, "threshold", least=0, most=1)
     count = None if count is None else whole_number(count, "count", least=1)
-    asked = Window(after.k if count is None else min(count, after.k), start=0)
-    cosines = _vectors(before, _all_of(before), side).T @ _vectors(after, asked, side)
+    largest = Window(after.k if count is None else min(count, after.k), start=0)
+    cosines = _vectors(before, _all_of(before), side).T @ _vectors(after, largest, side)
     return (cosines.abs().amax(0) < threshold).nonzero().flatten()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_lens.spectrum import _lapack as lapack
 
 # Below this share of the largest singular value, a vector that is divided by its own length loses
-# its orthogonality to the others (eps s_0^2 / s_i s_j grows past 1e-6); those are mended by QR.
+# its orthogonality to the others (eps s_0^2 / s_i s_j grows past 1e-6); QR makes those orthogonal again.
 TAIL = 1e-5
 ORTHONORMAL = 3e-6  # how far from it float32 vectors of a few components may be
 BLOCK = 2**18  # matrix entries that are converted to float64 at a time

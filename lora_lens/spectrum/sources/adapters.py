@@ -6,7 +6,6 @@ else, because its base is a residual or its method is no LoRA, it is refused wit
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +21,7 @@ from lora_lens._base.errors import InputError, MissingFileError
 from lora_lens._base.naming import listed
 from lora_lens._base.validate import flag, number, whole_number
 from lora_lens._base.wrappers import unwrapped
-from lora_lens.spectrum.sources.checkpoint import headers, metadata, read_json, read_tensor
+from lora_lens.spectrum.sources.checkpoint import headers, json_object, metadata, read_json, read_tensor
 from lora_lens.spectrum.sources.factor_pairs import (
     STRONG,
     Pair,
@@ -140,7 +139,8 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     elif settings:
         scaling = partial(_of_peft, settings, config)
     elif "lora_adapter_metadata" in about:
-        scaling = partial(_of_diffusers, _json(about["lora_adapter_metadata"], path), path)
+        packed = json_object(about["lora_adapter_metadata"], f"{path}: lora_adapter_metadata in its header")
+        scaling = partial(_of_diffusers, packed, path)
     else:
         scaling = partial(_of_alpha, tensors, read, path, about)
     stored: dict[str, Stored] = {}
@@ -260,16 +260,6 @@ def _finite(scaling: float, where: Path, name: str) -> float:
     if not math.isfinite(scaling):
         raise InputError(f"{where} gives no scaling of {name}: {scaling}; save it again")
     return scaling
-
-
-def _json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: lora_adapter_metadata in its header is no valid JSON ({error})") from error
-    if not isinstance(facts, dict):
-        raise InputError(f"{path}: lora_adapter_metadata in its header is no JSON object")
-    return facts
 
 
 # --- what ll.save wrote of a window ---

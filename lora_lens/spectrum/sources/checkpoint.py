@@ -52,12 +52,21 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON, or no object.
     """
+    return json_object(path.read_bytes(), str(path))
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """The object that a text in JSON is; ``where`` it stands, for the message.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no valid JSON ({error}); download or save it again") from error
+        raise InputError(f"{where} is no valid JSON ({error}); download or save it again") from error
     if not isinstance(facts, dict):
-        raise InputError(f"{path} holds no JSON object; download or save it again")
+        raise InputError(f"{where} holds no JSON object; download or save it again")
     return facts
 
 

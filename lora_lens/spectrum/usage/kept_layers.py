@@ -5,6 +5,7 @@ Lists, dicts, functions, and objects of ordinary Python classes are looked into,
 
 from __future__ import annotations
 
+import gc
 import types
 import weakref
 from collections import deque
@@ -93,10 +94,9 @@ def _inside(item: object) -> Iterator[object]:
             yield held
     elif type(item) is weakref.ref:
         yield item()
-    kin = type(item).__mro__
-    if _is_plain(kin) or type(item) is types.SimpleNamespace:
+    if _is_plain(type(item).__mro__) or type(item) is types.SimpleNamespace:
         yield from getattr(item, "__dict__", {}).values()
-        yield from (getattr(item, name, None) for name in _slots(kin))
+        yield from gc.get_referents(item)  # what is in slots
 
 
 @lru_cache(maxsize=4096)
@@ -105,17 +105,3 @@ def _is_plain(kin: tuple[type, ...]) -> bool:
     kind = kin[0]
     known = kind.__module__.partition(".")[0] in FOREIGN and not issubclass(kind, nn.Module)
     return bool(kind.__flags__ & OF_PYTHON) and not known and not issubclass(kind, (type, Tensor))
-
-
-@lru_cache(maxsize=4096)
-def _slots(kin: tuple[type, ...]) -> tuple[str, ...]:
-    found = [(k, name) for k in kin for name in _texts(vars(k).get("__slots__", ()))]
-    return tuple(f"_{k.__name__.lstrip('_')}{n}" if _is_private(n) else n for k, n in found)
-
-
-def _texts(names: str | Iterable[str]) -> Iterable[str]:
-    return (names,) if isinstance(names, str) else names
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("__") and not name.endswith("__")

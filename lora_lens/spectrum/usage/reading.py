@@ -60,7 +60,6 @@ class CodeReader:
         self.weights: dict[int, Weight] = {}
         self.seen: dict[tuple[object, ...], Value] = {}
         self.depth = 0
-        self.asked: list[tuple[nn.Module, str, object]] = []
 
     def enter(
         self, function: object, args: Sequence[Value], kwargs: Mapping[str, Value] | None = None
@@ -159,14 +158,11 @@ class CodeReader:
         return self.enter(rest, [(item,), (name,)])
 
     def setting(self, owners: Value, name: str) -> object:
-        """A number, text, flag or None that the only one of ``owners`` has, and notes that it was asked."""
+        """A number, text, flag or None that the only one of ``owners`` has."""
         own = getattr(owners[0], "__dict__", {}) if len(owners) == 1 else {}
         value = own.get(name, UNKNOWN)
-        if name in CHANGING or not (value is None or isinstance(value, (bool, int, float, str))):
-            return UNKNOWN
-        if isinstance(owners[0], nn.Module):
-            self.asked.append((owners[0], name, value))
-        return value
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        return value if plain and name not in CHANGING else UNKNOWN
 
     def _of_layer(self, layer: nn.Module, name: str, where: str) -> Value:
         if name == "weight":
