@@ -13,7 +13,7 @@ from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens.spectrum.adaptable_layers import FLOATS
 from lora_lens.spectrum.placement import ByLayer
-from lora_lens.spectrum.window import Placement, whole_rank
+from lora_lens.spectrum.window import Placement, validate_rank
 
 PEFT_STARTS = ("pissa", "olora", "orthogonal", "mica", "eva", "corda", "lora_ga")
 
@@ -25,7 +25,7 @@ class LoRA:
     rank: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
 
     def __str__(self) -> str:
         return f"LoRA of rank {self.rank}"
@@ -71,7 +71,7 @@ class PeftStart:
 
     def __post_init__(self) -> None:
         validate.choice(self.name, "name of PEFT's start", PEFT_STARTS)
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
         if self.name == "orthogonal" and self.rank % 2:
             raise InputError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
 

@@ -137,7 +137,7 @@ def _require_room(placement: Placement, k: int, name: str) -> None:
 
 def _union(placements: Sequence[Placement], values: Tensor, name: str) -> Tensor:
     every = torch.arange(len(values))
-    together: Tensor = torch.cat([every[p.chosen(values, name)] for p in placements]).unique()
+    together: Tensor = torch.cat([every[p.components(values, name)] for p in placements]).unique()
     return together
 
 

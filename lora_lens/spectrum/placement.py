@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens.spectrum.measures import effective_rank
-from lora_lens.spectrum.window import Placement, Window, require_fit, whole_rank
+from lora_lens.spectrum.window import Placement, Window, require_fit, validate_rank
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class _OfRank(Placement):
     rank: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
 
 
 @dataclass(frozen=True)

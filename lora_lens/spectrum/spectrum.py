@@ -132,7 +132,7 @@ class Spectrum:
         return left * self.singular_values[self._part(window)].float() @ right
 
     def _part(self, window: Placement) -> slice | Tensor:
-        return instance(window, Placement, "window", WINDOW).chosen(self.singular_values, self.name)
+        return instance(window, Placement, "window", WINDOW).components(self.singular_values, self.name)
 
 
 def _named(components: Tensor) -> str:

@@ -54,7 +54,7 @@ class Placement(ABC):
             ValueError: the rule gives nothing for this spectrum; the message names ``name``.
         """
 
-    def chosen(self, singular_values: Tensor, name: str = "this weight") -> slice | Tensor:
+    def components(self, singular_values: Tensor, name: str = "this weight") -> slice | Tensor:
         """What :meth:`select` says, once it is known to be ``rank`` components of this spectrum.
 
         Raises:
@@ -80,7 +80,7 @@ class Placement(ABC):
         return found if isinstance(found, slice) else torch.tensor(places)
 
 
-def whole_rank(rank: object) -> int:
+def validate_rank(rank: object) -> int:
     """A rank as an ``int``.
 
     Raises:
@@ -131,7 +131,7 @@ class Window(Placement):
     start: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
         if (self.position is None) == (self.start is None):
             raise InputError(
                 f"give a window either a position in [0, 1] or a start, not "
@@ -198,5 +198,5 @@ def windows(rank: int, count: int = 9) -> list[Window]:
         >>> [window.position for window in ll.windows(rank=8, count=5)]
         [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    rank, count = whole_rank(rank), validate.whole_number(count, "count", least=2, most=MOST_WINDOWS)
+    rank, count = validate_rank(rank), validate.whole_number(count, "count", least=2, most=MOST_WINDOWS)
     return [Window(rank, position=float(p)) for p in np.linspace(0, 1, count)]
