@@ -60,10 +60,11 @@ test: lint  ## lint, unit, property and integration tests, every notebook, then 
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
 	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -n $(JOBS) --dist loadfile -rs tests/browser
 
-lint: $(VENV)/test.installed  ## check style, spelling, and that notebooks hold no outputs
+lint: $(VENV)/test.installed  ## check style, spelling, imports, types, and that notebooks hold no outputs
 	@echo "== lint"
 	BIN=$(BIN) .ci/lint
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/mypy
 
 hooks: $(VENV)/test.installed  ## have git lint what is to be committed, and refuse it
 	git config core.hooksPath .ci/hooks

@@ -283,6 +283,14 @@ class AskedForKind(Layers):
         return self.layers[1](x) if isinstance(self.a, nn.Linear) else x
 
 
+class Unpacked(Layers):
+    def forward(self, x):
+        first, *between, last = [self.layers[0], self.layers[1], self.b, self.a]
+        for layer in between:
+            x = layer(x)
+        return F.linear(first(x), last.weight)
+
+
 class Harmless(Layers):
     def forward(self, x):
         x = x.to(self.a.weight.dtype).to(next(self.parameters()).device)
@@ -333,5 +341,6 @@ USED = {
     KeptWeight: {"a", "b"},
     Enclosed: {"a"},
     AskedForKind: {"a", "b"},
+    Unpacked: {"a"},
     Harmless: set(),
 }

@@ -16,7 +16,7 @@ def checked_device(device: object) -> torch.device | None:
     if device is None:
         return None
     try:
-        place = torch.device(device)
+        place: torch.device = torch.device(device)  # type: ignore[call-overload]  # it raises for anything else
         torch.empty(1, device=place)
     # What torch raises for no device, for one that it was not built for, and for one that is not there.
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:

@@ -8,11 +8,12 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lora_lens._base.errors import StoreError
 
 
-def write_atomically(path: Path, record: dict) -> None:
+def write_atomically(path: Path, record: dict[str, Any]) -> None:
     """Keep a record; as :func:`write_bytes`."""
     write_bytes(path, json.dumps(record, indent=1).encode())
 

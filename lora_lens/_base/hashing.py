@@ -17,7 +17,7 @@ class Digest(Protocol):
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements in row-major order, without a copy if they lie so in memory."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def add_tensor(digest: Digest, tensor: Tensor) -> None:

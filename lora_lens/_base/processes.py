@@ -11,7 +11,7 @@ from torch import nn
 
 
 def accelerator() -> Accelerator:
-    """Several processes without a GPU share their work only if they are told that this is meant."""
+    """Several processes without a GPU share their work only where ``cpu`` is given."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return Accelerator(cpu=several and not torch.accelerator.is_available())
 

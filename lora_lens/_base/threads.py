@@ -1,6 +1,6 @@
 """How many threads torch and BLAS take: numbers of the whole process, which several callers change at once.
 
-Whoever limits them does so here, so that all is as before once the last has gone, in whatever order they end.
+They are limited here and nowhere else, so that all is as before once the last caller is done, in any order.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def thread_count() -> int:
 def limited_threads(torch_threads: int, blas: int | None = None) -> Iterator[None]:
     """At most so many threads for a while: torch's for this thread, BLAS's for the whole process.
 
-    BLAS is limited by one caller at a time, who puts it back. Who comes meanwhile leaves it alone: a number
-    that is noted while another one limits it would be the limit, and stay.
+    BLAS is limited by one caller at a time, which puts it back. Others leave it alone meanwhile: the number
+    that they would note, to put it back later, would be the limit itself.
 
     Args:
         blas: where it differs.

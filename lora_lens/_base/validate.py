@@ -27,11 +27,12 @@ def whole_number(value: object, name: str, least: int | None = None, most: int |
     value = _scalar(value)
     if not isinstance(value, Integral) or isinstance(value, (bool, np.bool_)):
         raise InputTypeError(f"{name} must be a whole number, not {shown(value)}")
-    if least is not None and value < least:
-        raise InputError(f"{name} must be at least {least}, not {shown(int(value))}")
-    if most is not None and value > most:
-        raise InputError(f"{name} must be at most {most}, not {shown(int(value))}")
-    return int(value)
+    found = int(value)
+    if least is not None and found < least:
+        raise InputError(f"{name} must be at least {least}, not {shown(found)}")
+    if most is not None and found > most:
+        raise InputError(f"{name} must be at most {most}, not {shown(found)}")
+    return found
 
 
 def seed_number(value: object, name: str = "seed") -> int:

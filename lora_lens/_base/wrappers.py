@@ -39,8 +39,8 @@ def unwrapped(name: str) -> str:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers around the whole of it; the model itself if there are none."""
-    while (key := _wrapped(model)) is not None:
-        model = model._modules[key]
+    while (wrapped := _wrapped(model)) is not None:
+        model = wrapped
     return model
 
 
@@ -54,9 +54,9 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tu
             if remove_duplicate and id(module) in seen:
                 return
             seen.add(id(module))
-            if (key := _wrapped(module)) is None:
+            if (wrapped := _wrapped(module)) is None:
                 break
-            module = module._modules[key]
+            module = wrapped
         found.append((name, module))
         for child, inner in module._modules.items():
             if inner is not None:
@@ -92,23 +92,23 @@ def placed(model: nn.Module, path: str) -> None:
     A compiled module keeps calling what it was made for, also when its child is replaced.
     """
     module, outer = model.get_submodule(path), path
-    while outer and _wrapped(model.get_submodule(outer.rpartition(".")[0])) == outer.rpartition(".")[2]:
+    while outer and _wrapped(model.get_submodule(outer.rpartition(".")[0])) is model.get_submodule(outer):
         outer = outer.rpartition(".")[0]
     if outer and outer != path:
         model.set_submodule(outer, module)
 
 
-def _wrapped(module: nn.Module) -> str | None:
-    """The name of the one child that a wrapper wraps; None if the module is no wrapper."""
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The one child that a wrapper wraps; None if the module is no wrapper."""
     if children := module._modules:
-        for key in _keys_of(type(module)):
-            if children.get(key) is not None:
-                return key
+        for key in _keys_of(type(module).__mro__):
+            if (child := children.get(key)) is not None:
+                return child
     return None
 
 
 @lru_cache(maxsize=4096)
-def _keys_of(kind: type[nn.Module]) -> tuple[str, ...]:
-    if issubclass(kind, torch.jit.ScriptModule):
+def _keys_of(kin: tuple[type, ...]) -> tuple[str, ...]:
+    if torch.jit.ScriptModule in kin:
         return ()
-    return SEGMENTS + tuple(BY_CLASS[base.__name__] for base in kind.__mro__ if base.__name__ in BY_CLASS)
+    return SEGMENTS + tuple(BY_CLASS[base.__name__] for base in kin if base.__name__ in BY_CLASS)

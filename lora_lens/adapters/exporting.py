@@ -36,7 +36,7 @@ from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, wr
 from lora_lens.adapters.saving import weight_digests
 from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.svd import product_norm, product_svd
-from lora_lens.spectrum.window import whole_rank
+from lora_lens.spectrum.window import validate_rank
 
 
 def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
@@ -62,7 +62,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
         UserWarning: training moved buffers, such as batch norms' statistics: an adapter has no place
             for them, so only :func:`load` brings them back, and PEFT does not.
     """
-    most = None if rank is None else whole_rank(rank)
+    most = None if rank is None else validate_rank(rank)
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
     layers = lora_layers(peft_model)

@@ -176,7 +176,7 @@ def _factors(
     rank = placement.rank
     scaling = (alpha or rank) / (rank**0.5 if variant.rslora else rank)  # as PEFT has it
     left, right = spectrum.vectors(placement)
-    values = spectrum.singular_values[placement.chosen(spectrum.singular_values, spectrum.name)] / scaling
+    values = spectrum.singular_values[placement.components(spectrum.singular_values, spectrum.name)] / scaling
     ones = torch.ones_like(values)
     of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[variant.split]
     factors = as_double(left) * of_b, of_a[:, None] * as_double(right)
@@ -194,7 +194,7 @@ def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) ->
     """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
     belongs = spectrum.shape == matrix_shape(layer)
     if belongs:
-        part = placement.chosen(spectrum.singular_values, spectrum.name)
+        part = placement.components(spectrum.singular_values, spectrum.name)
         left, right = spectrum.vectors(placement)
         rows = slice(None, None, max(spectrum.shape[0] // 64, 1))
         some = weight_matrix(layer)[rows].to("cpu", torch.float32)

@@ -14,7 +14,7 @@ from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.low_rank import attach_factors, plan_layers
 from lora_lens.adapters.requests import Request
 from lora_lens.spectrum.placement import ByLayer
-from lora_lens.spectrum.window import Placement, whole_rank
+from lora_lens.spectrum.window import Placement, validate_rank
 
 
 class Method(ABC):
@@ -92,7 +92,7 @@ class LoRA(Method):
     rank: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
 
     def __str__(self) -> str:
         return f"LoRA of rank {self.rank}"

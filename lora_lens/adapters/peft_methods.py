@@ -29,7 +29,7 @@ from lora_lens.adapters.peft_starts import DATA, PEFT_STARTS, attach_start, plan
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import matrix_shape
-from lora_lens.spectrum.window import whole_rank
+from lora_lens.spectrum.window import validate_rank
 
 # What would train otherwise than the method means, or not what the targets name.
 REFUSED = {
@@ -105,7 +105,7 @@ class PeftMethod(Method):
         expected = "the name of one of PEFT's starts"
         validate.instance(self.config, str, "config", f"{expected}, such as 'pissa', or a config of PEFT's")
         validate.choice(self.config, expected, PEFT_STARTS)
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
         if self.config == "orthogonal" and self.rank % 2:
             raise InputError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
 

@@ -128,7 +128,7 @@ class FeatureEnergies:
         Raises:
             ValueError: the placement does not fit.
         """
-        part = window.chosen(self.spectrum.singular_values, self.spectrum.name)
+        part = window.components(self.spectrum.singular_values, self.spectrum.name)
         rest = self.energies.clone()
         rest[..., part] = 0  # not whole minus window: where that is nearly all, only rounding would be left
         return FeatureNorms(self.energies[..., part].sum(-1).sqrt(), rest.sum(-1).sqrt())
@@ -171,7 +171,7 @@ def feature_split(
     x = _tokens(model, layer, inputs)
     check_belongs(spectrum, window, submodule(model, layer))
     left, right = (factor.to(x.device) for factor in spectrum.vectors(window))
-    part = window.chosen(spectrum.singular_values, spectrum.name)
+    part = window.components(spectrum.singular_values, spectrum.name)
     carried = x @ right.T * spectrum.singular_values[part].float().to(x.device) @ left.T
     whole = x @ weight_matrix(submodule(model, layer)).float().T
     return FeatureSplit(layer, carried.cpu(), (whole - carried).cpu())

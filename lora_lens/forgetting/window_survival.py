@@ -27,7 +27,7 @@ def components_of(weight: Tensor, placement: Placement, name: str = "this weight
         ValueError: it does not fit.
     """
     left, values, right = thin_svd(weight)
-    part = placement.chosen(values.cpu(), name)
+    part = placement.components(values.cpu(), name)
     return WindowComponents(left[:, part].double(), values[part].double(), right[part].double())
 
 

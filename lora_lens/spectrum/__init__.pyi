@@ -8,7 +8,6 @@ from .comparison import (
     overlap as overlap,
     overlap_matrix as overlap_matrix,
     principal_angles as principal_angles,
-    rotation as rotation,
 )
 from .factorizing import factorize as factorize, spectra as spectra
 from .patterns import part_of as part_of

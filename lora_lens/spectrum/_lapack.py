@@ -12,6 +12,7 @@ import mmap
 import threading
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 
 import numpy as np
 from scipy.linalg import cython_blas, cython_lapack
@@ -25,8 +26,8 @@ _kept = threading.local()
 def scratch(role: str, size: int) -> np.ndarray:
     """Float64 numbers of any value, (size,), in memory of its own.
 
-    What comes from the heap instead stays there in pieces between the results
-    that outlive it, and a long run grows with every matrix. Up to 32 MiB are
+    On the heap, the results that outlive it would lie between its pieces, and
+    a long run would grow with every matrix. Up to 32 MiB are
     kept until the thread ends: the next call for the same ``role`` gets them.
     """
     held = getattr(_kept, role, None)
@@ -117,7 +118,7 @@ def _run(name: str, *arguments: bytes | int | np.ndarray) -> int:
     return int(info[0])
 
 
-def _call(library: object, name: str, *arguments: bytes | int | float | np.ndarray) -> None:
+def _call(library: ModuleType, name: str, *arguments: bytes | int | float | np.ndarray) -> None:
     """Fortran takes everything by reference; a C-ordered (rows, columns) array is its transpose there."""
     _routine(library, name, len(arguments))(*map(_reference, arguments))
 
@@ -125,12 +126,13 @@ def _call(library: object, name: str, *arguments: bytes | int | float | np.ndarr
 def _reference(argument: bytes | int | float | np.ndarray) -> object:
     if isinstance(argument, np.ndarray):
         return ctypes.c_void_p(argument.ctypes.data)
-    kinds = {bytes: ctypes.c_char, int: ctypes.c_int, float: ctypes.c_double}
-    return ctypes.byref(kinds[type(argument)](argument))
+    if isinstance(argument, bytes):
+        return ctypes.byref(ctypes.c_char(argument))
+    return ctypes.byref(ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_double(argument))
 
 
 @lru_cache
-def _routine(library: object, name: str, arguments: int) -> Callable[..., None]:
+def _routine(library: ModuleType, name: str, arguments: int) -> Callable[..., None]:
     capsule = library.__pyx_capi__[name]
     # Prototypes of our own: the functions that ctypes.pythonapi hands out are the whole process's.
     name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))

@@ -75,6 +75,13 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
         InputError: a pattern matches nothing, or a weight that cannot be adapted; the message has the
             reason: embeddings, tied weights, quantized values, a weight that its parent reads by itself,
             grouped or dilated convolutions, ...
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 8))
+        >>> list(ll.spectrum.target_layers(model)), list(ll.spectrum.target_layers(model, "all-conv"))
+        (['2'], ['0'])
     """
     validate.instance(model, nn.Module, "model", "a torch.nn.Module")
     return choose(adaptable(model), targets)[0]
@@ -96,14 +103,14 @@ def choose(
     for pattern in validate.patterns(targets) or ["all-linear"]:
         if pattern in GROUPS:
             members = found.groups[pattern]
-            sizes = {n: min(matrix_shape(able[n])) for n in members & able.keys()} if rank else {}
-            small = {n: f"has fewer components than the rank, {rank}" for n, k in sizes.items() if k < rank}
-            why = {n: reasons[n] for n in members & found.unexpected} | small
+            why = {n: reasons[n] for n in members & found.unexpected}
+            small = {n: k for n in members & able.keys() if rank and (k := min(matrix_shape(able[n]))) < rank}
+            why |= dict.fromkeys(small, f"has fewer components than the rank, {rank}")
             out = {n: why[n] for n in modules if n in why}
             if not members - out.keys():
-                if small:  # the message for the largest of them says what would fit
-                    most = max(out, key=lambda name: sizes.get(name, 0))
-                    require_fit(rank, sizes[most], most)
+                if rank and small:  # the message for the largest of them says what would fit
+                    most = max((name for name in out if name in small), key=small.__getitem__)
+                    require_fit(rank, small[most], most)
                 raise InputError(_empty_group(model, pattern, out or reasons))
             left_out |= out
             chosen |= members - out.keys()
@@ -122,31 +129,39 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
     by_reason: dict[str, list[str]] = {}
     for name, why in left_out.items():
         by_reason.setdefault(why, []).append(name)
-    said = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
+    reasons = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
     count = f"{len(left_out)} layer{'s' if len(left_out) > 1 else ''}"
     warnings.warn(
-        f"{count} of the targets left out, which cannot be adapted: {said}", stacklevel=frames_inside()
+        f"{count} of the targets left out, which cannot be adapted: {reasons}", stacklevel=frames_inside()
     )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The layer's weight as it is."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # what is no layer with a weight has been refused
+    return weight
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight as (out_features, in_features), a view if possible; of a convolution (out, in * kh * kw)."""
-    weight = layer.weight.detach()
+    weight = _weight(layer).detach()
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
 @torch.no_grad()
 def set_weight_matrix(layer: nn.Module, matrix: Tensor) -> None:
     """Write what :func:`weight_matrix` reads."""
-    place = weight_matrix(layer)
+    place, weight = weight_matrix(layer), _weight(layer)
     place.copy_(matrix)
-    if place.data_ptr() != layer.weight.data_ptr():  # of a convolution in channels-last order it is a copy
-        layer.weight.copy_(place.view(layer.weight.shape))
+    if place.data_ptr() != weight.data_ptr():  # of a convolution in channels-last order it is a copy
+        weight.copy_(place.view(weight.shape))
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of :func:`weight_matrix`."""
-    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+    weight = _weight(layer)
+    rows, columns = weight.shape[0], weight[0].numel()
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
@@ -171,9 +186,11 @@ def adaptable(model: nn.Module) -> Adaptable:
     layers = {n: m for n, m in weighted.items() if isinstance(m, LINEAR + CONVOLUTIONS)}
     used = used_otherwise(modules, layers)
     refused = _refused_by_peft(model, {name.rpartition(".")[2] for name in layers})
-    able, reasons, unexpected = {}, {}, set()
+    able: dict[str, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    unexpected: set[str] = set()
     for name, module in weighted.items():
-        others = [n for n in places.get(memory(module.weight), []) if n != name]
+        others = [n for n in places.get(memory(_weight(module)), []) if n != name]
         kind = _reason(module, others)
         reason = kind or used.get(name) or _touched(module) or refused.get(name.rpartition(".")[2])
         if not reason:
@@ -204,12 +221,14 @@ def _touched(layer: nn.Module) -> str:
 def _refused_by_peft(model: nn.Module, last: Iterable[str]) -> dict[str, str]:
     """By the last parts of names, what PEFT's own check before it adapts a layer refuses, as in Mamba."""
     check = getattr(LoraModel, "_check_target_module_compatiblity", None)
-    refused = {}
-    for name in last if check is not None and hasattr(model, "config") else ():
+    if check is None or not hasattr(model, "config"):
+        return {}
+    kind, refused = getattr(model.config, "model_type", None), {}
+    for name in last:
         try:
             check(None, PLAIN, model, name)
         except ValueError:
-            refused[name] = f"is refused by PEFT in models of type {model.config.model_type}"
+            refused[name] = f"is refused by PEFT in models of type {kind}"
     return refused
 
 
@@ -224,7 +243,7 @@ def _adds_nothing(layer: nn.Module) -> bool:
         return True
     usual = {"training", "in_features", "out_features"}
     extra = [key for key in vars(layer) if not key.startswith("_") and key not in usual]
-    return base is nn.Linear and not extra and _takes_one(kind) and _is_product(kind)
+    return base is nn.Linear and not extra and _takes_one(kind) and _is_product(kind.__mro__)
 
 
 def _takes_one(kind: type[nn.Module]) -> bool:
@@ -239,15 +258,15 @@ def _takes_one(kind: type[nn.Module]) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _is_product(kind: type[nn.Linear]) -> bool:
-    """Whether a class computes x W^T + b, tried in float64 on small numbers and large ones."""
-    tried = kind.__new__(kind)
+def _is_product(kin: tuple[type[nn.Linear], ...]) -> bool:
+    """Whether a class, given with those it inherits from, computes x W^T + b: tried in float64."""
+    tried = kin[0].__new__(kin[0])
     nn.Linear.__init__(tried, 5, 3, dtype=torch.float64)
     with torch.no_grad(), seeded(0):
         for training, bias, scale in itertools.product((True, False), (True, False), (1e-3, 1.0, 1e3)):
             tried.train(training)
             if not bias:
-                tried.bias = None
+                tried.register_parameter("bias", None)
             elif tried.bias is None:
                 tried.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
             x = scale * torch.randn(2, 4, 5, dtype=torch.float64)
@@ -263,7 +282,7 @@ def _is_product(kind: type[nn.Linear]) -> bool:
 
 
 def _reason(module: nn.Module, others: list[str]) -> str:
-    weight, kind = module.weight, type(module).__name__
+    weight, kind = _weight(module), type(module).__name__
     if isinstance(module, BaseTunerLayer):
         return "is adapted already; merge or unload its adapter first"
     plain = type(weight.data) is Tensor and type(weight) in (nn.Parameter, Tensor)
@@ -336,9 +355,8 @@ def _empty_group(model: nn.Module, group: str, reasons: Mapping[str, str]) -> st
         "all-mlp": "linear layer whose name tells of an MLP",
     }[group]
     kin = _ConvNd if group == "all-conv" else LINEAR
-    said = [f"; {n} {why}" for n, why in reasons.items() if isinstance(submodule(model, n), kin)]
-    refused = said[0] if said else ""
-    return f"{type(model).__name__} has no {what} that can be adapted{refused}"
+    refused = (f"; {n} {why}" for n, why in reasons.items() if isinstance(submodule(model, n), kin))
+    return f"{type(model).__name__} has no {what} that can be adapted{next(refused, '')}"
 
 
 def _described(modules: Mapping[str, nn.Module], names: Iterable[str]) -> str:

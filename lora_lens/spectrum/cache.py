@@ -31,7 +31,7 @@ Factors = tuple[Tensor, Tensor, Tensor]
 FORMAT = "lora_lens spectrum 1"
 ENTRY = ".spectrum.safetensors"
 PARTIAL = ".spectrum.partial"
-# Anything else in the folder is somebody's, whatever its ending.
+# Anything else in the folder belongs to somebody else, whatever its ending.
 OWN_ENTRY = re.compile(rf"[0-9a-f]{{64}}{re.escape(ENTRY)}")
 OWN_PARTIAL = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}")
 DAY = 24 * 60 * 60  # seconds

@@ -1,7 +1,7 @@
 """Two spectra of the same weight side by side: before and after training, or model A and model B.
 
 Singular vectors are known up to sign, and within equal singular values up to any rotation. Signs
-never enter. :func:`change` and :func:`rotation` depend on the weights alone; angles and overlaps on
+never enter. :func:`change` depends on the weights alone; angles and overlaps on
 subspaces, so they mean little where a window's or band's edge cuts through near equal values;
 :func:`intruder_dimensions` on single vectors.
 """
@@ -29,14 +29,27 @@ def principal_angles(before: Spectrum, after: Spectrum, window: Window, side: Si
     """The angles between the subspaces that the window's vectors span: (rank,), ascending, radians.
 
     In [0, pi / 2]; all 0 for the same subspace, pi / 2 where a direction is
-    new. ``side`` is the output side (left, columns of U) or the input side
-    (right, rows of V^T). Björck and Golub 1973, "Numerical methods for
+    new. Björck and Golub 1973, "Numerical methods for
     computing angles between linear subspaces": cos(theta_i) = s_i(A^T B), and,
     where the cosine is too flat to tell small angles, sin(theta_i) from
     B - A A^T B. Exact to the vectors' float32 rounding, about 1e-7.
 
+    Args:
+        before: the spectrum of a weight.
+        after: that of the same weight at another time.
+        window: whose vectors are compared.
+        side: the output side (left, columns of U) or the input side (right, rows of V^T).
+
     Raises:
         ValueError: shapes differ, the window does not fit, or vectors are missing.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = ll.spectrum.factorize("w", torch.diag(torch.tensor([4.0, 2.0, 1.0])))
+        >>> after = ll.spectrum.factorize("w", torch.diag(torch.tensor([1.0, 2.0, 4.0])))  # turned round
+        >>> ll.spectrum.principal_angles(before, after, ll.Window.first(2)).rad2deg()
+        tensor([ 0., 90.], dtype=torch.float64)
     """
     _check_shapes(before, after)
     _require_window(window)
@@ -55,8 +68,19 @@ def overlap(before: Spectrum, after: Spectrum, window: Window, side: Side = "lef
     for a random one. Hu et al. 2022, "LoRA: low-rank adaptation of large
     language models", equation 4.
 
+    Args:
+        before, after, window, side: as for :func:`principal_angles`.
+
     Raises:
         ValueError: as :func:`principal_angles`.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = ll.spectrum.factorize("w", torch.diag(torch.tensor([4.0, 2.0, 1.0])))
+        >>> after = ll.spectrum.factorize("w", torch.diag(torch.tensor([1.0, 2.0, 4.0])))  # turned round
+        >>> round(ll.spectrum.overlap(before, after, ll.Window.first(2)), 3)  # one of two directions stays
+        0.5
     """
     return _mean_squared_cosine(principal_angles(before, after, window, side))
 
@@ -70,8 +94,24 @@ def overlap_matrix(before: Spectrum, after: Spectrum, bins: int = 32, side: Side
     share of its band within the space of all components after, which is 1
     where their number is the dimension. What turns within a band is not seen.
 
+    Args:
+        before: the spectrum of a weight, with all vectors.
+        after: that of the same weight at another time, with all vectors.
+        bins: how many bands of nearly equal size, in [1, k].
+        side: as for :func:`principal_angles`.
+
     Raises:
         ValueError: shapes differ, vectors are missing, bins is not in [1, k].
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = ll.spectrum.factorize("w", torch.diag(torch.tensor([4.0, 2.0, 1.0])))
+        >>> after = ll.spectrum.factorize("w", torch.diag(torch.tensor([1.0, 2.0, 4.0])))  # turned round
+        >>> ll.spectrum.overlap_matrix(before, after, bins=3).round(3)
+        array([[0., 0., 1.],
+               [0., 1., 0.],
+               [1., 0., 0.]])
     """
     _check_shapes(before, after)
     rows, columns = _bands(before, bins), _bands(after, bins)
@@ -86,6 +126,8 @@ def overlap_matrix(before: Spectrum, after: Spectrum, bins: int = 32, side: Side
 
 class Change(NamedTuple):
     """How a weight W became W', as shares of ||W||_F; update^2 = stretch^2 + rotation^2.
+
+    What :func:`change` returns.
 
     Attributes:
         update: ||W' - W||_F / ||W||_F, all that changed.
@@ -112,8 +154,21 @@ def change(before: Spectrum, after: Spectrum) -> Change:
     vectors' rounding adds about 1e-7 to the update, and to the rotation up to
     1 % of the update where nothing turned.
 
+    Args:
+        before: the spectrum of a weight, with all vectors.
+        after: that of the same weight at another time, with all vectors.
+
     Raises:
         ValueError: shapes differ, or vectors are missing.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> before = ll.spectrum.factorize("w", torch.diag(torch.tensor([4.0, 3.0])))
+        >>> after = ll.spectrum.factorize("w", torch.diag(torch.tensor([4.0, 2.0])))
+        >>> update, stretch, rotation = ll.spectrum.change(before, after)
+        >>> round(update, 3), round(stretch, 3), round(rotation, 3)
+        (0.2, 0.2, 0.0)
     """
     _check_shapes(before, after)
     size = max(before.k, after.k)
@@ -124,11 +179,6 @@ def change(before: Spectrum, after: Spectrum) -> Change:
     stretch = torch.linalg.vector_norm(t - s) / norm
     rotation = (update.square() - stretch.square()).clamp(min=0).sqrt()
     return Change(float(update), float(stretch), float(rotation))
-
-
-def rotation(before: Spectrum, after: Spectrum) -> float:
-    """The change of the singular vectors alone, as a share of ||W||_F; see :func:`change`."""
-    return change(before, after).rotation
 
 
 def intruder_dimensions(
@@ -149,14 +199,28 @@ def intruder_dimensions(
         count: how many of the largest components after to ask; all if None or more than there are.
         side: left as in the paper, or right.
 
+    Returns:
+        Shape (intruders,), integers.
+
     Raises:
         ValueError: shapes differ, or vectors are missing.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> w = torch.zeros(4, 2)
+        >>> w[0, 0], w[1, 1] = 4.0, 2.0
+        >>> trained = w.clone()
+        >>> trained[3, 1] = 8.0  # towards an output that no component before points to
+        >>> before, after = ll.spectrum.factorize("w", w), ll.spectrum.factorize("w", trained)
+        >>> ll.spectrum.intruder_dimensions(before, after)
+        tensor([0])
     """
     _check_shapes(before, after)
     threshold = number(threshold, "threshold", least=0, most=1)
     count = None if count is None else whole_number(count, "count", least=1)
-    asked = Window(after.k if count is None else min(count, after.k), start=0)
-    cosines = _vectors(before, _all_of(before), side).T @ _vectors(after, asked, side)
+    largest = Window(after.k if count is None else min(count, after.k), start=0)
+    cosines = _vectors(before, _all_of(before), side).T @ _vectors(after, largest, side)
     return (cosines.abs().amax(0) < threshold).nonzero().flatten()
 
 
@@ -178,8 +242,25 @@ def compare(
     overlap_right (of the window's subspaces, in [0, 1]), degrees_left and
     degrees_right (the largest angle between them).
 
+    Args:
+        before: spectra with all vectors, such as of the pretrained model; or the spectrum of one weight.
+        after: those of the same weights at another time.
+        window: whose subspaces are compared as well; or None.
+        threshold: the cosine in [0, 1] below which a component is new.
+        count: how many of the largest components after are asked; all if None.
+
     Raises:
         ValueError: names or shapes differ, vectors are missing, or the window does not fit.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> w = torch.diag(torch.tensor([4.0, 3.0]))
+        >>> before = ll.spectrum.factorize("blocks.0.fc", w)
+        >>> after = ll.spectrum.factorize("blocks.0.fc", 2 * w)
+        >>> ll.compare(before, after)[["layer", "update", "rotation", "intruders"]].round(3)
+                 layer  update  rotation  intruders
+        0  blocks.0.fc     1.0       0.0          0
     """
     for name, given in (("before", before), ("after", after)):
         instance(given, (Spectrum, SpectrumSet), name, "what ll.spectra returns, or a Spectrum of it")

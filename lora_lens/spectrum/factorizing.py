@@ -25,7 +25,7 @@ from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.svd import Factors, product_svd, singular_values, some_components, thin_svd
 from lora_lens.spectrum.window import Placement, Window, require_fit
 
-Vectors = bool | Sequence[Placement] | Mapping[str, Iterable[Placement]]
+Vectors = bool | Sequence[Placement] | Mapping[str, Sequence[Placement]]
 METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
 CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
 WORTH_PICKING = 3  # computing some components pays when there are this many times more
@@ -65,6 +65,18 @@ def spectra(
     Raises:
         TypeError, ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values,
             a window does not fit, ``device`` is not there, or as :func:`lora_lens.spectrum.weights`.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+        >>> spectra = ll.spectra(model)
+        >>> spectra
+        SpectrumSet of 2 weights: 0, 2
+        >>> spectra["0"].left.shape, spectra["0"].right.shape
+        (torch.Size([32, 16]), torch.Size([16, 16]))
+        >>> ll.spectra(model, "0", vectors=False)["0"].has_all_vectors  # the singular values alone
+        False
     """
     chosen, place = _checked_vectors(vectors), checked_device(device)
     cache, progress = flag(cache, "cache"), flag(progress, "progress")
@@ -125,28 +137,38 @@ def _require_room(placement: Placement, k: int, name: str) -> None:
 
 def _union(placements: Sequence[Placement], values: Tensor, name: str) -> Tensor:
     every = torch.arange(len(values))
-    return torch.cat([every[p.chosen(values, name)] for p in placements]).unique()
+    together: Tensor = torch.cat([every[p.components(values, name)] for p in placements]).unique()
+    return together
 
 
 def factorize(name: str, weight: Tensor) -> Spectrum:
     """The spectrum of one (out_features, in_features) weight, exact to float64 rounding.
 
+    Args:
+        name: of the layer, for tables and messages.
+        weight: shape (out_features, in_features), any floating dtype.
+
     Raises:
         TypeError: ``name`` is no string, or ``weight`` no tensor.
         ValueError: the weight is no matrix.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.spectrum.factorize("fc", torch.tensor([[0.0, 3.0], [4.0, 0.0]])).singular_values
+        tensor([4., 3.], dtype=torch.float64)
     """
     instance(name, str, "name", "the layer's name")
     instance(weight, Tensor, "weight", "a matrix, (out_features, in_features)")
     if weight.ndim != 2:
         raise InputError(f"weight must be a matrix, (out_features, in_features), not {tuple(weight.shape)}")
-    return _packed(name, tuple(weight.shape), thin_svd(weight.detach()))
+    return _packed(name, thin_svd(weight.detach()))
 
 
-def _packed(
-    name: str, shape: tuple[int, int], factors: Factors, components: Tensor | None = None
-) -> Spectrum:
+def _packed(name: str, factors: Factors, components: Tensor | None = None) -> Spectrum:
     # Contiguous, so that products with fresh factors round as with those from the cache.
     left, values, right = (factor.cpu() for factor in factors)
+    shape = (left.shape[0], right.shape[1])
     return Spectrum(name, shape, values, left.float().contiguous(), right.float().contiguous(), components)
 
 
@@ -186,10 +208,8 @@ def _spectrum(
         b, a = (factor.to("cpu", torch.float64) for factor in weight.factors())
         check_finite(weight.name, b)
         check_finite(weight.name, a)
-        left, values, right = product_svd(b, a)
-        if not wanted:
-            return Spectrum(weight.name, weight.shape, values)
-        return _packed(weight.name, weight.shape, (left, values, right))
+        factors = product_svd(b, a)
+        return _packed(weight.name, factors) if wanted else Spectrum(weight.name, weight.shape, factors[1])
     matrix = weight.load().detach()
     if not checked:
         check_finite(weight.name, matrix)
@@ -197,17 +217,17 @@ def _spectrum(
         return Spectrum(weight.name, weight.shape, singular_values(_placed(matrix, device)).cpu())
     k = min(weight.shape)
     large = k >= CACHED_FROM
-    key = weight_key(matrix, _method(matrix, device)) if cache and large else ""
-    if key and (known := cache.get(key)) is not None:
-        return _packed(weight.name, weight.shape, known)
-    if large and wanted is not True and WORTH_PICKING * sum(p.rank for p in wanted) <= k:
+    cache = cache if large else None
+    key = weight_key(matrix, _method(matrix, device)) if cache else ""
+    if cache and (known := cache.get(key)) is not None:
+        return _packed(weight.name, known)
+    if large and not isinstance(wanted, bool) and WORTH_PICKING * sum(p.rank for p in wanted) <= k:
         choose = partial(_union, wanted, name=weight.name)
-        factors, components = some_components(_placed(matrix, device), choose)
-        return _packed(weight.name, weight.shape, factors, components)
-    spectrum = factorize(weight.name, _placed(matrix, device))
-    if key:
-        cache.put(key, spectrum.left, spectrum.singular_values, spectrum.right)
-    return spectrum
+        return _packed(weight.name, *some_components(_placed(matrix, device), choose))
+    left, values, right = (factor.cpu() for factor in thin_svd(_placed(matrix, device)))
+    if cache:
+        cache.put(key, left, values, right)
+    return _packed(weight.name, (left, values, right))
 
 
 def _method(matrix: Tensor, device: torch.device | None) -> str:

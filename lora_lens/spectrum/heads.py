@@ -49,8 +49,8 @@ def head_layers(model: nn.Module) -> set[nn.Module]:
     transformers' models for classification and the like every layer outside the base model, and otherwise
     :func:`classifier`.
     """
-    asked = {module for part in _asked(model) for module in part.modules() if _is_layer(module)}
-    found = asked | set(_new_layers(model).values())
+    found = {module for part in _asked(model) for module in part.modules() if _is_layer(module)}
+    found |= set(_new_layers(model).values())
     # Language models in parts have one for each part, which the whole does not name.
     found |= {m for n, m in model.named_modules() if n.rpartition(".")[2] == "lm_head" and _is_layer(m)}
     last = classifier(model, required=False)
@@ -64,8 +64,8 @@ def _asked(model: nn.Module) -> Iterator[nn.Module]:
         answer = ask() if callable(ask) else None
         if isinstance(answer, Mapping):
             answer = tuple(answer.values())
-        several = isinstance(answer, (tuple, list))
-        yield from (part for part in (answer if several else [answer]) if isinstance(part, nn.Module))
+        parts = answer if isinstance(answer, (tuple, list)) else [answer]
+        yield from (part for part in parts if isinstance(part, nn.Module))
 
 
 def _new_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -23,6 +23,15 @@ def effective_rank(singular_values: Tensor) -> float:
 
     Roy and Vetterli 2007, "The effective rank: a measure of effective
     dimensionality", definition 1.
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> round(ll.spectrum.measures.effective_rank(torch.ones(8)), 3)  # eight directions of equal weight
+        8.0
     """
     total = _checked(singular_values).sum()
     return float(torch.special.entr(singular_values / total).sum().exp()) if total > 0 else 0.0
@@ -33,6 +42,15 @@ def stable_rank(singular_values: Tensor) -> float:
 
     Rudelson and Vershynin 2007, "Sampling from large matrices: an approach
     through geometric functional analysis".
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.spectrum.measures.stable_rank(torch.tensor([2.0, 1.0, 1.0]))
+        1.5
     """
     return float(_relative(singular_values).square().sum())
 
@@ -43,6 +61,15 @@ def participation_ratio(singular_values: Tensor) -> float:
     How many eigenvalues s^2 of W^T W share in the squared Frobenius norm. Gao
     et al. 2017, "A theory of multineuronal dimensionality, dynamics and
     measurement", for the eigenvalues of a covariance.
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.spectrum.measures.participation_ratio(torch.tensor([2.0, 1.0, 1.0]))
+        2.0
     """
     eigenvalues = _relative(singular_values).square()
     total = eigenvalues.sum()
@@ -53,6 +80,15 @@ def cumulative_energy(singular_values: Tensor) -> Tensor:
     """The share of ||W||_F^2 in components 0 to i, sum_{j <= i}(s_j^2) / sum(s^2): shape (k,).
 
     Rises to 1; all zeros for a zero weight.
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.spectrum.measures.cumulative_energy(torch.tensor([2.0, 1.0, 1.0])).tolist()  # 4, 5 and 6 of 6
+        [0.6666666865348816, 0.8333333134651184, 1.0]
     """
     energy = _relative(singular_values).square().cumsum(0)
     return energy / energy[-1] if energy[-1] > 0 else energy
@@ -64,6 +100,15 @@ def spectral_gap(singular_values: Tensor) -> float:
     1 for a weight of rank one, 0 where the first two are equal or the weight
     is zero. By Wedin 1972 a perturbation turns the first singular vectors by
     at most about its norm over s_0 - s_1, so a small gap means loose vectors.
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.spectrum.measures.spectral_gap(torch.tensor([4.0, 3.0, 1.0]))
+        0.25
     """
     relative = _relative(singular_values)
     second = relative[1] if len(relative) > 1 else 0.0
@@ -71,7 +116,17 @@ def spectral_gap(singular_values: Tensor) -> float:
 
 
 def condition_number(singular_values: Tensor) -> float:
-    """s_0 / s_{k-1}: at least 1; inf if the smallest is zero, NaN for a zero weight."""
+    """s_0 / s_{k-1}: at least 1; inf if the smallest is zero, NaN for a zero weight.
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.spectrum.measures.condition_number(torch.tensor([4.0, 3.0, 1.0]))
+        4.0
+    """
     _checked(singular_values)
     return float(singular_values[0] / singular_values[-1])
 
@@ -106,6 +161,17 @@ def power_law(singular_values: Tensor) -> PowerLaw:
     The empirical distribution at x counts the eigenvalues below x, as in the
     authors' own program, so that exponents compare with published ones. All
     NaN and an empty tail for fewer than two distinct positive values.
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> shares = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        >>> eigenvalues = shares ** (-1 / 1.5)  # the quantiles of p(x) ~ x^-2.5 from 1 on
+        >>> round(ll.spectrum.measures.power_law(eigenvalues.sqrt()).alpha, 1)
+        2.5
     """
     eigenvalues = _checked(singular_values).numpy()[::-1] ** 2
     x = eigenvalues[eigenvalues > 0]
@@ -159,6 +225,19 @@ def marchenko_pastur(singular_values: Tensor, shape: tuple[int, int]) -> Marchen
 
     Components beyond the k given, as of an adapter's update, count as zero;
     if those are most, sigma is 0 and all others are above the edge.
+
+    Args:
+        singular_values: shape (k,), descending, float64.
+        shape: (out_features, in_features) of the weight.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> noise = torch.randn(200, 100, generator=torch.Generator().manual_seed(0))
+        >>> planted = noise + torch.ones(200, 100)  # one direction that is no noise
+        >>> s = ll.spectrum.factorize("w", planted).singular_values
+        >>> ll.spectrum.measures.marchenko_pastur(s, (200, 100)).above
+        1
     """
     _checked(singular_values)
     smaller, larger = sorted(shape)
@@ -184,7 +263,7 @@ def _median_of_law(ratio: float) -> float:
     return float(1 + ratio - 2 * np.sqrt(ratio) * np.cos(middle))
 
 
-def _checked(singular_values: object) -> Tensor:
+def _checked(singular_values: Tensor) -> Tensor:
     instance(singular_values, Tensor, "singular_values", "a tensor, such as spectrum.singular_values")
     if singular_values.ndim != 1 or not len(singular_values):
         raise InputError(f"singular_values must have shape (k,), not {tuple(singular_values.shape)}")

@@ -44,7 +44,19 @@ def matching(names: Iterable[str], pattern: str) -> set[str]:
 
 
 def part_of(name: str) -> str:
-    """ "attention", "mlp" or "other", by the usual names of layers."""
+    """Which part of a block a layer belongs to, by its name: "attention", "mlp" or "other".
+
+    Args:
+        name: of the layer, dotted.
+
+    Raises:
+        InputTypeError: the name is no string.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.spectrum.part_of("blocks.0.attn.qkv"), ll.spectrum.part_of("model.layers.3.mlp.up_proj")
+        ('attention', 'mlp')
+    """
     if not isinstance(name, str):
         raise InputTypeError(f"a layer's name must be a string, not {shown(name)}")
     return "attention" if ATTENTION.search(name) else "mlp" if MLP.search(name) else "other"
@@ -65,7 +77,7 @@ def routers(names: Iterable[str]) -> set[str]:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern:
+def _compiled(pattern: str) -> re.Pattern[str]:
     foreign = re.search(r"[()|$+\\]|^\^|^\.", pattern)
     if foreign:
         raise InputError(

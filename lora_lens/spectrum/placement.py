@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens.spectrum.measures import effective_rank
-from lora_lens.spectrum.window import Placement, Window, require_fit, whole_rank
+from lora_lens.spectrum.window import Placement, Window, require_fit, validate_rank
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class _OfRank(Placement):
     rank: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ class AtEffectiveRank(_OfRank):
     """The window that starts at the spectrum's effective rank (Roy and Vetterli 2007), rounded.
 
     Where fewer than ``rank`` components follow, it is the last window.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> s = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])  # of effective rank 3
+        >>> ll.spectrum.AtEffectiveRank(rank=2).select(s)
+        slice(3, 5, None)
     """
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
@@ -59,6 +66,13 @@ class AfterEnergy(_OfShare):
 
     Raises:
         ValueError: a share outside (0, 1).
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> s = torch.tensor([3.0, 2.0, 1.0, 1.0])  # 9, 4, 1 and 1 fifteenths of the energy
+        >>> ll.spectrum.AfterEnergy(rank=2, share=0.8).select(s)
+        slice(2, 4, None)
     """
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
@@ -79,6 +93,13 @@ class HoldingEnergy(_OfShare):
 
     Raises:
         ValueError: a share outside (0, 1); :meth:`select`: not even the first window holds it.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> s = torch.tensor([3.0, 2.0, 1.0, 1.0])  # 9, 4, 1 and 1 fifteenths of the energy
+        >>> ll.spectrum.HoldingEnergy(rank=2, share=0.3).select(s)
+        slice(1, 3, None)
     """
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
@@ -103,6 +124,12 @@ class Components(Placement):
 
     Raises:
         TypeError, ValueError: no whole numbers of at least 0, none, or one twice.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> chosen = ll.spectrum.Components([0, 5, 9])
+        >>> print(chosen, chosen.rank)
+        3 components 0, 5, 9 3
     """
 
     indices: tuple[int, ...]
@@ -115,10 +142,7 @@ class Components(Placement):
                 f"components must be different whole numbers of at least 0, not {self.indices!r}"
             )
         object.__setattr__(self, "indices", chosen)
-
-    @property
-    def rank(self) -> int:
-        return len(self.indices)
+        object.__setattr__(self, "rank", len(chosen))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> Tensor:
         k = len(singular_values)
@@ -139,6 +163,13 @@ class RandomComponents(_OfRank):
     """``rank`` components drawn without replacement, anew for each weight: a control for windows.
 
     The draw depends on ``seed``, the weight's name and the number of its components, and on nothing else.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> draw = ll.spectrum.RandomComponents(rank=4, seed=0)
+        >>> draw.select(torch.ones(64), "blocks.0.attn.qkv")
+        tensor([13, 20, 29, 41])
     """
 
     seed: int = 0
@@ -159,7 +190,14 @@ class RandomComponents(_OfRank):
 
 @dataclass(frozen=True)
 class SpreadComponents(_OfRank):
-    """``rank`` components evenly spread over the spectrum, the first and the last among them: a control."""
+    """``rank`` components evenly spread over the spectrum, the first and the last among them: a control.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> ll.spectrum.SpreadComponents(rank=4).select(torch.ones(16))
+        tensor([ 0,  5, 10, 15])
+    """
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> Tensor:
         k = len(singular_values)
@@ -173,12 +211,16 @@ class SpreadComponents(_OfRank):
 class ByLayer(Mapping[str, Placement]):
     """One placement per layer or kind: target patterns to placements; the first pattern that matches counts.
 
-    For example ``ByLayer({"all-attention": Window.middle(8), "all-mlp": Window.last(8)})``. Layers that
-    no pattern matches are not adapted. It can be hashed, so that a :class:`lora_lens.Grid` may hold it;
-    :func:`lora_lens.attach` takes a plain dict as well.
+    Layers that no pattern matches are not adapted. It can be hashed, so that a :class:`lora_lens.Grid` may
+    hold it; :func:`lora_lens.attach` takes a plain dict as well.
 
     Raises:
         TypeError, ValueError: it is empty, or a value is no placement.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.spectrum.ByLayer({"all-attention": ll.Window.middle(8), "all-mlp": ll.Window.last(8)}))
+        all-attention: window of rank 8 at position 0.5; all-mlp: window of rank 8 at position 1
     """
 
     def __init__(self, placements: Mapping[str, Placement]):

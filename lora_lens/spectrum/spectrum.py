@@ -35,6 +35,20 @@ class Spectrum:
         right: V^T, shape (c, in_features), float32, orthonormal rows; or None.
         components: shape (c,), which components ``left`` and ``right`` hold,
             ascending; None if they hold all k.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> spectrum = ll.spectrum.factorize("fc", torch.diag(torch.tensor([4.0, 2.0, 1.0])))
+        >>> spectrum
+        <Spectrum of fc, 3 x 3: 3 singular values, the largest 4; all vectors>
+        >>> window = ll.Window.last(rank=1)
+        >>> spectrum.component(window)  # what the window holds of the weight
+        tensor([[0., 0., 0.],
+                [0., 0., 0.],
+                [0., 0., 1.]])
+        >>> round(spectrum.energy(window), 4)  # 1 / 21
+        0.0476
     """
 
     name: str
@@ -118,7 +132,7 @@ class Spectrum:
         return left * self.singular_values[self._part(window)].float() @ right
 
     def _part(self, window: Placement) -> slice | Tensor:
-        return instance(window, Placement, "window", WINDOW).chosen(self.singular_values, self.name)
+        return instance(window, Placement, "window", WINDOW).components(self.singular_values, self.name)
 
 
 def _named(components: Tensor) -> str:
@@ -129,7 +143,21 @@ def _named(components: Tensor) -> str:
 
 
 class SpectrumSet(Mapping[str, Spectrum]):
-    """The spectra of a model's weights by module name, in the model's order."""
+    """The spectra of a model's weights by module name, in the model's order.
+
+    A mapping of names to :class:`Spectrum`; :meth:`table` describes them all.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> fc = ll.spectrum.factorize("fc", torch.diag(torch.tensor([4.0, 2.0, 1.0])))
+        >>> spectra = ll.SpectrumSet([fc])
+        >>> spectra
+        SpectrumSet of 1 weights: fc
+        >>> spectra.table()[["layer", "k", "largest", "stable_rank"]]
+          layer  k  largest  stable_rank
+        0    fc  3      4.0       1.3125
+    """
 
     def __init__(self, spectra: Iterable[Spectrum]):
         """Raises TypeError, ValueError: something else is among them, or one name twice."""

@@ -7,6 +7,7 @@ than torch's on some processors and frees the GIL; on an accelerator everything 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from lora_lens.spectrum import _lapack as lapack
 
 # Below this share of the largest singular value, a vector that is divided by its own length loses
-# its orthogonality to the others (eps s_0^2 / s_i s_j grows past 1e-6); those are mended by QR.
+# its orthogonality to the others (eps s_0^2 / s_i s_j grows past 1e-6); QR makes those orthogonal again.
 TAIL = 1e-5
 ORTHONORMAL = 3e-6  # how far from it float32 vectors of a few components may be
 BLOCK = 2**18  # matrix entries that are converted to float64 at a time
@@ -130,13 +131,14 @@ def _gram(matrix: Tensor) -> np.ndarray:
 
 def _gram_there(matrix: Tensor) -> Tensor:
     """W^T W on the matrix's accelerator."""
-    return sum(block.T @ block for block in _exact_blocks(matrix))
+    return reduce(torch.add, (block.T @ block for block in _exact_blocks(matrix)))
 
 
 def _eigenvectors(matrix: Tensor) -> Tensor:
     """Of W^T W, as columns, eigenvalues ascending."""
     if matrix.device.type != "cpu":
-        return torch.linalg.eigh(_gram_there(matrix))[1]
+        vectors: Tensor = torch.linalg.eigh(_gram_there(matrix)).eigenvectors
+        return vectors
     return torch.from_numpy(np.linalg.eigh(_gram(matrix), UPLO="U")[1])
 
 
@@ -201,4 +203,4 @@ def _exact_blocks(matrix: Tensor) -> Iterator[Tensor]:
 
 def _blocks(matrix: Tensor, columns: int) -> tuple[Tensor, ...]:
     """Rows, few enough for a float64 copy to be small and enough for fast products."""
-    return matrix.split(max(BLOCK // columns, columns // 2, 1))
+    return torch.split(matrix, max(BLOCK // columns, columns // 2, 1))

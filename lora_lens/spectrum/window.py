@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +23,21 @@ class Placement(ABC):
 
     :class:`Window` is one; :mod:`lora_lens.spectrum.placement` has others. For a rule of your own, subclass
     with a frozen dataclass that has a ``rank`` and a ``select``.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> @dataclass(frozen=True)
+        ... class BelowOne(ll.spectrum.Placement):
+        ...     rank: int
+        ...
+        ...     def select(self, singular_values, name="this weight"):
+        ...         start = int((singular_values >= 1).sum())
+        ...         return slice(start, start + self.rank)
+        >>> spectrum = ll.spectrum.factorize("w", torch.diag(torch.tensor([4.0, 2.0, 0.5, 0.25])))
+        >>> spectrum.components_of(BelowOne(rank=2))
+        tensor([2, 3])
     """
 
     rank: int
@@ -37,7 +54,7 @@ class Placement(ABC):
             ValueError: the rule gives nothing for this spectrum; the message names ``name``.
         """
 
-    def chosen(self, singular_values: Tensor, name: str = "this weight") -> slice | Tensor:
+    def components(self, singular_values: Tensor, name: str = "this weight") -> slice | Tensor:
         """What :meth:`select` says, once it is known to be ``rank`` components of this spectrum.
 
         Raises:
@@ -46,15 +63,15 @@ class Placement(ABC):
             TypeError: it gives something else, such as a mask.
         """
         found, k = self.select(singular_values, name), len(singular_values)
+        places: Sequence[int]
         if isinstance(found, slice):
             places = range(k)[found]
-            ascending = places.step > 0
         else:
             places = [
                 validate.whole_number(place, f"each component that {self} selects")
                 for place in validate.sequence(found, f"what {self} selects", "whole numbers")
             ]
-            ascending = all(a < b for a, b in pairwise(places))
+        ascending = all(a < b for a, b in pairwise(places))
         if len(places) != self.rank or not ascending or places[0] < 0 or places[-1] >= k:
             raise InputError(
                 f"{self} must select {self.rank} different components of {name}, in ascending order, of 0 to "
@@ -63,7 +80,7 @@ class Placement(ABC):
         return found if isinstance(found, slice) else torch.tensor(places)
 
 
-def whole_rank(rank: object) -> int:
+def validate_rank(rank: object) -> int:
     """A rank as an ``int``.
 
     Raises:
@@ -91,9 +108,22 @@ class Window(Placement):
     2024), and what lies between is what Quercia et al. (arXiv 2602.03493)
     recommend. Weights of different k share a position, not a start.
 
+    Attributes:
+        rank: how many components, at least 1.
+        position: in [0, 1], from the largest singular values to the smallest; or None.
+        start: the first component, counted from 0; or None.
+
     Raises:
         TypeError, ValueError: rank below 1, not exactly one of position and
             start, a position outside [0, 1], a negative start.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> window = ll.Window(rank=8, position=0.5)
+        >>> window.slice(64)  # half-way between [0, 8) and [56, 64)
+        slice(28, 36, None)
+        >>> print(window)
+        window of rank 8 at position 0.5
     """
 
     rank: int
@@ -101,7 +131,7 @@ class Window(Placement):
     start: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
         if (self.position is None) == (self.start is None):
             raise InputError(
                 f"give a window either a position in [0, 1] or a start, not "
@@ -128,22 +158,23 @@ class Window(Placement):
         """The smallest singular values: MiLoRA's start."""
         return cls(rank, position=1.0)
 
-    def slice(self, k: int, name: str = "this weight") -> slice:
+    def slice(self, k: int, name: str = "this weight") -> builtins.slice:
         """The component indices on a spectrum of ``k`` components.
 
         Raises:
             ValueError: the window does not fit; the message names ``name``.
         """
         require_fit(self.rank, k, name)
-        start = round(self.position * (k - self.rank)) if self.position is not None else int(self.start)
+        start = self.start if self.position is None else round(self.position * (k - self.rank))
+        assert start is not None  # one of the two is given
         if start + self.rank > k:
             raise InputError(
                 f"window [{start}, {start + self.rank}) does not fit {name}: its spectrum has "
                 f"{k} components, so start must be at most {k - self.rank}"
             )
-        return slice(start, start + self.rank)
+        return builtins.slice(start, start + self.rank)
 
-    def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
+    def select(self, singular_values: Tensor, name: str = "this weight") -> builtins.slice:
         """As :meth:`slice`, whatever the singular values."""
         return self.slice(len(singular_values), name)
 
@@ -155,8 +186,17 @@ class Window(Placement):
 def windows(rank: int, count: int = 9) -> list[Window]:
     """``count`` windows, evenly spaced from the first (PiSSA) to the last (MiLoRA).
 
+    Args:
+        rank: of each, at least 1.
+        count: how many, in [2, 100000].
+
     Raises:
         TypeError, ValueError: ``rank`` is below 1, ``count`` not in [2, 100000], or one is no whole number.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> [window.position for window in ll.windows(rank=8, count=5)]
+        [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    rank, count = whole_rank(rank), validate.whole_number(count, "count", least=2, most=MOST_WINDOWS)
+    rank, count = validate_rank(rank), validate.whole_number(count, "count", least=2, most=MOST_WINDOWS)
     return [Window(rank, position=float(p)) for p in np.linspace(0, 1, count)]

@@ -160,7 +160,6 @@ def others(empty: Path) -> dict[str, tuple]:
         "spectrum.overlap": (spectrum(), window),
         "spectrum.overlap_matrix": (spectrum(), 2),
         "spectrum.change": (spectrum(),),
-        "spectrum.rotation": (spectrum(),),
         "spectrum.intruder_dimensions": (spectrum(),),
         "experiments.continual.forward_transfer": ([0.1, 0.1],),
         "experiments.continual.intransigence": ([0.1, 0.1],),

@@ -248,7 +248,7 @@ def _checked(
             for name, placement in plan.items():
                 if isinstance(strategy, Moving):
                     layer = weight_matrix(submodule(model, name))
-                    placement.chosen(torch.ones(min(layer.shape)), name)
+                    placement.components(torch.ones(min(layer.shape)), name)
         layers[method] = list(plan) or list(chosen_layers(model, targets, spectra))
     return layers
 

@@ -16,7 +16,7 @@ from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.validate import instance
 from lora_lens.adapters.methods import LoRA, MethodLike, as_method
 from lora_lens.experiments.identity import exact
-from lora_lens.spectrum.window import Placement, Window, require_fit, whole_rank
+from lora_lens.spectrum.window import Placement, Window, require_fit, validate_rank
 from lora_lens.training.regularizers.base import Regularized, Regularizer, trained_part
 from lora_lens.training.regularizers.ewc import EWC
 from lora_lens.training.regularizers.orthogonal import Orthogonal
@@ -208,7 +208,7 @@ class Slot(Placement):
     shift: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", whole_rank(self.rank))
+        object.__setattr__(self, "rank", validate_rank(self.rank))
 
     def select(self, singular_values: Tensor, name: str = "this weight") -> slice:
         require_fit(self.rank, len(singular_values), name)

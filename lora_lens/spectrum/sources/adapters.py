@@ -6,7 +6,6 @@ else, because its base is a residual or its method is no LoRA, it is refused wit
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,8 +21,15 @@ from lora_lens._base.errors import InputError, MissingFileError
 from lora_lens._base.naming import listed
 from lora_lens._base.validate import flag, number, whole_number
 from lora_lens._base.wrappers import unwrapped
-from lora_lens.spectrum.sources.checkpoint import headers, metadata, read_json, read_tensor
-from lora_lens.spectrum.sources.factor_pairs import STRONG, Pair, is_adapter_key, pairs_among, stored_pair
+from lora_lens.spectrum.sources.checkpoint import headers, json_object, metadata, read_json, read_tensor
+from lora_lens.spectrum.sources.factor_pairs import (
+    STRONG,
+    Pair,
+    factors_of,
+    is_adapter_key,
+    pairs_among,
+    stored_pair,
+)
 from lora_lens.spectrum.sources.roles import Stored
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -111,8 +117,8 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     Raises:
         ValueError: nothing says how they are scaled, or they are no updates of LoRA.
     """
-    if (found := saved_by_lora_lens(path.parent)) is not None:
-        return found
+    if (saved := saved_by_lora_lens(path.parent)) is not None:
+        return saved
     config = path.parent / CONFIG
     settings = read_json(config) if config.is_file() else {}
     if "peft_type" in settings or (settings and "lora_parameters" not in settings):
@@ -133,7 +139,8 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     elif settings:
         scaling = partial(_of_peft, settings, config)
     elif "lora_adapter_metadata" in about:
-        scaling = partial(_of_diffusers, _json(about["lora_adapter_metadata"], path), path)
+        packed = json_object(about["lora_adapter_metadata"], f"{path}: lora_adapter_metadata in its header")
+        scaling = partial(_of_diffusers, packed, path)
     else:
         scaling = partial(_of_alpha, tensors, read, path, about)
     stored: dict[str, Stored] = {}
@@ -143,8 +150,8 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
             stored[layer] = Stored(layer, (1, 1), partial(read, layer), problem=problem)
     for pair in found:
         name = unwrapped(pair.layer.removeprefix(PREFIX).replace(".base_layer", ""))
-        if touched := others.get(pair.layer):
-            problem = f"is adapted by more than B @ A ({listed(touched, most=3)}); merge it into its model"
+        if more := others.get(pair.layer):
+            problem = f"is adapted by more than B @ A ({listed(more, most=3)}); merge it into its model"
             stored[name] = stored_pair(pair, name, 1.0, read, problem=problem)
             continue
         value, rank = scaling(pair, name)
@@ -202,8 +209,8 @@ def _of_peft(settings: Mapping[str, Any], where: Path, pair: Pair, name: str) ->
 
     try:
         ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
-        rank = whole_number(ranks.get(get_pattern_key(ranks, name), settings["r"]), "r", least=1)
-        alpha = number(alphas.get(get_pattern_key(alphas, name), settings["lora_alpha"]), "lora_alpha")
+        rank = whole_number(ranks.get(get_pattern_key([*ranks], name), settings["r"]), "r", least=1)
+        alpha = number(alphas.get(get_pattern_key([*alphas], name), settings["lora_alpha"]), "lora_alpha")
         stabilized = flag(settings.get("use_rslora") or False, "use_rslora")
         scaling = float(alpha / (math.sqrt(rank) if stabilized else rank))
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, re.error) as error:
@@ -228,7 +235,12 @@ def _of_mlx(parameters: Mapping[str, Any], where: Path, pair: Pair, name: str) -
 
 
 def _of_alpha(
-    tensors: Shapes, read: Callable, path: Path, about: Mapping[str, str], pair: Pair, name: str
+    tensors: Shapes,
+    read: Callable[[str], Tensor],
+    path: Path,
+    about: Mapping[str, str],
+    pair: Pair,
+    name: str,
 ) -> tuple[float, int | None]:
     """Of the number alpha that kohya's and similar programs keep beside each pair: alpha / rank."""
     key = f"{pair.layer}.alpha"
@@ -250,16 +262,6 @@ def _finite(scaling: float, where: Path, name: str) -> float:
     return scaling
 
 
-def _json(text: str, path: Path) -> dict:
-    try:
-        facts = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: lora_adapter_metadata in its header is no valid JSON ({error})") from error
-    if not isinstance(facts, dict):
-        raise InputError(f"{path}: lora_adapter_metadata in its header is no JSON object")
-    return facts
-
-
 # --- what ll.save wrote of a window ---
 
 
@@ -274,17 +276,15 @@ def _of_window(folder: Path) -> list[Stored]:
         if not {f"{name}.A", f"{name}.B"} <= taken.keys():
             raise InputError(f"{start} lacks the factors of {name}; save the adapter again")
         scaling, rank = _of_peft(settings, path.parent / CONFIG, pair, name)
-        update = stored_pair(pair, name, scaling, partial(read_tensor, path), rank=rank)
-        factors = partial(_since_start, update.factors, start, name, scaling)
-        stored.append(
-            stored_pair(pair, name, scaling, partial(read_tensor, path), rank=rank, factors=factors)
-        )
+        read = partial(read_tensor, path)
+        factors = partial(_since_start, read, pair, start, name, scaling)
+        stored.append(stored_pair(pair, name, scaling, read, rank=rank, factors=factors))
     return stored
 
 
 def _since_start(
-    factors: Callable[[], tuple[Tensor, Tensor]], start: Path, name: str, scaling: float
+    read: Callable[[str], Tensor], pair: Pair, start: Path, name: str, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    b, a = factors()
+    b, a = factors_of(pair, scaling, read)
     b0, a0 = (read_tensor(start, f"{name}.{key}").flatten(1).to(b.dtype) for key in "BA")
     return torch.cat([b, -scaling * b0], dim=1), torch.cat([a, a0])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,7 +30,8 @@ def metadata(path: Path) -> dict[str, str]:
 def read_tensor(path: Path, key: str, expert: int | None = None) -> Tensor:
     """A tensor, or one of its experts."""
     with _opened(path) as file:
-        return file.get_tensor(key) if expert is None else file.get_slice(key)[expert]
+        tensor: Tensor = file.get_tensor(key) if expert is None else file.get_slice(key)[expert]
+        return tensor
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -44,18 +46,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
         ValueError: it is no JSON, or no object.
     """
+    return json_object(path.read_bytes(), str(path))
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """The object that a text in JSON is; ``where`` it stands, for the message.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no valid JSON ({error}); download or save it again") from error
+        raise InputError(f"{where} is no valid JSON ({error}); download or save it again") from error
     if not isinstance(facts, dict):
-        raise InputError(f"{path} holds no JSON object; download or save it again")
+        raise InputError(f"{where} holds no JSON object; download or save it again")
     return facts
 
 

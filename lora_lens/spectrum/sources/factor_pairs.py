@@ -138,7 +138,7 @@ def stored_pair(
         )
     out, rest = (shape_b or (0,))[0], math.prod(shape_a[1:])
     problem = problem or next(filter(None, map(problem_of, pair.dtypes)), "")
-    factors = factors or partial(_factors, read, pair, scaling)
+    factors = factors or partial(factors_of, pair, scaling, read)
     shape = (rest, out) if pair.embedding else (out, rest)
     return Stored(name, shape, partial(_product, factors), problem=problem, factors=factors)
 
@@ -155,7 +155,7 @@ def _turned(key: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> boo
     return turned and (of_mlx or not plain)
 
 
-def _factors(read: Callable[[str], Tensor], pair: Pair, scaling: float) -> tuple[Tensor, Tensor]:
+def factors_of(pair: Pair, scaling: float, read: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
     """(scaling * B, A) in at least float32, so that scaling rounds nothing of a half-precision adapter."""
     a, b = read(pair.a), read(pair.b)
     dtype = a.dtype if a.dtype == b.dtype == torch.float64 else torch.float32

@@ -58,12 +58,12 @@ def _in_folder(folder: Path) -> list[Stored]:
         if (folder / usual).is_file():
             return tensors_in(folder / usual)
     for pattern in (f"*{INDEX}", "*.safetensors", "*.gguf"):
-        found = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-        whole = {(m[1], m[3]) if (m := PART.fullmatch(path.stem)) else path.stem for path in found}
+        files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+        whole = {(m[1], m[3]) if (m := PART.fullmatch(path.stem)) else path.stem for path in files}
         if len(whole) == 1:
-            return tensors_in(found[0]) if pattern != "*.safetensors" else _in_files(_parts(found[0]))
-        if found:
-            raise InputError(f"{folder} holds several: {listed(f.name for f in found)}; give the path of one")
+            return tensors_in(files[0]) if pattern != "*.safetensors" else _in_files(_parts(files[0]))
+        if files:
+            raise InputError(f"{folder} holds several: {listed(f.name for f in files)}; give the path of one")
     inside = sorted(config.parent for config in folder.glob("*/adapter_config.json"))
     if len(inside) == 1:
         return in_peft_folder(inside[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,24 @@ ROWS_AT_ONCE = 64
 LONGEST = 65535  # bytes of a name
 RESHAPED = "comfy.gguf.orig_shape."  # ComfyUI cuts rows that fill no block anew, and writes how they were
 NO_SIGNS = Signs(())
+Read = Callable[[int | None], Tensor]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a file.
+
+    Attributes:
+        kind: the name of its type.
+        problem: why it cannot be read, or "".
+        read: reads it whole, or one expert of it.
+    """
+
+    shape: Shape
+    kind: str
+    problem: str
+    read: Read
 
 
 def in_gguf(path: Path) -> list[Stored]:
@@ -46,25 +65,22 @@ def in_gguf(path: Path) -> list[Stored]:
     try:
         about, tensors, start = _header(path)
         placed = {
-            key: (shape, *_kind(path, key, shape, number, start + offset))
+            key: _as_it_was(_found(path, key, shape, number, start + offset), about.get(RESHAPED + key))
             for key, (shape, number, offset) in tensors.items()
         }
-        placed = {key: _as_it_was(*found, about.get(RESHAPED + key)) for key, found in placed.items()}
     except (ValueError, KeyError, OverflowError, RecursionError, ZeroDivisionError, struct.error) as error:
         raise InputError(f"{path} is truncated or malformed ({error}); download it again") from error
     if about.get("general.type") == "adapter" or any(map(is_adapter_key, placed)):
         return _in_adapter(path, about, placed)
-    named = {
-        k: name for k, found in placed.items() if (name := weight_name(k, found[0], NO_SIGNS)) is not None
-    }
-    aside, stored = aside_names({name: placed[key][0] for key, name in named.items()}), []
+    named = {k: name for k, t in placed.items() if (name := weight_name(k, t.shape, NO_SIGNS)) is not None}
+    aside, stored = aside_names({name: placed[key].shape for key, name in named.items()}), []
     for key, name in named.items():
-        shape, kind, problem, read = placed[key]
-        problem = problem or problem_of(kind if kind in INTEGERS else "F32")
+        shape, read = placed[key].shape, placed[key].read
+        problem = placed[key].problem or problem_of(_dtype(placed[key]))
         beside = (k for k in placed if k.startswith(f"{name}.") and k.endswith("scale"))
         scales = [k for k in beside if k != f"{name}.input_scale"]
-        if scales == [f"{name}.scale"] and math.prod(placed[scales[0]][0]) == 1:
-            read = partial(_times, read, placed[scales[0]][3])  # as llama.cpp does, in BitNet and others
+        if scales == [f"{name}.scale"] and math.prod(placed[scales[0]].shape) == 1:
+            read = partial(_times, read, placed[scales[0]].read)  # as llama.cpp does, in BitNet and others
         elif scales:
             problem = problem or f"has {listed(scales)} beside it, which is not read; choose others by name"
         conv = "conv" in name.rpartition(".")[2]
@@ -81,7 +97,7 @@ def in_gguf(path: Path) -> list[Stored]:
     return stored
 
 
-def _in_adapter(path: Path, about: Mapping[str, Any], placed: Mapping[str, tuple]) -> list[Stored]:
+def _in_adapter(path: Path, about: Mapping[str, Any], placed: Mapping[str, _Tensor]) -> list[Stored]:
     """llama.cpp scales B @ A by alpha / rank, and not at all where alpha is 0."""
     if about.get("adapter.type") != "lora" or "adapter.lora.alpha" not in about:
         raise InputError(
@@ -89,27 +105,29 @@ def _in_adapter(path: Path, about: Mapping[str, Any], placed: Mapping[str, tuple
             "adapter.lora.alpha"
         )
     alpha, stored = about["adapter.lora.alpha"], []
-    shapes = {
-        key: (shape, "F32" if kind not in INTEGERS else kind) for key, (shape, kind, *_) in placed.items()
-    }
-    for pair in pairs_among(shapes)[0]:
-        problem = next(filter(None, (placed[key][2] for key in (pair.a, pair.b))), "")
+    for pair in pairs_among({key: (tensor.shape, _dtype(tensor)) for key, tensor in placed.items()})[0]:
+        problem = placed[pair.a].problem or placed[pair.b].problem
         if pair.layer == "token_embd":
             problem = (
                 "is an embedding, whose factors llama.cpp stores the other way round; choose others by name"
             )
         scaling = alpha / pair.rank if alpha and pair.rank else 1.0
-        read = partial(_whole, {key: placed[key][3] for key in (pair.a, pair.b)})
+        read = partial(_whole, placed)
         stored.append(stored_pair(pair, pair.layer, scaling, read, problem=problem))
     return stored
 
 
-def _times(read: Callable, factor: Callable, expert: int | None = None) -> Tensor:
+def _dtype(tensor: _Tensor) -> str:
+    """As it is read: floats of all widths and what gguf dequantizes are F32."""
+    return tensor.kind if tensor.kind in INTEGERS else "F32"
+
+
+def _times(read: Read, factor: Read, expert: int | None = None) -> Tensor:
     return read(expert) * factor(None).flatten()
 
 
-def _whole(reads: Mapping[str, Callable[[int | None], Tensor]], key: str) -> Tensor:
-    return reads[key](None)
+def _whole(placed: Mapping[str, _Tensor], key: str) -> Tensor:
+    return placed[key].read(None)
 
 
 def _require_version(path: Path) -> None:
@@ -132,7 +150,7 @@ def _require_version(path: Path) -> None:
     )
 
 
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]], int]:
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Shape, int, int]], int]:
     """What the file says about itself, shape, type and offset of every tensor by name, and where they start.
 
     gguf's own reader keeps an array for each token of the vocabulary and does
@@ -184,10 +202,7 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...]
     return about, tensors, start
 
 
-def _kind(
-    path: Path, key: str, shape: tuple[int, ...], number: int, offset: int
-) -> tuple[str, str, Callable[[int | None], Tensor]]:
-    """The name of a tensor's type, why it cannot be read, and how it is read."""
+def _found(path: Path, key: str, shape: Shape, number: int, offset: int) -> _Tensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -196,10 +211,9 @@ def _kind(
     except (ValueError, KeyError):
         problem = (
             f"is of GGML type {number}, which the installed gguf {version('gguf')} does not know: it is "
-            "newer, or "
-            "withdrawn; try pip install --upgrade gguf, or choose others by name"
+            "newer, or withdrawn; try pip install --upgrade gguf, or choose others by name"
         )
-        return str(number), problem, partial(_of_gguf, path, offset, shape, 0, str(number))
+        return _Tensor(shape, str(number), problem, partial(_of_gguf, path, offset, shape, 0, str(number)))
     row = shape[-1] // block * size if shape else size
     if shape and shape[-1] % block:
         raise ValueError(f"rows of {shape[-1]} numbers cannot be {kind.name}")
@@ -208,20 +222,18 @@ def _kind(
     problem = ""
     if not (kind.name in FLOATS or kind.name in INTEGERS or _can_dequantize(number, size)):
         problem = f"is {kind.name}, which gguf {version('gguf')} cannot dequantize; try a newer gguf"
-    return kind.name, problem, partial(_of_gguf, path, offset, shape, row, kind.name)
+    return _Tensor(shape, kind.name, problem, partial(_of_gguf, path, offset, shape, row, kind.name))
 
 
-def _as_it_was(
-    shape: tuple[int, ...], kind: str, problem: str, read: Callable, original: tuple[int, ...] | None
-) -> tuple[tuple[int, ...], str, str, Callable[[int | None], Tensor]]:
-    if original is None or original == shape:
-        return shape, kind, problem, read
-    if math.prod(original) != math.prod(shape) or min(original, default=0) < 0:
-        raise ValueError(f"a tensor of shape {shape} cannot have been {original}")
-    return original, kind, problem, partial(_reshaped, read, original)
+def _as_it_was(tensor: _Tensor, original: Shape | None) -> _Tensor:
+    if original is None or original == tensor.shape:
+        return tensor
+    if math.prod(original) != math.prod(tensor.shape) or min(original, default=0) < 0:
+        raise ValueError(f"a tensor of shape {tensor.shape} cannot have been {original}")
+    return replace(tensor, shape=original, read=partial(_reshaped, tensor.read, original))
 
 
-def _reshaped(read: Callable, shape: tuple[int, ...], expert: int | None = None) -> Tensor:
+def _reshaped(read: Read, shape: Shape, expert: int | None = None) -> Tensor:
     whole = read(None).reshape(shape)
     return whole if expert is None else whole[expert]
 
@@ -237,9 +249,7 @@ def _can_dequantize(number: int, size: int) -> bool:
     return True
 
 
-def _of_gguf(
-    path: Path, offset: int, shape: tuple[int, ...], row: int, kind: str, expert: int | None = None
-) -> Tensor:
+def _of_gguf(path: Path, offset: int, shape: Shape, row: int, kind: str, expert: int | None = None) -> Tensor:
     from gguf import GGMLQuantizationType, quants
 
     if expert is not None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import GROUPS, Targets, block_and_kind, listed
-from lora_lens._base.validate import flag, sequence, shown
 from lora_lens._base.wrappers import inner_model
 from lora_lens.spectrum.patterns import matching, part_of
 from lora_lens.spectrum.sources.files import tensors_in
@@ -38,6 +38,8 @@ class Weight:
             with the model or the file, so do not write to it. Raises ValueError for a damaged file.
         factors: of an adapter's update, reads (scaling * B, A), shapes (out, r) and (r, in), whose
             product is the matrix; otherwise None.
+
+    What :func:`weights` returns.
     """
 
     name: str
@@ -86,9 +88,16 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
     Warns:
         UserWarning: experts adapted as parameters and outputs of nn.MultiheadAttention are left out of an
             adapter; nothing says which way round experts are.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.ModuleDict({"qkv": torch.nn.Linear(16, 48), "fc1": torch.nn.Linear(16, 32)})
+        >>> [(w.name, w.shape) for w in ll.spectrum.weights(model, split_qkv=True)]
+        [('qkv[q]', (16, 16)), ('qkv[k]', (16, 16)), ('qkv[v]', (16, 16)), ('fc1', (32, 16))]
     """
-    split_qkv = flag(split_qkv, "split_qkv")
-    patterns = patterns_of(targets)
+    split_qkv = validate.flag(split_qkv, "split_qkv")
+    patterns = validate.patterns(targets)
     if isinstance(source, nn.Module):
         from lora_lens.spectrum.sources.models import in_model  # files need neither peft nor transformers
 
@@ -98,7 +107,8 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
         stored, where = sorted(tensors_in(Path(source)), key=lambda s: numbers_counted(s.name)), str(source)
     else:
         raise InputTypeError(
-            f"expected a model, or the path of a file or folder as a string or Path, not {shown(source)}"
+            "expected a model, or the path of a file or folder as a string or Path, not "
+            f"{validate.shown(source)}"
         )
 
     matrices = [(tensor, weight) for tensor in stored for weight in _matrices(tensor, split_qkv)]
@@ -138,23 +148,6 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
             stacklevel=2,
         )
     return [weight for _, weight in picked]
-
-
-def patterns_of(targets: Targets) -> tuple[str, ...] | None:
-    """``targets`` as patterns, or None for the usual weights.
-
-    Raises:
-        TypeError, ValueError: it is neither a pattern nor a sequence of them, or holds none.
-    """
-    if targets is None:
-        return None
-    patterns = sequence(targets, "targets", "patterns, or one pattern", one=str)
-    if not patterns:
-        raise InputError("targets is empty: give None for all linear layers, or names such as 'q_proj'")
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern:
-            raise InputTypeError(f"targets must hold patterns such as 'q_proj', not {shown(pattern)}")
-    return patterns
 
 
 def _group(stored: list[Stored], group: str) -> set[str]:

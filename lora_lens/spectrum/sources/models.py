@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -86,8 +87,8 @@ def _transposed_among(
         return (), ()
     if isinstance(known := getattr(module, "is_transposed", None), bool):
         return (experts if known else ()), ()
-    config = getattr(model, "config", None)
-    return transposed_experts(experts, config.to_dict() if hasattr(config, "to_dict") else {})
+    facts: Mapping[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    return transposed_experts(experts, facts)
 
 
 def _of_tensor(tensor: Tensor, expert: int | None) -> Tensor:

@@ -74,8 +74,8 @@ class Signs:
                 self.hints.append(key)
                 if HINT.search(last) and not NO_HINT.fullmatch(last):
                     self.shared[parent] = key
-                    if layer := self.keys.get(key):  # one that is not here, such as q, k and v in one
-                        self.shared[layer.rpartition(".")[0]] = key
+                    if of := self.keys.get(key):  # one that is not here, such as q, k and v in one
+                        self.shared[of.rpartition(".")[0]] = key
 
     def of(self, layer: str) -> list[str]:
         """What lies beside the layer's weight, by names without the layer's."""

@@ -134,8 +134,8 @@ def aside_names(shapes: Shapes, facts: Mapping[str, Any] | None = None) -> set[s
     names, facts = list(shapes), facts or {}
     found = routers(names)
     timm = facts.get("pretrained_cfg")
-    asked = timm.get("classifier") if isinstance(timm, Mapping) else None
-    found |= {asked} if isinstance(asked, str) else set(asked or ())
+    named = timm.get("classifier") if isinstance(timm, Mapping) else None
+    found |= {named} if isinstance(named, str) else set(named or ())
     architectures = facts.get("architectures") or ()
     firsts: dict[str, list[str]] = {}
     for name in names:
@@ -147,7 +147,7 @@ def aside_names(shapes: Shapes, facts: Mapping[str, Any] | None = None) -> set[s
     if len(firsts) > 1 and any(NEW_HEADS.search(str(kind)) for kind in architectures):
         base = max(firsts, key=lambda first: len(firsts[first]))
         found |= {name for name in names if name.partition(".")[0] != base}
-    elif not (asked or architectures):  # of several layers the last one, as in torchvision's classifier.6,
+    elif not (named or architectures):  # of several layers the last one, as in torchvision's classifier.6,
         for inside in (firsts[first] for first in NAMES if first in firsts):
             if not found & set(inside):  # or all that give as many classes, as in timm's crossvit
                 classes = shapes[max(inside, key=_lateness)][0]

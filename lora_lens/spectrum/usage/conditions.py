@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import operator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from lora_lens.spectrum.usage.values import UNKNOWN
 
 if TYPE_CHECKING:
     from lora_lens.spectrum.usage.steps import Reading
 
-COMPARED = {
+COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Gt: operator.gt,

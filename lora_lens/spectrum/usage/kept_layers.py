@@ -5,6 +5,7 @@ Lists, dicts, functions, and objects of ordinary Python classes are looked into,
 
 from __future__ import annotations
 
+import gc
 import types
 import weakref
 from collections import deque
@@ -41,7 +42,8 @@ class Keepers:
     def __init__(self, modules: Iterable[int], layers: Iterable[nn.Module]) -> None:
         self.modules = frozenset(modules)
         self.layers = {id(layer): layer for layer in layers}
-        self.weights = {memory(layer.weight): layer for layer in self.layers.values()}
+        weights = ((layer.weight, layer) for layer in self.layers.values())
+        self.weights = {memory(weight): layer for weight, layer in weights if isinstance(weight, Tensor)}
         self.known: dict[int, list[nn.Module]] = {}  # an object that many modules keep is searched once
 
     def kept(self, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -92,27 +94,14 @@ def _inside(item: object) -> Iterator[object]:
             yield held
     elif type(item) is weakref.ref:
         yield item()
-    if _is_plain(type(item)) or type(item) is types.SimpleNamespace:
+    if _is_plain(type(item).__mro__) or type(item) is types.SimpleNamespace:
         yield from getattr(item, "__dict__", {}).values()
-        yield from (getattr(item, name, None) for name in _slots(type(item)))
+        yield from gc.get_referents(item)  # what is in slots
 
 
 @lru_cache(maxsize=4096)
-def _is_plain(kind: type) -> bool:
+def _is_plain(kin: tuple[type, ...]) -> bool:
     """Whether a class statement made the class, of objects that do not keep what a whole model is made of."""
+    kind = kin[0]
     known = kind.__module__.partition(".")[0] in FOREIGN and not issubclass(kind, nn.Module)
     return bool(kind.__flags__ & OF_PYTHON) and not known and not issubclass(kind, (type, Tensor))
-
-
-@lru_cache(maxsize=4096)
-def _slots(kind: type) -> tuple[str, ...]:
-    found = [(k, name) for k in kind.__mro__ for name in _texts(vars(k).get("__slots__", ()))]
-    return tuple(f"_{k.__name__.lstrip('_')}{n}" if _is_private(n) else n for k, n in found)
-
-
-def _texts(names: object) -> Iterable[str]:
-    return (names,) if isinstance(names, str) else names
-
-
-def _is_private(name: str) -> bool:
-    return name.startswith("__") and not name.endswith("__")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -26,7 +26,6 @@ from lora_lens.spectrum.usage.values import (
     Many,
     MethodOf,
     Named,
-    Row,
     Super,
     Value,
     Weight,
@@ -40,7 +39,7 @@ from lora_lens.spectrum.usage.values import (
 FORWARDED = {"weight", "bias", "in_features", "out_features"}  # PEFT's layer answers these as its base does
 COMMON = vars(nn.Module()).keys() - {"_parameters", "_buffers"}  # every module has them
 CHANGING = {"training", "gradient_checkpointing"}  # settings that are other ones from call to call
-SLOTS = (types.MemberDescriptorType, type(namedtuple("Pair", "one").one))
+SLOTS = (types.MemberDescriptorType, type(vars(namedtuple("Pair", "one"))["one"]))
 OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType)
 DEEPEST = 40
 
@@ -50,15 +49,17 @@ class CodeReader:
 
     Args:
         layers: by the id of the module; only what is done with these is reported.
-        report: called with (layer, reason) for each use of a layer other than calling it.
+
+    Attributes:
+        reasons: by the id of a layer, how it is used in another way than by calling it.
     """
 
-    def __init__(self, layers: Mapping[int, nn.Module], report: Callable[[nn.Module, str], None]) -> None:
-        self.layers, self.report = layers, report
+    def __init__(self, layers: Mapping[int, nn.Module]) -> None:
+        self.layers = layers
+        self.reasons: dict[int, str] = {}
         self.weights: dict[int, Weight] = {}
-        self.seen: dict[tuple, Value] = {}
+        self.seen: dict[tuple[object, ...], Value] = {}
         self.depth = 0
-        self.asked: list[tuple[nn.Module, str, object]] = []
 
     def enter(
         self, function: object, args: Sequence[Value], kwargs: Mapping[str, Value] | None = None
@@ -66,18 +67,16 @@ class CodeReader:
         """What a call of a Python function returns; empty for any other callable."""
         if isinstance(function, types.MethodType):
             return self.enter(function.__func__, [(function.__self__,), *args], kwargs)
+        given, name = union(*args, *(kwargs or {}).values()), getattr(function, "__qualname__", "a function")
         if (inner := inside_decorator(function)) is not None:
-            for value in (*args, *(kwargs or {}).values()):  # transformers' decorators swap kernels in
-                self.use(value, getattr(function, "__qualname__", "a function"))
-            if not is_of_library(function):
+            self.use(given, name)  # transformers' decorators swap kernels in
+            if isinstance(function, types.FunctionType) and not is_of_library(function):
                 Reading(self, function, args, kwargs or {}).result()
             return self.enter(inner, args, kwargs)
         if isinstance(function, partial):
-            given = [wrapped(value) for value in function.args]
-            return self.enter(function.func, [*given, *args], kwargs)
+            return self.enter(function.func, [*map(wrapped, function.args), *args], kwargs)
         if not isinstance(function, types.FunctionType) or is_of_torch(function) or self.depth > DEEPEST:
-            for value in (*args, *(kwargs or {}).values()):
-                self.hand_over(value, getattr(function, "__qualname__", "a function"))
+            self.hand_over(given, name)
             return NOTHING
         key = (function, tuple(ids(v) for v in args), named_ids(kwargs or {}))
         if key not in self.seen:
@@ -87,16 +86,21 @@ class CodeReader:
             self.depth -= 1
         return self.seen[key]
 
+    def report(self, layer: nn.Module, why: str) -> None:
+        self.reasons.setdefault(id(layer), why)
+
     def weight_of(self, layer: nn.Module) -> Weight:
         return self.weights.setdefault(id(layer), Weight(layer))
+
+    def layers_in(self, value: Iterable[object]) -> list[nn.Module]:
+        return [self.layers[id(item)] for item in value if id(item) in self.layers]
 
     def use(self, value: Value, where: str) -> None:
         """Note that the values of the weights in ``value`` count from here on."""
         for item in value:
             if isinstance(item, Weight):
                 self.report(item.layer, f"is bypassed: {where} reads its weight without calling it")
-            for inner in inside(item):
-                self.use(inner, where)
+            self.use(inside(item), where)
 
     def hand_over(self, value: Value, where: str) -> None:
         """Give ``value`` to something that cannot be read: it uses weights, and calls what can be called."""
@@ -140,7 +144,7 @@ class CodeReader:
             return (MethodOf(item, name),)
         if isinstance(item, type):
             return self._of_class(item.__mro__, name, item)
-        if isinstance(item, (Many, Row)):
+        if isinstance(item, Many):
             return (MethodOf(item, name),)
         own = getattr(item, "__dict__", {})
         if name == "__dict__":
@@ -154,14 +158,11 @@ class CodeReader:
         return self.enter(rest, [(item,), (name,)])
 
     def setting(self, owners: Value, name: str) -> object:
-        """A number, text, flag or None that the only one of ``owners`` has, and notes that it was asked."""
+        """A number, text, flag or None that the only one of ``owners`` has."""
         own = getattr(owners[0], "__dict__", {}) if len(owners) == 1 else {}
         value = own.get(name, UNKNOWN)
-        if name in CHANGING or not (value is None or isinstance(value, (bool, int, float, str))):
-            return UNKNOWN
-        if isinstance(owners[0], nn.Module):
-            self.asked.append((owners[0], name, value))
-        return value
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        return value if plain and name not in CHANGING else UNKNOWN
 
     def _of_layer(self, layer: nn.Module, name: str, where: str) -> Value:
         if name == "weight":

@@ -50,8 +50,8 @@ def _parsed(code: types.CodeType) -> Tree | None:
         return None
     names = list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
     body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.If) else tree.body
-    found = [n for n in body if getattr(n, "name", None) == code.co_name and hasattr(n, "args")]
-    found = [node for node in found if _parameters(node.args) == names]
+    functions = [node for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    found = [node for node in functions if node.name == code.co_name and _parameters(node.args) == names]
     return found[0] if len(found) == 1 else None
 
 
@@ -98,17 +98,16 @@ def reads_in(
         layers: the ids of the modules that count.
     """
     roots, words = list(roots), words_of(code)
-    whole = words & _WHOLE
-    whole = whole or ("parameters" in words and not words & HARMLESS)
+    whole = bool(words & _WHOLE) or ("parameters" in words and not words & HARMLESS)
     in_text = "weight" in words - {*code.co_names}  # as getattr(layer, "weight") has it
     for chain in [*_chains(code), *([["weight"]] if whole or in_text else [])]:
         for root in roots:
             for i, name in enumerate(chain):
-                if root._modules.get(name) is None:
+                if (child := root._modules.get(name)) is None:
                     if id(root) in layers and not _harmless(chain[i:]):
                         yield root, name
                     break
-                root = root._modules[name]
+                root = child
         if chain[0] == "weight" and not _harmless(chain):
             for module in (m for root in roots for m in (root.modules() if whole else mentioned(code, root))):
                 if id(module) in layers:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_lens.spectrum.usage.calls import called
 from lora_lens.spectrum.usage.conditions import decided
+from lora_lens.spectrum.usage.operators import Args, Kwargs
 from lora_lens.spectrum.usage.source import inside_decorator, mentioned, reads_in, syntax_tree, words_of
 from lora_lens.spectrum.usage.values import (
     NOTHING,
@@ -22,11 +23,12 @@ from lora_lens.spectrum.usage.values import (
     Row,
     Value,
     Weight,
-    at_place,
     closure_of,
     each,
     item_at,
+    items_at,
     joined,
+    texts_in,
     union,
     with_item,
     wrapped,
@@ -74,8 +76,8 @@ class Reading:
         """
         args, kwargs = self.given
         code, reader = self.function.__code__, self.reader
-        near = [*args, *kwargs.values(), *map(wrapped, self.outer.values())]
-        roots = [item for value in near for item in value if isinstance(item, nn.Module)]
+        near = union(*args, *kwargs.values(), *map(wrapped, self.outer.values()))
+        roots = [item for item in near if isinstance(item, nn.Module)]
         for layer, attribute in reads_in(code, roots, reader.layers):
             reader.use(reader.attribute(layer, attribute, self.where), self.where)
         named = [module for root in roots for module in mentioned(code, root)]
@@ -99,7 +101,7 @@ class Reading:
         known = {*places, *(a.arg for a in names.kwonlyargs)}
         bound |= {name: value for name, value in kwargs.items() if name in known}
         if names.vararg:
-            bound[names.vararg.arg] = (Row(tuple(args[len(places) :])),)
+            bound[names.vararg.arg] = (Row.of(*args[len(places) :]),)
         if names.kwarg:
             rest = {name: value for name, value in kwargs.items() if name not in known}
             bound[names.kwarg.arg] = (Many(union(*rest.values())) if "**" in rest else Named.of(rest),)
@@ -139,8 +141,8 @@ class Reading:
                     self.run(node.body if known else node.orelse)
             case ast.For() | ast.AsyncFor():
                 elements = each(self.value(node.iter))
-                texts = sum(isinstance(element, str) for element in elements)  # such as the parts of a path
-                for _ in range(min(max(2, texts), 8)):  # what the first round assigns, the second one reads
+                rounds = len(texts_in(elements))  # such as the parts of a path
+                for _ in range(min(max(2, rounds), 8)):  # what the first round assigns, the second one reads
                     self.either([ast.Pass()], node.body, before=(node.target, elements))
                 self.run(node.orelse)
             case ast.While():
@@ -209,17 +211,19 @@ class Reading:
             case ast.Name():
                 self.env[target.id] = value
             case ast.Tuple() | ast.List():
+                starred = [isinstance(place, ast.Starred) for place in target.elts]
                 for i, place in enumerate(target.elts):
                     if isinstance(place, ast.Starred):
                         self.assign(place.value, (Many(each(value)),))
                     else:
-                        self.assign(place, at_place(value, i))
+                        at = i - len(target.elts) if any(starred[:i]) else i
+                        self.assign(place, union(*(item_at(item, at) for item in value)))
             case ast.Attribute():
                 self.reader.use(value, self.where)
-                for item in self.value(target.value):
-                    if id(item) in self.reader.layers or isinstance(item, Weight):
-                        layer = item.layer if isinstance(item, Weight) else item
-                        self.reader.report(layer, f"is needed as it is: {self.where} sets its {target.attr}")
+                held = self.value(target.value)
+                owners = [item.layer for item in held if isinstance(item, Weight)]
+                for layer in (*owners, *self.reader.layers_in(held)):
+                    self.reader.report(layer, f"is needed as it is: {self.where} sets its {target.attr}")
             case ast.Subscript():
                 held = self.value(target.value)
                 self.reader.use(union(value, held), self.where)
@@ -242,9 +246,9 @@ class Reading:
             case ast.Tuple() | ast.List() | ast.Set():
                 if any(isinstance(element, ast.Starred) for element in node.elts):
                     return (Many(union(*(self._spread(element) for element in node.elts))),)
-                return (Row(tuple(self.value(element) for element in node.elts)),)
+                return (Row.of(*map(self.value, node.elts)),)
             case ast.Dict():
-                return self.dict(node)
+                return self.mapping(node)
             case ast.JoinedStr():
                 return self.text(node)
             case ast.Subscript():
@@ -259,7 +263,7 @@ class Reading:
                 return union(self.value(node.body), self.value(node.orelse))
             case ast.BinOp():
                 both = union(self.value(node.left), self.value(node.right))
-                if any(isinstance(item, (Many, Row)) for item in both):
+                if any(isinstance(item, Many) for item in both):
                     return (Many(each(both)),)
                 self.reader.use(both, self.where)
                 if isinstance(node.op, ast.Add):
@@ -272,8 +276,10 @@ class Reading:
                 values = [self.value(part) for part in (node.left, *node.comparators)]
                 if not all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
                     self.reader.use(union(*values), self.where)
-            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
-                return self.comprehension(node)
+            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp():
+                return self.comprehension(node.generators, node.elt)
+            case ast.DictComp():
+                return self.comprehension(node.generators, node.value)
             case ast.Lambda():
                 return self.inner(node.args, node.body)
             case ast.NamedExpr():
@@ -288,13 +294,12 @@ class Reading:
                 self.yielded = union(self.yielded, each(self.value(node.value)))
         return NOTHING
 
-    def dict(self, node: ast.Dict) -> Value:
-        values = [self.value(value) for value in node.values]
-        keys = [key.value if isinstance(key, ast.Constant) else None for key in node.keys]
-        if all(isinstance(key, str) for key in keys):
-            return (Named.of(dict(zip(keys, values, strict=True))),)
-        inner = [each(v) if key is None else v for key, v in zip(node.keys, values, strict=True)]
-        return (Many(union(*inner)),)
+    def mapping(self, node: ast.Dict) -> Value:
+        items = list(zip(node.keys, map(self.value, node.values), strict=True))
+        named = {k.value: v for k, v in items if isinstance(k, ast.Constant) and isinstance(k.value, str)}
+        if len(named) == len(items):
+            return (Named.of(named),)
+        return (Many(union(*(each(value) if key is None else value for key, value in items))),)
 
     def text(self, node: ast.JoinedStr) -> Value:
         """Only of names: what else is written into a text does not count."""
@@ -319,7 +324,6 @@ class Reading:
             at = ast.literal_eval(node.slice)
         index = self.value(node.slice)
         self.reader.use(index, self.where)
-        keys = [key for key in index if isinstance(key, str)] or [None]
         found: list[Value] = []
         for item in self.value(node.value):
             if isinstance(item, Weight):
@@ -327,18 +331,21 @@ class Reading:
             elif isinstance(node.slice, ast.Slice):
                 found.append((Many(each((item,))),))
             else:
-                found += [item_at(item, key) for key in (keys if at is None else [at])]
+                found.append(items_at((item,), index) if at is None else item_at(item, at))
         return union(*found)
 
-    def comprehension(self, node: ast.expr) -> Value:
+    def comprehension(self, generators: list[ast.comprehension], element: ast.expr) -> Value:
         kept = dict(self.env)
-        for part in node.generators:
+        for part in generators:
             self.assign(part.target, each(self.value(part.iter)))
             for test in part.ifs:
                 self.value(test)
-        value = self.value(node.value if isinstance(node, ast.DictComp) else node.elt)
+        value = self.value(element)
         self.env = kept
         return (Many(value),)
+
+    def called(self, callee: object, args: Args, kwargs: Kwargs) -> Value:
+        return called(self, callee, args, kwargs)
 
     def call(self, node: ast.Call) -> Value:
         callees = self.value(node.func)
@@ -353,21 +360,19 @@ class Reading:
         kwargs = self._keywords(node.keywords)
         match node.func:
             case ast.Attribute(value=ast.Name(id=name), attr="update" | "setdefault") if name in self.env:
-                given = [v for value in (*args, *kwargs.values()) for v in (each(value) or value)]
-                self.env[name] = with_item(self.env[name], NOTHING, tuple(given))
+                given = union(*(each(value) or value for value in (*args, *kwargs.values())))
+                self.env[name] = with_item(self.env[name], NOTHING, given)
         if not callees:
-            for value in (*args, *kwargs.values()):
-                self.reader.hand_over(value, self.where)
+            self.reader.hand_over(union(*args, *kwargs.values()), self.where)
         return union(*(called(self, callee, args, kwargs) for callee in callees))
 
     def _keywords(self, keywords: list[ast.keyword]) -> dict[str, Value]:
         kwargs: dict[str, Value] = {}
         for keyword in keywords:
             value = self.value(keyword.value)
-            if keyword.arg is None and value and all(isinstance(item, Named) for item in value):
-                for item in value:
-                    kwargs |= {name: union(kwargs.get(name, ()), v) for name, v in item.places.items()}
-            else:
-                name = keyword.arg or "**"
-                kwargs[name] = union(kwargs.get(name, ()), value)
+            spread = [item for item in value if isinstance(item, Named)] if keyword.arg is None else []
+            if not spread or len(spread) < len(value):
+                spread = [Named.of({keyword.arg or "**": value})]
+            for name, place in (pair for item in spread for pair in item.places.items()):
+                kwargs[name] = union(kwargs.get(name, ()), place)
         return kwargs

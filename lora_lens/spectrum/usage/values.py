@@ -49,10 +49,14 @@ class Named(Many):
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class Row(Many):
     """A tuple or list with known places."""
 
     places: tuple[Value, ...]
+
+    @classmethod
+    def of(cls, *places: Value) -> Row:
+        return cls(union(*places), places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,26 +98,12 @@ def each(value: Value) -> Value:
     for item in value:
         if isinstance(item, Many):
             found.append(item.elements)
-        elif isinstance(item, Row):
-            found += item.places
         elif isinstance(item, Weight):
             found.append((item,))
         elif isinstance(item, nn.Module):
             found.append(tuple(item.children()))
         elif isinstance(item, tuple):  # a named one
             found += map(wrapped, item)
-    return union(*found)
-
-
-def at_place(value: Value, at: int) -> Value:
-    found: list[Value] = []
-    for item in value:
-        if isinstance(item, Row):
-            found.append(item.places[at] if -len(item.places) <= at < len(item.places) else NOTHING)
-        elif isinstance(item, tuple) and -len(item) <= at < len(item):
-            found.append(wrapped(item[at]))
-        else:
-            found.append(each((item,)))
     return union(*found)
 
 
@@ -124,28 +114,46 @@ def item_at(item: object, at: object) -> Value:
         key = str(at % len(children) if isinstance(at, int) and children else at)
         some = [children[key]] if key in children else list(children.values())
         return tuple(module for module in some if module is not None)
-    if isinstance(item, Named) and at in item.places:
+    if isinstance(item, Named) and isinstance(at, str) and at in item.places:
         return item.places[at]
-    return at_place((item,), at) if isinstance(at, int) else each((item,))
+    if isinstance(item, (Row, tuple)) and isinstance(at, int):
+        places = item.places if isinstance(item, Row) else tuple(map(wrapped, item))
+        return places[at] if -len(places) <= at < len(places) else NOTHING
+    return each((item,))
+
+
+def items_at(value: Value, at: Value) -> Value:
+    """``value[at]``, whatever item where no text is known."""
+    keys: list[object] = [*texts_in(at)] or [None]
+    return union(*(item_at(item, key) for item in value for key in keys))
 
 
 def with_item(held: Value, at: Value, value: Value) -> Value:
     """Dicts after an item is put into them: with a known name, otherwise with any."""
-    known = len(at) == 1 and isinstance(at[0], str)
+    name = text_of(at)
     found: list[object] = []
     for item in held:
         if isinstance(item, Named):
-            after = Named.of({**item.places, at[0]: value}) if known else None
-            item = after or Many(union(item.elements, value))
+            known = Named.of({**item.places, name: value}) if name is not None else None
+            item = known or Many(union(item.elements, value))
         found.append(item)
     return tuple(found)
 
 
+def texts_in(value: Value) -> list[str]:
+    return [item for item in value if isinstance(item, str)]
+
+
+def text_of(value: Value) -> str | None:
+    """The one text that it can be."""
+    return value[0] if len(value) == 1 and isinstance(value[0], str) else None
+
+
 def joined(values: Iterable[Value]) -> Value:
     """The text of several, where each is known."""
-    values = list(values)
-    known = all(len(value) == 1 and isinstance(value[0], str) for value in values)
-    return ("".join(value[0] for value in values),) if known else NOTHING
+    parts = [text_of(value) for value in values]
+    known = [part for part in parts if part is not None]
+    return ("".join(known),) if len(known) == len(parts) else NOTHING
 
 
 def union(*values: Value) -> Value:
@@ -154,15 +162,15 @@ def union(*values: Value) -> Value:
     return tuple({id(item): item for value in values for item in value}.values())
 
 
-def inside(item: object) -> tuple[Value, ...]:
-    return item.places if isinstance(item, Row) else (item.elements,) if isinstance(item, Many) else ()
+def inside(item: object) -> Value:
+    return item.elements if isinstance(item, Many) else NOTHING
 
 
 def matters(value: Value) -> bool:
     """Whether there is a module or a weight in it."""
     return any(
         isinstance(item, (nn.Module, Weight, types.MethodType, MethodOf, InnerFunction, Made))
-        or any(map(matters, inside(item)))
+        or matters(inside(item))
         for item in value
     )
 
@@ -176,8 +184,8 @@ def holds(owner: object) -> bool:
 def closure_of(function: object) -> dict[str, object]:
     """What a function keeps of the variables around its definition, by name."""
     found = {}
-    cells = getattr(function, "__closure__", None) or ()
-    for name, cell in zip(function.__code__.co_freevars if cells else (), cells, strict=True):
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    for name, cell in zip(code.co_freevars if code and cells else (), cells, strict=True):
         try:
             found[name] = cell.cell_contents
         except ValueError:  # not filled yet
@@ -185,12 +193,12 @@ def closure_of(function: object) -> dict[str, object]:
     return found
 
 
-def ids(value: Value) -> tuple:
+def ids(value: Value) -> tuple[object, ...]:
     """What tells values apart whose objects are made anew each time."""
     return tuple(_identity(item) for item in value)
 
 
-def named_ids(places: Mapping[str, Value]) -> tuple:
+def named_ids(places: Mapping[str, Value]) -> tuple[object, ...]:
     """Of what is known; of the rest only the name that torch's layers have for their input counts."""
     return tuple((name, ids(value)) for name, value in places.items() if value or name == "input")
 
@@ -198,8 +206,10 @@ def named_ids(places: Mapping[str, Value]) -> tuple:
 def _identity(item: object) -> object:
     if isinstance(item, Named):
         return (Named, *named_ids(item.places))
-    if isinstance(item, (Many, Row)):
-        return (type(item), *map(ids, inside(item)))
+    if isinstance(item, Row):
+        return (Row, *map(ids, item.places))
+    if isinstance(item, Many):
+        return (Many, ids(item.elements))
     if isinstance(item, types.MethodType):
         return (id(item.__self__), id(item.__func__))
     if isinstance(item, MethodOf):
@@ -214,10 +224,9 @@ def wrapped(found: object) -> Value:
     if found is None or isinstance(found, (bool, int, float, Tensor, torch.dtype, torch.device)):
         return NOTHING
     if isinstance(found, (list, tuple)) and not hasattr(found, "_fields"):
-        return (Row(tuple(wrapped(item) for item in found[:64])),)
+        return (Row.of(*map(wrapped, found[:64])),)
     if isinstance(found, dict):
         places = {key: wrapped(item) for key, item in islice(found.items(), 64)}
-        if len(found) <= 64 and all(isinstance(key, str) for key in places):
-            return (Named.of(places),)
-        return (Many(union(*places.values())),)
+        named = {key: value for key, value in places.items() if isinstance(key, str)}
+        return (Named.of(named) if len(named) == len(found) else Many(union(*places.values())),)
     return (found,)

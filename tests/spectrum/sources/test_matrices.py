@@ -248,10 +248,10 @@ def test_compiled_and_parallel_models_have_the_names_and_values_of_the_model_ins
 @pytest.mark.parametrize(
     ("targets", "kind", "message"),
     [
-        (3, TypeError, "targets must be a sequence of patterns, or one pattern"),
-        ([], ValueError, "targets is empty: give None"),
-        ([3], TypeError, "targets must hold patterns such as 'q_proj', not 3"),
-        ([""], TypeError, "targets must hold patterns"),
+        (3, TypeError, "targets must be a sequence of names or patterns of layers"),
+        ([], ValueError, r"targets must name at least one layer, not \[\]; None is for the usual ones"),
+        ([3], TypeError, "targets must hold names or patterns of layers, not 3"),
+        ([""], ValueError, "targets must name at least one layer"),
         ({"qkv": 1}, TypeError, "targets must be a sequence"),
     ],
 )
