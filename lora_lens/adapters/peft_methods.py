@@ -227,7 +227,7 @@ def _note_start(
             warnings.warn(
                 f"{method} changes {name} before the first step (by {relative:.1e} of its output). ll.sweep "
                 "counts what is forgotten from the pretrained model all the same; give ll.finetune "
-                "retained_before=ll.evaluate(model, retain), or choose settings with which it starts there",
+                "before=ll.training.Before(retain=ll.evaluate(model, retain)), or choose other settings",
                 stacklevel=frames_inside(),
             )
             return

@@ -83,8 +83,7 @@ def run_missing(
         StoreError: a record cannot be written.
         LoraLensError, RuntimeError: all of the runs failed; the first one's reason.
     """
-    kept = read_runs(path for _, path in plan)
-    waiting = [(point, path) for point, path in plan if "failed" in kept.get(path, {"failed": ""})]
+    waiting = missing(plan)
     failures: list[_Failure] = []
     before = len(plan) - len(waiting)
     with (
@@ -111,6 +110,12 @@ def run_missing(
     records = [found[path] for _, path in plan]
     _tell(records, failures)
     return records
+
+
+def missing(plan: Sequence[tuple[Point, Path]]) -> list[tuple[Point, Path]]:
+    """Those of the plan whose file is not there yet, or says that the run failed."""
+    kept = read_runs(path for _, path in plan)
+    return [(point, path) for point, path in plan if "failed" in kept.get(path, {"failed": ""})]
 
 
 def _in_processes(

@@ -21,7 +21,7 @@ from lora_lens.adapters.attaching import attach, planned
 from lora_lens.adapters.low_rank import chosen_layers
 from lora_lens.adapters.methods import LinearProbe, LoRA, Method, MethodLike, as_method
 from lora_lens.adapters.variant import Variant
-from lora_lens.experiments.engines import by_itself, checked_jobs, run_missing
+from lora_lens.experiments.engines import by_itself, checked_jobs, missing, run_missing
 from lora_lens.experiments.identity import (
     exact,
     exact_method,
@@ -29,6 +29,7 @@ from lora_lens.experiments.identity import (
     named_method,
     named_record,
 )
+from lora_lens.experiments.pretrained import EXAMPLES_OF_FEATURES, Pretrained, ask_pretrained
 from lora_lens.experiments.results import Sweep
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.forgetting.basis_rotation import rotations
@@ -39,14 +40,14 @@ from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement, Window
-from lora_lens.tasks.evaluation import Answers, evaluate, example_features
+from lora_lens.tasks.evaluation import example_features
 from lora_lens.tasks.task import Task
 from lora_lens.training.finetuning import finetune
+from lora_lens.training.lean_layers import lean_layers
 from lora_lens.training.regularizers.base import regularizer_of
 from lora_lens.training.run import Run
 from lora_lens.training.settings import Training, training_with
 
-EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
 METHODS = (Method, Placement, ByLayer)
 A_METHOD = "a window, such as ll.Window(8, 0.5), or another method"
 A_TASK = "a lora_lens.Task, such as those of ll.tasks.bundled, ll.tasks.folder_task or ll.tasks.text_task"
@@ -121,6 +122,7 @@ class Experiment:
     variant: Variant
     spectra: SpectrumSet | None
     training: Training
+    pretrained: Pretrained | None = None
 
     def record(self, method: MethodLike, lr: float, seed: int) -> dict[str, object]:
         """What is known of a run before it runs: its name, and its settings for people and exactly."""
@@ -232,6 +234,9 @@ def sweep(
         shared = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
         plan = [(point, folder / f"{shared.record(*point)['run']}.json") for point in grid]
         bar = {"shown": progress, "desc": "sweep", "unit": "run"}
+        if missing(plan):
+            known = ask_pretrained(model, task, retain, watch, training.precision)
+            shared = replace(shared, pretrained=known)
         records = run_missing(partial(_run, shared), shared.lost, plan, jobs, **bar)
     if store is None:
         return Sweep.of(records, new_experiment(identity))
@@ -313,7 +318,7 @@ def _run(experiment: Experiment, point: tuple[MethodLike, float, int], _path: Pa
         experiment.retain,
         replace(experiment.training, lr=lr, seed=seed),
         regularizer=regularizer_of(method),
-        retained_before=_retained_before(experiment, adapted),
+        before=experiment.pretrained.before(seed),
         watch=experiment.watch,
         progress=False,
     )
@@ -339,13 +344,6 @@ def _run(experiment: Experiment, point: tuple[MethodLike, float, int], _path: Pa
     }
 
 
-def _retained_before(experiment: Experiment, adapted: nn.Module) -> Answers | None:
-    """The pretrained model's answers where ``adapted`` starts with another function."""
-    if not getattr(adapted, "start_change", 0):
-        return None
-    return evaluate(experiment.model, experiment.retain, precision=experiment.training.precision)
-
-
 def ended_without_numbers(run: Run) -> bool:
     """Whether it diverged, be it with the last step, which only the tests after it show."""
     last = run.curve.iloc[-1]
@@ -369,7 +367,9 @@ def _mechanism(experiment: Experiment, method: MethodLike, adapted: nn.Module) -
     else:
         return {}
     some = experiment.retain.test.sampled(EXAMPLES_OF_FEATURES)
-    before, after = (example_features(m, experiment.retain, some) for m in (experiment.model, adapted))
+    before = experiment.pretrained.compared
+    with lean_layers(adapted, "float32"):
+        after = example_features(adapted, experiment.retain, some)
     try:
         neighbours = neighbour_agreement(before, after)
     except LoraLensError:  # too few examples, or features without a direction: one measure less

@@ -102,6 +102,14 @@ def evaluate(
     return Answers(right, predicted, losses)
 
 
+def answers_from(head: nn.Linear, features: Tensor, labels: Tensor) -> Answers:
+    """What a head answers to features that are at hand, (n, features), with labels (n,)."""
+    with torch.inference_mode():
+        logits = head(features.to(head.weight.dtype)).float()
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return Answers(labels.numpy(), logits.argmax(-1).numpy(), losses.numpy())
+
+
 def check_examples(model: nn.Module, task: Task, readout: Readout, *, precision: str = "float32") -> None:
     """Ask ``model`` for one training and one test example of ``task``, before work begins.
 

@@ -12,10 +12,10 @@ from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.processes import accelerator as accelerator_of_all
 from lora_lens._base.progress import progress_bar
 from lora_lens._base.validate import flag, instance, sequence, shown
-from lora_lens.tasks.evaluation import Answers, check_examples
+from lora_lens.tasks.evaluation import check_examples
 from lora_lens.tasks.readouts import Readout
 from lora_lens.tasks.task import Task
-from lora_lens.training.loop import TrainingLoop, new_examples
+from lora_lens.training.loop import Before, TrainingLoop, new_examples
 from lora_lens.training.regularizers.base import Regularizer
 from lora_lens.training.run import Progress, Run
 from lora_lens.training.settings import Training, training_with
@@ -30,7 +30,7 @@ def finetune(
     regularizer: Regularizer | None = None,
     readout: Readout | None = None,
     watch: Sequence[Task] = (),
-    retained_before: Answers | None = None,
+    before: Before | None = None,
     progress: bool = True,
     on_step: Callable[[Progress], object] | None = None,
     **settings: object,
@@ -55,9 +55,8 @@ def finetune(
             ``batch_size``, so a step costs the same.
         readout: what reads the task and is trained with the model; default a new one, from the task.
         watch: more that the model could do before, tested before the first and after the last step only.
-        retained_before: the pretrained model's answers to the retained task's test examples, from
-            :func:`lora_lens.evaluate`, where they are at hand or ``model`` starts with another function;
-            default those of ``model`` before the first step.
+        before: answers of the pretrained model that are at hand, or that count where ``model`` starts with
+            another function; default those of ``model`` before the first step.
         progress: show a bar with the loss and both scores.
         on_step: called with a :class:`Progress` before the first step and after each. The run waits for it,
             and ends where it returns something true; then the tasks are tested there, as after the last
@@ -89,10 +88,7 @@ def finetune(
         part.to(accelerator.device)
     for test in [new, *([] if retained is None else [retained]), *watched]:
         check_examples(model, *test, precision=config.precision)
-    if retained_before is not None:
-        instance(retained_before, Answers, "retained_before", "what ll.evaluate(model, retain) gives")
-        if retain is None or len(retained_before.predicted) != len(retained_before.labels):
-            raise InputError("retained_before are answers to a retained task: give retain=, too")
+    instance(before, (Before, type(None)), "before", "an ll.training.Before, or None")
     shown_here = progress and accelerator.is_main_process
     with progress_bar(shown=shown_here, total=config.steps, desc=task.name, unit="step") as bar:
         callbacks = [_on(bar), *([] if on_step is None else [on_step])]
@@ -104,7 +100,7 @@ def finetune(
             retained=retained,
             watched=watched,
             regularizer=regularizer,
-            retained_before=retained_before,
+            before=before,
             callbacks=callbacks,
         )
         return loop.run()

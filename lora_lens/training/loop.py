@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from lora_lens._base.random_state import seeded
 from lora_lens.tasks.evaluation import Answers, evaluate
 from lora_lens.tasks.readouts import HeadReadout, Readout, ask
 from lora_lens.tasks.task import Task
+from lora_lens.training.lean_layers import lean_layers
 from lora_lens.training.prefix_cache import FrozenPrefix, frozen_prefix
 from lora_lens.training.regularizers.base import Past, Regularizer
 from lora_lens.training.run import Progress, Run
@@ -29,6 +31,21 @@ from lora_lens.training.settings import Training
 OWN_DROPOUT = 2**20  # between the seeds of two processes, whose dropout would be the same otherwise
 Callback = Callable[[Progress], object]
 Test = tuple[Task, Readout]
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """Answers before the first step that are at hand, from :func:`lora_lens.evaluate`.
+
+    Attributes:
+        task: to the new task's test examples.
+        retain: to the retained task's.
+        watch: to those of each watched task, in their order.
+    """
+
+    task: Answers | None = None
+    retain: Answers | None = None
+    watch: Sequence[Answers] | None = None
 
 
 class TrainingLoop:
@@ -51,7 +68,7 @@ class TrainingLoop:
         retained: Test | None = None,
         watched: Sequence[Test] = (),
         regularizer: Regularizer | None = None,
-        retained_before: Answers | None = None,
+        before: Before | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """Note what the regularizer must know, and start all processes alike.
@@ -60,8 +77,7 @@ class TrainingLoop:
             model: as the readouts on the accelerator's device.
             new: what is learnt and tested, and its readout, which is trained too.
             retained, watched: what is tested besides, and their readouts.
-            retained_before: answers to the retained task that count as those before the first step; by
-                default those of the model as it starts.
+            before: answers that count as those before the first step; the rest is asked.
             callbacks: called before the first step and after each; the run ends where one returns
                 something true in any process.
 
@@ -70,7 +86,7 @@ class TrainingLoop:
         """
         self.model, self.config, self.accelerator = model, config, accelerator
         self.new, self.retained, self.watched, self.callbacks = new, retained, watched, callbacks
-        self.retained_before = retained_before
+        self.before = before or Before()
         task, readout = new
         self.batch_size = new_examples(config, regularizer)
         self.parameters = [p for p in [*model.parameters(), *readout.parameters()] if p.requires_grad]
@@ -84,7 +100,9 @@ class TrainingLoop:
                 p.data = broadcast(p.data)
         past = Past(None if retained is None else retained[0])
         self.added_loss = regularizer.begin(model, past, config) if regularizer else lambda: 0.0
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=_can_fuse(self.parameters)
+        )
         self.schedule = get_cosine_schedule_with_warmup(
             self.optimizer, round(config.warmup * config.steps), config.steps
         )
@@ -95,11 +113,16 @@ class TrainingLoop:
 
     def run(self) -> Run:
         """All steps, or as many as are wanted, and the tests."""
-        started = time.monotonic()
+        started, config = time.monotonic(), self.config
+        with lean_layers(self.model, config.precision):
+            return self._run(started)
+
+    def _run(self, started: float) -> Run:
         config, (task, readout) = self.config, self.new
         set_training_mode(self.model)
         self.evaluate()
-        before = [self.answers_to(test) for test in self.watched]
+        before = self.before.watch
+        before = [self.answers_to(test) for test in self.watched] if before is None else before
         device, process = self.accelerator.device, self.accelerator.process_index
         with seeded(config.seed + OWN_DROPOUT * process, device):
             batches = task.train.shuffled(self.batch_size, config.seed)
@@ -154,7 +177,8 @@ class TrainingLoop:
 
     def evaluate(self) -> None:
         """Test the new and the retained task: one row more."""
-        new = self.answers_to(self.new)
+        known = self.before if self.step == 0 else Before()
+        new = known.task or self.answers_to(self.new)
         row = {
             "step": self.step,
             "loss": float(np.mean(self.losses)) if self.losses else float("nan"),
@@ -164,8 +188,7 @@ class TrainingLoop:
             "retained_loss": float("nan"),
         }
         if self.retained is not None:
-            known = self.retained_before if self.step == 0 else None
-            self.answers.append(self.answers_to(self.retained) if known is None else known)
+            self.answers.append(known.retain or self.answers_to(self.retained))
             row |= {"retained_accuracy": self.answers[-1].accuracy, "retained_loss": self.answers[-1].loss}
         self.rows.append(row)
         self.losses.clear()
@@ -181,6 +204,12 @@ class TrainingLoop:
         wishes = [bool(callback(progress)) for callback in self.callbacks]
         total = torch.tensor(float(any(wishes)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(total, "sum").item())
+
+
+def _can_fuse(parameters: Sequence[Tensor]) -> bool:
+    """Whether one kernel may take the step of all parameters: plain ones on one device that has it."""
+    kinds = {(p.device.type, type(p.data), p.dtype.is_floating_point) for p in parameters}
+    return len(kinds) == 1 and kinds <= {(kind, Tensor, True) for kind in ("cpu", "cuda")}
 
 
 def new_examples(config: Training, regularizer: Regularizer | None) -> int:

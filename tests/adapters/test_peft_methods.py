@@ -81,7 +81,7 @@ def test_what_starts_elsewhere_is_warned_of_and_forgets_from_the_pretrained_mode
     assert damaged.retained_before < pretrained.accuracy - 0.1
     with pytest.warns(UserWarning, match="before the first step"):
         again = ll.attach(model, damaging, targets=SOME)
-    run = ll.finetune(again, *tasks, retained_before=pretrained, **SHORT)
+    run = ll.finetune(again, *tasks, before=ll.training.Before(retain=pretrained), **SHORT)
     assert run.retained_before == pretrained.accuracy and run.items["before"].equals(
         ll.finetune(ll.attach(model, ll.LoRA(2)), *tasks, **SHORT).items["before"]
     )
