@@ -84,7 +84,7 @@ class Past:
             raise InputError(
                 f"{regularizer} guards what the model knows, and nothing is retained: give finetune retain="
             )
-        scenario = TaskIncremental([self.retain], {0: self.retain.own_readout(model)})
+        scenario = TaskIncremental([self.retain], readouts={0: self.retain.own_readout(model)})
         before = Past(self.retain, {}, scenario)
         return replace(before, kept=regularizer.keep(model, before, config), place=1)
 
