@@ -376,7 +376,7 @@ TWO = """
 def writes(rank):
     mine = trained(rank, ll.Window(rank=rank, start=0))
     for turn in range(500):
-        if turn >= 12 and len(list(folder.glob("*.seen"))) == 2:  # neither goes before the other has seen both
+        if turn >= 12 and len(list(folder.glob("*.seen"))) == 2:  # neither goes first
             break
         (ll.save if turn % 2 else ll.export)(mine, folder / "run")
         there = ll.load(model, folder / "run")
