@@ -11,7 +11,7 @@ from lora_lens._base.threads import limited_threads
 from lora_lens.tasks.evaluation import Answers, answers_from, evaluate, example_features
 from lora_lens.tasks.readouts import HeadReadout
 from lora_lens.tasks.task import Task
-from lora_lens.training.loop import Before
+from lora_lens.training.record import Before
 
 EXAMPLES_OF_FEATURES = 500  # of the retained task, to compare features on
 

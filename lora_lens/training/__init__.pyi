@@ -1,5 +1,5 @@
 from .finetuning import finetune as finetune
-from .loop import Before as Before
+from .record import Before as Before
 from .regularizers.base import Regularized as Regularized, Regularizer as Regularizer
 from .regularizers.ewc import EWC as EWC
 from .regularizers.kl_anchor import KLAnchor as KLAnchor

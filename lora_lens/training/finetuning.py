@@ -15,7 +15,8 @@ from lora_lens._base.validate import flag, instance, sequence, shown
 from lora_lens.tasks.evaluation import check_examples
 from lora_lens.tasks.readouts import Readout
 from lora_lens.tasks.task import Task
-from lora_lens.training.loop import Before, TrainingLoop, new_examples
+from lora_lens.training.loop import TrainingLoop, new_examples
+from lora_lens.training.record import Before, Record
 from lora_lens.training.regularizers.base import Regularizer
 from lora_lens.training.run import Progress, Run
 from lora_lens.training.settings import Training, training_with
@@ -92,18 +93,8 @@ def finetune(
     shown_here = progress and accelerator.is_main_process
     with progress_bar(shown=shown_here, total=config.steps, desc=task.name, unit="step") as bar:
         callbacks = [_on(bar), *([] if on_step is None else [on_step])]
-        loop = TrainingLoop(
-            model,
-            new,
-            config,
-            accelerator,
-            retained=retained,
-            watched=watched,
-            regularizer=regularizer,
-            before=before,
-            callbacks=callbacks,
-        )
-        return loop.run()
+        record = Record(config, new, retained, watched, before)
+        return TrainingLoop(model, record, accelerator, regularizer=regularizer, callbacks=callbacks).run()
 
 
 def _on(bar: tqdm) -> Callable[[Progress], None]:

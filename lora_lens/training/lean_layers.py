@@ -62,7 +62,7 @@ def lean_layers(model: nn.Module, precision: str) -> Iterator[None]:
     Only in float32: in bfloat16 the sum of a weight and a small update would round the update away. Layers
     with dropout, DoRA, hooks inside or anything else that PEFT's own forward pass heeds stay PEFT's.
     """
-    able = [] if precision != "float32" or _compiled(model) else list(filter(_is_plain, model.modules()))
+    able = [] if precision != "float32" or _compiled(model) else list(filter(is_plain, model.modules()))
     for layer in able:
         layer.forward = partial(_forward, layer)
     try:
@@ -84,7 +84,7 @@ def _compiled(model: nn.Module) -> bool:
     return any(isinstance(module, OPTIMIZED) or module._compiled_call_impl for module in model.modules())
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether PEFT's forward pass does nothing else with this module than add the adapter's output."""
     if type(layer) is not Linear or "forward" in vars(layer) or not isinstance(layer, LoraLayer):
         return False

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -19,33 +17,16 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.precision import autocast
 from lora_lens._base.processes import average_gradients
 from lora_lens._base.random_state import seeded
-from lora_lens.tasks.evaluation import Answers, evaluate
-from lora_lens.tasks.readouts import HeadReadout, Readout, ask
-from lora_lens.tasks.task import Task
+from lora_lens.tasks.readouts import ask
 from lora_lens.training.lean_layers import lean_layers
 from lora_lens.training.prefix_cache import FrozenPrefix, frozen_prefix
+from lora_lens.training.record import Record
 from lora_lens.training.regularizers.base import Past, Regularizer
 from lora_lens.training.run import Progress, Run
 from lora_lens.training.settings import Training
 
 OWN_DROPOUT = 2**20  # between the seeds of two processes, whose dropout would be the same otherwise
 Callback = Callable[[Progress], object]
-Test = tuple[Task, Readout]
-
-
-@dataclass(frozen=True, eq=False)
-class Before:
-    """Answers before the first step that are at hand, from :func:`lora_lens.evaluate`.
-
-    Attributes:
-        task: to the new task's test examples.
-        retain: to the retained task's.
-        watch: to those of each watched task, in their order.
-    """
-
-    task: Answers | None = None
-    retain: Answers | None = None
-    watch: Sequence[Answers] | None = None
 
 
 class TrainingLoop:
@@ -53,7 +34,7 @@ class TrainingLoop:
 
     Attributes:
         step: steps done.
-        rows: one per evaluation, see :class:`Run`.
+        record: the tests so far.
         diverged: the loss is not finite any more.
         stopped: a callback asked to stop before the last step.
     """
@@ -61,33 +42,26 @@ class TrainingLoop:
     def __init__(
         self,
         model: nn.Module,
-        new: Test,
-        config: Training,
+        record: Record,
         accelerator: Accelerator,
         *,
-        retained: Test | None = None,
-        watched: Sequence[Test] = (),
         regularizer: Regularizer | None = None,
-        before: Before | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """Note what the regularizer must know, and start all processes alike.
 
         Args:
             model: as the readouts on the accelerator's device.
-            new: what is learnt and tested, and its readout, which is trained too.
-            retained, watched: what is tested besides, and their readouts.
-            before: answers that count as those before the first step; the rest is asked.
+            record: of the run: what is learnt, what is tested besides, and their readouts.
             callbacks: called before the first step and after each; the run ends where one returns
                 something true in any process.
 
         Raises:
             ValueError: there is nothing to train, or the regularizer does not fit.
         """
-        self.model, self.config, self.accelerator = model, config, accelerator
-        self.new, self.retained, self.watched, self.callbacks = new, retained, watched, callbacks
-        self.before = before or Before()
-        task, readout = new
+        self.model, self.record, self.accelerator, self.callbacks = model, record, accelerator, callbacks
+        self.config = config = record.config
+        task, readout = record.new
         self.batch_size = new_examples(config, regularizer)
         self.parameters = [p for p in [*model.parameters(), *readout.parameters()] if p.requires_grad]
         if not self.parameters:
@@ -98,51 +72,36 @@ class TrainingLoop:
         if accelerator.num_processes > 1:
             for p in self.parameters:  # all start as the main process does, whatever each has drawn
                 p.data = broadcast(p.data)
-        past = Past(None if retained is None else retained[0])
+        past = Past(None if record.retained is None else record.retained[0])
         self.added_loss = regularizer.begin(model, past, config) if regularizer else lambda: 0.0
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=_can_fuse(self.parameters)
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=can_fuse(self.parameters)
         )
         self.schedule = get_cosine_schedule_with_warmup(
             self.optimizer, round(config.warmup * config.steps), config.steps
         )
         self.step, self.diverged, self.stopped = 0, False, False
-        self.rows: list[dict[str, float]] = []
-        self.answers: list[Answers] = []  # to the retained task's test examples, one per evaluation
-        self.losses: list[float] = []  # of the steps since the last evaluation
 
     def run(self) -> Run:
         """All steps, or as many as are wanted, and the tests."""
-        started, config = time.monotonic(), self.config
-        with lean_layers(self.model, config.precision):
-            return self._run(started)
-
-    def _run(self, started: float) -> Run:
-        config, (task, readout) = self.config, self.new
-        set_training_mode(self.model)
-        self.evaluate()
-        before = self.before.watch
-        before = [self.answers_to(test) for test in self.watched] if before is None else before
+        started = time.monotonic()
+        config, (task, readout) = self.config, self.record.new
         device, process = self.accelerator.device, self.accelerator.process_index
-        with seeded(config.seed + OWN_DROPOUT * process, device):
-            batches = task.train.shuffled(self.batch_size, config.seed)
-            visits = config.steps * self.batch_size
-            prefix = frozen_prefix(self.model, readout, task.train, visits=visits, precision=config.precision)
-            self.stopped = self.tell(float("nan"))
-            while self.step < config.steps and not (self.stopped or self.diverged):
-                self.advance(batches, prefix)
-        after = [self.answers_to(test) for test in self.watched]
+        set_training_mode(self.model)
+        with lean_layers(self.model, config.precision):
+            self.record.begin(self.model)
+            with seeded(config.seed + OWN_DROPOUT * process, device):
+                batches = task.train.shuffled(self.batch_size, config.seed)
+                visits = config.steps * self.batch_size
+                prefix = frozen_prefix(
+                    self.model, readout, task.train, visits=visits, precision=config.precision
+                )
+                self.stopped = self.tell(float("nan"))
+                while self.step < config.steps and not (self.stopped or self.diverged):
+                    self.advance(batches, prefix)
+            run = self.record.end(self.model, started, diverged=self.diverged, stopped=self.stopped)
         self.model.eval()
-        return Run(
-            config,
-            pd.DataFrame(self.rows),
-            self.diverged,
-            time.monotonic() - started,
-            readout.head if isinstance(readout, HeadReadout) else None,
-            _items(self.answers),
-            _watched([test[0].name for test in self.watched], before, after),
-            self.stopped,
-        )
+        return run
 
     def advance(self, batches: Iterator[Tensor], prefix: FrozenPrefix) -> None:
         """One step, with the evaluation that is due after it, and the callbacks."""
@@ -150,21 +109,21 @@ class TrainingLoop:
         self.step += 1
         self.diverged = not np.isfinite(value)
         if self.diverged or self.step in self.config.evaluation_steps:
-            self.evaluate()
+            self.record.evaluate(self.model, self.step)
         wanted = self.tell(value)
         self.stopped = wanted and self.step < self.config.steps and not self.diverged
-        if self.stopped and self.rows[-1]["step"] < self.step:
-            self.evaluate()
+        if self.stopped and self.record.rows[-1]["step"] < self.step:
+            self.record.evaluate(self.model, self.step)
 
     def take_step(self, batch: Tensor, prefix: FrozenPrefix) -> float:
         """Learn from a batch of row numbers, unless its loss is not finite: the loss, in nats."""
-        accelerator, (task, readout) = self.accelerator, self.new
+        accelerator, (task, readout) = self.accelerator, self.record.new
         mine = batch[accelerator.process_index :: accelerator.num_processes]
         with autocast(accelerator.device, self.config.precision), prefix.of(mine):
             logits, labels = ask(readout, self.model, task.train, mine)
         loss = nn.functional.cross_entropy(logits.float(), labels)
         loss = loss * (len(mine) * accelerator.num_processes / len(batch))  # their mean is the batch's
-        self.losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        self.record.losses.append(accelerator.reduce(loss.detach(), "mean").item())
         loss = loss + self.added_loss()
         value = accelerator.reduce(loss.detach(), "mean").item()
         if np.isfinite(value):
@@ -175,38 +134,17 @@ class TrainingLoop:
             self.schedule.step()
         return value
 
-    def evaluate(self) -> None:
-        """Test the new and the retained task: one row more."""
-        known = self.before if self.step == 0 else Before()
-        new = known.task or self.answers_to(self.new)
-        row = {
-            "step": self.step,
-            "loss": float(np.mean(self.losses)) if self.losses else float("nan"),
-            "accuracy": new.accuracy,
-            "test_loss": new.loss,
-            "retained_accuracy": float("nan"),
-            "retained_loss": float("nan"),
-        }
-        if self.retained is not None:
-            self.answers.append(known.retain or self.answers_to(self.retained))
-            row |= {"retained_accuracy": self.answers[-1].accuracy, "retained_loss": self.answers[-1].loss}
-        self.rows.append(row)
-        self.losses.clear()
-
-    def answers_to(self, test: Test) -> Answers:
-        return evaluate(self.model, *test, precision=self.config.precision)
-
     def tell(self, loss: float) -> bool:
         """Call the callbacks; True if one of them, in any process, asks to stop."""
         if not self.callbacks:
             return False
-        progress = Progress(self.step, self.config.steps, loss, tuple(self.rows))
+        progress = Progress(self.step, self.config.steps, loss, tuple(self.record.rows))
         wishes = [bool(callback(progress)) for callback in self.callbacks]
         total = torch.tensor(float(any(wishes)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(total, "sum").item())
 
 
-def _can_fuse(parameters: Sequence[Tensor]) -> bool:
+def can_fuse(parameters: Sequence[Tensor]) -> bool:
     """Whether one kernel may take the step of all parameters: plain ones on one device that has it."""
     kinds = {(p.device.type, type(p.data), p.dtype.is_floating_point) for p in parameters}
     return len(kinds) == 1 and kinds <= {(kind, Tensor, True) for kind in ("cpu", "cuda")}
@@ -223,26 +161,3 @@ def set_training_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
             module.eval()
-
-
-def _items(answers: Sequence[Answers]) -> pd.DataFrame | None:
-    if not answers:
-        return None
-    first, last = answers[0], answers[-1]
-    return pd.DataFrame({"label": first.labels, "before": first.predicted, "after": last.predicted})
-
-
-def _watched(
-    names: Sequence[str], before: Sequence[Answers], after: Sequence[Answers]
-) -> pd.DataFrame | None:
-    rows: list[Mapping[str, object]] = [
-        {
-            "task": name,
-            "before": old.accuracy,
-            "after": new.accuracy,
-            "loss_before": old.loss,
-            "loss_after": new.loss,
-        }
-        for name, old, new in zip(names, before, after, strict=True)
-    ]
-    return pd.DataFrame(rows) if rows else None

@@ -85,7 +85,16 @@ def test_one_factor_alone_is_trained_as_peft_does(model, source):
 
 @pytest.mark.parametrize(
     "change",
-    ["dropout", "dora", "bfloat16 run", "half base", "hook inside", "compiled", "other adapter", "trained base"],
+    [
+        "dropout",
+        "dora",
+        "bfloat16 run",
+        "half base",
+        "hook inside",
+        "compiled",
+        "other adapter",
+        "trained base",
+    ],
 )
 def test_whatever_peft_heeds_stays_peft_s(change, model):
     variant = {"dropout": ll.Variant(dropout=0.1), "dora": ll.Variant(dora=True)}.get(change)
