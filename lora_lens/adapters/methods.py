@@ -25,11 +25,13 @@ class Method(ABC):
 
     Attributes:
         trains_weights: whether weights of the model itself are trained.
+        trains_factors: whether these are A and B of adapted layers alone.
         sequential: whether tasks can be learnt with it one after the other.
         adapts_in_place: whether :meth:`attach` can do without a copy of the model.
     """
 
     trains_weights: ClassVar[bool] = True
+    trains_factors: ClassVar[bool] = False
     sequential: ClassVar[bool] = True
     adapts_in_place: ClassVar[bool] = True
 
@@ -61,6 +63,7 @@ class Components(Method):
     """A placement, or one per layer, as a method: what :func:`as_method` makes of them."""
 
     placement: Placement | ByLayer
+    trains_factors: ClassVar[bool] = True
 
     @property
     def sequential(self) -> bool:
@@ -90,6 +93,7 @@ class LoRA(Method):
     """
 
     rank: int
+    trains_factors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", validate_rank(self.rank))

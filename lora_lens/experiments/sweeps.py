@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from itertools import product
 from numbers import Real
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
-from lora_lens._base.errors import InputError, InputTypeError, LoraLensError
+from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import Targets
 from lora_lens._base.validate import flag, instance, number, seed_number, sequence, shown
 from lora_lens.adapters.attaching import attach, planned
@@ -24,37 +23,24 @@ from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.engines import by_itself, checked_jobs, missing, run_missing
 from lora_lens.experiments.identity import (
     exact,
-    exact_method,
     experiment_identity,
-    named_method,
-    named_record,
 )
-from lora_lens.experiments.pretrained import EXAMPLES_OF_FEATURES, Pretrained, ask_pretrained
+from lora_lens.experiments.pretrained import ask_pretrained
 from lora_lens.experiments.results import Sweep
+from lora_lens.experiments.runs import Experiment, run_one
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
-from lora_lens.forgetting.basis_rotation import rotations
-from lora_lens.forgetting.neighbours import neighbour_agreement
-from lora_lens.forgetting.representations import difference
-from lora_lens.forgetting.weight_drift import drift, drift_between, merged_copy
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement, Window
-from lora_lens.tasks.evaluation import example_features
 from lora_lens.tasks.task import Task
 from lora_lens.training.finetuning import finetune
-from lora_lens.training.lean_layers import lean_layers
 from lora_lens.training.regularizers.base import regularizer_of
-from lora_lens.training.run import Run
 from lora_lens.training.settings import Training, training_with
 
 METHODS = (Method, Placement, ByLayer)
 A_METHOD = "a window, such as ll.Window(8, 0.5), or another method"
 A_TASK = "a lora_lens.Task, such as those of ll.tasks.bundled, ll.tasks.folder_task or ll.tasks.text_task"
-RESULTS = (
-    "trainable", "loss", "accuracy", "retained_before", "retained_accuracy", "forgetting", "retained_loss",
-    "loss_rise",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,41 +93,6 @@ class Grid:
     def __iter__(self) -> Iterator[tuple[MethodLike, float, int]]:
         """(method, lr, seed), a whole seed before the next, so that a stopped sweep is balanced."""
         return ((m, lr, s) for s in self.seed for lr in self.lr for m in self.methods)
-
-
-@dataclass(frozen=True, eq=False)
-class Experiment:
-    """What all runs of a sweep share."""
-
-    model: nn.Module
-    task: Task
-    retain: Task
-    watch: tuple[Task, ...]
-    layers: dict[MethodLike, list[str]]
-    alpha: float | None
-    variant: Variant
-    spectra: SpectrumSet | None
-    training: Training
-    pretrained: Pretrained | None = None
-
-    def record(self, method: MethodLike, lr: float, seed: int) -> dict[str, object]:
-        """What is known of a run before it runs: its name, and its settings for people and exactly."""
-        variant = {} if self.variant == Variant() else {"variant": str(self.variant)}
-        training = asdict(replace(self.training, lr=lr, seed=seed))
-        if self.training.precision == Training.precision:  # so that earlier versions' runs are found
-            del training["precision"]
-        settings = {
-            **named_method(method),
-            "alpha": None if self.alpha is None else float(self.alpha),
-            "targets": " ".join(self.layers[method]),
-            **variant,
-            **{name: exact(value, name) for name, value in training.items()},
-        }
-        return named_record(settings, exact_method(method))
-
-    def lost(self, point: tuple[MethodLike, float, int]) -> dict[str, object]:
-        """The record of a run that has no results."""
-        return self.record(*point) | {"result": dict.fromkeys(RESULTS, float("nan")) | {"diverged": False}}
 
 
 def sweep(
@@ -237,7 +188,7 @@ def sweep(
         if missing(plan):
             known = ask_pretrained(model, task, retain, watch, training.precision)
             shared = replace(shared, pretrained=known)
-        records = run_missing(partial(_run, shared), shared.lost, plan, jobs, **bar)
+        records = run_missing(partial(run_one, shared), shared.lost, plan, jobs, **bar)
     if store is None:
         return Sweep.of(records, new_experiment(identity))
     return Sweep.of(records, experiment(store), Path(store))
@@ -284,20 +235,6 @@ def _require_different(values: Sequence[object], name: str) -> None:
         raise InputError(f"{name} holds the same value twice: {values}")
 
 
-def _attached(experiment: Experiment, method: MethodLike, seed: int) -> nn.Module:
-    return attach(
-        experiment.model,
-        method,
-        targets=experiment.layers[method],
-        alpha=experiment.alpha,
-        spectra=experiment.spectra,
-        variant=experiment.variant,
-        seed=seed,
-        task=experiment.task,
-        retain=experiment.retain,
-    )
-
-
 def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, list[Placement]]:
     wanted: dict[str, list[Placement]] = {}
     for plan in plans:
@@ -305,81 +242,3 @@ def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, lis
             if isinstance(placement, Placement):
                 wanted.setdefault(name, []).append(placement)
     return wanted
-
-
-def _run(experiment: Experiment, point: tuple[MethodLike, float, int], _path: Path) -> dict[str, object]:
-    """The record of one run."""
-    method, lr, seed = point
-    adapted = _attached(experiment, method, seed)
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    run = finetune(
-        adapted,
-        experiment.task,
-        experiment.retain,
-        replace(experiment.training, lr=lr, seed=seed),
-        regularizer=regularizer_of(method),
-        before=experiment.pretrained.before(seed),
-        watch=experiment.watch,
-        progress=False,
-    )
-    diverged = ended_without_numbers(run)
-    values = (
-        trainable,
-        float(run.curve["loss"].iloc[-1]),
-        run.accuracy,
-        run.retained_before,
-        run.retained_accuracy,
-        run.forgetting,
-        float(run.curve["retained_loss"].iloc[-1]),
-        run.loss_rise,
-    )
-    return {
-        **experiment.record(*point),
-        "result": dict(zip(RESULTS, values, strict=True)) | {"diverged": diverged},
-        "curve": run.curve.to_dict("list"),
-        "items": run.items.to_dict("list"),
-        **({} if run.watched is None else {"watched": run.watched.to_dict("list")}),
-        **({} if diverged else _mechanism(experiment, method, adapted)),
-        "seconds": run.seconds,
-    }
-
-
-def ended_without_numbers(run: Run) -> bool:
-    """Whether it diverged, be it with the last step, which only the tests after it show."""
-    last = run.curve.iloc[-1]
-    losses = last[["test_loss"] if run.items is None else ["test_loss", "retained_loss"]]
-    return run.diverged or not np.isfinite(losses.to_numpy(float)).all()
-
-
-def _mechanism(experiment: Experiment, method: MethodLike, adapted: nn.Module) -> dict[str, object]:
-    """What the run did to weights and features, if the spectra tell; nothing for a linear probe."""
-    known = experiment.spectra or {}
-    names = experiment.layers[method]
-    if not all(name in known and known[name].has_all_vectors for name in names):
-        return {}
-    spectra = SpectrumSet([known[name] for name in names])
-    if hasattr(adapted, "attachment"):
-        moved = drift(adapted, spectra).merge(rotations(adapted, spectra), on="layer")
-    elif any(p.requires_grad for p in adapted.parameters()):
-        if (whole := merged_copy(adapted)) is None:
-            return {}
-        moved = drift_between(experiment.model, whole, spectra)
-    else:
-        return {}
-    some = experiment.retain.test.sampled(EXAMPLES_OF_FEATURES)
-    before = experiment.pretrained.compared
-    with lean_layers(adapted, "float32"):
-        after = example_features(adapted, experiment.retain, some)
-    try:
-        neighbours = neighbour_agreement(before, after)
-    except LoraLensError:  # too few examples, or features without a direction: one measure less
-        neighbours = float("nan")
-    return {
-        "drift": {column: [short(v) for v in values] for column, values in moved.to_dict("list").items()},
-        "features": difference(before, after) | {"neighbours": neighbours},
-    }
-
-
-def short(value: object) -> object:
-    """Six digits are more than one run's noise, and half the space."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lora_lens._base.errors import LoraLensError
 from lora_lens._base.naming import block_and_kind, counted, listed
-from lora_lens.experiments.sweeps import RESULTS
+from lora_lens.experiments.runs import RESULTS
 from lora_lens.forgetting.examples import forgetting_interval
 from lora_lens.forgetting.fair_comparison import LEVEL, at_equal_rate, rate_robustness
 from lora_lens.forgetting.run_groups import window_columns

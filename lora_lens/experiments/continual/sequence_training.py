@@ -25,7 +25,7 @@ from lora_lens.experiments.continual.checkpoint import State, keep, restored
 from lora_lens.experiments.continual.metrics import RESULTS
 from lora_lens.experiments.continual.strategies import Strategy, exact_strategy
 from lora_lens.experiments.identity import exact, exact_method, named_method, named_record
-from lora_lens.experiments.sweeps import ended_without_numbers, short
+from lora_lens.experiments.runs import ended_without_numbers, short
 from lora_lens.forgetting.weight_drift import effective_weight, merged_copy
 from lora_lens.forgetting.window_survival import components_of, survival
 from lora_lens.spectrum.adaptable_layers import weight_matrix
