@@ -32,11 +32,12 @@ from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement
-from lora_lens.tasks.evaluation import evaluate
+from lora_lens.tasks.evaluation import Answers, evaluate
 from lora_lens.tasks.readouts import Readout
 from lora_lens.tasks.scenarios import SCENARIOS, TaskIncremental, all_at_once, one_of
 from lora_lens.tasks.task import Task
 from lora_lens.training.finetuning import finetune
+from lora_lens.training.lean_layers import lean_layers
 from lora_lens.training.regularizers.base import (
     LossTerm,
     Past,
@@ -188,7 +189,7 @@ def _next_task(experiment: Sequential, point: Point, state: State) -> None:
         state.kept = guard.keep(adapted, past, config)
     state.after += 1
     if strategy.own_adapters:
-        answers = evaluate(adapted, *state.scenario.trained(place), precision=config.precision)
+        answers = _answers(experiment, adapted, *state.scenario.trained(place))
         state.own.append((answers.accuracy, answers.loss))
     else:
         keeps = strategy.one_adapter or not isinstance(adapted, PeftModel)
@@ -283,14 +284,20 @@ def _asked(
 ) -> tuple[float, float]:
     if asked is None:
         return float("nan"), float("nan")
-    answers = evaluate(model, *asked, precision=experiment.training.precision)
+    answers = _answers(experiment, model, *asked)
     return answers.accuracy, answers.loss
+
+
+def _answers(experiment: Sequential, model: nn.Module, task: Task, readout: Readout | None = None) -> Answers:
+    precision = experiment.training.precision
+    with lean_layers(model, precision):
+        return evaluate(model, task, readout, precision=precision)
 
 
 def _retained(experiment: Sequential, model: nn.Module) -> float:
     if experiment.retain is None:
         return float("nan")
-    return evaluate(model, experiment.retain, precision=experiment.training.precision).accuracy
+    return _answers(experiment, model, experiment.retain).accuracy
 
 
 def _joint(experiment: Sequential, point: Point) -> State:
