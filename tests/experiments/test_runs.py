@@ -18,7 +18,8 @@ WINDOWS = ll.windows(rank=4, count=3)
 def experiment(model, spectra, source, digits) -> Experiment:
     task, retain, watch = digits.first(200, 100), source.first(100, 100), (source.subset(test=60),)
     methods = [*WINDOWS, ll.LoRA(4), ll.LoRA(2), ll.FullFineTuning(), Regularized(ll.LoRA(4), L2ToInitial(1))]
-    layers = dict.fromkeys(methods, list(ll.spectrum.target_layers(model)))
+    names = list(ll.spectrum.target_layers(model))
+    layers = dict.fromkeys(methods, names)
     training = ll.Training(steps=8, batch_size=16, evaluations=3)
     shared = Experiment(model, task, retain, watch, layers, None, ll.Variant(), spectra, training)
     return replace(shared, pretrained=ask_pretrained(model, task, retain, watch, "float32"))

@@ -128,7 +128,7 @@ def test_a_sequence_is_what_it_is_by_hand(strategy, setting):
     table = learn(strategy, setting=setting, retain=retained(), spectra=small_spectra())
     accuracy, loss, kept = by_hand(strategy == Merged(), setting, pairs()[:3])
     np.testing.assert_array_equal(matrix(table), accuracy)
-    np.testing.assert_array_equal(matrix(table, "loss"), loss)
+    np.testing.assert_allclose(matrix(table, "loss"), loss, rtol=1e-5)  # tested through leaner layers
     np.testing.assert_array_equal(table.groupby("after")["retained_accuracy"].first(), kept)
     assert (table["retained_before"] == kept[0]).all() and not table["diverged"].any()
     assert len(set(np.nan_to_num(loss[-1]))) == 3  # the model and the heads moved
