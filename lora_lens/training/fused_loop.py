@@ -120,12 +120,12 @@ class _LowRankUpdates(torch.autograd.Function):
             of_x = torch.bmm(outer, torch.baddbmm(weight, b, a)).view_as(x)
         if ctx.needs_input_grad[3]:
             of_b = torch.zeros_like(b)
-            of_b[..., : ctx.rank] = torch.bmm(
-                outer.transpose(1, 2), torch.bmm(rows, a[:, : ctx.rank].transpose(1, 2))
-            )
+            through = torch.bmm(a[:, : ctx.rank], rows.transpose(1, 2))
+            of_b[..., : ctx.rank] = torch.bmm(through, outer).transpose(1, 2)
         if ctx.needs_input_grad[4]:
             of_a = torch.zeros_like(a)
-            of_a[:, : ctx.rank] = torch.bmm(torch.bmm(outer, b[..., : ctx.rank]).transpose(1, 2), rows)
+            through = torch.bmm(b[..., : ctx.rank].transpose(1, 2), outer.transpose(1, 2))
+            of_a[:, : ctx.rank] = torch.bmm(through, rows)
         return of_x, None, None, of_b, of_a, None
 
 
