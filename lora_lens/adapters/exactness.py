@@ -23,17 +23,30 @@ from lora_lens.tasks.readouts import REMEDY, require_batch, taking
 
 
 def summary(adapted: nn.Module) -> pd.DataFrame:
-    """What is adapted, and how exactly: one row per layer.
+    """Which layers are adapted, and how exactly.
 
-    Columns: layer, kind, rank, first and last (the lowest and highest component; missing for
-    ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that these components hold, in
-    [0, 1]; NaN where the adapter took its start from the weight, but not from components), scaling,
-    base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
-    ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
-    weight was not kept (inplace=True).
+    Args:
+        adapted: from :func:`attach`, trained or not.
+
+    Returns:
+        One row per layer. Columns: layer, kind, rank, first and last (the lowest and highest component,
+        counted from 0; missing for ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that
+        these components hold, in [0, 1]; NaN where the adapter took its start from the weight, but not from
+        components), scaling, base_dtype, adapter_dtype, and start_error: the relative error of the weight at
+        the start, ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
+        weight was not kept (inplace=True).
 
     Raises:
         ValueError: ``adapted`` does not come from :func:`attach`, or is merged.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> ll.summary(ll.attach(model, ll.Window.middle(2)))[["layer", "rank", "first", "last", "scaling"]]
+          layer  rank  first  last  scaling
+        0     0     2      2     3      1.0
+        1     2     2      1     2      1.0
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
@@ -66,18 +79,29 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
     promises to keep at the rounding level of the base's dtype.
 
     Args:
-        adapted, model: the two models, on the inputs' device.
+        adapted: the adapted model, on the device of the inputs.
+        model: the pretrained model, on the same device.
         inputs: a batch, or a mapping of keyword arguments such as a tokenizer gives. Of outputs with
             several tensors the first counts, which is the logits where the model has them. Outputs
             at positions that an ``attention_mask`` among the inputs masks are left out.
 
+    Returns:
+        A share of the largest output; 0 for equal outputs, infinite where ``model`` gives nothing but zeros.
+
     Raises:
         ValueError: the models do not take the inputs, or there are none; the outputs are no tensors, or of
             different shapes.
-        TypeError: no models, or inputs of another type.
+        TypeError: ``adapted`` or ``model`` is no model, or the inputs are of another type.
 
     Warns:
         UserWarning: adapted layers that were not called although the module that holds them ran.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> ll.function_error(ll.attach(model, ll.Window.first(2)), model, torch.randn(5, 8)) < 1e-5
+        True
     """
     for model_name, each in (("adapted", adapted), ("model", model)):
         validate.instance(each, nn.Module, model_name, "a model")

@@ -40,7 +40,7 @@ from lora_lens.spectrum.window import validate_rank
 
 
 def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
-    """Write an ordinary LoRA (or DoRA) for the untouched pretrained model; any PEFT loads it.
+    """Write an ordinary LoRA (or DoRA) for the unchanged pretrained model; PEFT alone can load it.
 
     The trained function is W - scaling B_0 A_0 + scaling B A. Seen from W the update has rank 2r:
     scaling (B A - B_0 A_0) = scaling [B - B_0, B_0] [A; A - A_0], and rank r if one of the factors
@@ -49,18 +49,32 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
     Args:
         adapted: from :func:`lora_lens.attach`.
         folder: as for :func:`save`.
-        rank: None for the exact update; otherwise the largest rank to write.
+        rank: the largest rank to write, at least 1; default None, the exact update.
 
     Returns:
         One row per layer: layer, rank (as written), update (Frobenius norm of the whole update),
         lost (share of its squared Frobenius norm that truncation left out, in [0, 1]).
 
     Raises:
-        ValueError: ``adapted`` is none of attach's, is merged or holds NaN; or as :func:`save`.
+        ValueError: ``adapted`` does not come from :func:`lora_lens.attach`, is merged or holds NaN; or as
+            :func:`save`.
 
     Warns:
-        UserWarning: training moved buffers, such as batch norms' statistics: an adapter has no place
-            for them, so only :func:`load` brings them back, and PEFT does not.
+        UserWarning: training changed buffers, such as batch norms' statistics: an adapter has no place
+            for them, so only :func:`load` restores them, and PEFT does not.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> adapted = ll.attach(model, ll.Window.first(2))
+        >>> with torch.no_grad():  # in place of training
+        ...     _ = adapted.get_parameter("base_model.model.0.lora_B.default.weight").mul_(1.1)
+        >>> with TemporaryDirectory() as folder:
+        ...     written = ll.export(adapted, folder, rank=1)
+        >>> written["rank"].tolist(), (written["lost"] > 0).tolist()  # the second layer was not trained
+        ([1, 1], [True, False])
     """
     most = None if rank is None else validate_rank(rank)
     peft_model, record = attached(adapted)
@@ -107,7 +121,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
 
 
 def export_residual(adapted: nn.Module, folder: str | Path) -> None:
-    """Write the residual model and the adapter as it was before training, for trainers that want both.
+    """Write the residual model and the adapter as it was before training, for trainers that need both.
 
     ``folder/base`` holds the residual model: of a transformers model with its configuration, for
     ``from_pretrained``; of any other model its state in model.safetensors. ``folder/adapter`` holds
@@ -120,7 +134,18 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
         folder: as for :func:`save`.
 
     Raises:
-        ValueError: ``adapted`` holds no window, or as :func:`save`.
+        ValueError: the base of ``adapted`` is no residual, as under ordinary LoRA; or as :func:`save`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> with TemporaryDirectory() as folder:
+        ...     ll.export_residual(ll.attach(model, ll.Window.first(2)), folder)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['adapter', 'base', 'lora_lens.json']
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)

@@ -46,9 +46,9 @@ MOST_ERROR = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.05, to
 
 @dataclass(frozen=True, eq=False)
 class PeftMethod(Method):
-    """A method of PEFT: LoRA from one of its initializations by name, or any config.
+    """A method of PEFT: LoRA from one of PEFT's initializations, chosen by name, or any config.
 
-    By name, with PEFT's default settings, only corda in its knowledge-preserving mode:
+    By name, with PEFT's default settings except that corda runs in its knowledge-preserving mode:
 
     - pissa: the largest singular components (Meng et al. 2024, arXiv 2404.02948);
     - olora: the first columns of Q and rows of R of W = Q R (Buyukakyuz 2024, arXiv 2406.01775);
@@ -75,12 +75,12 @@ class PeftMethod(Method):
 
     Attributes:
         config: a name from ``lora_lens.adapters.PEFT_STARTS``, or a ``PeftConfig`` without target_modules.
-        rank: with a name; a config has its own.
+        rank: of each layer's B A, at least 1; only with a name, since a config has its own.
 
     Raises:
-        ValueError: another name, a rank below 1, or an odd one for orthogonal; a config that names its own
-            targets or is of a kind that trains no weights of layers.
-        TypeError: neither a name nor a config, or a rank beside a config.
+        ValueError: there is no start of this name, the rank is below 1 or, for orthogonal, odd; the config
+            names its own targets or trains no weights of layers; or there is a rank beside a config.
+        TypeError: ``config`` is neither a name nor a config, or the rank is no whole number.
 
     Example:
         >>> import lora_lens as ll

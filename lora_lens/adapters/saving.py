@@ -41,30 +41,42 @@ from lora_lens.spectrum.adaptable_layers import weight_matrix
 
 
 def save(adapted: nn.Module, folder: str | Path) -> None:
-    """Keep an adapter as it is, to go on with :func:`load`: also before training, as the window's file.
+    """Write an adapter as it is, for :func:`load`, which continues from there; before training, too.
 
-    Next to PEFT's files it keeps the factors that the adapter started from, so that :func:`load`
+    Beside PEFT's files it writes the factors that the adapter started from, so that :func:`load`
     forms the same residual without factorizing anything. For people without lora_lens, see
     :func:`export` and :func:`export_residual`.
 
-    Nothing of others is lost: in ``folder`` only files are replaced or removed that lora_lens wrote and
-    nobody changed since, by the list of names and hashes in lora_lens.json (folders of earlier versions have
-    no list: there by name). All else stays untouched, and a file in the way of a new one is refused before
-    anything is written. Until all new files are complete on the disk the old ones count, and then, in one
-    step, the new ones do: after a full disk or a kill at any moment :func:`load` reads either all the old
-    or all the new files. PEFT, in the milliseconds after that step or after a kill in them, may find no
-    adapter; the next :func:`load` or :func:`save` puts that right. Processes that save to one folder at the
-    same time wait for each other.
+    Files of other programs are safe: in ``folder`` only files are replaced or removed that lora_lens wrote
+    and that were not changed since, by the list of names and hashes in lora_lens.json (folders of earlier
+    versions have no list: there by name). Everything else stays as it is, and if one of those files has the
+    name of a new one, an error is raised before anything is written. The old files stay valid until all new
+    ones are complete on the disk, and then one step switches to these: after a full disk or a kill at any
+    moment :func:`load` reads either all the old or all the new files. PEFT itself may find no adapter in the
+    milliseconds after that step, or after a kill in them; the next :func:`load` or :func:`save` repairs
+    that. Processes that save to one folder at the same time wait for each other.
 
     Args:
         adapted: from :func:`lora_lens.attach`, trained or not.
         folder: a new or empty folder, or one that lora_lens wrote.
 
     Raises:
-        ValueError: ``adapted`` is none of attach's or merged; the folder holds something else, or a file in
-            the way.
+        ValueError: ``adapted`` does not come from :func:`lora_lens.attach`, or is merged; the folder holds
+            something else, or another program's file with the name of a new one.
         TypeError: ``folder`` is no path.
         OSError: the folder cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> adapted = ll.attach(model, ll.Window.first(2))
+        >>> with TemporaryDirectory() as folder:
+        ...     ll.save(adapted, folder)
+        ...     again = ll.load(model, folder)
+        >>> ll.function_error(again, adapted, torch.randn(5, 8))
+        0.0
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
@@ -90,26 +102,38 @@ def load(
     checkpoint: str | Path | None = None,
     inplace: bool = False,
 ) -> PeftModel:
-    """Put an adapter from :func:`save` or :func:`export` on its pretrained model, if it is that.
+    """Attach an adapter from :func:`save` or :func:`export` to the pretrained model that it was made for.
 
     Args:
         model: the pretrained model, or for the adapter of :func:`export_residual` its residual base.
-        folder: what lora_lens wrote.
+        folder: a folder that lora_lens wrote.
         checkpoint: a folder that PEFT or a trainer wrote during training (with
             adapter_model.safetensors), or that file, whose factors replace those of ``folder``. Embeddings
             that PEFT put there, because they were resized, must be those of ``model``.
         inplace: adapt ``model`` itself instead of a copy.
 
     Returns:
-        A model as :func:`lora_lens.attach` returns it, ready to be trained on.
+        A model as :func:`lora_lens.attach` returns it, ready for further training.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such folder, it is damaged or not lora_lens's, or
-            a weight of the model is not the one that the adapter was made for; then nothing was changed.
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder is damaged or lora_lens did not write it, or a weight of the model is not the
+            one that the adapter was made for; nothing is changed then.
         TypeError: an argument is of another type.
 
     Warns:
         UserWarning: another program changed PEFT's files since, or a later PEFT wrote them.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> with TemporaryDirectory() as folder:
+        ...     ll.save(ll.attach(model, ll.Window.first(2)), folder)
+        ...     adapted = ll.load(model, folder)
+        >>> ll.summary(adapted)["rank"].tolist()
+        [2, 2]
     """
     model = inner_model(instance(model, nn.Module, "model", "the pretrained model"))
     inplace = flag(inplace, "inplace")
