@@ -41,7 +41,7 @@ def require_sweep(value: object) -> None:
 
 
 class Kept:
-    """A table of runs, and what was kept of each; :class:`Sweep` and its kin.
+    """A table of runs, and what was kept of each: the base class of :class:`Sweep` and its like.
 
     Attributes:
         table: one row per run (of a sequence of tasks several), those that failed with their reason.
@@ -133,10 +133,12 @@ class Sweep(Kept):
 
     Plots, explorers and reports take a sweep where they take its table.
 
-    >>> import lora_lens as ll
-    >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
-    >>> sweep.only("position == 0.5 and lr == 0.005").table["forgetting"].mean() < 0.2
-    True
+    Example:
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> middle = sweep.only("position == 0.5 and lr == 0.005")
+        >>> len(middle), middle.curves()["step"].unique().tolist()  # runs, and when they were evaluated
+        (5, [0, 30, 60, 90, 120])
     """
 
     @classmethod
@@ -264,13 +266,13 @@ class Sweep(Kept):
         return at_own_best_rate(self.table)
 
     def report(self, path: str | Path, **options: object) -> Path:
-        """All of it on one page; as :func:`lora_lens.reports.report`."""
+        """A report on the sweep, on one page; as :func:`lora_lens.reports.report`."""
         from lora_lens.reports.sweep_report import report
 
         return report(self, path, **options)
 
     def explore(self, **options: object) -> VBox:
-        """The explorer of its trade-offs; as :func:`lora_lens.widgets.tradeoff_explorer`."""
+        """The explorer of the sweep's trade-offs; as :func:`lora_lens.widgets.tradeoff_explorer`."""
         from lora_lens.widgets.trade_off import tradeoff_explorer
 
         return tradeoff_explorer(self, **options)

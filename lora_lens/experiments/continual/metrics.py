@@ -1,4 +1,4 @@
-"""What a sequence of tasks left behind: accuracy, forgetting and transfer, from the matrix of accuracies.
+"""How well a sequence of tasks was learnt: accuracy, forgetting and transfer, from the matrix of accuracies.
 
 R (T, T) holds the accuracy R[i, j] on the task in place j after i + 1 tasks, all counted from 0, as in
 Lopez-Paz and Ranzato 2017, "Gradient episodic memory for continual learning", arXiv 1706.08840, section 2.
@@ -40,8 +40,17 @@ def average_accuracy(accuracies: ArrayLike) -> float:
 
     Lopez-Paz and Ranzato 2017, arXiv 1706.08840, equation 2.
 
+    Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
+
     Raises:
         ValueError: ``accuracies`` is not square or holds no shares.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> round(ll.experiments.continual.average_accuracy(accuracies), 2)
+        0.73
     """
     return float(_matrix(accuracies)[-1].mean())
 
@@ -53,8 +62,17 @@ def learning_accuracy(accuracies: ArrayLike) -> float:
     interference", arXiv 1810.11910 (LA). It equals the average accuracy minus (T - 1) / T times the
     backward transfer.
 
+    Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
+
     Raises:
         ValueError: as :func:`average_accuracy`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> round(ll.experiments.continual.learning_accuracy(accuracies), 2)
+        0.87
     """
     return float(_matrix(accuracies).diagonal().mean())
 
@@ -65,8 +83,17 @@ def backward_transfer(accuracies: ArrayLike) -> float:
     Lopez-Paz and Ranzato 2017, arXiv 1706.08840, equation 3. Negative = forgot; NaN for one task. The
     authors' published code also counts the last task, as 0, so its numbers are (T - 1) / T of these.
 
+    Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
+
     Raises:
         ValueError: as :func:`average_accuracy`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> round(ll.experiments.continual.backward_transfer(accuracies), 2)
+        -0.2
     """
     accuracies = _matrix(accuracies)
     return _mean((accuracies[-1] - accuracies.diagonal())[:-1])
@@ -81,10 +108,17 @@ def forward_transfer(accuracies: ArrayLike, before: ArrayLike) -> float:
     :func:`backward_transfer`.
 
     Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
         before: (T,) accuracies before any training, by place.
 
     Raises:
         ValueError: as :func:`average_accuracy`, or ``before`` has another length.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> round(ll.experiments.continual.forward_transfer(accuracies, before=[0.1, 0.1, 0.1]), 2)
+        0.05
     """
     accuracies = _matrix(accuracies)
     before = _by_place("before", before, accuracies)
@@ -100,8 +134,17 @@ def average_forgetting(accuracies: ArrayLike) -> float:
     rather than from the best. NaN for one task. Missing accuracies of a task that had not been trained yet
     (l < j) are left out of the maximum.
 
+    Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
+
     Raises:
         ValueError: as :func:`average_accuracy`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> round(ll.experiments.continual.average_forgetting(accuracies), 2)
+        0.2
     """
     return float(forgetting_curve(accuracies)[-1])
 
@@ -111,8 +154,17 @@ def forgetting_curve(accuracies: ArrayLike) -> np.ndarray:
 
     F_k of Chaudhry et al. 2018, arXiv 1801.10112, for k = 1 to T, see :func:`average_forgetting`.
 
+    Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
+
     Raises:
         ValueError: as :func:`average_accuracy`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> ll.experiments.continual.forgetting_curve(accuracies).round(2)
+        array([nan, 0.2, 0.2])
     """
     accuracies = _matrix(accuracies)
     not_yet = np.triu(np.ones(accuracies.shape, bool), 1)
@@ -127,8 +179,17 @@ def accuracy_curve(accuracies: ArrayLike) -> np.ndarray:
     A_k of Chaudhry et al. 2018, arXiv 1801.10112, for k = 1 to T. Its mean over k is the average
     incremental accuracy of Rebuffi et al. 2017, "iCaRL", arXiv 1611.07725, where tasks are equally large.
 
+    Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
+
     Raises:
         ValueError: as :func:`average_accuracy`.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> ll.experiments.continual.accuracy_curve(accuracies).round(2)
+        array([0.9 , 0.75, 0.73])
     """
     return np.array([row[: i + 1].mean() for i, row in enumerate(_matrix(accuracies))])
 
@@ -142,10 +203,17 @@ def intransigence(accuracies: ArrayLike, reference: ArrayLike) -> float:
     on the data of that task and all before it. A cheaper one is a model trained on that task alone.
 
     Args:
+        accuracies: R (T, T), after each task and by place, shares in [0, 1].
         reference: (T,) accuracies of the reference models on each task, by place.
 
     Raises:
         ValueError: as :func:`average_accuracy`, or ``reference`` has another length.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> accuracies = [[0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.6, 0.7, 0.9]]  # R, by tasks trained and place
+        >>> round(ll.experiments.continual.intransigence(accuracies, reference=[0.9, 0.9, 0.9]), 2)
+        0.03
     """
     accuracies = _matrix(accuracies)
     return float((_by_place("reference", reference, accuracies) - accuracies.diagonal()).mean())
@@ -159,8 +227,17 @@ def accuracy_matrix(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
             ``table[table["run"] == run]``.
 
     Raises:
-        ValueError: the rows of several runs or of none, a column is missing, or the run has not exactly one
-            row for every number of tasks trained and every task.
+        ValueError: the rows are those of several runs or of none, a column is missing, or the run has not
+            exactly one row for every number of tasks trained and every task.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> import pandas as pd
+        >>> rows = [(0, 0, 0.1), (0, 1, 0.1), (1, 0, 0.9), (1, 1, 0.2), (2, 0, 0.6), (2, 1, 0.8)]
+        >>> table = pd.DataFrame(rows, columns=["after", "place", "accuracy"]).assign(run="a")
+        >>> accuracies, before = ll.experiments.continual.accuracy_matrix(table)
+        >>> accuracies.tolist(), before.tolist()
+        ([[0.9, 0.2], [0.6, 0.8]], [0.1, 0.1])
     """
     table = checked(table, ["run", "after", "place", "accuracy"], source="ll.experiments.continual_sweep")
     if table["run"].nunique() != 1:
@@ -181,7 +258,7 @@ def accuracy_matrix(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def continual_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """What each sequence of tasks learnt, forgot and transferred.
+    """How much each sequence of tasks learnt, forgot and transferred.
 
     The intransigence compares with the run of the strategy "separate" (each task trained alone, from the
     pretrained model) of the same method, rank, position, start (and variant), setting, learning rate, order
@@ -203,7 +280,14 @@ def continual_scores(table: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, there are no runs, a run is incomplete (see :func:`accuracy_matrix`),
-            or two separate runs are alike in all that a reference is found by.
+            or two separate runs could both be the reference of one run.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/texts.jsonl.xz")
+        >>> scores = ll.experiments.continual.continual_scores(sweep.only("seed == 0").table)
+        >>> {"strategy", "order", "average_accuracy", "retained_forgetting"} <= set(scores)
+        True
     """
     alike = ["setting", "lr", "order", "seed"]
     table = checked(
@@ -224,7 +308,7 @@ def continual_scores(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def score_means(scores: pd.DataFrame) -> pd.DataFrame:
-    """What a strategy and method learnt and forgot on average over orders and seeds.
+    """The scores of each strategy and method, on average over orders and seeds.
 
     Intervals are those of :func:`lora_lens.forgetting.bootstrap_interval` and take every run as a sample of
     its own. Runs of one order share that order, so with few orders they are too narrow for other orders. A
@@ -241,6 +325,14 @@ def score_means(scores: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         ValueError: a column is missing, there are no runs, or two of a row share order and seed.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/texts.jsonl.xz")
+        >>> means = ll.experiments.continual.score_means(sweep.only("strategy == 'joint'").scores())
+        >>> means[["strategy", "method", "rank", "runs", "orders", "seeds"]]
+          strategy method  rank  runs  orders  seeds
+        0    joint   LoRA     8     9       3      3
     """
     columns = ["strategy", *WINDOW, "setting", "lr", "order", "seed", "diverged", *SCORES]
     scores = checked(scores, columns, "the table of scores", "ll.experiments.continual.continual_scores")
