@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -13,17 +14,16 @@ from lora_lens._base.naming import Targets
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.injection import (
     attached,
-    matrices_of,
     planned_layers,
     require_at_hand,
-    require_same,
     taken_off,
     tensors_by_name,
 )
 from lora_lens.adapters.methods import MethodLike, as_method
+from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix
+from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_of
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.task import Task
 
@@ -98,6 +98,7 @@ def attach(
         >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)  # 2 * (8 + 6) + 2 * (6 + 4)
         48
     """
+    variant = Variant() if variant is None else variant
     request = Request(model, targets, alpha, spectra, variant, modules_to_save, inplace, seed, task, retain)
     method = as_method(method)
     return method.attach(request, method.plan(request))
@@ -111,11 +112,12 @@ def planned(
     alpha: float | None = None,
     spectra: SpectrumSet | None = None,
     variant: Variant | None = None,
-) -> Mapping[str, object]:
+) -> Mapping[str, Any]:
     """What each layer would get, by name, after every check that :func:`attach` can make before its work.
 
     Empty for baselines without adapters. Copies and changes nothing.
     """
+    variant = Variant() if variant is None else variant
     return as_method(method).plan(Request(model, targets, alpha, spectra, variant))
 
 
@@ -155,16 +157,17 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
             weight = found[name]()
             require_same(name, weight, start.digest)
         require_at_hand(name, layers[name])
-        if (now := layers[name].get_base_layer().weight.dtype) != weight.dtype:
+        if (dtype := weight_of(layers[name].get_base_layer()).dtype) != weight.dtype:
             raise InputError(
-                f"{name} was cast from {weight.dtype} to {now} after attach, so what else the model holds "
+                f"{name} was cast from {weight.dtype} to {dtype} after attach, so what else the model holds "
                 "was rounded and is not the pretrained model any more; take that one itself"
             )
     base = taken_off(peft_model)
     for name, start in record.starts.items():
         layer = submodule(base, name)
         if original is None:
-            layer.weight.data = start.weight(name).to(layer.weight.device, copy=True)
+            now = weight_of(layer)
+            now.data = start.weight(name).to(now.device, copy=True)
         else:
             set_weight_matrix(layer, found[name]())
     for name, parameter in tensors_by_name(base, "parameters"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 import torch
@@ -15,9 +15,10 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import block_and_kind
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import call, evaluating
-from lora_lens.adapters.injection import ADAPTER, Start, attached, lora_layers, require_unmerged
+from lora_lens.adapters.injection import Start, attached, lora_layers, require_unmerged
+from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.uncalled import noting_uncalled
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
 from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.readouts import REMEDY, require_batch, taking
 
@@ -134,7 +135,7 @@ def _start_error(layer: LoraLayer, start: Start) -> float:
     if start.original is None:
         return float("nan")
     base = layer.get_base_layer()
-    original = start.original.to(base.weight.device)
+    original = start.original.to(weight_of(base).device)
     original = as_double(original.T if isinstance(base, Conv1D) else original.flatten(1))
     now, b, a = map(as_double, (weight_matrix(base), start.b, start.a))
     effective = torch.addmm(now, b, a, alpha=layer.scaling[ADAPTER])
@@ -147,7 +148,8 @@ def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Te
         output = call(model, inputs)
     if not isinstance(output, Tensor):
         logits = getattr(output, "logits", None)
-        first = next(iter(output.values() if isinstance(output, Mapping) else output), None)
+        several = output.values() if isinstance(output, Mapping) else output
+        first = next(iter(several), None) if isinstance(several, Iterable) else output
         output = first if logits is None else logits
     if not isinstance(output, Tensor):
         raise InputError(

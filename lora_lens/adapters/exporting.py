@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from lora_lens.adapters.injection import (
     adapter_state,
     attached,
     buffers_by_name,
+    lora_config,
     lora_layer,
     lora_layers,
     moved_buffers,
@@ -34,7 +36,7 @@ from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, rank_setting
 from lora_lens.adapters.plain_peft import for_plain_peft
 from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
 from lora_lens.adapters.saving import weight_digests
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
 from lora_lens.spectrum.svd import product_norm, product_svd
 from lora_lens.spectrum.window import validate_rank
 
@@ -86,7 +88,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
         if not torch.isfinite(norm):
             raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
         ranks[name] = len(a)
-        shapes = (layer.lora_B[ADAPTER].weight.shape, layer.lora_A[ADAPTER].weight.shape)
+        shapes = [weight_of(factor[ADAPTER]).shape for factor in (layer.lora_B, layer.lora_A)]
         state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
         state[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(len(a), *shapes[1][1:])
         rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
@@ -96,7 +98,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
             "function differs; use merge_and_unload to keep it all, or train with the norms in eval mode",
             stacklevel=2,
         )
-    old = peft_model.peft_config[ADAPTER]
+    old = lora_config(peft_model)
     settings, state, in_full = for_plain_peft(peft_model, state)
     config = LoraConfig(
         use_dora=old.use_dora,
@@ -173,12 +175,12 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
     now = buffers_by_name(peft_model)
     before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
-    base = taken_off(copied(peft_model, tensors | before))
+    base = taken_off(cast(PeftModel, copied(peft_model, tensors | before)))
     with replaced(folder, BASE_AND_ADAPTER) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()
         _write_base(new / "base", base)
-        write_adapter(new / "adapter", peft_model.peft_config[ADAPTER], state)
+        write_adapter(new / "adapter", lora_config(peft_model), state)
         write_record(new / "adapter", "adapter", record, digests)
         write_about(new, {"format": FORMAT, "kind": BASE_AND_ADAPTER})
 
@@ -190,8 +192,8 @@ def _write_base(folder: Path, base: nn.Module) -> None:
         ties = base.get_expanded_tied_weights_keys(all_submodels=True)  # by its config
         tied = {unwrapped(key) for key in [*ties, *ties.values()]}
         base.save_pretrained(folder, state_dict=_own_memory(state, but=tied))
-    elif hasattr(base, "save_pretrained"):
-        base.save_pretrained(folder)
+    elif callable(save_pretrained := getattr(base, "save_pretrained", None)):
+        save_pretrained(folder)
     else:
         write_tensors(folder / "model.safetensors", _without_aliases(state))
 
@@ -208,7 +210,7 @@ def _own_memory(state: Mapping[str, Tensor], but: Set[str]) -> dict[str, Tensor]
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One name for each tensor, as ``safetensors.torch.load_model`` expects it for tied weights."""
-    first: dict[tuple, str] = {}
+    first: dict[tuple[object, ...], str] = {}
     for key, tensor in state.items():
         first.setdefault((tensor.data_ptr() or key, tensor.shape, tensor.stride(), tensor.dtype), key)
     return {key: state[key] for key in first.values()}

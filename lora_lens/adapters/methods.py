@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -48,11 +48,14 @@ class Method(ABC):
     """
 
     trains_weights: ClassVar[bool] = True
-    sequential: ClassVar[bool] = True
     adapts_in_place: ClassVar[bool] = True
 
+    @property
+    def sequential(self) -> bool:
+        return True
+
     @abstractmethod
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         """What each layer gets, after every check that needs no factorization or training.
 
         Args:
@@ -66,7 +69,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         """The model, or a copy of it, ready for training; it computes the pretrained function.
 
         Args:
@@ -91,10 +94,10 @@ class Components(Method):
     def sequential(self) -> bool:
         return isinstance(self.placement, Placement)
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         return plan_layers(self.placement, request)
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         return attach_factors(self.placement, request, plan)
 
 
@@ -123,7 +126,7 @@ class LoRA(Method):
     def __str__(self) -> str:
         return f"LoRA of rank {self.rank}"
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         variant = request.variant
         if variant.split != "balanced" or variant.train == "A":
             raise InputError(
@@ -131,7 +134,7 @@ class LoRA(Method):
             )
         return plan_layers(self, request)
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         return attach_factors(self, request, plan)
 
 
@@ -148,10 +151,10 @@ class FullFineTuning(Method):
     def __str__(self) -> str:
         return "full fine-tuning"
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         return {}
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         return _whole(request).requires_grad_(True)
 
 
@@ -166,15 +169,18 @@ class LinearProbe(Method):
     """
 
     trains_weights: ClassVar[bool] = False
-    sequential: ClassVar[bool] = False
+
+    @property
+    def sequential(self) -> bool:
+        return False
 
     def __str__(self) -> str:
         return "linear probe"
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         return {}
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         if request.modules_to_save:
             raise InputError("a linear probe trains nothing of the model, so it takes no modules_to_save")
         return _whole(request).requires_grad_(False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -24,20 +25,23 @@ from lora_lens.adapters.injection import (
     attached,
     buffers_by_name,
     inject,
+    lora_config,
     lora_layer,
     lora_layers,
-    matrices_of,
     moved_buffers,
     note_pretrained,
     note_start,
-    require_same,
     require_unadapted,
     require_unmerged,
     set_start,
 )
-from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules, target_settings
+from lora_lens.adapters.peft_names import PREFIX, saved_modules, target_settings
+from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
+
+if TYPE_CHECKING:
+    from lora_lens.adapters.adapted import AdaptedModel
 
 
 def save(adapted: nn.Module, folder: str | Path) -> None:
@@ -86,7 +90,7 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
     with replaced(folder, kind) as new:
         place = new / ON_RESIDUAL if starts else new
         place.mkdir(exist_ok=True)
-        write_adapter(place, peft_model.peft_config[ADAPTER], state)
+        write_adapter(place, lora_config(peft_model), state)
         if starts:
             factors = {f"{name}.{key}": getattr(s, key.lower()) for name, s in starts.items() for key in "AB"}
             write_tensors(new / START, factors)
@@ -142,11 +146,11 @@ def load(
     read = matrices_of(model, list(saved.weights))
     for name, known in saved.weights.items():
         require_same(name, read[name](), known["digest"])
-    names, shapes = list(saved.weights), {name: tuple(read[name]().shape) for name in saved.weights}
+    names, shapes = list(saved.weights), {name: _shape(read[name]()) for name in saved.weights}
     state = _fitting(saved, shapes, model)
     factors = _fitting_start(saved, shapes)
 
-    originals = {name: submodule(model, name).weight for name in names}
+    originals = {name: weight_of(submodule(model, name)) for name in names}
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, originals.values() if factors else [])
     for key, value in target_settings(names, model).items():
@@ -169,11 +173,16 @@ def load(
     return adapted
 
 
-def weight_digests(peft_model: PeftModel, record: Attachment) -> dict[str, str]:
+def weight_digests(peft_model: AdaptedModel, record: Attachment) -> dict[str, str]:
     """Of the pretrained weight of each adapted layer; without a window that is the base's."""
     if record.starts:
         return {name: start.digest for name, start in record.starts.items()}
     return {n: digest_of(weight_matrix(x.get_base_layer())) for n, x in lora_layers(peft_model).items()}
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    rows, columns = matrix.shape
+    return rows, columns
 
 
 def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, Tensor]:

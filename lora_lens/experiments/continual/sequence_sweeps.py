@@ -100,7 +100,7 @@ def continual_sweep(
         (NaN without ``retain``); diverged (such a sequence is not trained further, unless by ``Separate``);
         failed and reason (why, else ""): such a sequence has rows without results, ends no other, and is
         tried again, from its last finished task, by the next call. The accuracy matrix R[i, j] of the
-        literature has after = i + 1 and place = j; see :mod:`lora_lens.experiments.continual.metrics`.
+        literature has after = i + 1 and place = j; see :mod:`lora_lens.experiments.continual.formulas`.
 
     Raises:
         ValueError: fewer than two tasks, an order that is no permutation, another setting, tasks that do not
