@@ -438,9 +438,9 @@ def test_what_is_of_another_kind_is_refused_in_words(wrong, message):
 def test_what_cannot_be_chained_is_refused():
     with pytest.raises(TypeError, match=re.escape("expected a strategy such as Merged(), not <class")):
         learn(Merged)
-    with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning or one of them"):
-        learn(Merged(), PeftMethod("olora", 4))
-    with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning or one of them"):
+    with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning, PEFT's"):
+        learn(Merged(), PeftMethod("eva", 4))
+    with pytest.raises(TypeError, match="is learnt by windows, LoRA, FullFineTuning, PEFT's"):
         learn(Merged(), ll.LinearProbe())
     with pytest.raises(TypeError, match="Moving moves a window with a position, not"):
         learn(Moving(), LORA)
