@@ -16,8 +16,8 @@ from lora_lens.adapters.injection import (
     attached,
     planned_layers,
     require_at_hand,
-    taken_off,
     tensors_by_name,
+    without_peft,
 )
 from lora_lens.adapters.methods import MethodLike, as_method
 from lora_lens.adapters.pretrained import matrices_of, require_same
@@ -162,7 +162,7 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
                 f"{name} was cast from {weight.dtype} to {dtype} after attach, so what else the model holds "
                 "was rounded and is not the pretrained model any more; take that one itself"
             )
-    base = taken_off(peft_model)
+    base = without_peft(peft_model)
     for name, start in record.starts.items():
         layer = submodule(base, name)
         if original is None:

@@ -28,9 +28,9 @@ from lora_lens.adapters.injection import (
     lora_layers,
     moved_buffers,
     require_unmerged,
-    taken_off,
     trained_update,
     whole_modules,
+    without_peft,
 )
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, rank_settings
 from lora_lens.adapters.plain_peft import for_plain_peft
@@ -175,7 +175,7 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
     now = buffers_by_name(peft_model)
     before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
-    base = taken_off(cast(PeftModel, copied(peft_model, tensors | before)))
+    base = without_peft(cast(PeftModel, copied(peft_model, tensors | before)))
     with replaced(folder, BASE_AND_ADAPTER) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()

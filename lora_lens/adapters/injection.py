@@ -348,7 +348,7 @@ def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
     return dict(tensors_by_name(base_of(peft_model), "buffers"))
 
 
-def taken_off(peft_model: PeftModel) -> nn.Module:
+def without_peft(peft_model: PeftModel) -> nn.Module:
     """The base model without PEFT's modules, but with its own where PEFT trained copies; uses it up."""
     base = base_of(peft_model)
     kinds = (LoraLayer, ModulesToSaveWrapper)

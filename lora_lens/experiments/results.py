@@ -16,7 +16,7 @@ from lora_lens._base.naming import counted, listed
 from lora_lens._base.validate import instance, share
 from lora_lens.experiments.advisor import Advice, advise_from
 from lora_lens.experiments.columns import columns_of, read_columns, records_in, rows_of
-from lora_lens.experiments.records import require_runs, row_of, told_apart
+from lora_lens.experiments.records import require_runs, row_of, with_distinct_names
 from lora_lens.experiments.store import experiment
 from lora_lens.forgetting.aggregate import seed_means
 from lora_lens.forgetting.fair_comparison import (
@@ -144,7 +144,7 @@ class Sweep(Kept):
     @classmethod
     def of(cls, records: list[dict], experiment: Mapping, path: Path | None = None) -> Self:
         """From the records of its runs, in their order."""
-        table = pd.DataFrame([row_of(record) for record in told_apart(records)])
+        table = pd.DataFrame([row_of(record) for record in with_distinct_names(records)])
         return cls(table, columns_of(records), experiment, path)
 
     @classmethod
@@ -154,7 +154,7 @@ class Sweep(Kept):
             raise InputError(
                 f"{path} holds sequences of tasks; open them with ll.experiments.ContinualSweep.open"
             )
-        table = pd.DataFrame([row_of(record) for record in told_apart(records)])
+        table = pd.DataFrame([row_of(record) for record in with_distinct_names(records)])
         if table.empty:
             raise InputError(f"{path} holds no finished runs")
         return table.sort_values(ORDER, kind="stable", ignore_index=True)
@@ -311,5 +311,5 @@ class Sweep(Kept):
         shown = means[[c for c in SHOWN if means[c].notna().any()]].assign(**scores, seeds=means["seeds"])
         table = shown.head(MOST_SHOWN).to_html(index=False, float_format="{:g}".format, na_rep="", border=0)
         more = f"<p>and {len(means) - MOST_SHOWN} more</p>" if len(means) > MOST_SHOWN else ""
-        told = f"<p>At learning rate {rate:g}, where most is learnt, means over seeds:</p>"
-        return f"<p>{escape(repr(self))}</p>{picture}{told}{table}{more}"
+        caption = f"<p>At learning rate {rate:g}, where most is learnt, means over seeds:</p>"
+        return f"<p>{escape(repr(self))}</p>{picture}{caption}{table}{more}"

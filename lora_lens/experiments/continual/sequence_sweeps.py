@@ -30,7 +30,7 @@ from lora_lens.experiments.continual.sequence_training import Sequential, checkp
 from lora_lens.experiments.continual.strategies import Moving, Strategy
 from lora_lens.experiments.engines import checked_jobs, run_missing
 from lora_lens.experiments.identity import ANSWERS, model_identity, sample_loss
-from lora_lens.experiments.records import told_apart
+from lora_lens.experiments.records import with_distinct_names
 from lora_lens.experiments.results import MOST_SHOWN, Kept
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.experiments.sweeps import A_TASK, Grid, require_shared, shared_training
@@ -319,7 +319,7 @@ def _table(records: Iterable[dict], columns: pa.Table) -> pd.DataFrame:
             "failed": "failed" in record,
             "reason": record.get("failed", ""),
         }
-        for record in told_apart(records)
+        for record in with_distinct_names(records)
     ]
     together = pd.DataFrame(about).merge(rows_of(columns, "rows"), on="run")
     for name in ("rank", "position", "start", "alpha"):

@@ -99,8 +99,8 @@ class EWC(Regularizer):
                 with autocast(next(model.parameters()).device, config.precision):
                     logits, _ = ask(readout, model, task.train, row[None])
                 logs = logits.float().log_softmax(-1)
-                drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-                log_likelihood = logs.gather(-1, drawn).sum()  # of the example: all of its tokens
+                sampled = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+                log_likelihood = logs.gather(-1, sampled).sum()  # of the example: all of its tokens
                 gradients = torch.autograd.grad(
                     log_likelihood, list(parameters.values()), materialize_grads=True
                 )
