@@ -55,7 +55,7 @@ def run_name(settings: Mapping[str, object], exact_parts: Mapping[str, object] |
 
 
 def named_record(settings: Mapping[str, object], exact_parts: Mapping[str, object]) -> dict[str, object]:
-    """The beginning of a run's record: its name, its settings, and exactly what the settings only describe."""
+    """The beginning of a run's record: its name, its settings, and exactly what these only describe."""
     record = {"run": run_name(settings, exact_parts), "settings": dict(settings)}
     return record | ({"exact": dict(exact_parts)} if exact_parts else {})
 
