@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType
@@ -81,7 +82,7 @@ class Saved:
 
     method: str
     variant: Variant
-    weights: dict[str, dict]
+    weights: dict[str, dict[str, Any]]
     config: LoraConfig
     state: dict[str, Tensor]
     factors: dict[str, Tensor] | None
@@ -90,15 +91,15 @@ class Saved:
 
     def rank(self, name: str) -> int:
         """Of the adapter of this layer."""
-        ranks = self.config.rank_pattern
-        return ranks.get(get_pattern_key(ranks, name), self.config.r)
+        ranks: dict[str, int] = self.config.rank_pattern or {}
+        return ranks.get(get_pattern_key(list(ranks), name), self.config.r)
 
 
 def write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
     """PEFT's two files."""
     config = copy.deepcopy(config)
     config.inference_mode = True
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     write_tensors(folder / WEIGHTS, state)
 
 
@@ -165,7 +166,7 @@ def read_saved(folder: str | Path, checkpoint: str | Path | None) -> Saved:
     return Saved(about["method"], about["variant"], about["weights"], config, state, factors, buffers, where)
 
 
-def _about(path: Path, folder: Path) -> dict:
+def _about(path: Path, folder: Path) -> dict[str, Any]:
     """The content of lora_lens.json, each field of the type that it must have, the variant as a Variant."""
     if not path.is_file():
         raise MissingFileError(
@@ -259,7 +260,7 @@ def _config(path: Path, folder: Path) -> LoraConfig:
     return LoraConfig(**kept)
 
 
-def _checked_settings(kept: dict[str, object]) -> dict[str, object]:
+def _checked_settings(kept: dict[str, Any]) -> dict[str, Any]:
     whole_number(kept["r"], "r", least=1)
     number(kept["lora_alpha"], "lora_alpha", above=0)
     number(kept["lora_dropout"], "lora_dropout", least=0, below=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -13,17 +14,16 @@ from lora_lens._base.naming import Targets
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.injection import (
     attached,
-    matrices_of,
     planned_layers,
     require_at_hand,
-    require_same,
-    taken_off,
     tensors_by_name,
+    without_peft,
 )
 from lora_lens.adapters.methods import MethodLike, as_method
+from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix
+from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_of
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.task import Task
 
@@ -42,20 +42,21 @@ def attach(
     task: Task | None = None,
     retain: Task | None = None,
 ) -> PeftModel | nn.Module:
-    """Make ``method`` the trainable part of ``model``, leaving its function as it is.
+    """Make ``method`` the trainable part of ``model`` without changing the function that it computes.
 
     For a :class:`Window` or another placement, with W = U S V^T and scaling = alpha / rank, every
     target weight gets a PEFT adapter with B = U_w (S_w / scaling)^(1/2) and
-    A = (S_w / scaling)^(1/2) V_w^T over the frozen residual W - scaling B A.
+    A = (S_w / scaling)^(1/2) V_w^T over the frozen residual W - scaling B A; for the first window this is
+    PiSSA (Meng et al. 2024, arXiv 2404.02948), for the last MiLoRA (Wang et al. 2024, arXiv 2406.09044).
     The residual is formed from the factors as they are stored, in float32 or
     more, so base plus adapter equals W up to rounding in the base's dtype;
     :func:`function_error` and :func:`summary` measure it.
 
-    Exactly the planned layers are adapted. What is refused leaves ``model`` as it was, in place, too.
+    Exactly the planned layers are adapted. If anything is refused, ``model`` stays as it was, in place, too.
 
     Args:
-        model: the pretrained model, with linear layers, GPT-2's ``Conv1D`` or convolutions. What wraps the
-            whole of it (``torch.compile``, DDP) is taken off: compile or distribute the result. Wrappers of
+        model: the pretrained model, with linear layers, GPT-2's ``Conv1D`` or convolutions. A wrapper around
+            the whole model (``torch.compile``, DDP) is removed: compile or distribute the result. Wrappers of
             blocks stay, and names of layers are those without them.
         method: a window or another placement; a mapping of target patterns to placements (see
             :class:`lora_lens.spectrum.ByLayer`); or a baseline: LoRA, LinearProbe, FullFineTuning, or one of
@@ -71,7 +72,7 @@ def attach(
         inplace: adapt ``model`` itself instead of a copy. Without it the copy shares what it can, and
             keeps the pretrained weights in memory for :func:`detach`.
         seed: of what is random in the start, such as ordinary LoRA's A, and of the choice of examples.
-        task: the new task, for those of PEFT's starts that look at it.
+        task: the new task, for those of PEFT's starts that are computed from its examples.
         retain: the retained task, likewise.
 
     Returns:
@@ -81,13 +82,23 @@ def attach(
         ValueError: a placement or rank does not fit a weight, the targets match
             nothing or something that cannot be adapted, a weight is not finite, the model is
             adapted already, ``spectra`` are another model's or lack a layer, PEFT refuses a layer, or a task
-            that the method looks at is missing.
+            that the method needs is missing.
         TypeError: an argument is of another type than above.
 
     Warns:
         UserWarning: dropout over a window; a window of zeros, which never learns; a group of targets, or the
-            default, leaves out layers that the model does not only call, or that are smaller than the rank.
+            default, leaves out layers whose weight the model also reads without calling the layer, or that
+            are smaller than the rank.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> adapted = ll.attach(model, ll.Window.first(2))
+        >>> sum(p.numel() for p in adapted.parameters() if p.requires_grad)  # 2 * (8 + 6) + 2 * (6 + 4)
+        48
     """
+    variant = Variant() if variant is None else variant
     request = Request(model, targets, alpha, spectra, variant, modules_to_save, inplace, seed, task, retain)
     method = as_method(method)
     return method.attach(request, method.plan(request))
@@ -101,29 +112,39 @@ def planned(
     alpha: float | None = None,
     spectra: SpectrumSet | None = None,
     variant: Variant | None = None,
-) -> Mapping[str, object]:
+) -> Mapping[str, Any]:
     """What each layer would get, by name, after every check that :func:`attach` can make before its work.
 
     Empty for baselines without adapters. Copies and changes nothing.
     """
+    variant = Variant() if variant is None else variant
     return as_method(method).plan(Request(model, targets, alpha, spectra, variant))
 
 
 def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -> nn.Module:
-    """Take the adapter off and put the pretrained weights back, bit for bit.
+    """Remove the adapter and restore the pretrained weights, bit for bit.
 
     Args:
-        adapted: from :func:`attach`, trained or not, possibly compiled or wrapped; it is used up.
+        adapted: from :func:`attach`, trained or not, possibly compiled or wrapped; it cannot be used any
+            more.
         original: the pretrained model or its file; needed if the model was adapted in place, or if
             the pretrained model was trained meanwhile.
 
     Returns:
-        The pretrained model without PEFT, its parameters requiring gradients as before. What was
-        trained is dropped: use PEFT's ``merge_and_unload`` to keep it in the weights.
+        The pretrained model without PEFT, its parameters requiring gradients as before. The
+        trained update is discarded: use PEFT's ``merge_and_unload`` to keep it in the weights.
 
     Raises:
-        ValueError: ``adapted`` is none of attach's, the pretrained weights are not at hand, or
-            ``original`` is another model; then nothing was changed.
+        ValueError: ``adapted`` does not come from :func:`attach`, the pretrained weights are not available,
+            or ``original`` is another model; nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> again = ll.detach(ll.attach(model, ll.Window.first(2)))
+        >>> torch.equal(again[0].weight, model[0].weight)
+        True
     """
     peft_model, record = attached(adapted)
     prefix = getattr(peft_model.get_base_model(), "base_model_prefix", "")
@@ -136,16 +157,17 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
             weight = found[name]()
             require_same(name, weight, start.digest)
         require_at_hand(name, layers[name])
-        if (now := layers[name].get_base_layer().weight.dtype) != weight.dtype:
+        if (dtype := weight_of(layers[name].get_base_layer()).dtype) != weight.dtype:
             raise InputError(
-                f"{name} was cast from {weight.dtype} to {now} after attach, so what else the model holds "
+                f"{name} was cast from {weight.dtype} to {dtype} after attach, so what else the model holds "
                 "was rounded and is not the pretrained model any more; take that one itself"
             )
-    base = taken_off(peft_model)
+    base = without_peft(peft_model)
     for name, start in record.starts.items():
         layer = submodule(base, name)
         if original is None:
-            layer.weight.data = start.weight(name).to(layer.weight.device, copy=True)
+            now = weight_of(layer)
+            now.data = start.weight(name).to(now.device, copy=True)
         else:
             set_weight_matrix(layer, found[name]())
     for name, parameter in tensors_by_name(base, "parameters"):

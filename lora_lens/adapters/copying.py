@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError
 
 
-def copy_around(model: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+def copy_around(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
     """A deep copy of all but the values of ``shared``."""
     # data instead of detach(): changes of the copy must not count as changes of the original.
     return copied(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in shared})

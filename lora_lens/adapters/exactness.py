@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 import torch
@@ -15,25 +15,39 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import block_and_kind
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import call, evaluating
-from lora_lens.adapters.injection import ADAPTER, Start, attached, lora_layers, require_unmerged
+from lora_lens.adapters.injection import Start, attached, lora_layers, require_unmerged
+from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.uncalled import noting_uncalled
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
 from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.readouts import REMEDY, require_batch, taking
 
 
 def summary(adapted: nn.Module) -> pd.DataFrame:
-    """What is adapted, and how exactly: one row per layer.
+    """Which layers are adapted, and how exactly.
 
-    Columns: layer, kind, rank, first and last (the lowest and highest component; missing for
-    ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that these components hold, in
-    [0, 1]; NaN where the adapter took its start from the weight, but not from components), scaling,
-    base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
-    ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
-    weight was not kept (inplace=True).
+    Args:
+        adapted: from :func:`attach`, trained or not.
+
+    Returns:
+        One row per layer. Columns: layer, kind, rank, first and last (the lowest and highest component,
+        counted from 0; missing for ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that
+        these components hold, in [0, 1]; NaN where the adapter took its start from the weight, but not from
+        components), scaling, base_dtype, adapter_dtype, and start_error: the relative error of the weight at
+        the start, ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
+        weight was not kept (inplace=True).
 
     Raises:
         ValueError: ``adapted`` does not come from :func:`attach`, or is merged.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> ll.summary(ll.attach(model, ll.Window.middle(2)))[["layer", "rank", "first", "last", "scaling"]]
+          layer  rank  first  last  scaling
+        0     0     2      2     3      1.0
+        1     2     2      1     2      1.0
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
@@ -66,18 +80,29 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
     promises to keep at the rounding level of the base's dtype.
 
     Args:
-        adapted, model: the two models, on the inputs' device.
+        adapted: the adapted model, on the device of the inputs.
+        model: the pretrained model, on the same device.
         inputs: a batch, or a mapping of keyword arguments such as a tokenizer gives. Of outputs with
             several tensors the first counts, which is the logits where the model has them. Outputs
             at positions that an ``attention_mask`` among the inputs masks are left out.
 
+    Returns:
+        A share of the largest output; 0 for equal outputs, infinite where ``model`` gives nothing but zeros.
+
     Raises:
         ValueError: the models do not take the inputs, or there are none; the outputs are no tensors, or of
             different shapes.
-        TypeError: no models, or inputs of another type.
+        TypeError: ``adapted`` or ``model`` is no model, or the inputs are of another type.
 
     Warns:
         UserWarning: adapted layers that were not called although the module that holds them ran.
+
+    Example:
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> ll.function_error(ll.attach(model, ll.Window.first(2)), model, torch.randn(5, 8)) < 1e-5
+        True
     """
     for model_name, each in (("adapted", adapted), ("model", model)):
         validate.instance(each, nn.Module, model_name, "a model")
@@ -110,7 +135,7 @@ def _start_error(layer: LoraLayer, start: Start) -> float:
     if start.original is None:
         return float("nan")
     base = layer.get_base_layer()
-    original = start.original.to(base.weight.device)
+    original = start.original.to(weight_of(base).device)
     original = as_double(original.T if isinstance(base, Conv1D) else original.flatten(1))
     now, b, a = map(as_double, (weight_matrix(base), start.b, start.a))
     effective = torch.addmm(now, b, a, alpha=layer.scaling[ADAPTER])
@@ -123,7 +148,8 @@ def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Te
         output = call(model, inputs)
     if not isinstance(output, Tensor):
         logits = getattr(output, "logits", None)
-        first = next(iter(output.values() if isinstance(output, Mapping) else output), None)
+        several = output.values() if isinstance(output, Mapping) else output
+        first = next(iter(several), None) if isinstance(several, Iterable) else output
         output = first if logits is None else logits
     if not isinstance(output, Tensor):
         raise InputError(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,25 +23,26 @@ from lora_lens.adapters.injection import (
     adapter_state,
     attached,
     buffers_by_name,
+    lora_config,
     lora_layer,
     lora_layers,
     moved_buffers,
     require_unmerged,
-    taken_off,
     trained_update,
     whole_modules,
+    without_peft,
 )
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, rank_settings
 from lora_lens.adapters.plain_peft import for_plain_peft
 from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
 from lora_lens.adapters.saving import weight_digests
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
 from lora_lens.spectrum.svd import product_norm, product_svd
 from lora_lens.spectrum.window import validate_rank
 
 
 def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
-    """Write an ordinary LoRA (or DoRA) for the untouched pretrained model; any PEFT loads it.
+    """Write an ordinary LoRA (or DoRA) for the unchanged pretrained model; PEFT alone can load it.
 
     The trained function is W - scaling B_0 A_0 + scaling B A. Seen from W the update has rank 2r:
     scaling (B A - B_0 A_0) = scaling [B - B_0, B_0] [A; A - A_0], and rank r if one of the factors
@@ -49,18 +51,32 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
     Args:
         adapted: from :func:`lora_lens.attach`.
         folder: as for :func:`save`.
-        rank: None for the exact update; otherwise the largest rank to write.
+        rank: the largest rank to write, at least 1; default None, the exact update.
 
     Returns:
         One row per layer: layer, rank (as written), update (Frobenius norm of the whole update),
         lost (share of its squared Frobenius norm that truncation left out, in [0, 1]).
 
     Raises:
-        ValueError: ``adapted`` is none of attach's, is merged or holds NaN; or as :func:`save`.
+        ValueError: ``adapted`` does not come from :func:`lora_lens.attach`, is merged or holds NaN; or as
+            :func:`save`.
 
     Warns:
-        UserWarning: training moved buffers, such as batch norms' statistics: an adapter has no place
-            for them, so only :func:`load` brings them back, and PEFT does not.
+        UserWarning: training changed buffers, such as batch norms' statistics: an adapter has no place
+            for them, so only :func:`load` restores them, and PEFT does not.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> adapted = ll.attach(model, ll.Window.first(2))
+        >>> with torch.no_grad():  # in place of training
+        ...     _ = adapted.get_parameter("base_model.model.0.lora_B.default.weight").mul_(1.1)
+        >>> with TemporaryDirectory() as folder:
+        ...     written = ll.export(adapted, folder, rank=1)
+        >>> written["rank"].tolist(), (written["lost"] > 0).tolist()  # the second layer was not trained
+        ([1, 1], [True, False])
     """
     most = None if rank is None else validate_rank(rank)
     peft_model, record = attached(adapted)
@@ -72,7 +88,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
         if not torch.isfinite(norm):
             raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
         ranks[name] = len(a)
-        shapes = (layer.lora_B[ADAPTER].weight.shape, layer.lora_A[ADAPTER].weight.shape)
+        shapes = [weight_of(factor[ADAPTER]).shape for factor in (layer.lora_B, layer.lora_A)]
         state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
         state[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(len(a), *shapes[1][1:])
         rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
@@ -82,7 +98,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
             "function differs; use merge_and_unload to keep it all, or train with the norms in eval mode",
             stacklevel=2,
         )
-    old = peft_model.peft_config[ADAPTER]
+    old = lora_config(peft_model)
     settings, state, in_full = for_plain_peft(peft_model, state)
     config = LoraConfig(
         use_dora=old.use_dora,
@@ -107,7 +123,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
 
 
 def export_residual(adapted: nn.Module, folder: str | Path) -> None:
-    """Write the residual model and the adapter as it was before training, for trainers that want both.
+    """Write the residual model and the adapter as it was before training, for trainers that need both.
 
     ``folder/base`` holds the residual model: of a transformers model with its configuration, for
     ``from_pretrained``; of any other model its state in model.safetensors. ``folder/adapter`` holds
@@ -120,7 +136,18 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
         folder: as for :func:`save`.
 
     Raises:
-        ValueError: ``adapted`` holds no window, or as :func:`save`.
+        ValueError: the base of ``adapted`` is no residual, as under ordinary LoRA; or as :func:`save`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> with TemporaryDirectory() as folder:
+        ...     ll.export_residual(ll.attach(model, ll.Window.first(2)), folder)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['adapter', 'base', 'lora_lens.json']
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
@@ -148,12 +175,12 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     tensors = {id(t): t for t in [*peft_model.parameters(), *peft_model.buffers()]}
     now = buffers_by_name(peft_model)
     before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
-    base = taken_off(copied(peft_model, tensors | before))
+    base = without_peft(cast(PeftModel, copied(peft_model, tensors | before)))
     with replaced(folder, BASE_AND_ADAPTER) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()
         _write_base(new / "base", base)
-        write_adapter(new / "adapter", peft_model.peft_config[ADAPTER], state)
+        write_adapter(new / "adapter", lora_config(peft_model), state)
         write_record(new / "adapter", "adapter", record, digests)
         write_about(new, {"format": FORMAT, "kind": BASE_AND_ADAPTER})
 
@@ -165,8 +192,8 @@ def _write_base(folder: Path, base: nn.Module) -> None:
         ties = base.get_expanded_tied_weights_keys(all_submodels=True)  # by its config
         tied = {unwrapped(key) for key in [*ties, *ties.values()]}
         base.save_pretrained(folder, state_dict=_own_memory(state, but=tied))
-    elif hasattr(base, "save_pretrained"):
-        base.save_pretrained(folder)
+    elif callable(save_pretrained := getattr(base, "save_pretrained", None)):
+        save_pretrained(folder)
     else:
         write_tensors(folder / "model.safetensors", _without_aliases(state))
 
@@ -183,7 +210,7 @@ def _own_memory(state: Mapping[str, Tensor], but: Set[str]) -> dict[str, Tensor]
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One name for each tensor, as ``safetensors.torch.load_model`` expects it for tied weights."""
-    first: dict[tuple, str] = {}
+    first: dict[tuple[object, ...], str] = {}
     for key, tensor in state.items():
         first.setdefault((tensor.data_ptr() or key, tensor.shape, tensor.stride(), tensor.dtype), key)
     return {key: state[key] for key in first.values()}

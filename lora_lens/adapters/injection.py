@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lens._base.errors import InputError
-from lora_lens._base.hashing import digest_of
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.adapters.planned_layers import injected
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix
-from lora_lens.spectrum.sources.matrices import weights
+from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix, weight_of
+
+if TYPE_CHECKING:
+    from lora_lens.adapters.adapted import AdaptedLayer, AdaptedModel
 
 AGAIN = "attach again, or undo that"
 
@@ -47,7 +48,7 @@ class Start:
     original: Tensor | None = None
     version: int = 0
 
-    def __deepcopy__(self, memo: dict) -> Start:
+    def __deepcopy__(self, memo: dict[int, object]) -> Start:
         return self
 
     def weight(self, name: str) -> Tensor:
@@ -87,7 +88,7 @@ class Attachment:
     trainable: frozenset[str]
     buffers: Mapping[str, Tensor]
 
-    def __deepcopy__(self, memo: dict) -> Attachment:
+    def __deepcopy__(self, memo: dict[int, object]) -> Attachment:
         return self
 
 
@@ -100,24 +101,27 @@ def require_unadapted(model: nn.Module) -> None:
         )
 
 
-def attached(adapted: nn.Module) -> tuple[PeftModel, Attachment]:
+def attached(adapted: nn.Module) -> tuple[AdaptedModel, Attachment]:
     """The PEFT model inside wrappers (compiled, distributed), and what attach noted on it.
 
     Raises:
         ValueError: it does not come from attach.
     """
     inner = inner_model(adapted) if isinstance(adapted, nn.Module) else None
-    while not isinstance(inner, PeftModel) and isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner_model(inner.module)  # in a wrapper that we do not know
+    while not isinstance(inner, PeftModel):
+        if not isinstance(held := getattr(inner, "module", None), nn.Module):
+            break
+        inner = inner_model(held)  # in a wrapper that we do not know
     if not isinstance(inner, PeftModel) or not hasattr(inner, "attachment"):
         raise InputError(
             f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; for an adapter that "
             "was made elsewhere, or from a config of PEFT's, use PEFT's own functions"
         )
-    return inner, inner.attachment
+    found = cast("AdaptedModel", inner)
+    return found, found.attachment
 
 
-def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+def lora_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
     """The adapted layers by the names they have without PEFT and without wrappers.
 
     Raises:
@@ -141,32 +145,34 @@ def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
             )
         require_at_hand(name, layer)
     known = {id(layer) for layer in ours.values()}
-    for path, module in peft_model.base_model.model.named_modules():
+    for path, module in base_of(peft_model).named_modules():
         other = isinstance(module, LoraLayer) and id(module) not in known
         if other and any(adapter in module.lora_A for adapter in module.active_adapters):
             raise InputError(f"{path} was adapted by something else after attach: {AGAIN}")
     return ours
 
 
-def planned_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+def planned_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
     """PEFT's layers that attach put in, by name, whatever happened to their adapters since.
 
     Raises:
         ValueError: some are no longer there.
     """
-    found: dict[str, LoraLayer] = {}
-    for module in peft_model.base_model.model.modules():
+    found: dict[str, AdaptedLayer] = {}
+    for module in base_of(peft_model).modules():
         if isinstance(module, LoraLayer) and hasattr(module, "planned_name"):
-            found.setdefault(module.planned_name, module)
+            layer = cast("AdaptedLayer", module)
+            found.setdefault(layer.planned_name, layer)
     planned = peft_model.planned_layers
     if missing := [name for name in planned if name not in found]:
         raise InputError(f"{listed(missing, most=3)} lost the adapter that attach gave: {AGAIN}")
     return {name: found[name] for name in planned}
 
 
-def require_at_hand(name: str, layer: LoraLayer) -> None:
+def require_at_hand(name: str, layer: AdaptedLayer) -> None:
     """Raise a ValueError if tensors of a layer are elsewhere, as after offloading and sharding."""
-    for tensor in (layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+    for module in (layer.get_base_layer(), layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+        tensor = weight_of(module)
         if tensor.is_meta or isinstance(tensor, DTensor):
             where = "sharded (a DTensor)" if isinstance(tensor, DTensor) else "offloaded (on the meta device)"
             raise InputError(
@@ -175,11 +181,20 @@ def require_at_hand(name: str, layer: LoraLayer) -> None:
             )
 
 
-def lora_layer(peft_model: PeftModel, name: str) -> LoraLayer:
-    return submodule(peft_model.base_model.model, name)
+def base_of(peft_model: PeftModel) -> nn.Module:
+    """The model inside PEFT's, also where the adapter that is active is another one or none."""
+    return cast(nn.Module, peft_model.base_model.model)
 
 
-def whole_modules(peft_model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
+def lora_config(peft_model: PeftModel) -> LoraConfig:
+    return cast(LoraConfig, peft_model.peft_config[ADAPTER])
+
+
+def lora_layer(peft_model: PeftModel, name: str) -> AdaptedLayer:
+    return cast("AdaptedLayer", submodule(base_of(peft_model), name))
+
+
+def whole_modules(peft_model: AdaptedModel) -> dict[str, ModulesToSaveWrapper]:
     """What PEFT trains in full (modules_to_save), by the names that it has without PEFT and wrappers.
 
     Raises:
@@ -187,15 +202,15 @@ def whole_modules(peft_model: PeftModel) -> dict[str, ModulesToSaveWrapper]:
     """
     wrapped = {
         getattr(module, "planned_name", path): module
-        for path, module in peft_model.base_model.model.named_modules()
+        for path, module in base_of(peft_model).named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     }
     if changed := sorted(wrapped.keys() ^ set(peft_model.planned_whole)):
         raise InputError(f"{listed(changed, most=3)} was wrapped or unwrapped after attach: {AGAIN}")
-    return wrapped
+    return cast(dict[str, ModulesToSaveWrapper], wrapped)
 
 
-def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
+def adapter_state(peft_model: AdaptedModel) -> dict[str, Tensor]:
     """The adapter's tensors under the keys that PEFT gives them in files; they share the model's memory.
 
     Raises:
@@ -204,9 +219,9 @@ def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
     state = {}
     for name, layer in lora_layers(peft_model).items():
         for key in ("lora_A", "lora_B"):
-            state[f"{PREFIX}{name}.{key}.weight"] = getattr(layer, key)[ADAPTER].weight.detach()
+            state[f"{PREFIX}{name}.{key}.weight"] = weight_of(getattr(layer, key)[ADAPTER]).detach()
         if is_dora(layer):
-            length = layer.lora_magnitude_vector[ADAPTER].weight
+            length = weight_of(layer.lora_magnitude_vector[ADAPTER])
             state[f"{PREFIX}{name}.lora_magnitude_vector"] = length.detach()
     for name, wrapper in whole_modules(peft_model).items():
         own = wrapper.modules_to_save[ADAPTER].state_dict()
@@ -216,7 +231,7 @@ def adapter_state(peft_model: PeftModel) -> dict[str, Tensor]:
 
 def factor_matrix(factor: nn.ModuleDict) -> Tensor:
     """A layer's A (rank, in_features) or B (out_features, rank), a view, also of a convolution's."""
-    return factor[ADAPTER].weight.detach().flatten(1)
+    return weight_of(factor[ADAPTER]).detach().flatten(1)
 
 
 def note_pretrained(model: nn.Module) -> tuple[frozenset[str], dict[str, Tensor]]:
@@ -240,14 +255,14 @@ def is_dora(layer: LoraLayer) -> bool:
 
 def inject(
     model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
-) -> PeftModel:
+) -> AdaptedModel:
     """PEFT's layers in place of exactly the named ones, ready for :func:`set_start`.
 
     Raises:
         ValueError: PEFT refuses a layer, or adapts others than these; then the model is as it was.
     """
     names, whole = tuple(names), saved_modules(model, config.modules_to_save or ())
-    adapted = injected(model, config, names, whole, autocast=variant.dtype is None, seed=seed)
+    adapted = cast("AdaptedModel", injected(model, config, names, whole, variant.dtype is None, seed))
     adapted.planned_layers, adapted.planned_whole = names, whole
     adapted.training = adapted.base_model.training = model.training
     for name in names:
@@ -271,8 +286,9 @@ def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
     factor_matrix(layer.lora_B).copy_(b)
     factor_matrix(layer.lora_A).copy_(a)
     base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
+    weight = weight_of(base)
     if keep:
-        base.weight.data = base.weight.data.clone()
+        weight.data = weight.data.clone()
     matrix = weight_matrix(base)
     exact = torch.promote_types(matrix.dtype, torch.float32)
     stored_b, stored_a = (factor_matrix(f).to(exact) for f in (layer.lora_B, layer.lora_A))
@@ -280,10 +296,11 @@ def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
         residual = matrix.addmm_(stored_b, stored_a, alpha=-scaling)
     else:
         residual = torch.addmm(matrix.to(exact), stored_b, stored_a, alpha=-scaling)
-    if residual.data_ptr() != base.weight.data_ptr():
+    if residual.data_ptr() != weight.data_ptr():
         set_weight_matrix(base, residual)
     if is_dora(layer):  # as long as the rows of the sum now are
-        layer.lora_magnitude_vector[ADAPTER].update_layer(
+        magnitude: Any = layer.lora_magnitude_vector[ADAPTER]
+        magnitude.update_layer(
             base_layer=base,
             lora_A=layer.lora_A[ADAPTER].weight,
             lora_B=layer.lora_B[ADAPTER].weight,
@@ -313,7 +330,7 @@ def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tenso
     return scaling * torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
 
 
-def require_unmerged(peft_model: PeftModel) -> None:
+def require_unmerged(peft_model: AdaptedModel) -> None:
     """Raise a ValueError if an adapter is merged: its base is neither residual nor pretrained then."""
     for name, layer in lora_layers(peft_model).items():
         if layer.merged:
@@ -328,12 +345,12 @@ def moved_buffers(peft_model: PeftModel, record: Attachment) -> dict[str, Tensor
 
 def buffers_by_name(peft_model: PeftModel) -> dict[str, Tensor]:
     """The model's buffers by the names that they have without PEFT and wrappers."""
-    return dict(tensors_by_name(peft_model.base_model.model, "buffers"))
+    return dict(tensors_by_name(base_of(peft_model), "buffers"))
 
 
-def taken_off(peft_model: PeftModel) -> nn.Module:
+def without_peft(peft_model: PeftModel) -> nn.Module:
     """The base model without PEFT's modules, but with its own where PEFT trained copies; uses it up."""
-    base = peft_model.base_model.model
+    base = base_of(peft_model)
     kinds = (LoraLayer, ModulesToSaveWrapper)
     # Not by PEFT's unload, which takes a child of the model's own called base_layer for one of its own.
     for path, module in [(p, m) for p, m in base.named_modules() if isinstance(m, kinds)]:
@@ -344,43 +361,3 @@ def taken_off(peft_model: PeftModel) -> nn.Module:
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
-
-
-def matrices_of(
-    source: nn.Module | str | Path, names: Sequence[str], prefix: str = ""
-) -> dict[str, Callable[[], Tensor]]:
-    """What reads each named weight of a model or file as a matrix.
-
-    Args:
-        prefix: the model's ``base_model_prefix``: transformers' from_pretrained also takes the file of a
-            model without its head, whose names lack it, or with a head, where they have it.
-
-    Raises:
-        ValueError: a name is missing there.
-    """
-    if not names:
-        return {}
-    within = f"{prefix}." if prefix else ""
-    ways = dict.fromkeys(
-        tuple(there)
-        for there in (names, [n.removeprefix(within) for n in names], [f"{within}{n}" for n in names])
-    )
-    errors = []
-    for there in ways:
-        try:
-            found = {w.name: w.load for w in weights(source, list(there))}
-            return {name: found[other] for name, other in zip(names, there, strict=True)}
-        except (InputError, KeyError) as error:
-            errors.append(error)
-    where = source if isinstance(source, (str, Path)) else type(source).__name__
-    raise InputError(f"{where} is not the model that was adapted: {errors[0]}") from errors[0]
-
-
-def require_same(name: str, matrix: Tensor, digest: str) -> None:
-    """Raise a ValueError that names the weight if it is not the one that was adapted."""
-    if digest_of(matrix) != digest:
-        raise InputError(
-            f"{name}.weight is not the one that this adapter was made for (their hashes differ; here "
-            f"{str(matrix.dtype).removeprefix('torch.')}, {tuple(matrix.shape)}): use the same pretrained "
-            "model, in the same dtype"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -28,14 +29,29 @@ from lora_lens.adapters.injection import (
 from lora_lens.adapters.peft_names import lies_in, peft_config, saved_modules
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import adaptable, choose, matrix_shape, warn_left_out, weight_matrix
+from lora_lens.spectrum.adaptable_layers import (
+    adaptable,
+    choose,
+    matrix_shape,
+    warn_left_out,
+    weight_matrix,
+    weight_of,
+)
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Placement, Window, require_fit
 
 
-def plan_layers(method: object, request: Request) -> dict[str, object]:
+class _HasRank(Protocol):
+    @property
+    def rank(self) -> int: ...
+
+
+Ranked = ByLayer | _HasRank
+
+
+def plan_layers(method: Ranked, request: Request) -> dict[str, Any]:
     """What each layer gets, by name: ``method`` itself, or of :class:`ByLayer` the placement for it.
 
     Args:
@@ -48,7 +64,7 @@ def plan_layers(method: object, request: Request) -> dict[str, object]:
     for name, placement in plan.items():
         layer = submodule(request.model, name)
         k = min(matrix_shape(layer))
-        check_finite(name, layer.weight)
+        check_finite(name, weight_of(layer))
         require_fit(placement.rank, k, name)
         if isinstance(placement, Window):
             placement.slice(k, name)
@@ -62,20 +78,21 @@ def plan_layers(method: object, request: Request) -> dict[str, object]:
     return plan
 
 
-def attach_factors(method: object, request: Request, plan: Mapping[str, object]) -> PeftModel:
+def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) -> PeftModel:
     """PEFT's layers with their first factors, as :func:`plan_layers` planned them.
 
     Raises:
         ValueError: PEFT refuses a layer, factors leave the range of their dtype, or no layer is left.
     """
-    model, variant, spectra = request.model, request.variant, request.spectra
+    model, variant = request.model, request.variant
     whole = saved_modules(model, request.modules_to_save)
     plan = {name: placement for name, placement in plan.items() if not lies_in(name, whole)}
     if not plan:
         raise InputError(f"modules_to_save={list(request.modules_to_save)} leaves no layer to adapt")
     windows = {name: placement for name, placement in plan.items() if isinstance(placement, Placement)}
     layers = {name: submodule(model, name) for name in windows}
-    if windows and spectra is None:
+    spectra: Mapping[str, Spectrum] = {} if request.spectra is None else request.spectra
+    if windows and request.spectra is None:
         spectra = compute_spectra(model, list(windows), vectors={name: [p] for name, p in windows.items()})
     if windows and variant.dropout:
         warnings.warn(
@@ -92,16 +109,14 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, object])
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
     _warn_of_zeros({name: spectra[name].singular_values[places] for name, places in components.items()})
     trainable, buffers = note_pretrained(model)
-    originals = {} if request.inplace else {name: layer.weight.detach() for name, layer in layers.items()}
+    originals = {} if request.inplace else {name: weight_of(layer).detach() for name, layer in layers.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Hashing is a third of the work, and goes on beside the injection, which writes no values.
-        digests = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
+        hashing = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
         # Windows give these weights new values anyway, and copying them twice is most of the time.
-        adapted = (
-            model if request.inplace else copy_around(model, [layer.weight for layer in layers.values()])
-        )
-        adapted = inject(adapted, config, plan, variant, request.seed)
-        digests = dict(zip(windows, digests, strict=True))
+        own = model if request.inplace else copy_around(model, map(weight_of, layers.values()))
+        adapted = inject(own, config, plan, variant, request.seed)
+        digests = dict(zip(windows, hashing, strict=True))
 
     starts = {}
     for name, layer in lora_layers(adapted).items() if windows else ():
@@ -133,7 +148,7 @@ def _usual(
     return layers
 
 
-def _by_layer(method: object, request: Request) -> dict[str, object]:
+def _by_layer(method: Ranked, request: Request) -> dict[str, Any]:
     targets, spectra = request.targets, request.spectra
     able = adaptable(request.model)
     left_out: dict[str, str] = {}
@@ -144,7 +159,7 @@ def _by_layer(method: object, request: Request) -> dict[str, object]:
         warn_left_out(left_out)
         return dict.fromkeys(_usual(layers, targets, spectra), method)
     allowed = None if targets is None else choose(able, targets)[0]
-    plan: dict[str, object] = {}
+    plan: dict[str, Any] = {}
     for pattern, placement in method.items():
         layers, without = choose(able, pattern, placement.rank)
         left_out |= without

@@ -1,11 +1,11 @@
-"""What can be trained of a model."""
+"""Methods: which part of a model is trained."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -18,40 +18,68 @@ from lora_lens.spectrum.window import Placement, validate_rank
 
 
 class Method(ABC):
-    """What is trained of a model, where it is no window.
+    """Which part of a model is trained: the base class of all methods that are not windows.
 
-    Windows, other placements and mappings of patterns to placements stand wherever a method does. For a
-    method of your own, subclass with a frozen dataclass.
+    Wherever a method is expected, a window, another placement or a mapping of patterns to placements will do.
+    For a method of your own, write a subclass that is a frozen dataclass.
 
     Attributes:
         trains_weights: whether weights of the model itself are trained.
         trains_factors: whether these are A and B of adapted layers alone.
-        sequential: whether tasks can be learnt with it one after the other.
-        adapts_in_place: whether :meth:`attach` can do without a copy of the model.
+        sequential: whether it can learn several tasks one after the other.
+        adapts_in_place: whether :meth:`attach` works without a copy of the model.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> @dataclass(frozen=True)
+        ... class Biases(ll.adapters.Method):
+        ...     def plan(self, request):
+        ...         return {}
+        ...     def attach(self, request, plan):
+        ...         adapted = ll.FullFineTuning().attach(request, plan)
+        ...         for name, parameter in adapted.named_parameters():
+        ...             parameter.requires_grad_(name.endswith("bias"))
+        ...         return adapted
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> adapted = ll.attach(model, Biases())
+        >>> [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        ['0.bias', '2.bias']
     """
 
     trains_weights: ClassVar[bool] = True
     trains_factors: ClassVar[bool] = False
-    sequential: ClassVar[bool] = True
     adapts_in_place: ClassVar[bool] = True
 
+    @property
+    def sequential(self) -> bool:
+        return True
+
     @abstractmethod
-    def plan(self, request: Request) -> Mapping[str, object]:
-        """What each layer gets, by name, after every check that needs no work. It changes nothing.
+    def plan(self, request: Request) -> Mapping[str, Any]:
+        """What each layer gets, after every check that needs no factorization or training.
+
+        Args:
+            request: the model and the other arguments of :func:`lora_lens.attach`; it is not changed.
 
         Returns:
-            Nothing where no layer gets an adapter.
+            By name of the layer; empty where no layer gets an adapter.
 
         Raises:
-            ValueError: the method does not fit the model or what else is asked for.
+            ValueError: the method does not fit the model or one of the other arguments.
         """
 
     @abstractmethod
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
-        """The model, or a copy, with what is trained; its function is the pretrained one.
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
+        """The model, or a copy of it, ready for training; it computes the pretrained function.
+
+        Args:
+            request: as for :meth:`plan`.
+            plan: what :meth:`plan` gave.
 
         Raises:
-            ValueError: as :meth:`plan`, for reasons that only the work shows.
+            ValueError: as :meth:`plan`, for reasons that show only now.
         """
 
 
@@ -60,7 +88,7 @@ MethodLike = Method | Placement | Mapping[str, Placement]
 
 @dataclass(frozen=True)
 class Components(Method):
-    """A placement, or one per layer, as a method: what :func:`as_method` makes of them."""
+    """The method that trains the components which a placement, or one for each layer, picks."""
 
     placement: Placement | ByLayer
     trains_factors: ClassVar[bool] = True
@@ -69,10 +97,10 @@ class Components(Method):
     def sequential(self) -> bool:
         return isinstance(self.placement, Placement)
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         return plan_layers(self.placement, request)
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         return attach_factors(self.placement, request, plan)
 
 
@@ -84,7 +112,8 @@ class LoRA(Method):
         rank: of each layer's B A, at least 1.
 
     Raises:
-        TypeError, ValueError: the rank is no whole number of at least 1.
+        ValueError: the rank is less than 1.
+        TypeError: it is no whole number.
 
     Example:
         >>> import lora_lens as ll
@@ -101,7 +130,7 @@ class LoRA(Method):
     def __str__(self) -> str:
         return f"LoRA of rank {self.rank}"
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         variant = request.variant
         if variant.split != "balanced" or variant.train == "A":
             raise InputError(
@@ -109,13 +138,13 @@ class LoRA(Method):
             )
         return plan_layers(self, request)
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         return attach_factors(self, request, plan)
 
 
 @dataclass(frozen=True)
 class FullFineTuning(Method):
-    """Every weight is trained.
+    """Every weight is trained, without an adapter.
 
     Example:
         >>> import lora_lens as ll
@@ -126,16 +155,16 @@ class FullFineTuning(Method):
     def __str__(self) -> str:
         return "full fine-tuning"
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         return {}
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         return _whole(request).requires_grad_(True)
 
 
 @dataclass(frozen=True)
 class LinearProbe(Method):
-    """Nothing but the new head is trained: the bound on retention.
+    """Only the new head is trained, so nothing is forgotten: the upper bound on retention.
 
     Example:
         >>> import lora_lens as ll
@@ -144,25 +173,28 @@ class LinearProbe(Method):
     """
 
     trains_weights: ClassVar[bool] = False
-    sequential: ClassVar[bool] = False
+
+    @property
+    def sequential(self) -> bool:
+        return False
 
     def __str__(self) -> str:
         return "linear probe"
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         return {}
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         if request.modules_to_save:
             raise InputError("a linear probe trains nothing of the model, so it takes no modules_to_save")
         return _whole(request).requires_grad_(False)
 
 
 def as_method(method: MethodLike) -> Method:
-    """What stands for a method, as one.
+    """A method, or a placement or mapping that is used as one, as a :class:`Method`.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is none of these.
     """
     if isinstance(method, Method):
         return method

@@ -7,10 +7,10 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, PromptLearningConfig, get_peft_model
+from peft import PeftConfig, PeftType, PromptLearningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -25,14 +25,17 @@ from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.methods import LoRA, Method
 from lora_lens.adapters.peft_names import target_settings
-from lora_lens.adapters.peft_starts import DATA, PEFT_STARTS, attach_start, plan_start
+from lora_lens.adapters.peft_starts import DATA, PEFT_STARTS, Start, attach_start, plan_start
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import matrix_shape
+from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_of
 from lora_lens.spectrum.window import validate_rank
 
+if TYPE_CHECKING:
+    from lora_lens.adapters.adapted import PeftOnlyModel
+
 # What would train otherwise than the method means, or not what the targets name.
-REFUSED = {
+REFUSED: dict[object, str] = {
     PeftType.ADALORA: "it shares out its ranks by calls in the training loop, which finetune does not make",
     PeftType.ADAPTION_PROMPT: "it adapts prompts, not weights",
     PeftType.LN_TUNING: "it trains norms, which are no targets here",
@@ -46,9 +49,9 @@ MOST_ERROR = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.05, to
 
 @dataclass(frozen=True, eq=False)
 class PeftMethod(Method):
-    """A method of PEFT: LoRA from one of its initializations by name, or any config.
+    """A method of PEFT: LoRA from one of PEFT's initializations, chosen by name, or any config.
 
-    By name, with PEFT's default settings, only corda in its knowledge-preserving mode:
+    By name, with PEFT's default settings except that corda runs in its knowledge-preserving mode:
 
     - pissa: the largest singular components (Meng et al. 2024, arXiv 2404.02948);
     - olora: the first columns of Q and rows of R of W = Q R (Buyukakyuz 2024, arXiv 2406.01775);
@@ -75,12 +78,12 @@ class PeftMethod(Method):
 
     Attributes:
         config: a name from ``lora_lens.adapters.PEFT_STARTS``, or a ``PeftConfig`` without target_modules.
-        rank: with a name; a config has its own.
+        rank: of each layer's B A, at least 1; only with a name, since a config has its own.
 
     Raises:
-        ValueError: another name, a rank below 1, or an odd one for orthogonal; a config that names its own
-            targets or is of a kind that trains no weights of layers.
-        TypeError: neither a name nor a config, or a rank beside a config.
+        ValueError: there is no start of this name, the rank is below 1 or, for orthogonal, odd; the config
+            names its own targets or trains no weights of layers; or there is a rank beside a config.
+        TypeError: ``config`` is neither a name nor a config, or the rank is no whole number.
 
     Example:
         >>> import lora_lens as ll
@@ -105,9 +108,10 @@ class PeftMethod(Method):
         expected = "the name of one of PEFT's starts"
         validate.instance(self.config, str, "config", f"{expected}, such as 'pissa', or a config of PEFT's")
         validate.choice(self.config, expected, PEFT_STARTS)
-        object.__setattr__(self, "rank", validate_rank(self.rank))
-        if self.config == "orthogonal" and self.rank % 2:
-            raise InputError(f"PEFT's orthogonal start needs an even rank, not {self.rank}")
+        rank = validate_rank(self.rank)
+        object.__setattr__(self, "rank", rank)
+        if self.config == "orthogonal" and rank % 2:
+            raise InputError(f"PEFT's orthogonal start needs an even rank, not {rank}")
 
     @property
     def is_start(self) -> bool:
@@ -117,27 +121,31 @@ class PeftMethod(Method):
     @property
     def name(self) -> str:
         """PEFT's name for the start or the method."""
-        return self.config if self.is_start else self.config.peft_type.value
+        return self.config if isinstance(self.config, str) else _kind(self.config)
 
     @property
     def sequential(self) -> bool:
         return self.name not in DATA
 
     def __str__(self) -> str:
-        if self.is_start:
-            return f"PEFT's {self.name} of rank {self.rank}"
+        if isinstance(self.config, str):
+            return str(self._start(self.config))
         return ", ".join([f"PEFT's {self.name}", *(f"{k}={v}" for k, v in self.settings.items())])
 
     @property
     def settings(self) -> dict[str, object]:
         """What a config sets otherwise than PEFT does by default."""
-        usual = type(self.config)().to_dict()
-        given = self.config.to_dict()
+        if isinstance(self.config, str):
+            return {}
+        usual, given = type(self.config)().to_dict(), self.config.to_dict()
         return {k: v for k, v in given.items() if k not in OF_EVERY_CONFIG and v != usual.get(k)}
 
     def _content(self) -> tuple[object, ...]:
-        told = json.dumps({} if self.is_start else self.config.to_dict(), sort_keys=True, default=repr)
-        return type(self), self.name, self.rank, told
+        settings = {} if isinstance(self.config, str) else self.config.to_dict()
+        return type(self), self.name, self.rank, json.dumps(settings, sort_keys=True, default=repr)
+
+    def _start(self, name: str) -> Start:
+        return Start(name, validate_rank(self.rank))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PeftMethod) and self._content() == other._content()
@@ -145,13 +153,13 @@ class PeftMethod(Method):
     def __hash__(self) -> int:
         return hash(self._content())
 
-    def plan(self, request: Request) -> Mapping[str, object]:
+    def plan(self, request: Request) -> Mapping[str, Any]:
         if request.modules_to_save:
             raise InputError(f"{self} takes no modules_to_save; a config may have its own")
         if request.inplace:
             raise InputError(f"{self} is attached to a copy: leave inplace=True out")
-        if self.is_start:
-            return plan_start(self, request)
+        if isinstance(self.config, str):
+            return plan_start(self._start(self.config), request)
         if request.variant != Variant():
             raise InputError(f"{self} is built by PEFT and takes no variant, not {request.variant}")
         if request.alpha is not None:
@@ -159,16 +167,16 @@ class PeftMethod(Method):
         # Its rank, if it has one, need not fit a spectrum: VeRA's is usually larger.
         return dict.fromkeys(plan_layers(LoRA(1), request), self)
 
-    def attach(self, request: Request, plan: Mapping[str, object]) -> nn.Module:
-        if self.is_start:
-            return attach_start(self, request, plan)
+    def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
+        if isinstance(self.config, str):
+            return attach_start(self._start(self.config), request, plan)
         config = copy.deepcopy(self.config)
         own = copy_around(request.model, [])
         for key, value in target_settings(list(paths_of(own, plan).values()), own).items():
             setattr(config, key, value)
         try:
             with seeded(request.seed):
-                adapted = get_peft_model(own, config)
+                adapted = cast("PeftOnlyModel", get_peft_model(own, config))
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
             raise InputError(f"PEFT cannot put {self} into these layers: {error}") from error
         base = adapted.get_base_model()
@@ -186,8 +194,12 @@ class PeftMethod(Method):
         return adapted
 
 
+def _kind(config: PeftConfig) -> str:
+    return PeftType(config.peft_type).value if config.peft_type else type(config).__name__
+
+
 def _require_usable(config: PeftConfig, rank: object) -> None:
-    kind = config.peft_type.value if config.peft_type else type(config).__name__
+    kind = _kind(config)
     if isinstance(config, PromptLearningConfig) or not hasattr(config, "target_modules"):
         raise InputError(f"PEFT's {kind} trains no weights of layers, so it has no place beside windows")
     if why := REFUSED.get(config.peft_type):
@@ -204,14 +216,14 @@ def _require_usable(config: PeftConfig, rank: object) -> None:
 
 
 def _note_start(
-    method: PeftMethod, model: nn.Module, adapted: PeftModel, names: Mapping[str, object]
+    method: PeftMethod, model: nn.Module, adapted: PeftOnlyModel, names: Mapping[str, object]
 ) -> None:
     """Warn if a layer gives other outputs than before, tried on random inputs, and note by how much."""
     generator = torch.Generator().manual_seed(0)
     base = adapted.get_base_model()
     for name in names:
         before, after = submodule(model, name), submodule(base, name)
-        weight = before.weight
+        weight = weight_of(before)
         if isinstance(before, _ConvNd):
             sizes = zip(before.kernel_size, before.dilation, strict=True)
             shape = (2, before.in_channels, *(d * (k - 1) + 1 for k, d in sizes))

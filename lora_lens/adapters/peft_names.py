@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
@@ -19,7 +20,7 @@ PREFIX = "base_model.model."  # of PEFT's tensor names
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-def target_settings(names: Collection[str], model: nn.Module) -> dict[str, object]:
+def target_settings(names: Collection[str], model: nn.Module) -> dict[str, Any]:
     """PEFT's settings that adapt these layers of ``model`` and no others, when plain PEFT loads an adapter.
 
     In a list each entry also takes layers whose names end in it; a string is a regular expression for whole
@@ -31,7 +32,7 @@ def target_settings(names: Collection[str], model: nn.Module) -> dict[str, objec
     modules = [name for name in names if name.rpartition(".")[2] not in moved]
     ends = tuple(f".{name}" for name in modules)
     longer = [n for n, _ in named_modules(model) if n not in names and n.endswith(ends)]
-    settings: dict[str, object] = {"target_modules": modules}
+    settings: dict[str, Any] = {"target_modules": modules}
     if longer and moved:  # where PEFT moves targets, it takes regular expressions apart
         settings["exclude_modules"] = longer
     elif longer:
@@ -70,7 +71,7 @@ def peft_config(
 
 def rank_settings(
     ranks: Mapping[str, int], alpha: float | None, parameters: Collection[str] = ()
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """PEFT's settings for these ranks by layer; alpha is the rank where None.
 
     Args:
@@ -78,7 +79,7 @@ def rank_settings(
             and the layers' names where lora_lens injects.
     """
     most = max(ranks.values())
-    settings: dict[str, object] = {"r": most, "lora_alpha": alpha or most}
+    settings: dict[str, Any] = {"r": most, "lora_alpha": alpha or most}
     if len(set(ranks.values())) > 1:
         # PEFT takes the first pattern that ends a name, and one layer's name may end another's.
         longest_first = {
@@ -106,7 +107,7 @@ def _moved_ends(model: nn.Module, ends: Iterable[str]) -> set[str]:
             convert_peft_config_for_transformers(config, model, None)
         except ValueError:  # it moves this one only together with others
             moved.add(end)
-        if config.target_modules != {end} or config.target_parameters:
+        if set(config.target_modules or ()) != {end} or config.target_parameters:
             moved.add(end)
     return moved
 

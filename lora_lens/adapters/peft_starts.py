@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, initialize_lora_eva_weights
@@ -26,12 +27,19 @@ from lora_lens._base.random_state import seeded
 from lora_lens._base.torch_tools import call, evaluating
 from lora_lens._base.wrappers import paths_of, submodule
 from lora_lens.adapters.copying import copy_around
-from lora_lens.adapters.injection import ADAPTER, Attachment, inject, lora_layer, note_pretrained, note_start
+from lora_lens.adapters.injection import (
+    Attachment,
+    inject,
+    lora_config,
+    lora_layer,
+    note_pretrained,
+    note_start,
+)
 from lora_lens.adapters.low_rank import plan_layers
-from lora_lens.adapters.peft_names import peft_config, target_settings
+from lora_lens.adapters.peft_names import ADAPTER, peft_config, target_settings
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_matrix
+from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_matrix, weight_of
 from lora_lens.tasks.readouts import Inputs, ask, layer_inputs, real_positions, to_device
 from lora_lens.tasks.task import Task
 
@@ -42,14 +50,18 @@ TAKEN_OUT = ("pissa", "olora", "corda", "lora_ga")  # PEFT subtracts their B A f
 DATA = {"eva": "task", "lora_ga": "task", "corda": "retain"}
 
 
-class Start(Protocol):
-    """What these functions know of a :class:`lora_lens.PeftMethod` that is named."""
+@dataclass(frozen=True)
+class Start:
+    """A :class:`lora_lens.PeftMethod` that is a start by name."""
 
     name: str
     rank: int
 
+    def __str__(self) -> str:
+        return f"PEFT's {self.name} of rank {self.rank}"
 
-def plan_start(start: Start, request: Request) -> Mapping[str, object]:
+
+def plan_start(start: Start, request: Request) -> Mapping[str, Any]:
     """The start for each layer by name, after every check that needs no data.
 
     Raises:
@@ -74,7 +86,7 @@ def plan_start(start: Start, request: Request) -> Mapping[str, object]:
     return plan
 
 
-def attach_start(start: Start, request: Request, plan: Mapping[str, object]) -> PeftModel:
+def attach_start(start: Start, request: Request, plan: Mapping[str, Any]) -> PeftModel:
     """A copy of the model with LoRA as PEFT starts it in the planned layers.
 
     Raises:
@@ -82,30 +94,28 @@ def attach_start(start: Start, request: Request, plan: Mapping[str, object]) -> 
             few inputs reach it, or its components do not settle (eva).
     """
     model, seed = request.model, request.seed
-    data = {"task": request.task, "retain": request.retain}.get(DATA.get(start.name))
-    if start.name in DATA:
-        _require_use(model, start, list(plan), data)
+    data = _checked_data(start, request, list(plan)) if start.name in DATA else None
 
     trainable, buffers = note_pretrained(model)
-    originals = {name: submodule(model, name).weight.detach() for name in plan}
+    originals = {name: weight_of(submodule(model, name)).detach() for name in plan}
     own = copy_around(model, [])
     config = peft_config(own, dict.fromkeys(plan, start.rank), request.alpha, Variant())
-    config.init_lora_weights = start.name
+    config.init_lora_weights = cast(Any, start.name)  # PEFT's annotation has a name for each
     meant, paths = config.target_modules, paths_of(own, plan)
     config.target_modules = "|".join(map(re.escape, paths.values()))  # PEFT's preparations look for these
-    if start.name == "corda":
+    if data is not None and start.name == "corda":
         config.corda_config = CordaConfig(corda_method="kpm")
         _measure_covariances(own, model, config, list(plan), data, seed)
-    elif start.name == "lora_ga":
+    elif data is not None and start.name == "lora_ga":
         config.lora_ga_config = LoraGAConfig()
         _measure_gradients(own, config, list(plan), data, seed)
-    elif start.name == "eva":
+    elif data is not None:
         config.eva_config = EvaConfig()
     config.target_modules = meant
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
         adapted = inject(own, config, plan, Variant(), seed)
-    if start.name == "eva":
+    if data is not None and start.name == "eva":
         _fit_eva(adapted, start, data, seed)
         base = adapted.get_base_model()
         kept = tuple(name for name in plan if isinstance(submodule(base, name), LoraLayer))
@@ -118,7 +128,7 @@ def attach_start(start: Start, request: Request, plan: Mapping[str, object]) -> 
         components = torch.arange(start.rank if start.name == "pissa" else 0)
         digest = digest_of(weight_matrix(submodule(model, name)))
         starts[name] = note_start(lora_layer(adapted, name), components, digest, original)
-    _forget_recipe(adapted.peft_config[ADAPTER], start)
+    _forget_recipe(lora_config(adapted), start)
     adapted.attachment = Attachment(str(start), Variant(), starts, trainable, buffers)
     return adapted
 
@@ -137,7 +147,9 @@ def _some_rows(examples: int, seed: int) -> Sequence[Tensor]:
     return rows.tensor_split(-(-len(rows) // BATCH))
 
 
-def _require_use(model: nn.Module, start: Start, names: list[str], data: Task | None) -> None:
+def _checked_data(start: Start, request: Request, names: list[str]) -> Task:
+    """The task that a start is made from, whose examples reach the named layers."""
+    model, data = request.model, request.task if DATA[start.name] == "task" else request.retain
     if data is None:
         raise InputError(f"{start} is made from data: give attach {DATA[start.name]}=")
     one = data.train.batch(torch.arange(1))
@@ -147,6 +159,7 @@ def _require_use(model: nn.Module, start: Start, names: list[str], data: Task | 
             f"{start} needs the inputs of {name}, and the model makes its output without calling it; "
             "leave it out of the targets"
         )
+    return data
 
 
 def _measure_covariances(
@@ -165,9 +178,10 @@ def _measure_covariances(
             inputs = to_device(retain.train.batch(rows), device)
             for name, x in layer_inputs(model, names, inputs).items():
                 x = x.reshape(len(rows), -1, x.shape[-1])  # (batch, tokens, in_features)
+                samples = list(x)
                 if (real := real_positions(inputs, x)) is not None:
-                    x = [sample[own] for sample, own in zip(x, real, strict=True)]
-                for sample in x if len(x[0]) > 1 else torch.stack(list(x)).transpose(0, 1):
+                    samples = [sample[own] for sample, own in zip(x, real, strict=True)]
+                for sample in samples if len(samples[0]) > 1 else torch.stack(samples).transpose(0, 1):
                     layers[name](sample[None])
 
     preprocess_corda(own, config, run_model=run)

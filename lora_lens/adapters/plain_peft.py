@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import named_modules, submodule, unwrapped
+from lora_lens.adapters.injection import base_of, lora_config
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, target_settings
+
+if TYPE_CHECKING:
+    from lora_lens.adapters.adapted import AdaptedModel
 
 
 def for_plain_peft(
-    peft_model: PeftModel, state: Mapping[str, Tensor]
-) -> tuple[dict[str, object], dict[str, Tensor], tuple[str, ...]]:
+    peft_model: AdaptedModel, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, ...]]:
     """PEFT's settings that name the layers, the tensors that go with them, and what these hold in full.
 
     PEFT takes modules_to_save by the ends of names letter by letter: classifier also means pre_classifier.
@@ -30,10 +34,10 @@ def for_plain_peft(
     Raises:
         ValueError: then there is no adapter left.
     """
-    base = peft_model.base_model.model
+    base = base_of(peft_model)
     layers, whole = peft_model.planned_layers, peft_model.planned_whole
     taken = [n for n, _ in named_modules(base) if whole and n.endswith(whole) and not lies_in(n, whole)]
-    if peft_model.peft_config[ADAPTER].use_dora:
+    if lora_config(peft_model).use_dora:
         parameters = target_settings(layers, base).get("target_parameters", ())
         taken += [name.removesuffix(".weight") for name in parameters]
     taken += _dropped(peft_model, state)
@@ -51,7 +55,7 @@ def for_plain_peft(
     return settings, kept, full
 
 
-def _dropped(peft_model: PeftModel, state: Mapping[str, Tensor]) -> list[str]:
+def _dropped(peft_model: AdaptedModel, state: Mapping[str, Tensor]) -> list[str]:
     """The layers whose factors PEFT would not find again when it loads these tensors."""
     factors = {key: tensor for key, tensor in state.items() if ".lora_" in key}
     found = convert_peft_adapter_state_dict_for_transformers(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -69,9 +70,8 @@ def _adapted(
                 setattr(config, key, DUMMY_TARGET_MODULES if key == "target_modules" else None)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
             config.target_modules = NOTHING
-            adapted.base_model.inject_adapter(
-                model, ADAPTER, state_dict=dict.fromkeys(f"{path}.lora_A" for path in paths)
-            )
+            keys: dict[str, Any] = dict.fromkeys(f"{path}.lora_A" for path in paths)  # PEFT reads no values
+            cast(LoraModel, adapted.base_model).inject_adapter(model, ADAPTER, state_dict=keys)
             cast_adapter_dtype(model, ADAPTER, autocast_adapter_dtype=autocast)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"PEFT cannot adapt these layers: {error}") from error
@@ -81,15 +81,16 @@ def _adapted(
     return adapted
 
 
-def _drawing_on_cpu() -> AbstractContextManager:
+def _drawing_on_cpu() -> AbstractContextManager[object]:
     """The same random factors wherever new tensors are made by default; it slows calls, so only if needed."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _require_plan(model: nn.Module, names: Sequence[str], whole: Sequence[str]) -> None:
     """Mark the planned layers with their names, whatever wrappers come later; raise if they are others."""
-    found = {n: m for n, m in named_modules(model) if isinstance(m, (LoraLayer, AuxiliaryTrainingWrapper))}
-    planned = dict.fromkeys(names, LoraLayer) | dict.fromkeys(whole, ModulesToSaveWrapper)
+    kinds = (LoraLayer, AuxiliaryTrainingWrapper)
+    found: dict[str, Any] = {n: m for n, m in named_modules(model) if isinstance(m, kinds)}
+    planned: dict[str, type] = dict.fromkeys(names, LoraLayer) | dict.fromkeys(whole, ModulesToSaveWrapper)
     wrong = [n for n, kind in planned.items() if not isinstance(found.get(n), kind)]
     wrong += [n for n, m in found.items() if n not in planned or isinstance(m, ParamWrapper)]
     if wrong:

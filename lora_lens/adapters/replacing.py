@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lora_lens._base.errors import InputError, InputTypeError, MissingFileError
 from lora_lens._base.validate import shown
@@ -32,7 +33,7 @@ from lora_lens.spectrum.sources.checkpoint import read_json
 try:
     import fcntl
 except ImportError:  # on Windows: two processes must not write to one folder at the same time
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module where there is one
 
 ABOUT, WEIGHTS, START = "lora_lens.json", "adapter_model.safetensors", "start.safetensors"
 BUFFERS, ON_RESIDUAL, CONFIG = "buffers.safetensors", "on_residual", "adapter_config.json"
@@ -187,7 +188,7 @@ def _finish(folder: Path, checked: bool = False) -> None:
     moving.sort(key=lambda name: (name == ABOUT, name in entries))
     if ABOUT in moving:
         if not checked:
-            none = frozenset()
+            none: frozenset[str] = frozenset()
             _require_own(folder, {n: old.get(n, none) | new.get(n, none) for n in old | new}, old | new)
         for name in old:
             if name not in new or name in entries:
@@ -219,7 +220,7 @@ def _own_files(folder: Path) -> dict[str, frozenset[str]]:
     return {**own, ABOUT: frozenset({""})}
 
 
-def _listed(about: Mapping[str, object], path: Path) -> dict[str, str]:
+def _listed(about: Mapping[str, Any], path: Path) -> dict[str, str]:
     """The files that ABOUT lists with their digests; "" where an earlier version wrote no list."""
     files = about.get("files")
     if files is None:

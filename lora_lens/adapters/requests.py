@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -33,8 +34,8 @@ class Request:
     targets: Targets = None
     alpha: float | None = None
     spectra: SpectrumSet | None = None
-    variant: Variant | None = None
-    modules_to_save: tuple[str, ...] = ()
+    variant: Variant = field(default_factory=Variant)
+    modules_to_save: Sequence[str] = ()
     inplace: bool = False
     seed: int = 0
     task: Task | None = None
@@ -65,7 +66,6 @@ class Request:
                 validate.instance(given, kind, name, expected)
         plain = {
             "model": inner_model(self.model),
-            "variant": self.variant or Variant(),
             "modules_to_save": validate.sequence(
                 self.modules_to_save, "modules_to_save", "names of modules", one=str
             ),

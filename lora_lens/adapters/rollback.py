@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +34,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _contents(attributes: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+def _contents(attributes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The attributes, and copies of what those hold that hold something: dicts of children, hooks, ..."""
     inside = {key: value.copy() for key, value in attributes.items() if isinstance(value, _HOLDERS)}
     return attributes.copy(), inside

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -24,47 +25,62 @@ from lora_lens.adapters.injection import (
     attached,
     buffers_by_name,
     inject,
+    lora_config,
     lora_layer,
     lora_layers,
-    matrices_of,
     moved_buffers,
     note_pretrained,
     note_start,
-    require_same,
     require_unadapted,
     require_unmerged,
     set_start,
 )
-from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules, target_settings
+from lora_lens.adapters.peft_names import PREFIX, saved_modules, target_settings
+from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
+
+if TYPE_CHECKING:
+    from lora_lens.adapters.adapted import AdaptedModel
 
 
 def save(adapted: nn.Module, folder: str | Path) -> None:
-    """Keep an adapter as it is, to go on with :func:`load`: also before training, as the window's file.
+    """Write an adapter as it is, for :func:`load`, which continues from there; before training, too.
 
-    Next to PEFT's files it keeps the factors that the adapter started from, so that :func:`load`
+    Beside PEFT's files it writes the factors that the adapter started from, so that :func:`load`
     forms the same residual without factorizing anything. For people without lora_lens, see
     :func:`export` and :func:`export_residual`.
 
-    Nothing of others is lost: in ``folder`` only files are replaced or removed that lora_lens wrote and
-    nobody changed since, by the list of names and hashes in lora_lens.json (folders of earlier versions have
-    no list: there by name). All else stays untouched, and a file in the way of a new one is refused before
-    anything is written. Until all new files are complete on the disk the old ones count, and then, in one
-    step, the new ones do: after a full disk or a kill at any moment :func:`load` reads either all the old
-    or all the new files. PEFT, in the milliseconds after that step or after a kill in them, may find no
-    adapter; the next :func:`load` or :func:`save` puts that right. Processes that save to one folder at the
-    same time wait for each other.
+    Files of other programs are safe: in ``folder`` only files are replaced or removed that lora_lens wrote
+    and that were not changed since, by the list of names and hashes in lora_lens.json (folders of earlier
+    versions have no list: there by name). Everything else stays as it is, and if one of those files has the
+    name of a new one, an error is raised before anything is written. The old files stay valid until all new
+    ones are complete on the disk, and then one step switches to these: after a full disk or a kill at any
+    moment :func:`load` reads either all the old or all the new files. PEFT itself may find no adapter in the
+    milliseconds after that step, or after a kill in them; the next :func:`load` or :func:`save` repairs
+    that. Processes that save to one folder at the same time wait for each other.
 
     Args:
         adapted: from :func:`lora_lens.attach`, trained or not.
         folder: a new or empty folder, or one that lora_lens wrote.
 
     Raises:
-        ValueError: ``adapted`` is none of attach's or merged; the folder holds something else, or a file in
-            the way.
+        ValueError: ``adapted`` does not come from :func:`lora_lens.attach`, or is merged; the folder holds
+            something else, or another program's file with the name of a new one.
         TypeError: ``folder`` is no path.
         OSError: the folder cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> adapted = ll.attach(model, ll.Window.first(2))
+        >>> with TemporaryDirectory() as folder:
+        ...     ll.save(adapted, folder)
+        ...     again = ll.load(model, folder)
+        >>> ll.function_error(again, adapted, torch.randn(5, 8))
+        0.0
     """
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
@@ -74,7 +90,7 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
     with replaced(folder, kind) as new:
         place = new / ON_RESIDUAL if starts else new
         place.mkdir(exist_ok=True)
-        write_adapter(place, peft_model.peft_config[ADAPTER], state)
+        write_adapter(place, lora_config(peft_model), state)
         if starts:
             factors = {f"{name}.{key}": getattr(s, key.lower()) for name, s in starts.items() for key in "AB"}
             write_tensors(new / START, factors)
@@ -90,26 +106,38 @@ def load(
     checkpoint: str | Path | None = None,
     inplace: bool = False,
 ) -> PeftModel:
-    """Put an adapter from :func:`save` or :func:`export` on its pretrained model, if it is that.
+    """Attach an adapter from :func:`save` or :func:`export` to the pretrained model that it was made for.
 
     Args:
         model: the pretrained model, or for the adapter of :func:`export_residual` its residual base.
-        folder: what lora_lens wrote.
+        folder: a folder that lora_lens wrote.
         checkpoint: a folder that PEFT or a trainer wrote during training (with
             adapter_model.safetensors), or that file, whose factors replace those of ``folder``. Embeddings
             that PEFT put there, because they were resized, must be those of ``model``.
         inplace: adapt ``model`` itself instead of a copy.
 
     Returns:
-        A model as :func:`lora_lens.attach` returns it, ready to be trained on.
+        A model as :func:`lora_lens.attach` returns it, ready for further training.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such folder, it is damaged or not lora_lens's, or
-            a weight of the model is not the one that the adapter was made for; then nothing was changed.
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder is damaged or lora_lens did not write it, or a weight of the model is not the
+            one that the adapter was made for; nothing is changed then.
         TypeError: an argument is of another type.
 
     Warns:
         UserWarning: another program changed PEFT's files since, or a later PEFT wrote them.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> import lora_lens as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 4))
+        >>> with TemporaryDirectory() as folder:
+        ...     ll.save(ll.attach(model, ll.Window.first(2)), folder)
+        ...     adapted = ll.load(model, folder)
+        >>> ll.summary(adapted)["rank"].tolist()
+        [2, 2]
     """
     model = inner_model(instance(model, nn.Module, "model", "the pretrained model"))
     inplace = flag(inplace, "inplace")
@@ -118,11 +146,11 @@ def load(
     read = matrices_of(model, list(saved.weights))
     for name, known in saved.weights.items():
         require_same(name, read[name](), known["digest"])
-    names, shapes = list(saved.weights), {name: tuple(read[name]().shape) for name in saved.weights}
+    names, shapes = list(saved.weights), {name: _shape(read[name]()) for name in saved.weights}
     state = _fitting(saved, shapes, model)
     factors = _fitting_start(saved, shapes)
 
-    originals = {name: submodule(model, name).weight for name in names}
+    originals = {name: weight_of(submodule(model, name)) for name in names}
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, originals.values() if factors else [])
     for key, value in target_settings(names, model).items():
@@ -145,11 +173,16 @@ def load(
     return adapted
 
 
-def weight_digests(peft_model: PeftModel, record: Attachment) -> dict[str, str]:
+def weight_digests(peft_model: AdaptedModel, record: Attachment) -> dict[str, str]:
     """Of the pretrained weight of each adapted layer; without a window that is the base's."""
     if record.starts:
         return {name: start.digest for name, start in record.starts.items()}
     return {n: digest_of(weight_matrix(x.get_base_layer())) for n, x in lora_layers(peft_model).items()}
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    rows, columns = matrix.shape
+    return rows, columns
 
 
 def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, Tensor]:

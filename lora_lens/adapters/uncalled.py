@@ -22,12 +22,12 @@ def noting_uncalled(adapted: nn.Module) -> Iterator[None]:
     Warns:
         UserWarning: names the layers, whose adapters did nothing.
     """
-    modules = dict(adapted.named_modules())
+    modules: dict[str, nn.Module] = dict(adapted.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
     holders = {name: _holder(name, modules) for name in layers}
     called: set[int] = set()
     compiled = any("_orig_mod" in name.split(".") for name in modules)
-    watched = set() if compiled else {*layers.values(), *holders.values()}
+    watched: set[nn.Module] = set() if compiled else {*layers.values(), *holders.values()}
     hooks = [m.register_forward_pre_hook(lambda module, _: called.add(id(module))) for m in watched]
     try:
         yield

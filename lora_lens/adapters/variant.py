@@ -16,20 +16,29 @@ class Variant:
     """How an adapter is built, whichever components it starts from.
 
     Attributes:
-        rslora: scaling = alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023).
-        dora: train the length of each weight row apart from its direction (Liu et al. 2024, DoRA).
+        rslora: scaling = alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732).
+        dora: train the length of each weight row apart from its direction (DoRA, Liu et al. 2024,
+            arXiv 2402.09353).
         split: where the singular values go: "balanced" gives each factor sqrt(S / scaling); "A"
             makes A = (S / scaling) V^T and B = U, orthonormal; "B" the reverse. B A is the same, its
             gradients are not: those of one factor are proportional to the other.
         train: "both", or one factor alone, "A" or "B", while the other stays as it started. "A" with
             split "A" trains the right side of fixed left vectors, as MiCA does (arXiv 2604.01694),
             there with A = 0.
-        dropout: of the adapter's input while training. A window's adapter is not zero at the start,
-            so dropout perturbs even the pretrained function; :func:`lora_lens.attach` warns.
+        dropout: the probability, in [0, 1), that an input of the adapter is zeroed while training. A window's
+            adapter is not zero at the start, so dropout perturbs even the pretrained function;
+            :func:`lora_lens.attach` warns.
         dtype: of A and B. None leaves it to PEFT: the base's, but float32 over bfloat16 and float16.
 
     Raises:
-        ValueError, TypeError: another split or train, dropout outside [0, 1), or a dtype of no such values.
+        ValueError: ``split`` or ``train`` is none of these, ``dropout`` is outside [0, 1), or ``dtype`` is
+            not a floating one.
+        TypeError: a value is of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.Variant(rslora=True, train="A"))
+        rslora, only A trained
     """
 
     rslora: bool = False

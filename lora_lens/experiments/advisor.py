@@ -1,4 +1,4 @@
-"""Which window, rank and learning rate a finished sweep speaks for, and how sure that is.
+"""Which window, rank and learning rate a finished sweep recommends, and how sure that is.
 
 What is good is a matter of taste, so it is stated: the value of a run is
 
@@ -35,12 +35,19 @@ class Advice:
     Attributes:
         window: to give to :func:`lora_lens.attach`.
         lr: the learning rate to train it with.
-        value: accuracy - weight * forgetting, the mean over the seeds that tell; NaN if nothing was trained.
+        value: accuracy - weight * forgetting, the mean over the seeds that did not take part in the choice;
+            NaN if nothing was trained.
         interval: its 95% interval over these seeds, see :func:`lora_lens.forgetting.bootstrap_interval`.
         words: the recommendation, how it was found and how sure it is, in sentences.
         evidence: the table behind it, see the function that gave the advice.
         rule: "sweep", "pilot", or "fixed" (nothing was trained).
-        spent: optimizer steps that were taken to find it.
+        spent: optimizer steps that it took to find it.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> advice = ll.experiments.advise_from(ll.Sweep.open("data/results/digits.jsonl.xz").table)
+        >>> advice.rank, advice.rule, advice.interval[0] < advice.value < advice.interval[1]
+        (8, 'sweep', True)
     """
 
     window: Window
@@ -54,7 +61,7 @@ class Advice:
 
     @property
     def rank(self) -> int:
-        """The window's."""
+        """The rank of the window."""
         return self.window.rank
 
 
@@ -62,30 +69,40 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     """The window and rate of a finished sweep with the highest mean value, and which others may be as good.
 
     The best of many noisy means is higher than it ought to be. With at least 4 seeds the choice is made on
-    the lower half of them (by number), and all that is told comes from the other half, as in
+    the lower half of them (by number), and all reported numbers come from the other half, as in
     :func:`lora_lens.forgetting.at_own_best_rate`. Only windows are recommended, on the seeds that were run
     with every one of them at every rate; other methods take part in the comparison.
 
-    Whether another row can be told apart from the recommended one is asked of the differences at equal
-    seeds, with Student's 95% interval: the bootstrap's is too narrow for the few seeds that are left. One
-    seed tells nothing apart. No allowance is made for the number of rows, so with many of them a few are
-    told apart by chance.
+    Another row differs from the recommended one if Student's 95% interval of their differences at equal
+    seeds excludes 0; the bootstrap's interval is too narrow for the few seeds that are left. With one seed
+    no rows differ. The interval is not corrected for the number of rows, so among many a few differ by
+    chance.
 
     Args:
-        table: from :func:`lora_lens.sweep` or :meth:`lora_lens.Sweep.open`.
+        table: from :func:`lora_lens.sweep`, or that of :meth:`lora_lens.Sweep.open`.
         weight: of forgetting in the value, 0 or more.
 
     Returns:
-        Advice whose evidence has one row per window or method and rate, the best first: method, rank,
-        position, start, lr; seeds (that tell), value (mean over them); difference (value minus the
-        recommended row's, at equal seeds), difference_low and difference_high (its interval), apart
-        (whether that excludes 0), recommended. Because other seeds chose, the recommended row need not be
-        the first. A method that lacks these seeds has missing values.
+        Advice whose evidence has one row per window or method and rate, the best first. Columns: method,
+        rank, position, start, lr; seeds (how many did not take part in the choice), value (mean over them);
+        difference (value minus the recommended row's, at equal seeds), difference_low and difference_high
+        (its interval), apart (whether that excludes 0), recommended. Because other seeds chose, the
+        recommended row need not be the first. A method that lacks these seeds has missing values.
 
     Raises:
         TypeError: ``table`` is no table, or ``weight`` no number.
         ValueError: ``weight`` is negative, a column is missing, there are no windows, the windows differ
             in another setting, two runs share window, rate and seed, or no seed was run everywhere.
+
+    Example:
+        >>> import pandas as pd
+        >>> import lora_lens as ll
+        >>> runs = pd.DataFrame({"position": [0.0, 0.0, 0.5, 0.5], "seed": [0, 1, 0, 1]})
+        >>> runs = runs.assign(method="window", rank=8, start=None, lr=5e-3)
+        >>> runs["accuracy"], runs["forgetting"] = [0.90, 0.92, 0.88, 0.90], [0.30, 0.20, 0.10, 0.06]
+        >>> advice = ll.experiments.advise_from(runs)
+        >>> print(advice.window, round(advice.value, 2))
+        window of rank 8 at position 0.5 0.81
     """
     weight = checked_weight(weight)
     table = checked(table, [*WINDOW, "lr", "seed", "accuracy", "forgetting"])

@@ -38,7 +38,7 @@ METHOD_NAMES = {
 }
 # The table's columns tell these apart to the last digit, so their runs keep the names that earlier versions
 # gave them. The text of any other method is for people, and may be the same for two.
-TOLD_BY_COLUMNS = (*METHOD_NAMES, RandomComponents, SpreadComponents, AtEffectiveRank)
+EXACT_BY_COLUMNS = (*METHOD_NAMES, RandomComponents, SpreadComponents, AtEffectiveRank)
 MODEL_SETTINGS, ANSWERS = "settings of the model", "loss of the model on the first retained examples"
 OF_NO_MATTER = (  # in a config: where the model came from, and what it returns beside its answers
     "_name_or_path", "transformers_version", "architectures", "use_cache", "return_dict", "output_attentions",
@@ -50,18 +50,18 @@ ADDRESS = re.compile(" at 0x[0-9a-f]+")
 
 def run_name(settings: Mapping[str, object], exact_parts: Mapping[str, object] | None = None) -> str:
     """The name of a run: a hash of its settings, with ``exact_parts`` in place of the texts for people."""
-    told = json.dumps({**settings, **(exact_parts or {})}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    text = json.dumps({**settings, **(exact_parts or {})}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def named_record(settings: Mapping[str, object], exact_parts: Mapping[str, object]) -> dict[str, object]:
-    """The beginning of a run's record: name, settings, and what they do not tell exactly."""
+    """The beginning of a run's record: its name, its settings, and exactly what these only describe."""
     record = {"run": run_name(settings, exact_parts), "settings": dict(settings)}
     return record | ({"exact": dict(exact_parts)} if exact_parts else {})
 
 
 def named_method(method: MethodLike) -> dict[str, object]:
-    """What a table says of a method."""
+    """The columns that describe a method in a table."""
     return {
         "method": METHOD_NAMES.get(type(method)) or str(method),
         "rank": getattr(method, "rank", None),
@@ -72,8 +72,8 @@ def named_method(method: MethodLike) -> dict[str, object]:
 
 def exact_method(method: MethodLike) -> dict[str, object]:
     """What a run's name takes in place of :func:`named_method`'s text; nothing where that is exact."""
-    told = type(method) in TOLD_BY_COLUMNS or (type(method) is PeftMethod and method.is_start)
-    return {} if told else {"method": exact(method, f"the method {shown(method)}")}
+    exact_already = type(method) in EXACT_BY_COLUMNS or (type(method) is PeftMethod and method.is_start)
+    return {} if exact_already else {"method": exact(method, f"the method {shown(method)}")}
 
 
 def exact(value: object, name: str) -> object:
@@ -134,7 +134,7 @@ def _type_name(kind: type) -> str:
 
 def _code_of_class(kind: type, name: str) -> dict[str, object]:
     """A hash of the methods and plain class attributes that a user's class adds; nothing for our own."""
-    told = []
+    parts = []
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in ("lora_lens", "abc", "typing") or _is_builtin(base):
             continue
@@ -143,10 +143,10 @@ def _code_of_class(kind: type, name: str) -> dict[str, object]:
                 continue
             function = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
             if isinstance(function, FunctionType):
-                told.append([key, _code(function.__code__), _outside_of(function, f"{key} of {name}")])
+                parts.append([key, _code(function.__code__), _outside_of(function, f"{key} of {name}")])
             elif value is None or isinstance(value, (bool, int, float, str, tuple)):
-                told.append([key, exact(value, f"{key} of {name}")])
-    return {"code": hashlib.sha256(json.dumps(told).encode()).hexdigest()} if told else {}
+                parts.append([key, exact(value, f"{key} of {name}")])
+    return {"code": hashlib.sha256(json.dumps(parts).encode()).hexdigest()} if parts else {}
 
 
 def _is_builtin(kind: type) -> bool:
@@ -195,14 +195,14 @@ def sample_loss(model: nn.Module, task: Task) -> str:
 
 def _settings_of(model: nn.Module) -> str:
     """A hash of kinds of modules, their settings such as dropout and number of heads, and passing buffers."""
-    told: list[object] = [repr(model)]
+    parts: list[object] = [repr(model)]
     if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
-        told += [(key, str(value)) for key, value in config.to_dict().items() if key not in OF_NO_MATTER]
+        parts += [(key, str(value)) for key, value in config.to_dict().items() if key not in OF_NO_MATTER]
     for name, module in model.named_modules():
         given = signature(type(module).__init__).parameters
         own = vars(module).items()
-        told += [(name, key, value) for key, value in own if key in given and isinstance(value, PLAIN)]
-    digest = hashlib.sha256(ADDRESS.sub("", repr(told)).encode())
+        parts += [(name, key, value) for key, value in own if key in given and isinstance(value, PLAIN)]
+    digest = hashlib.sha256(ADDRESS.sub("", repr(parts)).encode())
     for name, tensor in model.named_buffers():
         digest.update(name.encode())
         add_tensor(digest, tensor)

@@ -1,4 +1,4 @@
-"""Which window and learning rate to take for a task: by a short pilot, or without any training."""
+"""Which window and learning rate to use for a task: by a short pilot, or without any training."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def advise(
     are judged on the same ones, so a choice that suits them by chance still flatters the value a little.
 
     Args:
-        model, task, retain: as for :func:`lora_lens.sweep`; of ``retain`` the training examples are used.
+        model: the pretrained model; it is left as it was.
+        task: what to learn.
+        retain: what the model can do and should not forget; its training examples are used.
         rank: of the windows, unless they are given.
         windows: to choose from; default five of ``rank``. The one in the middle of the list is the usual one.
         rates: to choose from; the one closest to 5e-3, by its logarithm, is the usual one.
@@ -99,12 +101,24 @@ def advise(
         Advice whose evidence is, after a pilot, the table of all its runs as from ``sweep``, with rung
         (rates, windows or final), stands_for (the rate at full length; lr is that of the run) and value;
         without training, the windows: position, start and usual (whether it is the one that is advised).
-        What a gradient says of them is told by :func:`lora_lens.forgetting.foresee`.
+        :func:`lora_lens.forgetting.foresee` says what a gradient tells about each of them.
 
     Raises:
         ValueError: no retained task, a negative ``weight``, nothing to choose from, a rank or window that
             does not fit, too few examples to hold some out, or too small a budget; all before the first run.
         TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> advice = ll.advise(model, task, retain=task, rank=2)
+        >>> print(advice.window, "with learning rate", advice.lr)
+        window of rank 2 at position 0.5 with learning rate 0.005
     """
     weight = checked_weight(weight)
     known_settings(settings, SETTINGS_OF_ALL, "advise")

@@ -167,7 +167,7 @@ def row_of(record: Mapping) -> dict[str, object]:
     return {"run": record["run"], **record["settings"], **record["result"], **ended}
 
 
-def told_apart(records: Iterable[dict]) -> Iterator[dict]:
+def with_distinct_names(records: Iterable[dict]) -> Iterator[dict]:
     """The records, with different texts for different methods and strategies.
 
     Those of one text, which is made for people and may leave something out, get a few digits of their

@@ -16,7 +16,7 @@ from lora_lens._base.naming import counted, listed
 from lora_lens._base.validate import instance, share
 from lora_lens.experiments.advisor import Advice, advise_from
 from lora_lens.experiments.columns import columns_of, read_columns, records_in, rows_of
-from lora_lens.experiments.records import require_runs, row_of, told_apart
+from lora_lens.experiments.records import require_runs, row_of, with_distinct_names
 from lora_lens.experiments.store import experiment
 from lora_lens.forgetting.aggregate import seed_means
 from lora_lens.forgetting.fair_comparison import (
@@ -41,7 +41,7 @@ def require_sweep(value: object) -> None:
 
 
 class Kept:
-    """A table of runs, and what was kept of each; :class:`Sweep` and its kin.
+    """A table of runs, and what was kept of each: the base class of :class:`Sweep` and its like.
 
     Attributes:
         table: one row per run (of a sequence of tasks several), those that failed with their reason.
@@ -133,16 +133,18 @@ class Sweep(Kept):
 
     Plots, explorers and reports take a sweep where they take its table.
 
-    >>> import lora_lens as ll
-    >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
-    >>> sweep.only("position == 0.5 and lr == 0.005").table["forgetting"].mean() < 0.2
-    True
+    Example:
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> middle = sweep.only("position == 0.5 and lr == 0.005")
+        >>> len(middle), middle.curves()["step"].unique().tolist()  # runs, and when they were evaluated
+        (5, [0, 30, 60, 90, 120])
     """
 
     @classmethod
     def of(cls, records: list[dict], experiment: Mapping, path: Path | None = None) -> Self:
         """From the records of its runs, in their order."""
-        table = pd.DataFrame([row_of(record) for record in told_apart(records)])
+        table = pd.DataFrame([row_of(record) for record in with_distinct_names(records)])
         return cls(table, columns_of(records), experiment, path)
 
     @classmethod
@@ -152,7 +154,7 @@ class Sweep(Kept):
             raise InputError(
                 f"{path} holds sequences of tasks; open them with ll.experiments.ContinualSweep.open"
             )
-        table = pd.DataFrame([row_of(record) for record in told_apart(records)])
+        table = pd.DataFrame([row_of(record) for record in with_distinct_names(records)])
         if table.empty:
             raise InputError(f"{path} holds no finished runs")
         return table.sort_values(ORDER, kind="stable", ignore_index=True)
@@ -264,13 +266,13 @@ class Sweep(Kept):
         return at_own_best_rate(self.table)
 
     def report(self, path: str | Path, **options: object) -> Path:
-        """All of it on one page; as :func:`lora_lens.reports.report`."""
+        """A report on the sweep, on one page; as :func:`lora_lens.reports.report`."""
         from lora_lens.reports.sweep_report import report
 
         return report(self, path, **options)
 
     def explore(self, **options: object) -> VBox:
-        """The explorer of its trade-offs; as :func:`lora_lens.widgets.tradeoff_explorer`."""
+        """The explorer of the sweep's trade-offs; as :func:`lora_lens.widgets.tradeoff_explorer`."""
         from lora_lens.widgets.trade_off import tradeoff_explorer
 
         return tradeoff_explorer(self, **options)
@@ -309,5 +311,5 @@ class Sweep(Kept):
         shown = means[[c for c in SHOWN if means[c].notna().any()]].assign(**scores, seeds=means["seeds"])
         table = shown.head(MOST_SHOWN).to_html(index=False, float_format="{:g}".format, na_rep="", border=0)
         more = f"<p>and {len(means) - MOST_SHOWN} more</p>" if len(means) > MOST_SHOWN else ""
-        told = f"<p>At learning rate {rate:g}, where most is learnt, means over seeds:</p>"
-        return f"<p>{escape(repr(self))}</p>{picture}{told}{table}{more}"
+        caption = f"<p>At learning rate {rate:g}, where most is learnt, means over seeds:</p>"
+        return f"<p>{escape(repr(self))}</p>{picture}{caption}{table}{more}"

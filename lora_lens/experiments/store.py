@@ -44,8 +44,27 @@ def pack(store: str | Path, path: str | Path) -> Path:
         ``path``.
 
     Raises:
-        FileNotFoundError, ValueError: as :meth:`lora_lens.Sweep.open`.
+        FileNotFoundError: there is no such store, or no folder for the file.
+        ValueError: the store holds no finished runs, or is none.
         FileExistsError: something else than a pack is at ``path``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> once = {"steps": 2, "batch_size": 10, "jobs": 1, "progress": False}
+        >>> with TemporaryDirectory() as folder:
+        ...     store, grid = Path(folder) / "runs", ll.Grid(ll.Window.middle(2))
+        ...     _ = ll.sweep(grid, model=model, task=task, retain=task, store=store, **once)
+        ...     packed = ll.experiments.pack(store, Path(folder) / "runs.jsonl.xz")
+        ...     len(ll.Sweep.open(packed))
+        1
     """
     path, records = store_path(path, "path", "that of the file to write"), all_records(store)
     if not records:
@@ -73,16 +92,26 @@ def _require_pack(path: Path) -> None:
 
 
 def experiment(store: str | Path) -> dict[str, dict[str, str]]:
-    """What all runs of a results folder, or of a file from :func:`pack`, belong to.
+    """The model and tasks that all runs of a results folder, or of a file from :func:`pack`, belong to.
+
+    Args:
+        store: the folder or file.
 
     Returns:
-        identity, with lora_lens (its version), model (a hash of its weights), settings of the model (a hash
+        "identity", with lora_lens (its version), model (a hash of its weights), settings of the model (a hash
         of what its function depends on beside them, such as dropout; not of earlier versions), task and
-        retain (their names and hashes of their examples); versions, of the packages that made the first runs.
+        retain (their names and hashes of their examples); "versions", of the packages that made the first
+        runs.
 
     Raises:
         FileNotFoundError: there is no such folder or file, or no experiment in the folder.
         ValueError: it is no such file, or the folder's experiment.json is damaged.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> found = ll.experiments.experiment("data/results/digits.jsonl.xz")
+        >>> sorted(found), found["identity"]["task"].split()[0]
+        (['identity', 'versions'], 'digits')
     """
     store = store_path(store)
     if not store.is_dir():

@@ -21,10 +21,7 @@ from lora_lens.adapters.low_rank import chosen_layers
 from lora_lens.adapters.methods import LinearProbe, LoRA, Method, MethodLike, as_method
 from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.engines import by_itself, checked_jobs, missing, run_missing
-from lora_lens.experiments.identity import (
-    exact,
-    experiment_identity,
-)
+from lora_lens.experiments.identity import exact, experiment_identity
 from lora_lens.experiments.pretrained import ask_pretrained
 from lora_lens.experiments.results import Sweep
 from lora_lens.experiments.runs import Experiment, run_one
@@ -59,7 +56,14 @@ class Grid:
     its methods are what its runs are found by in a store (what those methods read elsewhere is not).
 
     Raises:
-        TypeError, ValueError: something else, a value twice, a rate that is not positive, or nothing to run.
+        ValueError: a value is there twice, a rate is not positive, or there is nothing to run.
+        TypeError: a value is of another type.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> grid = ll.Grid(ll.windows(8, count=9), lr=[2e-3, 5e-3], seed=range(3), baselines=[ll.LoRA(8)])
+        >>> len(grid)  # (9 + 1) * 2 * 3 runs
+        60
     """
 
     window: Sequence[Window] = ()
@@ -115,15 +119,21 @@ def sweep(
 
     Args:
         grid: what to vary.
-        model, task, retain, watch, targets, alpha, variant: as for ``attach`` and ``finetune``; what was
-            watched is in :meth:`lora_lens.Sweep.watched`.
+        model: the pretrained model; it is left as it was.
+        task: what to learn.
+        retain: what the model can do and should not forget.
+        watch: more that it can do; the results are in :meth:`lora_lens.Sweep.watched`.
+        targets: which layers, as for :func:`lora_lens.attach`.
+        alpha: LoRA's alpha, as there.
+        variant: how the adapters are built, as there.
         store: a folder that keeps one small file per finished run. A sweep
             that was interrupted, or a larger grid, runs only what is missing.
             Without it nothing is kept.
         spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
             kept, too: see :meth:`lora_lens.Sweep.drifts`.
-        jobs: processes; default all cores that may be used (one where there is a GPU). Every
+        jobs: how many processes; default one per core that may be used (one where there is a GPU). Every
             run computes with one thread, so the numbers do not depend on it.
+        progress: show a bar.
         settings: of :class:`lora_lens.Training`, the same for all runs.
 
     A run that fails, even one whose process is killed because memory ran out, ends no other: its row has the
@@ -145,6 +155,18 @@ def sweep(
             different experiment or is no folder; or all runs failed, with the first one's reason (of an error
             that is not ours RuntimeError).
         OSError: ``store`` cannot be written to.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> once = {"steps": 2, "batch_size": 10, "jobs": 1, "progress": False}
+        >>> ll.sweep(ll.Grid(ll.windows(rank=2, count=3)), model=model, task=task, retain=task, **once)
+        <Sweep: 3 runs; 3 windows; 1 learning rate; 1 seed>
     """
     instance(grid, Grid, "grid", "a lora_lens.Grid of windows, learning rates and seeds")
     watch = sequence(watch, "watch", "tasks", Task)

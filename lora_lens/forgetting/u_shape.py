@@ -11,8 +11,9 @@ from scipy.stats import permutation_test
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, resample_count, seed_number
-from lora_lens.forgetting.fair_comparison import LEVEL
 from lora_lens.forgetting.run_groups import FEWEST_SEEDS, interval, rates_in
+
+LEVEL = 0.05  # below this p value a U-shape is called one
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ from lora_lens.adapters.injection import (
     factor_matrix,
     is_dora,
     lora_layers,
-    matrices_of,
     require_unmerged,
     trained_update,
 )
+from lora_lens.adapters.pretrained import matrices_of
 from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.comparison import Side
 from lora_lens.spectrum.measures import effective_rank, stable_rank

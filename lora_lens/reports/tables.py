@@ -16,6 +16,7 @@ from lora_lens.forgetting import fair_comparison as fair
 from lora_lens.forgetting.examples import forgotten_by
 from lora_lens.forgetting.pareto import dominance
 from lora_lens.forgetting.predictors import by_run
+from lora_lens.forgetting.rate_robustness import rate_robustness
 from lora_lens.forgetting.run_groups import window_columns
 from lora_lens.reports.figures import matched_figures
 from lora_lens.reports.page import MISSING, Piece, Table, decimal, plain, points, with_interval
@@ -56,7 +57,7 @@ def _by_rate(result: pd.DataFrame, score: str, caption: str) -> Table:
 def own_best_section(table: pd.DataFrame) -> list[Piece]:
     if table["lr"].nunique() == 1:
         return [f"All runs share the learning rate {plain(table['lr'].iloc[0])}: none to choose."]
-    own, robust = fair.at_own_best_rate(table), fair.rate_robustness(table)
+    own, robust = fair.at_own_best_rate(table), rate_robustness(table)
     best = {
         NAME: names_of(own),
         "best rate": own["lr"].map(plain),

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lora_lens._base.errors import LoraLensError
-from lora_lens.forgetting.fair_comparison import LEVEL
-from lora_lens.forgetting.u_shape import UShape, u_shape_test
+from lora_lens.forgetting.u_shape import LEVEL, UShape, u_shape_test
 from lora_lens.reports.page import Piece, Table, decimal, plain, with_interval
 
 

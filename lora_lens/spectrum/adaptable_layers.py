@@ -136,7 +136,7 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
     )
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def weight_of(layer: nn.Module) -> Tensor:
     """The layer's weight as it is."""
     weight = layer.weight
     assert isinstance(weight, Tensor)  # what is no layer with a weight has been refused
@@ -145,14 +145,14 @@ def _weight(layer: nn.Module) -> Tensor:
 
 def weight_matrix(layer: nn.Module) -> Tensor:
     """The weight as (out_features, in_features), a view if possible; of a convolution (out, in * kh * kw)."""
-    weight = _weight(layer).detach()
+    weight = weight_of(layer).detach()
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
 @torch.no_grad()
 def set_weight_matrix(layer: nn.Module, matrix: Tensor) -> None:
     """Write what :func:`weight_matrix` reads."""
-    place, weight = weight_matrix(layer), _weight(layer)
+    place, weight = weight_matrix(layer), weight_of(layer)
     place.copy_(matrix)
     if place.data_ptr() != weight.data_ptr():  # of a convolution in channels-last order it is a copy
         weight.copy_(place.view(weight.shape))
@@ -160,7 +160,7 @@ def set_weight_matrix(layer: nn.Module, matrix: Tensor) -> None:
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of :func:`weight_matrix`."""
-    weight = _weight(layer)
+    weight = weight_of(layer)
     rows, columns = weight.shape[0], weight[0].numel()
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
@@ -190,7 +190,7 @@ def adaptable(model: nn.Module) -> Adaptable:
     reasons: dict[str, str] = {}
     unexpected: set[str] = set()
     for name, module in weighted.items():
-        others = [n for n in places.get(memory(_weight(module)), []) if n != name]
+        others = [n for n in places.get(memory(weight_of(module)), []) if n != name]
         kind = _reason(module, others)
         reason = kind or used.get(name) or _touched(module) or refused.get(name.rpartition(".")[2])
         if not reason:
@@ -282,7 +282,7 @@ def _is_product(kin: tuple[type[nn.Linear], ...]) -> bool:
 
 
 def _reason(module: nn.Module, others: list[str]) -> str:
-    weight, kind = _weight(module), type(module).__name__
+    weight, kind = weight_of(module), type(module).__name__
     if isinstance(module, BaseTunerLayer):
         return "is adapted already; merge or unload its adapter first"
     plain = type(weight.data) is Tensor and type(weight) in (nn.Parameter, Tensor)

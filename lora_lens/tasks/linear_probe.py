@@ -33,11 +33,16 @@ def probed(model: nn.Module, task: Task, examples: int | None = None) -> Task:
         ValueError: the task is no classification by a head, or does not fit the model.
 
     Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
         >>> import lora_lens as ll
-        >>> model, _ = ll.tasks.bundled.vision()
-        >>> digits = ll.tasks.probed(model, ll.tasks.bundled.digits().first(test=100), examples=200)
-        >>> round(ll.evaluate(model, digits).accuracy, 1)
-        0.8
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> noise = torch.randn(40, 1, 28, 28)
+        >>> images = ll.Examples(noise + (torch.arange(40) % 2)[:, None, None, None], torch.arange(40) % 2)
+        >>> task = ll.tasks.probed(model, ll.Task("brightness", ("dark", "light"), images, images))
+        >>> ll.evaluate(model, task).accuracy > 0.8
+        True
     """
     instance(task, Task, "task", "a Task, as lora_lens.tasks.text_task and folder_task make them")
     if type(task) is not Task:

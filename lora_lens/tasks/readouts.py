@@ -110,7 +110,8 @@ Readout = HeadReadout | OwnHead | LabelWords | NextTokens
 class Batches(Protocol):
     """Examples: inputs by their numbers, and labels."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor: ...
 
     def batch(self, rows: Tensor) -> Inputs: ...
 

@@ -36,10 +36,10 @@ def finetune(
     on_step: Callable[[Progress], object] | None = None,
     **settings: object,
 ) -> Run:
-    """Train what is trainable in ``model``, and what the task needs beside it, on ``task``.
+    """Train the trainable part of ``model``, and the head that the task needs beside it, on ``task``.
 
-    A classification by a head gets a new one, which reads the same features as the model's own; that stays
-    as it is, and tests the retained task on the adapted features. Batch norms that are frozen keep their
+    A classification by a head gets a new one, which reads the same features as the model's own; the own one
+    stays as it is, and tests the retained task on the adapted features. Frozen batch norms keep their
     statistics. Blocks below the first that is trained run once per example where that changes nothing
     (:mod:`lora_lens.training.prefix_cache`). The model is trained in place, on the device that accelerate
     picks; started by torchrun or accelerate launch, each process takes its part of every batch, and all end
@@ -50,18 +50,22 @@ def finetune(
         model: from :func:`lora_lens.attach`.
         task: what to learn.
         retain: what the model could do before, by itself or with the head of :func:`lora_lens.tasks.probed`.
-        config: the settings; ``settings`` given by name replace its values.
+        config: the settings; default those of ``Training()``.
         regularizer: added to the loss of every step against forgetting, see
             :mod:`lora_lens.training.regularizers`. One that needs examples of its own takes them out of
             ``batch_size``, so a step costs the same.
-        readout: what reads the task and is trained with the model; default a new one, from the task.
+        readout: reads the task's answers and is trained with the model; default a new one, from the task.
         watch: more that the model could do before, tested before the first and after the last step only.
         before: answers of the pretrained model that are at hand, or that count where ``model`` starts with
             another function; default those of ``model`` before the first step.
         progress: show a bar with the loss and both scores.
         on_step: called with a :class:`Progress` before the first step and after each. The run waits for it,
-            and ends where it returns something true; then the tasks are tested there, as after the last
-            step. Each of several processes calls it, and all end where one of them says so.
+            and ends once it returns something true; then the tasks are tested there, as after the last
+            step. Each of several processes calls it, and all of them end as soon as one call does.
+        settings: of :class:`Training`, by name; they replace those of ``config``.
+
+    Returns:
+        What the run learnt and forgot, a :class:`lora_lens.Run`.
 
     Raises:
         ValueError: there is nothing to train, a task does not fit the model (another tokenizer, texts that
@@ -69,6 +73,19 @@ def finetune(
             the regularizer does not fit, gradients are off, or a batch has fewer examples than there are
             processes.
         TypeError: an argument is of another type, or there is no such setting.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> adapted = ll.attach(model, ll.Window.middle(4))
+        >>> run = ll.finetune(adapted, task, retain=task, steps=2, batch_size=10, progress=False)
+        >>> run.curve["step"].tolist(), 0 <= run.accuracy <= 1, -1 <= run.forgetting <= 1
+        ([0, 1, 2], True, True)
     """
     config = training_with(settings, "finetune", config)
     watch = _checked_tasks(model, task, retain, watch, regularizer, readout, on_step)

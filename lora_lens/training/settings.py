@@ -21,12 +21,12 @@ class Training:
 
     Attributes:
         lr: AdamW's peak learning rate, for the adapter and the new head alike.
-        steps: optimizer steps.
-        batch_size: examples per step.
-        warmup: share of the steps in which the rate rises linearly from 0;
+        steps: optimizer steps, at least 1.
+        batch_size: examples per step, at least 1.
+        warmup: share of the steps, in [0, 1), in which the rate rises linearly from 0;
             then it falls to 0 along a cosine.
-        weight_decay: AdamW's. 0 by default: decaying the factors of a window
-            would shrink pretrained components, which is forgetting by design.
+        weight_decay: AdamW's (Loshchilov and Hutter 2019, arXiv 1711.05101). 0 by default: decaying the
+            factors of a window would shrink pretrained components, which is forgetting by design.
         evaluations: how many times both tasks are tested, evenly spaced from
             before the first step to after the last; at least 2.
         seed: of the new head, of the order of the examples and of the model's dropout; 0 or more.
@@ -37,6 +37,11 @@ class Training:
     Raises:
         ValueError: a number is out of its range, infinite or NaN, or there is no such precision.
         TypeError: a value is no number, or no whole one.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.Training(steps=10, evaluations=3).evaluation_steps
+        [0, 5, 10]
     """
 
     lr: float = 1e-3
@@ -90,9 +95,15 @@ def training_with(
 
 
 def fastest_precision() -> str:
-    """The ``precision`` that costs least here: "bfloat16" on GPUs and processors that multiply in it.
+    """The fastest ``precision`` on this machine: "bfloat16" on GPUs and processors that multiply in it.
 
-    On other processors, those without AVX-512, it is emulated, and many times slower than "float32".
+    Other processors, those without AVX-512, emulate it and are many times slower than in "float32".
+
+    Example:
+        >>> import lora_lens as ll
+        >>> config = ll.Training(precision=ll.training.fastest_precision())
+        >>> config.precision in ("float32", "bfloat16")
+        True
     """
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

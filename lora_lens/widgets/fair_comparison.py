@@ -16,6 +16,7 @@ from lora_lens._base.naming import counted
 from lora_lens._base.schema import sweep_table
 from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting import fair_comparison
+from lora_lens.forgetting.rate_robustness import rate_robustness
 from lora_lens.forgetting.u_shape import u_shape_test
 from lora_lens.plots._image import drawn
 from lora_lens.widgets._explorer import (
@@ -97,7 +98,7 @@ def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
 
     @lru_cache(maxsize=16)
     def robustness(chosen: tuple[int, ...], points: float) -> str:
-        widths = fair_comparison.rate_robustness(table[table["seed"].isin(chosen)], points / 100)
+        widths = rate_robustness(table[table["seed"].isin(chosen)], points / 100)
         return drawn(
             lambda figure: plots.robustness(widths, ax=figure.subplots()),
             f"learning rates that cost at most {points:g} points of accuracy, one bar for each of "

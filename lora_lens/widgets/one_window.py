@@ -84,8 +84,13 @@ def window_explorer(
             model cannot do the task.
 
     Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
         >>> import lora_lens as ll
-        >>> model, task = ll.tasks.bundled.vision()
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
         >>> spectra = ll.spectra(model, targets="blocks.0.attn.*", progress=False)
         >>> explorer = ll.widgets.window_explorer(model, spectra, task)  # the last line of a cell shows it
         >>> explorer.children[1].children[0].options

@@ -1,40 +1,16 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
-
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.stats import bootstrap
+from sweep_tables import runs
 
-from lora_lens.forgetting import fair_comparison, u_shape
+from lora_lens.forgetting import fair_comparison
+from lora_lens.forgetting.rate_robustness import rate_robustness
 
 unit = st.floats(0, 1, allow_nan=False)
-NINE = np.linspace(0, 1, 9)
-
-
-def runs(
-    accuracy: dict[tuple[float, float], list[float]],
-    forgetting: dict[tuple[float, float], list[float]] | None = None,
-) -> pd.DataFrame:
-    """A table from lists over seeds, by (position, learning rate); forgetting is 0.1 unless given."""
-    rows = []
-    for (position, lr), scores in accuracy.items():
-        forgotten = (forgetting or {}).get((position, lr), [0.1] * len(scores))
-        for seed, (score, lost) in enumerate(zip(scores, forgotten, strict=True)):
-            rows.append(
-                {"method": "window", "rank": 8, "position": position, "start": None, "lr": lr, "seed": seed,
-                 "accuracy": score, "retained_before": 0.9, "retained_accuracy": 0.9 - lost,
-                 "forgetting": lost, "diverged": False, "run": f"{position} {lr} {seed}"}
-            )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def swept(forgetting: np.ndarray, positions: np.ndarray = NINE) -> pd.DataFrame:
-    """A table at one learning rate from forgetting (seeds, positions)."""
-    columns = {(p, 1e-3): forgetting[:, i].tolist() for i, p in enumerate(positions)}
-    return runs({key: [0.8] * len(forgetting) for key in columns}, columns)
 
 
 # intervals
@@ -89,7 +65,7 @@ def test_a_run_that_failed_is_left_out_and_counted_nowhere():
     best = fair_comparison.at_own_best_rate(table).set_index("position")
     assert best["lr"].tolist() == [0.1] * 3 and best["seeds"].tolist() == [3, 2, 3]
     assert best["rates"].tolist() == [2, 2, 2]
-    assert fair_comparison.rate_robustness(table)["highest"].tolist() == [0.2] * 3
+    assert rate_robustness(table)["highest"].tolist() == [0.2] * 3
     steps = [
         {"run": r, "step": s, "accuracy": s, "retained_accuracy": 0.5}
         for r in table.loc[~failed, "run"]
@@ -126,7 +102,7 @@ def test_tables_without_runs_or_columns_and_with_a_seed_twice_are_refused():
     for function in (
         fair_comparison.at_equal_rate,
         fair_comparison.at_own_best_rate,
-        fair_comparison.rate_robustness,
+        rate_robustness,
     ):
         with pytest.raises(ValueError, match="no column accuracy"):
             function(table.drop(columns="accuracy"))
@@ -353,128 +329,3 @@ def test_matching_updates_refuses_what_is_no_size_and_the_drifts_of_other_runs()
         fair_comparison.at_matched_update(table, moved.drop(columns="run"), 0.1)
     with pytest.raises(ValueError, match=r"share learning rate 0.1 and seed 0"):
         fair_comparison.at_matched_update(pd.concat([table, table]), moved, 0.1)
-
-
-# robustness to the rate
-
-
-def test_the_range_of_good_rates_and_the_collapse_of_a_known_table():
-    means = {0.1: 0.89, 0.2: 0.5, 0.4: 0.88, 0.8: 0.9, 1.6: 0.885, 3.2: 0.6, 6.4: 0.44, 12.8: 0.1}
-    row = fair_comparison.rate_robustness(runs({(0.5, lr): [a, a] for lr, a in means.items()})).iloc[0]
-    assert (row["best_lr"], row["lowest"], row["highest"], row["collapse"]) == (0.8, 0.4, 1.6, 6.4)
-    assert row["octaves"] == row["octaves_low"] == row["octaves_high"] == pytest.approx(2)
-    assert (row["seeds"], row["rates"], row["accuracy"]) == (2, 8, pytest.approx(0.9))
-    assert not row["at_grid_end"]
-
-
-def test_a_best_rate_at_the_end_of_the_grid_is_marked_and_has_no_collapse():
-    row = fair_comparison.rate_robustness(runs({(0.5, 0.1): [0.2], (0.5, 0.2): [0.9]}), tolerance=0).iloc[0]
-    assert row["at_grid_end"] and np.isnan(row["collapse"]) and row["octaves"] == 0
-    assert np.isnan(row["octaves_low"]) and np.isnan(row["accuracy_low"])
-    with pytest.raises(ValueError, match="tolerance must be at least 0"):
-        fair_comparison.rate_robustness(runs({(0.5, 0.1): [0.2]}), tolerance=-1)
-
-
-@given(st.lists(st.lists(unit, min_size=4, max_size=4), min_size=2, max_size=4), st.floats(0, 0.5))
-@settings(max_examples=40, deadline=None)
-def test_the_range_widens_with_the_tolerance_and_holds_the_best_rate(scores, tolerance):
-    table = runs({(0.5, 2.0**i): values for i, values in enumerate(scores)})
-    narrow, wide = (fair_comparison.rate_robustness(table, t).iloc[0] for t in (tolerance, tolerance + 0.1))
-    assert wide["lowest"] <= narrow["lowest"] <= narrow["best_lr"] <= narrow["highest"] <= wide["highest"]
-    assert 0 <= narrow["octaves_low"] <= narrow["octaves_high"] <= len(scores) - 1
-
-
-# the U-shape
-
-
-def test_a_clear_u_is_called_one_with_its_best_window_and_excesses():
-    noise = np.random.default_rng(0).normal(0, 0.005, size=(6, 9))
-    u = u_shape.u_shape_test(swept(0.4 * (NINE - 0.5) ** 2 + noise), 1e-3)
-    assert u.position == pytest.approx(0.5, abs=0.126) and u.seeds == 6
-    assert u.p == 2**-6  # no other sign pattern gives as much
-    assert u.first_excess == pytest.approx(0.1, abs=0.02) and u.last_excess == pytest.approx(0.1, abs=0.02)
-    assert u.first_interval[0] < u.first_excess < u.first_interval[1]
-    assert u.words.startswith("A U-shape at learning rate 0.001: ") and "p = 0.0156, 6 seeds" in u.words
-    assert u == u_shape.u_shape_test(swept(0.4 * (NINE - 0.5) ** 2 + noise), 1e-3)
-    with pytest.raises(FrozenInstanceError):
-        u.p = 0.0
-
-
-def test_a_slope_is_not_a_u():
-    noise = np.random.default_rng(0).normal(0, 0.005, size=(6, 9))
-    slope = u_shape.u_shape_test(swept(0.3 - 0.2 * NINE + noise), 1e-3)
-    assert slope.p > 0.9 and slope.last_excess < 0 < slope.first_excess
-    assert slope.words.startswith("No evidence of a U-shape")
-
-
-def test_the_p_value_of_a_known_table():
-    # one window between, so no maximum: of 16 patterns of the differences 1, 2, 3, -1 those with the
-    # largest sums are 7 (one), and 5 (two: the given one, and that with 1 turned but -1, too)
-    ends = np.array([1.0, 2.0, 3.0, -1.0])
-    table = swept(np.stack([ends, 0 * ends, ends], 1), np.array([0, 0.5, 1]))
-    u = u_shape.u_shape_test(table, 1e-3)
-    assert u.p == 3 / 16
-    assert u.first_excess == pytest.approx(1.25)
-
-
-def test_the_best_window_of_a_seed_is_chosen_on_the_other_seeds():
-    forgetting = np.array([[1.0, 0.0, 0.5, 1.0], [1.0, 0.6, 0.1, 1.0]])
-    u = u_shape.u_shape_test(swept(forgetting, np.array([0, 0.3, 0.7, 1])), 1e-3)
-    # each seed alone prefers a window that is bad for the other
-    assert u.first_excess == pytest.approx(np.mean([1 - 0.5, 1 - 0.6]))
-    assert u.position == pytest.approx(0.3)  # means of 0.3 each: the first
-
-
-def test_with_too_few_seeds_there_is_no_test_and_it_says_so():
-    curve = 40 * (NINE - 0.5) ** 2
-    three = u_shape.u_shape_test(swept(np.tile(curve, (3, 1))), 1e-3)
-    assert np.isnan(three.p) and "3 seeds are too few" in three.words
-    one = u_shape.u_shape_test(swept(curve[None]), 1e-3)
-    assert np.isnan([one.p, one.first_excess, *one.last_interval]).all() and "1 seed is too few" in one.words
-    assert one.position == 0.5
-    four = u_shape.u_shape_test(swept(np.tile(curve, (4, 1))), 1e-3)
-    assert four.p == 2**-4 and "cannot give less than 0.0625" in four.words
-
-
-def test_many_seeds_use_random_sign_patterns():
-    noise = np.random.default_rng(0).normal(0, 0.01, size=(14, 9))
-    u = u_shape.u_shape_test(swept(0.4 * (NINE - 0.5) ** 2 + noise), 1e-3, resamples=999)
-    assert u.p == pytest.approx(1 / 1000)
-
-
-def test_a_u_shape_needs_ends_windows_and_one_setting():
-    table = swept(np.zeros((5, 9)))
-    for positions in (NINE[1:], NINE[:-1], NINE[[0, -1]]):
-        with pytest.raises(ValueError, match="needs windows at positions 0, 1 and between"):
-            u_shape.u_shape_test(table[table["position"].isin(positions)], 1e-3)
-    with pytest.raises(ValueError, match=r"no windows .* at learning rate 0.5; there are 0.001"):
-        u_shape.u_shape_test(table, 0.5)
-    with pytest.raises(ValueError, match="no windows"):
-        u_shape.u_shape_test(table.assign(method="LoRA"), 1e-3)
-    with pytest.raises(ValueError, match="keep one rank"):
-        u_shape.u_shape_test(pd.concat([table, table.assign(rank=4)]), 1e-3)
-    with pytest.raises(ValueError, match="no column forgetting"):
-        u_shape.u_shape_test(table.drop(columns="forgetting"), 1e-3)
-    with pytest.raises(ValueError, match="no seed was run at every position"):
-        u_shape.u_shape_test(table[(table["seed"] == 0) ^ (table["position"] == 0)], 1e-3)
-    assert u_shape.u_shape_test(table.iloc[1:], 1e-3).seeds == 4  # the incomplete seed is left out
-
-
-@pytest.mark.parametrize(
-    ("ends", "noise", "least", "most"),
-    [
-        pytest.param((0.0, 0.0), 2.0, 0, 0.07, id="flat"),
-        pytest.param((20.0, 0.0), 2.0, 0, 0.07, id="only the PiSSA end is high"),
-        pytest.param((0.0, 20.0), 2.0, 0, 0.07, id="only the MiLoRA end is high"),
-        pytest.param((20.0, 0.0), [2.0] * 8 + [5.0], 0, 0.07, id="one end is high, the other is noisy"),
-        pytest.param((4.0, 4.0), 2.0, 0.8, 1, id="U"),
-    ],
-)
-def test_u_shapes_are_found_and_rarely_invented(ends, noise, least, most):
-    random = np.random.default_rng(0)
-    means = np.array([ends[0], *[0.0] * 7, ends[1]])
-    called = []  # for each of 300 experiments with 6 seeds; the noise is in percentage points
-    for _ in range(300):
-        points = means + random.normal(0, 1, size=(6, 9)) * noise
-        called.append(u_shape.u_shape_test(swept(points / 100), 1e-3, resamples=100).p <= 0.05)
-    assert least <= np.mean(called) <= most

@@ -30,7 +30,7 @@ from lora_lens.experiments.continual.sequence_training import Sequential, checkp
 from lora_lens.experiments.continual.strategies import Moving, Strategy
 from lora_lens.experiments.engines import checked_jobs, run_missing
 from lora_lens.experiments.identity import ANSWERS, model_identity, sample_loss
-from lora_lens.experiments.records import told_apart
+from lora_lens.experiments.records import with_distinct_names
 from lora_lens.experiments.results import MOST_SHOWN, Kept
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.experiments.sweeps import A_TASK, Grid, require_shared, shared_training
@@ -81,11 +81,14 @@ def continual_sweep(
         retain: what the pretrained model could do, tested after each task.
         store: a folder that keeps one file per finished sequence and one checkpoint per unfinished one;
             strategies and settings may share it. Without it nothing is kept.
-        targets, alpha, variant: as for :func:`lora_lens.attach`.
+        targets: which layers, as for :func:`lora_lens.attach`.
+        alpha: LoRA's alpha, as there.
+        variant: how the adapters are built, as there.
         spectra: of this model, if they are at hand. With all vectors, what became of the weights is measured
             after each task: see :meth:`ContinualSweep.drifts`.
-        jobs: processes; default all cores that may be used (one where there is a GPU). Every run computes
-            with one thread.
+        jobs: how many processes; default one per core that may be used (one where there is a GPU). Every run
+            computes with one thread.
+        progress: show a bar.
         settings: of :class:`lora_lens.Training`, for each task; steps are those of one task.
 
     Returns:
@@ -97,14 +100,35 @@ def continual_sweep(
         (NaN without ``retain``); diverged (such a sequence is not trained further, unless by ``Separate``);
         failed and reason (why, else ""): such a sequence has rows without results, ends no other, and is
         tried again, from its last finished task, by the next call. The accuracy matrix R[i, j] of the
-        literature has after = i + 1 and place = j; see :mod:`lora_lens.experiments.continual.metrics`.
+        literature has after = i + 1 and place = j; see :mod:`lora_lens.experiments.continual.formulas`.
 
     Raises:
         ValueError: fewer than two tasks, an order that is no permutation, another setting, tasks that do not
             fit the model or the setting, a window that does not fit, ``store`` holds another experiment, or
             all sequences failed, with the first one's reason (of an error that is not ours RuntimeError).
         OSError: ``store`` cannot be written to.
-        TypeError: a strategy, or a method that it cannot chain.
+        TypeError: ``strategy`` is none, or cannot chain one of the methods.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> tasks = [task, ll.Task("again", ("even", "odd"), images, images)]
+        >>> strategy, grid = ll.experiments.continual.Merged(), ll.Grid(ll.Window.middle(2))
+        >>> once = {"steps": 2, "batch_size": 10, "jobs": 1, "progress": False}
+        >>> sweep = ll.experiments.continual_sweep(model, tasks, strategy, grid, **once)
+        >>> sweep.table[["after", "task", "place"]]
+           after   task  place
+        0      0  noise      0
+        1      0  again      1
+        2      1  noise      0
+        3      1  again      1
+        4      2  noise      0
+        5      2  again      1
     """
     instance(grid, Grid, "grid", "a lora_lens.Grid of methods, learning rates and seeds")
     tasks = sequence(tasks, "tasks", "tasks", Task)
@@ -143,11 +167,16 @@ def continual_sweep(
 
 
 class ContinualSweep(Kept):
-    """Sequences of tasks: what each learnt and forgot, and what was kept of it.
+    """Sequences of tasks: their scores after each task, and what was kept of each.
 
     Attributes:
         table: one row per sequence, number of tasks trained and task; see :func:`continual_sweep`.
         path: the folder or packed file that keeps the sequences; None where nothing was kept on disk.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.experiments.ContinualSweep.open("data/results/texts.jsonl.xz").only("strategy == 'merged'")
+        <ContinualSweep: 36 sequences; merged; data/results/texts.jsonl.xz>
     """
 
     @classmethod
@@ -290,7 +319,7 @@ def _table(records: Iterable[dict], columns: pa.Table) -> pd.DataFrame:
             "failed": "failed" in record,
             "reason": record.get("failed", ""),
         }
-        for record in told_apart(records)
+        for record in with_distinct_names(records)
     ]
     together = pd.DataFrame(about).merge(rows_of(columns, "rows"), on="run")
     for name in ("rank", "position", "start", "alpha"):

@@ -247,7 +247,7 @@ def examine(experiment: Sequential, state: State, order: Sequence[int], diverged
     def answers_to(place: int) -> tuple[float, float]:
         if separate:
             return state.own[place] if place < state.after else (float("nan"),) * 2
-        return _asked(experiment, state.model, state.scenario.asked(place, state.after))
+        return _tested(experiment, state.model, state.scenario.asked(place, state.after))
 
     retained = (
         state.rows[0]["retained_before"] if separate and state.rows else _retained(experiment, state.model)
@@ -279,12 +279,12 @@ def _note(
         )
 
 
-def _asked(
-    experiment: Sequential, model: nn.Module, asked: tuple[Task, Readout] | None
+def _tested(
+    experiment: Sequential, model: nn.Module, test: tuple[Task, Readout] | None
 ) -> tuple[float, float]:
-    if asked is None:
+    if test is None:
         return float("nan"), float("nan")
-    answers = _answers(experiment, model, *asked)
+    answers = _answers(experiment, model, *test)
     return answers.accuracy, answers.loss
 
 
@@ -316,8 +316,8 @@ def _joint(experiment: Sequential, point: Point) -> State:
     for state.after in range(1, count):
         _note(experiment, state, order, nothing, float("nan"), False)
     state.after = count
-    asked = [one_of(experiment.setting, tasks, place, readout) for place in range(count)]
-    answers = [_asked(experiment, adapted, one) for one in asked]
+    tests = [one_of(experiment.setting, tasks, place, readout) for place in range(count)]
+    answers = [_tested(experiment, adapted, test) for test in tests]
     _note(experiment, state, order, answers, _retained(experiment, adapted), diverged)
     state.seconds.append(time.monotonic() - started)
     return state

@@ -27,9 +27,9 @@ class Strategy(ABC):
     """How the runs of a method on several tasks are chained.
 
     Attributes:
-        regularizer: what guards the earlier tasks while a later one is learnt, if anything does.
-        one_adapter: whether the adapter of the first task goes on through all of them.
-        own_adapters: whether each task has one of its own, from the pretrained model, and none sees another.
+        regularizer: keeps the model from forgetting earlier tasks while it learns a later one; may be None.
+        one_adapter: whether the adapter of the first task is trained on through all of them.
+        own_adapters: whether each task has an adapter of its own, on the pretrained model.
         together: whether all tasks are learnt at once.
     """
 
@@ -42,11 +42,15 @@ class Strategy(ABC):
     def __str__(self) -> str: ...
 
     def method_at(self, method: MethodLike, place: int) -> MethodLike:
-        """What the task at this place of the sequence trains."""
+        """The method for the task at this place of the sequence, counted from 0."""
         return method
 
     def require_method(self, method: MethodLike) -> None:
-        """Raise a TypeError if the method cannot be chained."""
+        """Check that the method can be chained.
+
+        Raises:
+            TypeError: it cannot.
+        """
         if not as_method(method).sequential:
             raise InputTypeError(
                 "a sequence of tasks is learnt by windows, LoRA, FullFineTuning, PEFT's methods that need no "
@@ -59,7 +63,7 @@ class Continued(Strategy):
     """One adapter, attached before the first task and trained on through all of them.
 
     Attributes:
-        regularizer: what guards earlier tasks, see :mod:`lora_lens.training.regularizers`.
+        regularizer: against forgetting earlier tasks, see :mod:`lora_lens.training.regularizers`.
 
     Raises:
         TypeError: the regularizer does not fit: :class:`lora_lens.training.Orthogonal` compares the adapters
@@ -94,7 +98,7 @@ class Merged(Strategy):
     the usual sequential LoRA.
 
     Attributes:
-        regularizer: what guards earlier tasks, see :mod:`lora_lens.training.regularizers`.
+        regularizer: against forgetting earlier tasks, see :mod:`lora_lens.training.regularizers`.
 
     Raises:
         TypeError: the regularizer does not fit: :class:`lora_lens.training.EWC` holds the same parameters
@@ -130,11 +134,15 @@ class Merged(Strategy):
 
 @dataclass(frozen=True)
 class Moving(Strategy):
-    """As :class:`Merged`, but each task's window lies behind the last one's, so that none is shared.
+    """As :class:`Merged`, but each task's window follows the last one's, so that none is shared.
 
-    The spectrum is cut into slots of ``rank`` components; the first task takes the slot at the window's
+    The spectrum is divided into slots of ``rank`` components; the first task takes the slot at the window's
     position, the others the next ones towards the smaller singular values and, past the last, those from
     the largest on. Components are those of the merged weight at the time.
+
+    Raises:
+        TypeError: a sweep combines it with something else than a window with a position.
+        ValueError: there are more tasks than slots.
 
     Example:
         >>> import lora_lens as ll
@@ -159,9 +167,9 @@ class Moving(Strategy):
 
 @dataclass(frozen=True)
 class Separate(Strategy):
-    """One adapter and head per task, each from the pretrained model; which task is asked is known.
+    """One adapter and head per task, each on the pretrained model; at test time the task is known.
 
-    Nothing is forgotten and nothing handed on: the upper bound on retention.
+    Nothing is forgotten and nothing transferred: the upper bound on retention.
 
     Example:
         >>> import lora_lens as ll
@@ -179,7 +187,7 @@ class Separate(Strategy):
 class Joint(Strategy):
     """All tasks at once, in mixed batches, for as many steps as the others take in all.
 
-    The upper bound on accuracy; there is no sequence, so nothing is said of forgetting.
+    The upper bound on accuracy; there is no sequence, so forgetting is not defined.
 
     Example:
         >>> import lora_lens as ll
@@ -195,8 +203,8 @@ class Joint(Strategy):
 
 def exact_strategy(strategy: Strategy) -> dict[str, object]:
     """What a sequence's name takes in place of the strategy's text; nothing where that is exact."""
-    told = type(strategy.regularizer) in (type(None), Replay)  # whose text is a whole number
-    return {} if told else {"strategy": exact(strategy, f"the strategy {strategy}")}
+    text_is_exact = type(strategy.regularizer) in (type(None), Replay)  # whose text is a whole number
+    return {} if text_is_exact else {"strategy": exact(strategy, f"the strategy {strategy}")}
 
 
 @dataclass(frozen=True)

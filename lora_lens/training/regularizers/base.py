@@ -1,4 +1,4 @@
-"""What holds a model back from forgetting while it learns: the protocol of all regularizers."""
+"""Regularizers: what is added to a loss against forgetting, and how a run uses it."""
 
 from __future__ import annotations
 
@@ -22,36 +22,65 @@ LossTerm = Callable[[], Tensor | float]
 
 
 class Regularizer(ABC):
-    """What is added to the loss of the new task against forgetting.
+    """A term that is added to the loss of the new task against forgetting: the base class of all of them.
 
-    A run takes one by :func:`lora_lens.finetune`'s ``regularizer=``, a grid by :class:`Regularized`, a
-    sequence of tasks by its strategy. For one of your own, subclass with a frozen dataclass.
+    A single run takes one as :func:`lora_lens.finetune`'s ``regularizer=``, a grid in a
+    :class:`Regularized`, a sequence of tasks in its strategy. For one of your own, write a subclass that is
+    a frozen dataclass.
 
     Attributes:
-        share: of each batch's examples, which are taken from what the model knows instead of the new task, so
-            that a step costs the same.
+        share: which share of each batch, in [0, 1), are examples of what the model knows instead of the new
+            task, so that a step costs the same.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> @dataclass(frozen=True)
+        ... class SmallFactors(ll.training.Regularizer):
+        ...     strength: float
+        ...     def begin(self, model, past, config):
+        ...         factors = [p for name, p in model.named_parameters() if "lora_" in name]
+        ...         return lambda: self.strength * sum(p.square().sum() for p in factors)
+        >>> adapted, short = ll.attach(model, ll.LoRA(2)), {"steps": 2, "batch_size": 10, "progress": False}
+        >>> run = ll.finetune(adapted, task, retain=task, regularizer=SmallFactors(0.1), **short)
+        >>> run.diverged
+        False
     """
 
     share: ClassVar[float] = 0.0
 
     @abstractmethod
     def begin(self, model: nn.Module, past: Past, config: Training) -> LossTerm:
-        """Note what must be known before the first step; what is returned gives the loss to add at each.
+        """Prepare a run, before its first step.
 
         Args:
-            model: the one that is trained, as it starts.
+            model: the model to be trained, as it starts.
             past: what it knows.
             config: the run's settings.
+
+        Returns:
+            A function that is called at every step, and returns the loss to add in nats, a scalar.
 
         Raises:
             ValueError: the regularizer does not fit the model, the settings or what the model knows.
         """
 
     def keep(self, model: nn.Module, past: Past, config: Training) -> dict[str, Tensor]:
-        """What to keep of the task at ``past.place``, for the tasks after it, and of those before.
+        """What the tasks after the one at ``past.place`` will need of it, and of those before.
 
         Args:
             model: as that task left it, with its adapter.
+            past: what the model knew before that task.
+            config: the settings of that task's run.
+
+        Returns:
+            Tensors by name, as ``past.kept`` of the next task.
         """
         return {}
 
@@ -98,7 +127,8 @@ class Regularized(Method):
         regularizer: what its runs add to the loss.
 
     Raises:
-        TypeError: no such method, or no regularizer.
+        TypeError: ``method`` trains no weights of the model or is under a regularizer already, or
+            ``regularizer`` is none.
 
     Example:
         >>> import lora_lens as ll
@@ -143,20 +173,20 @@ class Regularized(Method):
 
 
 def trained_part(method: MethodLike) -> MethodLike:
-    """What is trained, without the regularizer that it is trained under."""
+    """A method without the regularizer that it may be under."""
     return method.method if isinstance(method, Regularized) else method
 
 
 def regularizer_of(method: MethodLike) -> Regularizer | None:
-    """What a method's runs add to their loss, if anything."""
+    """The regularizer that a method is under; None without one."""
     return method.regularizer if isinstance(method, Regularized) else None
 
 
 def own_examples(regularizer: Regularizer, config: Training) -> int:
-    """How many examples of each batch are a regularizer's own, rounded down.
+    """How many examples of each batch a regularizer takes, rounded down.
 
     Raises:
-        ValueError: none.
+        ValueError: the batch is so small that there would be none.
     """
     if (count := int(config.batch_size * regularizer.share)) < 1:
         raise InputError(
@@ -166,7 +196,7 @@ def own_examples(regularizer: Regularizer, config: Training) -> int:
 
 
 def check_strength(regularizer: Regularizer) -> None:
-    """Its strength as a float.
+    """Make a regularizer's strength a float.
 
     Raises:
         ValueError: it is negative or not finite.
@@ -176,7 +206,7 @@ def check_strength(regularizer: Regularizer) -> None:
 
 
 def check_count(regularizer: Regularizer, name: str) -> None:
-    """One of its counts as an int.
+    """Make one of a regularizer's counts an int.
 
     Raises:
         ValueError, TypeError: it is no whole number of at least 1.

@@ -28,8 +28,29 @@ class EWC(Regularizer):
     language task as lambda weighs a classification.
 
     Attributes:
-        strength: lambda.
-        examples: training examples of each task from which F is estimated.
+        strength: the weight of the term, lambda in the paper; 0 or more.
+        examples: training examples of each task from which F is estimated, at least 1.
+
+    Raises:
+        ValueError: ``strength`` is negative or not finite, or ``examples`` less than 1; or a run starts with
+            no earlier task.
+        TypeError: ``examples`` is no whole number.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> adapted, config = ll.attach(model, ll.Window.middle(4)), ll.Training(steps=2, batch_size=10)
+        >>> regularizer = ll.training.EWC(10, examples=5)
+        >>> run = ll.finetune(adapted, task, task, config, regularizer=regularizer, progress=False)
+        >>> run.diverged
+        False
+        >>> print(ll.experiments.continual.Continued(ll.training.EWC(100)))
+        continued, EWC 100
     """
 
     strength: float
@@ -78,8 +99,8 @@ class EWC(Regularizer):
                 with autocast(next(model.parameters()).device, config.precision):
                     logits, _ = ask(readout, model, task.train, row[None])
                 logs = logits.float().log_softmax(-1)
-                drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-                log_likelihood = logs.gather(-1, drawn).sum()  # of the example: all of its tokens
+                sampled = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+                log_likelihood = logs.gather(-1, sampled).sum()  # of the example: all of its tokens
                 gradients = torch.autograd.grad(
                     log_likelihood, list(parameters.values()), materialize_grads=True
                 )

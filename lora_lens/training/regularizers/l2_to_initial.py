@@ -24,8 +24,26 @@ class L2ToInitial(Regularizer):
     trainable parameter, biases and norms included. The new head is left out. This is L2-SP of Li, Grandvalet
     and Davoine (2018), arXiv 1802.01483, equation 3 without its term for the new layers.
 
+    Attributes:
+        strength: the weight of the term, 0 or more.
+
     Raises:
-        ValueError: :meth:`begin` meets a DoRA adapter, whose change is no product of factors.
+        ValueError: ``strength`` is negative or not finite; or a run starts with a DoRA adapter, whose change
+            is no product of factors.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> adapted, config = ll.attach(model, ll.Window.middle(4)), ll.Training(steps=2, batch_size=10)
+        >>> regularizer = ll.training.L2ToInitial(0.1)
+        >>> run = ll.finetune(adapted, task, task, config, regularizer=regularizer, progress=False)
+        >>> abs(run.loss_rise) < 0.1  # nats
+        True
     """
 
     strength: float
@@ -68,11 +86,12 @@ def squared_change(layer: LoraLayer, b0: Tensor, a0: Tensor) -> Tensor:
     ||B A||^2, ||B_0 A_0||^2 and their product.
 
     Args:
-        layer: PEFT's, with one adapter, no DoRA.
-        b0, a0: the factors at the start, (out_features, rank) and (rank, in_features).
+        layer: one of PEFT's, with one adapter, which is not DoRA.
+        b0: the factor B at the start, (out_features, rank).
+        a0: the factor A at the start, (rank, in_features).
 
     Raises:
-        TypeError: they are no such layer and tensors.
+        TypeError: ``layer`` is no such layer, or a factor is no tensor.
     """
     instance(layer, LoraLayer, "layer", "a layer with PEFT's adapter")
     for name, factor in (("b0", b0), ("a0", a0)):

@@ -18,12 +18,20 @@ class Orthogonal(Regularizer):
     """Each task's LoRA reads other directions of the input than the earlier ones: O-LoRA.
 
     The term is strength * sum_i ||A_i A^T||_F^2 over the earlier tasks i and all layers, with A (rank, in) of
-    the task that is learnt (Wang et al. 2023, "Orthogonal subspace learning for language model continual
+    the current task (Wang et al. 2023, "Orthogonal subspace learning for language model continual
     learning", arXiv 2310.14152, equation 8). It is the trace of A G A^T with G = sum_i A_i^T A_i, so one
     (in, in) matrix per layer is kept however many tasks there were. The earlier adapters stay in the weights.
 
     Attributes:
-        strength: lambda_1.
+        strength: the weight of the term, lambda_1 in the paper; 0 or more.
+
+    Raises:
+        ValueError: ``strength`` is negative or not finite; or a run starts that is not part of a sequence.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> print(ll.experiments.continual.Merged(ll.training.Orthogonal(0.5)))
+        merged, O-LoRA 0.5
     """
 
     strength: float

@@ -16,7 +16,7 @@ from lora_lens.training.settings import Training
 
 @dataclass(frozen=True)
 class Replay(Regularizer):
-    """A few examples of earlier tasks are trained on again: experience replay.
+    """The model trains on a few examples of earlier tasks again: experience replay.
 
     Of each batch half (rounded down) is taken from the buffer, which holds as many examples of every task so
     far; each step replays one of these tasks, chosen at random, through its own readout. The term is their
@@ -25,7 +25,28 @@ class Replay(Regularizer):
     of each of some tasks, and every task is as likely to be among them (reservoir sampling, Vitter 1985).
 
     Attributes:
-        size: examples in the buffer, of all tasks together.
+        size: examples in the buffer, of all tasks together, at least 1.
+
+    Raises:
+        ValueError: ``size`` is less than 1; or a run starts with nothing to replay, or with a batch of 1,
+            which has no half.
+        TypeError: ``size`` is no whole number.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> adapted, config = ll.attach(model, ll.Window.middle(4)), ll.Training(steps=2, batch_size=10)
+        >>> regularizer = ll.training.Replay(6)
+        >>> run = ll.finetune(adapted, task, task, config, regularizer=regularizer, progress=False)
+        >>> run.diverged
+        False
+        >>> print(ll.experiments.continual.Continued(ll.training.Replay(200)))
+        continued, replay 200
     """
 
     size: int
