@@ -27,7 +27,7 @@ def measured(part: str) -> dict[str, float]:
 
     import lora_lens as ll
 
-    bundled = ll.tasks.bundled if hasattr(ll, "Sweep") else ll.embedded
+    bundled = ll.tasks.bundled if hasattr(ll, "Sweep") else getattr(ll, "embedded")  # noqa: B009 - the name of 0.1
     model, source = bundled.vision()
     digits, source = bundled.digits().subset(test=1000), source.subset(test=1000)
     spectra = ll.spectra(model, progress=False)

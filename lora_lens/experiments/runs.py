@@ -26,7 +26,7 @@ from lora_lens.tasks.evaluation import example_features
 from lora_lens.tasks.task import Task
 from lora_lens.training.finetuning import finetune
 from lora_lens.training.fused_loop import FusedLoop, factors_of, set_factors
-from lora_lens.training.lean_layers import lean_layers
+from lora_lens.training.lean_forward import lean_layers
 from lora_lens.training.record import Record
 from lora_lens.training.regularizers.base import regularizer_of
 from lora_lens.training.run import Run

@@ -28,7 +28,7 @@ from .generations import replies as replies, replies_before_after as replies_bef
 from .neighbours import neighbour_agreement as neighbour_agreement, neighbour_table as neighbour_table
 from .pareto import dominance as dominance, front_by_method as front_by_method, hypervolume as hypervolume
 from .predictors import by_run as by_run, predict_forgetting as predict_forgetting
-from .rate_robustness import rate_robustness as rate_robustness
+from .rate_ranges import rate_robustness as rate_robustness
 from .representations import feature_change as feature_change
 from .u_shape import UShape as UShape, u_shape_test as u_shape_test
 from .weight_drift import drift as drift

@@ -14,7 +14,7 @@ from lora_lens._base.naming import block_and_kind, counted, listed
 from lora_lens.experiments.runs import RESULTS
 from lora_lens.forgetting.examples import forgetting_interval
 from lora_lens.forgetting.fair_comparison import at_equal_rate
-from lora_lens.forgetting.rate_robustness import rate_robustness
+from lora_lens.forgetting.rate_ranges import rate_robustness
 from lora_lens.forgetting.run_groups import window_columns
 from lora_lens.forgetting.u_shape import LEVEL
 from lora_lens.reports.page import MISSING, Piece, Table, plain, points

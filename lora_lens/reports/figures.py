@@ -8,7 +8,7 @@ import pandas as pd
 
 from lora_lens._base.errors import LoraLensError
 from lora_lens.forgetting.fair_comparison import at_own_best_rate
-from lora_lens.forgetting.rate_robustness import rate_robustness
+from lora_lens.forgetting.rate_ranges import rate_robustness
 from lora_lens.plots.settings import by_setting
 from lora_lens.plots.sweeps import accuracy_curve, forgetting_curve, tradeoff
 from lora_lens.plots.trade_offs import comparison, fronts_by_method, robustness, surface

@@ -16,7 +16,7 @@ from lora_lens.forgetting import fair_comparison as fair
 from lora_lens.forgetting.examples import forgotten_by
 from lora_lens.forgetting.pareto import dominance
 from lora_lens.forgetting.predictors import by_run
-from lora_lens.forgetting.rate_robustness import rate_robustness
+from lora_lens.forgetting.rate_ranges import rate_robustness
 from lora_lens.forgetting.run_groups import window_columns
 from lora_lens.reports.figures import matched_figures
 from lora_lens.reports.page import MISSING, Piece, Table, decimal, plain, points, with_interval

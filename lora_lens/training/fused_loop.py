@@ -28,7 +28,7 @@ from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.copying import copied
 from lora_lens.adapters.injection import ADAPTER, attached, lora_layers
 from lora_lens.tasks.readouts import HeadReadout, pooled_features, to_device
-from lora_lens.training.lean_layers import is_plain
+from lora_lens.training.lean_forward import is_plain
 from lora_lens.training.loop import can_fuse
 from lora_lens.training.prefix_cache import frozen_prefix
 from lora_lens.training.record import Record

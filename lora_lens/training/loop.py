@@ -18,7 +18,7 @@ from lora_lens._base.precision import autocast
 from lora_lens._base.processes import average_gradients
 from lora_lens._base.random_state import seeded
 from lora_lens.tasks.readouts import ask
-from lora_lens.training.lean_layers import lean_layers
+from lora_lens.training.lean_forward import lean_layers
 from lora_lens.training.prefix_cache import FrozenPrefix, frozen_prefix
 from lora_lens.training.record import Record
 from lora_lens.training.regularizers.base import Past, Regularizer

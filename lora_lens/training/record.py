@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from lora_lens._base import validate
 from lora_lens.tasks.evaluation import Answers, evaluate
 from lora_lens.tasks.readouts import HeadReadout, Readout
 from lora_lens.tasks.task import Task
@@ -27,11 +28,36 @@ class Before:
         task: to the new task's test examples.
         retain: to the retained task's.
         watch: to those of each watched task, in their order.
+
+    Raises:
+        TypeError: something else.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> images = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**images, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> examples = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), examples, examples)
+        >>> before = ll.training.Before(retain=ll.evaluate(model, task))
+        >>> adapted = ll.attach(model, ll.LoRA(2))
+        >>> run = ll.finetune(adapted, task, task, before=before, steps=2, batch_size=4, progress=False)
+        >>> run.retained_before == before.retain.accuracy
+        True
     """
 
     task: Answers | None = None
     retain: Answers | None = None
     watch: Sequence[Answers] | None = None
+
+    def __post_init__(self) -> None:
+        expected = "answers from ll.evaluate, or None"
+        for name in ("task", "retain"):
+            validate.instance(getattr(self, name), (Answers, type(None)), name, expected)
+        if self.watch is not None:
+            answers = validate.sequence(self.watch, "watch", "answers from ll.evaluate", one=Answers)
+            object.__setattr__(self, "watch", answers)
 
 
 class Record:

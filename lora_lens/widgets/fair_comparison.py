@@ -16,7 +16,7 @@ from lora_lens._base.naming import counted
 from lora_lens._base.schema import sweep_table
 from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting import fair_comparison
-from lora_lens.forgetting.rate_robustness import rate_robustness
+from lora_lens.forgetting.rate_ranges import rate_robustness
 from lora_lens.forgetting.u_shape import u_shape_test
 from lora_lens.plots._image import drawn
 from lora_lens.widgets._explorer import (

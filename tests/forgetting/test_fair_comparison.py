@@ -8,7 +8,7 @@ from scipy.stats import bootstrap
 from sweep_tables import runs
 
 from lora_lens.forgetting import fair_comparison
-from lora_lens.forgetting.rate_robustness import rate_robustness
+from lora_lens.forgetting.rate_ranges import rate_robustness
 
 unit = st.floats(0, 1, allow_nan=False)
 

@@ -53,15 +53,16 @@ def cases(draw) -> tuple[int, int, Placement, int]:
 def test_window_and_residual_share_the_energy_and_add_up_to_the_product(case):
     rows, columns, placement, seed = case
     model, spectrum = made(rows, columns, seed)
-    x = torch.randn(2, 3, columns)
+    x = torch.randn(2, 3, columns, generator=torch.Generator().manual_seed(seed))
     split = ll.forgetting.feature_split(model, "fc", spectrum, placement, x)
     product = x @ model.fc.weight.T.detach()
     torch.testing.assert_close(split.window + split.residual, product)
     torch.testing.assert_close(split.window, x @ spectrum.component(placement).T, atol=1e-5, rtol=1e-4)
     energy = split.window_norms.square() + split.residual_norms.square()
     torch.testing.assert_close(energy, product.square().sum(-1))
-    expected = split.window_norms.square() / product.square().sum(-1)
-    torch.testing.assert_close(split.position_shares, expected, atol=1e-5, rtol=1e-4)
+    # Compared before the division: where the product nearly vanishes, rounding is a large share of it.
+    most = x.square().sum(-1) * model.fc.weight.detach().square().sum()
+    assert ((split.position_shares * energy - split.window_norms.square()).abs() <= 1e-5 * most).all()
 
 
 def test_the_split_of_a_transformer_s_layer_is_that_of_what_it_was_given(model, source, spectra):

@@ -196,7 +196,7 @@ def test_the_tables_at_equal_rates_are_those_of_the_public_function(page, table)
 
 
 def test_best_rates_and_their_width_are_those_of_the_public_functions(page, table):
-    own, robust = fair_comparison.at_own_best_rate(table), fair_comparison.rate_robustness(table)
+    own, robust = fair_comparison.at_own_best_rate(table), ll.forgetting.rate_robustness(table)
     best = page.table("At each window's own best")
     assert best["best rate"].tolist() == own["lr"].map(plain).tolist()
     assert best["chosen on"].unique().tolist() == ["other seeds"]

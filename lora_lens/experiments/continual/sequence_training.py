@@ -37,7 +37,7 @@ from lora_lens.tasks.readouts import Readout
 from lora_lens.tasks.scenarios import SCENARIOS, TaskIncremental, all_at_once, one_of
 from lora_lens.tasks.task import Task
 from lora_lens.training.finetuning import finetune
-from lora_lens.training.lean_layers import lean_layers
+from lora_lens.training.lean_forward import lean_layers
 from lora_lens.training.regularizers.base import (
     LossTerm,
     Past,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sweep_tables import runs
 
-from lora_lens.forgetting.rate_robustness import rate_robustness
+from lora_lens.forgetting.rate_ranges import rate_robustness
 
 unit = st.floats(0, 1, allow_nan=False)
 

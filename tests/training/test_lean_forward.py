@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lens as ll
 from lora_lens.tasks.readouts import ask
-from lora_lens.training.lean_layers import lean_layers
+from lora_lens.training.lean_forward import lean_layers
 from lora_lens.training.loop import set_training_mode
 
 SOME = "blocks.[05].*"
