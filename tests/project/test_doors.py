@@ -49,6 +49,7 @@ TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
     "tasks.hub_corpus": ("'x'",),  # a name; that there is no such dataset takes a network to say
     "experiments.continual.Continued": ("None",),
     "experiments.continual.Merged": ("None",),
+    "training.Before": ("None",),
     "tasks.sequences.fashion_digits_corrupted_rotated": ("None", "3"),
     "tasks.sequences.split_fashion": ("None", "3"),
 }
