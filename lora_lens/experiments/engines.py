@@ -65,7 +65,13 @@ def checked_jobs(jobs: int | None) -> int:
 
 
 def run_missing(
-    run: Run, lost: Lost, plan: Sequence[tuple[Point, Path]], jobs: int, **bar: object
+    run: Run,
+    lost: Lost,
+    plan: Sequence[tuple[Point, Path]],
+    jobs: int,
+    *,
+    silent: bool = False,
+    **bar: object,
 ) -> list[dict]:
     """Run every point whose file is not there yet, or says that the run failed; keep those that fail, too.
 
@@ -74,6 +80,7 @@ def run_missing(
         lost: gives the record of a point without its results.
         plan: points, with their files.
         jobs: processes.
+        silent: neither raise nor warn of runs that failed.
         bar: of :func:`lora_lens._base.progress.progress_bar`.
 
     Returns:
@@ -108,7 +115,8 @@ def run_missing(
                 shown.update(len(plan) - len(waiting) - shown.n)
     found = read_runs(path for _, path in plan)
     records = [found[path] for _, path in plan]
-    _tell(records, failures)
+    if not silent:
+        _tell(records, failures)
     return records
 
 

@@ -11,11 +11,12 @@ from itertools import product
 from numbers import Real
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import Targets
-from lora_lens._base.validate import flag, instance, number, seed_number, sequence, shown
+from lora_lens._base.validate import flag, instance, number, seed_number, sequence, shown, whole_number
 from lora_lens.adapters.attaching import attach, planned
 from lora_lens.adapters.low_rank import chosen_layers
 from lora_lens.adapters.methods import LinearProbe, LoRA, Method, MethodLike, as_method
@@ -24,7 +25,14 @@ from lora_lens.experiments.engines import by_itself, checked_jobs, missing, run_
 from lora_lens.experiments.identity import exact, experiment_identity
 from lora_lens.experiments.pretrained import ask_pretrained
 from lora_lens.experiments.results import Sweep
-from lora_lens.experiments.runs import Experiment, run_one
+from lora_lens.experiments.runs import (
+    Experiment,
+    groups_of,
+    lost_group,
+    run_group,
+    run_one,
+    units_of,
+)
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
@@ -36,6 +44,7 @@ from lora_lens.training.regularizers.base import regularizer_of
 from lora_lens.training.settings import Training, training_with
 
 METHODS = (Method, Placement, ByLayer)
+FUSED_ON_ACCELERATOR = 16  # runs: a small run by itself does little but launch kernels
 A_METHOD = "a window, such as ll.Window(8, 0.5), or another method"
 A_TASK = "a lora_lens.Task, such as those of ll.tasks.bundled, ll.tasks.folder_task or ll.tasks.text_task"
 
@@ -112,6 +121,7 @@ def sweep(
     variant: Variant | None = None,
     spectra: SpectrumSet | None = None,
     jobs: int | None = None,
+    fuse: int | None = None,
     progress: bool = True,
     **settings: object,
 ) -> Sweep:
@@ -133,6 +143,10 @@ def sweep(
             kept, too: see :meth:`lora_lens.Sweep.drifts`.
         jobs: how many processes; default one per core that may be used (one where there is a GPU). Every
             run computes with one thread, so the numbers do not depend on it.
+        fuse: how many runs are trained as one program, where they differ in window (or ordinary LoRA of the
+            same rank), rate and seed alone, in float32, with a head for the new task. Their numbers are those
+            of single runs up to rounding. Default 1, as processors gain little by it, and 16 where there is a
+            GPU. Groups depend on the grid, not on what is there already or on ``jobs``.
         progress: show a bar.
         settings: of :class:`lora_lens.Training`, the same for all runs.
 
@@ -179,7 +193,7 @@ def sweep(
         instance(given, Task, name, A_TASK)
     require_shared(model, variant, spectra)
     training = shared_training("sweep", sweep, settings)
-    jobs, progress = checked_jobs(jobs), flag(progress, "progress")
+    jobs, progress, fuse = checked_jobs(jobs), flag(progress, "progress"), _checked_fuse(fuse)
     require_writable(store)
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
@@ -210,10 +224,20 @@ def sweep(
         if missing(plan):
             known = ask_pretrained(model, task, retain, watch, training.precision)
             shared = replace(shared, pretrained=known)
+            if units := units_of(plan, groups_of(shared, list(grid), fuse)):
+                run, lost = partial(run_group, shared), partial(lost_group, shared)
+                run_missing(run, lost, units, jobs, silent=True, **bar | {"unit": "group"})
         records = run_missing(partial(run_one, shared), shared.lost, plan, jobs, **bar)
     if store is None:
         return Sweep.of(records, new_experiment(identity))
     return Sweep.of(records, experiment(store), Path(store))
+
+
+def _checked_fuse(fuse: int | None) -> int:
+    """How many runs are trained as one program: by default one, or many where there is an accelerator."""
+    if fuse is None:
+        return FUSED_ON_ACCELERATOR if torch.accelerator.is_available() else 1
+    return whole_number(fuse, "fuse, the number of runs that are trained together,", least=1)
 
 
 def require_shared(model: nn.Module, variant: Variant | None, spectra: SpectrumSet | None) -> None:
