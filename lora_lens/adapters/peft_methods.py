@@ -177,6 +177,8 @@ class PeftMethod(Method):
         try:
             with seeded(request.seed):
                 adapted = cast("PeftOnlyModel", get_peft_model(own, config))
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
             raise InputError(f"PEFT cannot put {self} into these layers: {error}") from error
         base = adapted.get_base_model()

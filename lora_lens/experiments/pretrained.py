@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lora_lens._base.processes import accelerator
 from lora_lens._base.threads import limited_threads
+from lora_lens.adapters.copying import copy_around
 from lora_lens.tasks.evaluation import Answers, answers_from, evaluate, example_features
 from lora_lens.tasks.readouts import HeadReadout
 from lora_lens.tasks.task import Task
@@ -51,16 +53,19 @@ def ask_pretrained(
     model: nn.Module, task: Task, retain: Task, watch: Sequence[Task], precision: str
 ) -> Pretrained:
     """One pass over the test examples of each task, with one thread, as the runs have."""
+    there = model
+    if next(model.parameters()).device != (device := accelerator().device):
+        there = copy_around(model, []).to(device)  # where the runs will be
     with limited_threads(1):
-        readout = task.new_readout(model, seed=0)
+        readout = task.new_readout(there, seed=0)
         by_head = isinstance(readout, HeadReadout)
         return Pretrained(
             model,
             task,
             precision,
-            example_features(model, task, task.test, precision=precision) if by_head else None,
-            None if by_head else evaluate(model, task, readout, precision=precision),
-            evaluate(model, retain, precision=precision),
-            tuple(evaluate(model, one, precision=precision) for one in watch),
-            example_features(model, retain, retain.test.sampled(EXAMPLES_OF_FEATURES)),
+            example_features(there, task, task.test, precision=precision) if by_head else None,
+            None if by_head else evaluate(there, task, readout, precision=precision),
+            evaluate(there, retain, precision=precision),
+            tuple(evaluate(there, one, precision=precision) for one in watch),
+            example_features(there, retain, retain.test.sampled(EXAMPLES_OF_FEATURES)),
         )

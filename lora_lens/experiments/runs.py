@@ -16,7 +16,6 @@ from lora_lens._base.files import write_atomically
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.methods import MethodLike, as_method
 from lora_lens.adapters.variant import Variant
-from lora_lens.experiments.engines import missing
 from lora_lens.experiments.identity import exact, exact_method, named_method, named_record
 from lora_lens.experiments.pretrained import EXAMPLES_OF_FEATURES, Pretrained
 from lora_lens.forgetting.basis_rotation import rotations
@@ -135,14 +134,16 @@ def lost_group(
 
 
 def units_of(
-    plan: Sequence[tuple[Point, Path]], groups: Sequence[Sequence[Point]]
+    plan: Sequence[tuple[Point, Path]],
+    absent: Sequence[tuple[Point, Path]],
+    groups: Sequence[Sequence[Point]],
 ) -> list[tuple[tuple[Point, Sequence[Point], Sequence[Path]], Path]]:
-    """The groups of several runs of which one is missing, each under the path of that one."""
-    absent, paths = {path for _, path in missing(plan)}, dict(plan)
+    """The groups of several runs of which one of ``absent`` is missing, each under the path of that one."""
+    gone, paths = {path for _, path in absent}, dict(plan)
     units = []
     for group in groups:
         those = [paths[point] for point in group]
-        if len(group) > 1 and (lacking := [place for place in those if place in absent]):
+        if len(group) > 1 and (lacking := [place for place in those if place in gone]):
             units.append(((group[those.index(lacking[0])], group, those), lacking[0]))
     return units
 
@@ -191,6 +192,7 @@ def _fused(experiment: Experiment, points: Sequence[Point]) -> list[dict[str, ob
     for number, (point, run) in enumerate(zip(points, runs, strict=True)):
         adapted = _attached(experiment, point[0], point[2])
         set_factors(adapted, loop.factors(number))
+        adapted.to(loop.device)
         found.append(_record(experiment, point, adapted, counts[number], run))
     return found
 

@@ -221,10 +221,10 @@ def sweep(
         shared = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
         plan = [(point, folder / f"{shared.record(*point)['run']}.json") for point in grid]
         bar = {"shown": progress, "desc": "sweep", "unit": "run"}
-        if missing(plan):
+        if absent := missing(plan):
             known = ask_pretrained(model, task, retain, watch, training.precision)
             shared = replace(shared, pretrained=known)
-            if units := units_of(plan, groups_of(shared, list(grid), fuse)):
+            if units := units_of(plan, absent, groups_of(shared, list(grid), fuse)):
                 run, lost = partial(run_group, shared), partial(lost_group, shared)
                 run_missing(run, lost, units, jobs, silent=True, **bar | {"unit": "group"})
         records = run_missing(partial(run_one, shared), shared.lost, plan, jobs, **bar)

@@ -16,20 +16,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import get_cosine_schedule_with_warmup
 
 from lora_lens._base.errors import InputError
+from lora_lens._base.processes import accelerator
 from lora_lens._base.random_state import seeded
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.copying import copied
 from lora_lens.adapters.injection import ADAPTER, attached, lora_layers
 from lora_lens.tasks.readouts import HeadReadout, pooled_features, to_device
 from lora_lens.training.lean_forward import is_plain
-from lora_lens.training.loop import can_fuse
+from lora_lens.training.loop import optimizer_and_schedule, set_training_mode
 from lora_lens.training.prefix_cache import frozen_prefix
 from lora_lens.training.record import Record
 from lora_lens.training.run import Run
@@ -139,10 +140,18 @@ class SharedLinear(nn.Module):
     def __init__(self, base: nn.Linear, factors: Sequence[Factors]) -> None:
         super().__init__()
         self.base = base
-        self.b = nn.ParameterList(nn.Parameter(f.b.to(base.weight.device)) for f in factors)
-        self.a = nn.ParameterList(nn.Parameter(f.a.to(base.weight.device)) for f in factors)
+        self.b = nn.ParameterList(nn.Parameter(f.b) for f in factors)
+        self.a = nn.ParameterList(nn.Parameter(f.a) for f in factors)
         self.scalings = [f.scaling for f in factors]
         self.starts = [f.start for f in factors]
+        # What each base lacks, or zeros: (runs, out, rank) and (runs, rank, in); None where none lacks any.
+        taken = [f.start or (torch.zeros_like(f.b), torch.zeros_like(f.a)) for f in factors]
+        lacking = any(f.start for f in factors)
+        signed = [-f.scaling * b for f, (b, _) in zip(factors, taken, strict=True)]
+        self.register_buffer("fixed_b", torch.stack(signed).to(factors[0].b) if lacking else None)
+        self.register_buffer(
+            "fixed_a", torch.stack([a for _, a in taken]).to(factors[0].a) if lacking else None
+        )
         self.active: Sequence[int] = range(len(factors))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,16 +159,9 @@ class SharedLinear(nn.Module):
         trained_b = torch.stack([self.scalings[run] * self.b[run] for run in self.active])
         trained_a = torch.stack([self.a[run] for run in self.active])
         rank = trained_a.shape[1]
-        starts = [self.starts[run] for run in self.active]
-        if any(start is not None for start in starts):
-            fixed = [
-                (torch.zeros_like(self.b[run]), torch.zeros_like(self.a[run]))
-                if start is None
-                else (-self.scalings[run] * start[0], start[1])
-                for run, start in zip(self.active, starts, strict=True)
-            ]
-            trained_b = torch.cat([trained_b, torch.stack([b for b, _ in fixed]).to(trained_b)], dim=2)
-            trained_a = torch.cat([trained_a, torch.stack([a for _, a in fixed]).to(trained_a)], dim=1)
+        if self.fixed_b is not None:
+            trained_b = torch.cat([trained_b, self.fixed_b[list(self.active)]], dim=2)
+            trained_a = torch.cat([trained_a, self.fixed_a[list(self.active)]], dim=1)
         return _LowRankUpdates.apply(x, self.base.weight, self.base.bias, trained_b, trained_a, rank)
 
 
@@ -177,7 +179,7 @@ class FusedLoop:
         """Put the adapters into a copy of ``model`` that shares its weights.
 
         Args:
-            model: the pretrained model, on the device to train on.
+            model: the pretrained model, wherever it is; the copy goes to the device that accelerate picks.
             factors: of each run.
             records: of each run; their settings differ in rate and seed alone.
 
@@ -198,9 +200,9 @@ class FusedLoop:
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer)
         self.heads = [record.new[1].head for record in records]
-        device = next(model.parameters()).device
-        for head in self.heads:
-            head.to(device)
+        self.device = accelerator().device
+        for part in (self.model, *self.heads):
+            part.to(self.device)
         self.running = list(range(len(records)))
         self.step = 0
 
@@ -221,22 +223,13 @@ class FusedLoop:
     def run(self) -> list[Run]:
         """All steps of all runs, and their tests: one :class:`lora_lens.Run` for each, in their order."""
         started, config, count = time.monotonic(), self.config, len(self.records)
-        self.model.train()
-        for module in self.model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        optimizer = torch.optim.AdamW(
-            [{"params": self.parameters_of(run), "lr": self.records[run].config.lr} for run in range(count)],
-            weight_decay=config.weight_decay,
-            fused=can_fuse([p for run in range(count) for p in self.parameters_of(run)]),
-        )
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, round(config.warmup * config.steps), config.steps
-        )
+        set_training_mode(self.model)
+        rates = [record.config.lr for record in self.records]
+        optimizer, schedule = optimizer_and_schedule(map(self.parameters_of, range(count)), rates, config)
         for run in range(count):
             with self.alone(run) as model:
                 self.records[run].begin(model)
-        with seeded(config.seed, next(self.model.parameters()).device):
+        with seeded(config.seed, self.device):
             batches = [
                 self.task.train.shuffled(config.batch_size, record.config.seed) for record in self.records
             ]
@@ -270,14 +263,13 @@ class FusedLoop:
 
     def losses(self, rows: Sequence[Tensor]) -> Tensor:
         """The mean loss of each active run on its batch of row numbers, (runs,), in nats."""
-        device = next(self.model.parameters()).device
-        inputs = to_device(self.task.train.batch(torch.cat(list(rows))), device)
+        inputs = to_device(self.task.train.batch(torch.cat(list(rows))), self.device)
         features = pooled_features(self.model, inputs, self.pooling)
         weights = torch.stack([self.heads[run].weight for run in self.running])
         biases = torch.stack([self.heads[run].bias for run in self.running])
         features = features.to(weights.dtype).reshape(len(rows), -1, features.shape[-1])
         logits = torch.baddbmm(biases[:, None], features, weights.transpose(1, 2))
-        labels = self.task.train.labels[torch.cat(list(rows))].to(device)
+        labels = self.task.train.labels[torch.cat(list(rows))].to(self.device)
         each = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
         return each.view(len(rows), -1).mean(1)
 
@@ -314,21 +306,22 @@ class FusedLoop:
         kept = [p.detach().clone() for p in trained]
         rows = torch.arange(min(2 * len(self.records), len(self.task.train)))
         rows = rows[: len(rows) // len(self.records) * len(self.records)]
-        device = next(self.model.parameters()).device
         try:
-            with torch.no_grad(), seeded(0, device):
+            with torch.no_grad(), seeded(0, self.device):
                 for p in trained:
                     p.add_(torch.randn_like(p), alpha=DISTURBANCE)
                 parts = rows.chunk(len(self.records)) if len(rows) else []
                 single = []
                 for run, part in enumerate(parts):
                     with self.alone(run) as model:
-                        inputs = to_device(self.task.train.batch(part), device)
+                        inputs = to_device(self.task.train.batch(part), self.device)
                         single.append(pooled_features(model, inputs, self.pooling))
                 self._activate(range(len(self.records)))
-                inputs = to_device(self.task.train.batch(rows), device)
+                inputs = to_device(self.task.train.batch(rows), self.device)
                 together = pooled_features(self.model, inputs, self.pooling)
         except (RuntimeError, ValueError) as error:
+            if should_reduce_batch_size(error):
+                raise
             raise CannotFuse(f"the runs' batches do not pass the model together: {error}") from error
         finally:
             with torch.no_grad():

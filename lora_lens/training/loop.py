@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -74,12 +74,7 @@ class TrainingLoop:
                 p.data = broadcast(p.data)
         past = Past(None if record.retained is None else record.retained[0])
         self.added_loss = regularizer.begin(model, past, config) if regularizer else lambda: 0.0
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=can_fuse(self.parameters)
-        )
-        self.schedule = get_cosine_schedule_with_warmup(
-            self.optimizer, round(config.warmup * config.steps), config.steps
-        )
+        self.optimizer, self.schedule = optimizer_and_schedule([self.parameters], [config.lr], config)
         self.step, self.diverged, self.stopped = 0, False, False
 
     def run(self) -> Run:
@@ -144,10 +139,18 @@ class TrainingLoop:
         return bool(self.accelerator.reduce(total, "sum").item())
 
 
-def can_fuse(parameters: Sequence[Tensor]) -> bool:
-    """Whether one kernel may take the step of all parameters: plain ones on one device that has it."""
-    kinds = {(p.device.type, type(p.data), p.dtype.is_floating_point) for p in parameters}
-    return len(kinds) == 1 and kinds <= {(kind, Tensor, True) for kind in ("cpu", "cuda")}
+def optimizer_and_schedule(
+    groups: Iterable[Sequence[Tensor]], rates: Sequence[float], config: Training
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW for groups of parameters, each with its own peak rate, and what warms it up and lets it fall."""
+    groups = [{"params": list(group), "lr": lr} for group, lr in zip(groups, rates, strict=True)]
+    everything = [p for group in groups for p in group["params"]]
+    kinds = {(p.device.type, type(p.data), p.dtype.is_floating_point) for p in everything}
+    # One kernel may take the step of all, where they are plain ones on one device that has it.
+    fused = len(kinds) == 1 and kinds <= {(kind, Tensor, True) for kind in ("cpu", "cuda")}
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+    warmup = round(config.warmup * config.steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, config.steps)
 
 
 def new_examples(config: Training, regularizer: Regularizer | None) -> int:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_regularizers import disturbed
 from torch import nn
 
 import lora_lens as ll
@@ -13,15 +14,6 @@ from lora_lens.training.loop import set_training_mode
 
 SOME = "blocks.[05].*"
 METHODS = [ll.Window.first(4), ll.Window.middle(8), ll.LoRA(4)]
-
-
-def moved(adapted: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=generator)
-    return adapted
 
 
 def changed(model: nn.Module) -> set[str]:
@@ -37,7 +29,7 @@ def gradients(adapted: nn.Module, images: torch.Tensor) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("settings", [{}, {"alpha": 3.0, "variant": ll.Variant(rslora=True)}], ids=str)
 def test_outputs_and_gradients_are_peft_s(method, settings, model, spectra, source):
-    adapted = moved(ll.attach(model, method, targets=SOME, spectra=spectra, **settings))
+    adapted = disturbed(ll.attach(model, method, targets=SOME, spectra=spectra, **settings))
     images = source.test.inputs[:16]
     expected, outputs = gradients(adapted, images), adapted(images)
     with lean_layers(adapted, "float32"):
@@ -74,7 +66,7 @@ def test_ten_steps_are_those_of_a_plain_loop_over_peft_s_layers(model, spectra, 
 
 def test_one_factor_alone_is_trained_as_peft_does(model, source):
     variant = ll.Variant(train="A", split="A")
-    adapted = moved(ll.attach(model, ll.Window.last(4), targets=SOME, variant=variant))
+    adapted = disturbed(ll.attach(model, ll.Window.last(4), targets=SOME, variant=variant))
     expected = gradients(adapted, source.test.inputs[:8])
     with lean_layers(adapted, "float32"):
         found = gradients(adapted, source.test.inputs[:8])
@@ -116,7 +108,7 @@ def test_whatever_peft_heeds_stays_peft_s(change, model):
 
 def test_a_merged_or_disabled_adapter_is_heeded_while_it_lasts(model, source):
     images = source.test.inputs[:4]
-    adapted = moved(ll.attach(model, ll.LoRA(4), targets=SOME)).eval()
+    adapted = disturbed(ll.attach(model, ll.LoRA(4), targets=SOME)).eval()
     with torch.no_grad(), lean_layers(adapted, "float32"):
         trained = adapted(images)
         with adapted.disable_adapter():

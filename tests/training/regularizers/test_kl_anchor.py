@@ -5,31 +5,13 @@ import copy
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from small_regularizers import disturbed
 
 import lora_lens as ll
 from lora_lens.training import KLAnchor
 from lora_lens.training.regularizers.base import Past
 
 SHORT = {"steps": 6, "batch_size": 16, "evaluations": 2, "lr": 1e-2, "warmup": 0.0, "progress": False}
-SOME = "blocks.[05].*"
-ADAPTED = [ll.Window.first(4), ll.LoRA(4)]
-
-
-def effective(layer) -> torch.Tensor:
-    """s B A with a gradient, float64."""
-    b, a = (part["default"].weight.double() for part in (layer.lora_B, layer.lora_A))
-    return layer.scaling["default"] * b @ a
-
-
-def disturbed(adapted: nn.Module) -> nn.Module:
-    """With every factor a little off its start."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=generator)
-    return adapted
 
 
 def test_the_anchor_is_0_at_the_start_and_the_mean_divergence_later(adapt, model, tasks):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from small_regularizers import disturbed
 
 import lora_lens as ll
 from lora_lens.adapters.injection import lora_layers
@@ -21,16 +21,6 @@ def effective(layer) -> torch.Tensor:
     """s B A with a gradient, float64."""
     b, a = (part["default"].weight.double() for part in (layer.lora_B, layer.lora_A))
     return layer.scaling["default"] * b @ a
-
-
-def disturbed(adapted: nn.Module) -> nn.Module:
-    """With every factor a little off its start."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=generator)
-    return adapted
 
 
 @pytest.mark.parametrize("method", [*ADAPTED, ll.FullFineTuning()], ids=str)
