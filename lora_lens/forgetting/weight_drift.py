@@ -235,7 +235,7 @@ def merged_copy(adapted: nn.Module) -> nn.Module | None:
         return adapted
     try:
         return copy.deepcopy(adapted).merge_and_unload()
-    except (NotImplementedError, AttributeError):
+    except NotImplementedError:
         return None
 
 
