@@ -58,6 +58,17 @@ def test_importing_the_package_draws_nothing():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
+def test_the_installed_package_is_whole_wherever_it_is_imported(tmp_path):
+    """Tests run in the checkout, whose folder hides what an installation lacks."""
+    script = "import lora_lens as ll; print(ll.__version__, *[getattr(ll, n).__name__ for n in ll.__all__])"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[0] == ll.__version__
+
+
 def test_spectra_of_a_file_need_no_library_of_models(tmp_path):
     save_file({"a.weight": torch.randn(4, 3)}, tmp_path / "model.safetensors")
     heavy = {"accelerate", "matplotlib", "peft", "timm", "torchvision", "transformers"}
