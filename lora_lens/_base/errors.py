@@ -31,3 +31,7 @@ class StoreError(LoraLensError, OSError):
 
 class MissingPackageError(LoraLensError, ImportError):
     """An optional package that is needed and not installed."""
+
+
+class EngineError(LoraLensError, RuntimeError):
+    """A cluster that runs were handed to is gone."""

@@ -17,6 +17,7 @@ from lora_lens._base.naming import listed
 from lora_lens._base.validate import instance, known_settings, number, seed_number, sequence, whole_number
 from lora_lens.adapters.attaching import planned
 from lora_lens.experiments.advisor import Advice, checked_weight, in_words, value_of
+from lora_lens.experiments.engines.choice import chosen_engine
 from lora_lens.experiments.records import store_path
 from lora_lens.experiments.sweeps import Grid, sweep
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
@@ -32,7 +33,8 @@ FINAL_SEEDS = 3
 HELD_OUT = 500  # examples of each task
 TAKEN = ("lr", "seed", "steps")  # by arguments of its own
 SETTINGS_OF_ALL = (
-    "targets", "alpha", "variant", "watch", "jobs", "progress", *(s for s in SETTINGS if s not in TAKEN),
+    "targets", "alpha", "variant", "watch", "jobs", "engine", "progress",
+    *(s for s in SETTINGS if s not in TAKEN),
 )  # fmt: skip
 
 
@@ -94,8 +96,8 @@ def advise(
         weight: of forgetting in the value, 0 or more.
         seed: of the held-out examples and of the short runs; the final ones have the three numbers after it.
         store: a folder that keeps the runs, as for ``sweep``; an interrupted pilot goes on from there.
-        settings: targets, alpha, variant, watch, jobs and progress as for :func:`lora_lens.sweep`, and those
-            of :class:`lora_lens.Training`, the same for all runs.
+        settings: targets, alpha, variant, watch, jobs, engine and progress as for :func:`lora_lens.sweep`,
+            and those of :class:`lora_lens.Training`, the same for all runs.
 
     Returns:
         Advice whose evidence is, after a pilot, the table of all its runs as from ``sweep``, with rung
@@ -146,6 +148,7 @@ def advise(
     if not short:
         return _untrained(usual, windows)
     judged = judged_on_training_examples(task, retain, seed)
+    chosen_engine(settings.get("engine"), settings.get("jobs"))  # raises before the spectra are computed
     if spectra is None:
         spectra = compute_spectra(model, targets, progress=False)
     shared = {"model": model, "spectra": spectra, "store": store, "evaluations": 2, **settings, **judged}

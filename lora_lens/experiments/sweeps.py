@@ -21,7 +21,9 @@ from lora_lens.adapters.attaching import attach, planned
 from lora_lens.adapters.low_rank import chosen_layers
 from lora_lens.adapters.methods import LinearProbe, LoRA, Method, MethodLike, as_method
 from lora_lens.adapters.variant import Variant
-from lora_lens.experiments.engines import by_itself, checked_jobs, missing, run_missing
+from lora_lens.experiments.engines.attempts import by_itself
+from lora_lens.experiments.engines.choice import chosen_engine
+from lora_lens.experiments.engines.missing_runs import missing, run_missing
 from lora_lens.experiments.identity import exact, experiment_identity
 from lora_lens.experiments.pretrained import ask_pretrained
 from lora_lens.experiments.results import Sweep
@@ -121,6 +123,7 @@ def sweep(
     variant: Variant | None = None,
     spectra: SpectrumSet | None = None,
     jobs: int | None = None,
+    engine: object = None,
     fuse: int | None = None,
     progress: bool = True,
     **settings: object,
@@ -141,12 +144,14 @@ def sweep(
             Without it nothing is kept.
         spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
             kept, too: see :meth:`lora_lens.Sweep.drifts`.
-        jobs: how many processes; default one per core that may be used (one where there is a GPU). Every
-            run computes with one thread, so the numbers do not depend on it.
+        jobs: how many processes; default one per core that may be used, or one for each GPU. Every run
+            computes with one thread, so the numbers do not depend on it.
+        engine: who computes the runs: None for processes of this machine, a dask.distributed.Client for the
+            workers of its cluster, or "ray". The table is the same; see docs/clusters.md.
         fuse: how many runs are trained as one program, where they differ in window (or ordinary LoRA of the
             same rank), rate and seed alone, in float32, with a head for the new task. Their numbers are those
             of single runs up to rounding. Default 1, as processors gain little by it, and 16 where there is a
-            GPU. Groups depend on the grid, not on what is there already or on ``jobs``.
+            GPU. Groups depend on the grid, not on what is there already or on who computes them.
         progress: show a bar.
         settings: of :class:`lora_lens.Training`, the same for all runs.
 
@@ -193,7 +198,7 @@ def sweep(
         instance(given, Task, name, A_TASK)
     require_shared(model, variant, spectra)
     training = shared_training("sweep", sweep, settings)
-    jobs, progress, fuse = checked_jobs(jobs), flag(progress, "progress"), _checked_fuse(fuse)
+    engine, progress, fuse = chosen_engine(engine, jobs), flag(progress, "progress"), _checked_fuse(fuse)
     require_writable(store)
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
@@ -226,8 +231,8 @@ def sweep(
             shared = replace(shared, pretrained=known)
             if units := units_of(plan, absent, groups_of(shared, list(grid), fuse)):
                 run, lost = partial(run_group, shared), partial(lost_group, shared)
-                run_missing(run, lost, units, jobs, silent=True, **bar | {"unit": "group"})
-        records = run_missing(partial(run_one, shared), shared.lost, plan, jobs, **bar)
+                run_missing(run, lost, units, engine, silent=True, **bar | {"unit": "group"})
+        records = run_missing(partial(run_one, shared), shared.lost, plan, engine, **bar)
     if store is None:
         return Sweep.of(records, new_experiment(identity))
     return Sweep.of(records, experiment(store), Path(store))

@@ -15,7 +15,8 @@ from small_sequences import learn, pairs, retained, small_spectra, small_vit
 
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Merged
-from lora_lens.experiments.engines import LAUNCHED, checked_jobs
+from lora_lens.experiments.engines.attempts import LAUNCHED
+from lora_lens.experiments.engines.choice import chosen_engine, visible_gpus
 from lora_lens.training import Regularized, Regularizer
 
 FAST = {"steps": 2, "batch_size": 8, "evaluations": 2, "warmup": 0.0, "progress": False}
@@ -139,11 +140,11 @@ def test_impossible_numbers_of_processes_are_refused(jobs, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinities")
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="one process on an accelerator")
 def test_by_default_there_is_a_process_for_each_core_that_may_be_used():
-    assert checked_jobs(None) == joblib.cpu_count()
+    assert chosen_engine(None, None).jobs == joblib.cpu_count()
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        assert checked_jobs(None) == 1
+        assert chosen_engine(None, None).jobs == 1
     finally:
         os.sched_setaffinity(0, allowed)
 

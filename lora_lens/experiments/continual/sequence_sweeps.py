@@ -28,7 +28,8 @@ from lora_lens.experiments.columns import columns_of, records_in, rows_of
 from lora_lens.experiments.continual.metrics import ENDED, RESULTS, SCORES, continual_scores, score_means
 from lora_lens.experiments.continual.sequence_training import Sequential, checkpoint_of, learn
 from lora_lens.experiments.continual.strategies import Moving, Strategy
-from lora_lens.experiments.engines import checked_jobs, run_missing
+from lora_lens.experiments.engines.choice import chosen_engine
+from lora_lens.experiments.engines.missing_runs import run_missing
 from lora_lens.experiments.identity import ANSWERS, model_identity, sample_loss
 from lora_lens.experiments.records import with_distinct_names
 from lora_lens.experiments.results import MOST_SHOWN, Kept
@@ -59,6 +60,7 @@ def continual_sweep(
     variant: Variant | None = None,
     spectra: SpectrumSet | None = None,
     jobs: int | None = None,
+    engine: object = None,
     progress: bool = True,
     **settings: object,
 ) -> ContinualSweep:
@@ -86,8 +88,8 @@ def continual_sweep(
         variant: how the adapters are built, as there.
         spectra: of this model, if they are at hand. With all vectors, what became of the weights is measured
             after each task: see :meth:`ContinualSweep.drifts`.
-        jobs: how many processes; default one per core that may be used (one where there is a GPU). Every run
-            computes with one thread.
+        jobs: how many processes, as for :func:`lora_lens.sweep`.
+        engine: who computes the sequences, as there.
         progress: show a bar.
         settings: of :class:`lora_lens.Training`, for each task; steps are those of one task.
 
@@ -145,7 +147,7 @@ def continual_sweep(
         )
     training = shared_training("continual_sweep", continual_sweep, {**settings, "evaluations": 2})
     variant = variant or Variant()
-    jobs, progress = checked_jobs(jobs), flag(progress, "progress")
+    engine, progress = chosen_engine(engine, jobs), flag(progress, "progress")
     require_writable(store)
     orders = _orders(orders, len(tasks))
     layers = _checked(
@@ -157,7 +159,7 @@ def continual_sweep(
     with open_store(store, identity) as folder:
         plan = [(point, folder / f"{shared.record(*point)['run']}.json") for point in points]
         bar = {"shown": progress, "desc": str(strategy), "unit": "sequence"}
-        records = run_missing(partial(learn, shared), shared.lost, plan, jobs, **bar)
+        records = run_missing(partial(learn, shared), shared.lost, plan, engine, **bar)
         for (_, path), record in zip(plan, records, strict=True):
             if "failed" not in record:
                 checkpoint_of(path).unlink(missing_ok=True)

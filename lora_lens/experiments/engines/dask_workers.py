@@ -1,0 +1,89 @@
+"""Workers of a Dask cluster; nothing else imports Dask."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from importlib.metadata import version
+from pathlib import Path
+
+import cloudpickle
+from distributed import Client, as_completed
+from distributed.scheduler import KilledWorker
+
+from lora_lens._base.errors import EngineError, InputError
+from lora_lens.experiments.engines.attempts import attempt_on_worker
+from lora_lens.experiments.engines.protocol import (
+    PACKAGES,
+    Attempt,
+    Call,
+    Item,
+    Shared,
+    packed,
+    require_same_versions,
+)
+
+
+class DaskWorkers:
+    """Those that a client sees, also ones that come later."""
+
+    def __init__(self, client: Client) -> None:
+        if client.asynchronous:
+            raise InputError("engine is an asynchronous Client, and lora_lens waits: make one without that")
+        if client.status != "running":
+            raise InputError(f"engine is a Client that is {client.status}: connect a new one")
+        threads = client.nthreads()
+        if not threads:
+            raise InputError(
+                "engine is a Client without workers: start some, and call client.wait_for_workers(1)"
+            )
+        require_same_versions({name: client.run(version, name, on_error="return") for name in PACKAGES})
+        if (most := max(threads.values())) > 1:
+            warnings.warn(
+                f"Dask's workers have up to {most} threads each and compute one run at a time: more workers "
+                "with threads_per_worker=1 would be faster",
+                stacklevel=4,
+            )
+        self.client = client
+
+    def width(self) -> int:
+        try:
+            return len(self.client.nthreads()) if self.client.status == "running" else 0
+        except OSError:  # the scheduler is gone, which attempts() says
+            return 0
+
+    def attempts(
+        self, shared: Shared, call: Call, items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Attempt | None]]:
+        whole = cloudpickle.dumps(shared)
+        while items:
+            self.client.wait_for_workers(1)
+            data = self.client.scatter(whole, broadcast=True, hash=False)
+            futures = {
+                self.client.submit(_attempt, call, *packed(item), data, pure=False): item for item in items
+            }
+            given_up: list[Item] = []
+            reason = None
+            try:
+                for future in as_completed(list(futures)):
+                    item = futures.pop(future)
+                    try:
+                        yield item, future.result()
+                    except KilledWorker:
+                        yield item, None
+                    except CancelledError as error:
+                        given_up.append(item)
+                        reason = error
+            finally:
+                self.client.cancel(list(futures))
+            if len(given_up) == len(items) or self.client.status != "running":
+                raise EngineError(
+                    f"Dask has given up {len(given_up)} runs ({reason}); those that have ended are kept: "
+                    "connect a client to a cluster and call this again"
+                )
+            items = given_up  # all workers that held the data died
+
+
+def _attempt(call: Call, point: bytes, path: Path, whole: bytes) -> Attempt | None:
+    return attempt_on_worker(call, point, path, lambda: whole)

@@ -1,0 +1,106 @@
+"""What an engine is, and what it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import cloudpickle
+
+from lora_lens._base.errors import InputError, LoraLensError
+
+PACKAGES = ("lora_lens", "torch")  # numbers depend on their versions
+
+Point = tuple[Any, ...]  # one of the grid: a method, a rate, a seed
+Run = Callable[[Point, Path], dict]  # its record, without a name
+Lost = Callable[[Point], dict]  # what stands in the record's place if it fails
+Item = tuple[Point, Path]  # a run to do, and the file that its record belongs into
+
+
+class Shared(NamedTuple):
+    """What all runs of a call share, model and data included: it travels once per worker."""
+
+    run: Run
+    lost: Lost
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a worker is told of the call beside its run.
+
+    Attributes:
+        key: nobody else's; by it a worker knows what it has loaded already.
+        notes: a folder beside the runs, of which the caller has written the file ``key``: a worker that can
+            read that sees the store.
+        again: whether these runs' workers died before.
+    """
+
+    key: str
+    notes: Path
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a run ended.
+
+    Attributes:
+        record: if the worker could not write it, as it does not see the store.
+        error: why the run failed, if we raised it on purpose.
+        origin: the traceback of any other error.
+    """
+
+    record: dict | None = None
+    error: LoraLensError | None = None
+    origin: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None or bool(self.origin)
+
+
+class Engine(Protocol):
+    """Something that computes runs, each with one thread."""
+
+    def width(self) -> int:
+        """How many runs it computes at the same time, as things are."""
+        ...
+
+    def attempts(
+        self, shared: Shared, call: Call, items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Attempt | None]]:
+        """Do the runs; each comes as it ends, with None if its worker died.
+
+        When the iterator is closed early, what has not begun is given up.
+        """
+        ...
+
+
+def packed(item: Item) -> tuple[bytes, Path]:
+    """A run as it travels: with the code of classes from a notebook or script."""
+    return cloudpickle.dumps(item[0]), item[1]
+
+
+def require_same_versions(found: Mapping[str, Mapping[str, object]]) -> None:
+    """Raise if a worker computes with other code than this process.
+
+    Args:
+        found: by package, by worker, the version or the error that came in its place.
+
+    Raises:
+        InputError: a worker has another version or none.
+    """
+    for package, by_worker in found.items():
+        here = version(package)
+        for worker, there in by_worker.items():
+            if isinstance(there, PackageNotFoundError):
+                raise InputError(f"worker {worker} has no {package}: install {package}=={here} there")
+            # What is behind the plus says for which GPU a wheel was built.
+            if not isinstance(there, str) or there.split("+")[0] != here.split("+")[0]:
+                raise InputError(
+                    f"worker {worker} has {package} {there}, and here it is {here}: results would depend on "
+                    "who computes them; install one version everywhere"
+                )
