@@ -4,49 +4,35 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import joblib
 import pandas as pd
 import pytest
 import torch
+from engine_runs import (
+    FAST,
+    Goes,
+    Noting,
+    finished,
+    lines_of,
+    many,
+    meanwhile,
+    noting_model,
+    swept,
+    wait_for,
+)
 from small_sequences import learn, pairs, retained, small_spectra, small_vit
 
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Merged
 from lora_lens.experiments.engines.attempts import LAUNCHED
 from lora_lens.experiments.engines.choice import chosen_engine, visible_gpus
-from lora_lens.training import Regularized, Regularizer
-
-FAST = {"steps": 2, "batch_size": 8, "evaluations": 2, "warmup": 0.0, "progress": False}
-
-
-@dataclass(frozen=True)
-class Goes(Regularizer):
-    """Goes wrong in the way asked for, where the seed is 1 or more."""
-
-    strength: float = 0.0
-    wrong: str = ""
-
-    def begin(self, model, past, config):
-        if config.seed >= 1:
-            match self.wrong:
-                case "refused":
-                    raise ll.errors.InputError("no such luck")
-                case "a bug":
-                    raise ZeroDivisionError("division by zero")
-                case "memory":
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                case "killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
-        return lambda: 0.0
-
-
-def swept(method: object, seeds=(0, 1), store: Path | None = None, **others: object) -> pd.DataFrame:
-    grid = ll.Grid(lr=1e-2, seed=seeds, baselines=[ll.LoRA(2), method])
-    settings = {"task": pairs()[0], "retain": retained(), "jobs": 1} | FAST | others
-    return ll.sweep(grid, model=small_vit(), store=store, **settings).table
+from lora_lens.experiments.engines.protocol import require_same_versions
+from lora_lens.training import Regularized
 
 
 @pytest.mark.parametrize(
@@ -59,7 +45,7 @@ def swept(method: object, seeds=(0, 1), store: Path | None = None, **others: obj
 )
 def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(wrong, reason, tmp_path):
     with pytest.warns(UserWarning, match=f"1 of 4 runs failed; .*: {reason}"):
-        table = swept(Regularized(ll.LoRA(2), Goes(wrong=wrong)), store=tmp_path / "s")
+        table = swept(Regularized(ll.LoRA(2), Goes(wrong=wrong)), store=tmp_path / "s", jobs=1)
     assert table["failed"].tolist() == [False, False, False, True]
     assert table["reason"].tolist() == ["", "", "", reason]
     assert table.loc[3, ["accuracy", "forgetting", "trainable", "loss_rise"]].isna().all()
@@ -75,10 +61,10 @@ def test_a_run_that_fails_is_a_row_with_its_reason_and_the_others_go_on(wrong, r
 def test_the_next_call_tries_a_failed_run_again_and_no_other(tmp_path):
     method = Regularized(ll.LoRA(2), Goes(wrong="refused"))
     with pytest.warns(UserWarning, match="1 of 4 runs failed"):
-        swept(method, store=tmp_path / "s")
+        swept(method, store=tmp_path / "s", jobs=1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "runs").iterdir()}
     with pytest.warns(UserWarning, match="1 of 4 runs failed"):
-        table = swept(method, store=tmp_path / "s")
+        table = swept(method, store=tmp_path / "s", jobs=1)
     again = [path.stem for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert again == table.loc[table["failed"], "run"].tolist()
 
@@ -96,14 +82,16 @@ def test_if_all_runs_fail_the_first_reason_is_raised(tmp_path):
 
 def test_a_run_whose_process_is_killed_does_not_take_the_others_along(tmp_path):
     with pytest.warns(UserWarning, match="1 of 2 runs failed; .* its process was killed"):
-        table = swept(Regularized(ll.LoRA(2), Goes(wrong="killed")), (1,), tmp_path / "s", jobs=2)
+        table = swept(Regularized(ll.LoRA(2), Goes(wrong="killed")), seeds=(1,), store=tmp_path / "s", jobs=2)
     assert table["failed"].tolist() == [False, True]
     assert table["accuracy"].isna().tolist() == [False, True]
 
 
 def test_a_measure_that_cannot_be_had_is_missing_and_no_failure(tmp_path):
     few = retained().subset(test=5)
-    table = swept(ll.Window.middle(2), (0,), tmp_path / "s", spectra=small_spectra(), retain=few)
+    table = swept(
+        ll.Window.middle(2), seeds=(0,), store=tmp_path / "s", spectra=small_spectra(), retain=few, jobs=1
+    )
     assert not table["failed"].any()
     drifts = ll.Sweep.open(tmp_path / "s").only(table).drifts()  # 5 examples have 4 neighbours each, not 10
     assert drifts["neighbours"].isna().all() and drifts[["cka", "update"]].notna().all(axis=None)
@@ -160,6 +148,104 @@ def test_runs_do_not_hear_of_torchrun(monkeypatch):
     launched = dict.fromkeys(LAUNCHED, "0") | {"WORLD_SIZE": "1", "MASTER_ADDR": "nowhere.invalid"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    assert not swept(ll.LinearProbe(), (0,))["failed"].any()  # it would wait for nowhere.invalid
+    assert not swept(ll.LinearProbe(), seeds=(0,), jobs=1)[
+        "failed"
+    ].any()  # it would wait for nowhere.invalid
     assert {name: os.environ[name] for name in LAUNCHED} == launched
     assert not torch.distributed.is_initialized()
+
+
+def test_what_runs_share_is_unpickled_once_in_each_process(tmp_path):
+    noting = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), processes=2))
+    swept(noting, seeds=range(6), model=noting_model(tmp_path / "u"), jobs=2)
+    assert set(lines_of(tmp_path / "u").values()) == {1} and len(lines_of(tmp_path / "u")) == 2
+    assert sum(lines_of(tmp_path / "runs").values()) == 6  # in those two
+
+
+def test_a_run_whose_process_is_killed_once_is_run_again_and_the_others_once(tmp_path):
+    dies = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), dies_once=True))
+    table = swept(dies, seeds=range(4), jobs=2)
+    assert not table["failed"].any() and table["accuracy"].notna().all()
+    assert sum(lines_of(tmp_path / "runs").values()) == 4 + 1
+
+
+def test_a_killed_process_or_caller_costs_no_run(tmp_path):
+    store = tmp_path / "s"
+    script = f"import engine_runs as e, pathlib; e.many(pathlib.Path({str(store)!r}), jobs=2)"
+    tests = Path(__file__).parents[1]
+    caller = subprocess.Popen([sys.executable, "-c", script], cwd=tests)
+    wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
+    caller.kill()
+    caller.wait()
+    assert 3 <= len(finished(store)) < 12
+    kept = {file: file.stat().st_mtime_ns for file in finished(store)}
+    victim = Noting(str(tmp_path / "pid"))
+    swept(Regularized(ll.LoRA(2), victim), jobs=2)  # whose processes wait for the next call
+    pid = int(next(iter(lines_of(tmp_path / "pid"))).split()[0])
+    killing = meanwhile(store, 6, lambda: os.kill(pid, signal.SIGKILL))
+    table = many(store, jobs=2)
+    killing.join()
+    assert not table["failed"].any()
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
+
+
+def test_each_gpu_has_a_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5, 3")
+    noting = Noting(str(tmp_path / "runs"), "CUDA_VISIBLE_DEVICES", processes=2)
+    swept(Regularized(ll.LoRA(2), noting), seeds=range(4))
+    assert {line.split()[1] for line in lines_of(tmp_path / "runs")} == {"GPU-5", "3"}
+    with pytest.raises(ValueError, match=r"jobs is 3, and there is a process for each GPU, of which .* 2"):
+        swept(jobs=3)
+
+
+def test_gpus_are_called_what_cuda_calls_them():
+    assert visible_gpus(2, None) == ["0", "1"] and visible_gpus(0, "") == []
+    assert visible_gpus(2, "4,MIG-1") == ["4", "MIG-1"] and visible_gpus(1, "2,-1,3") == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "error", "message"),
+    [
+        ("dask", ValueError, r"a dask.distributed.Client or 'ray', not 'dask'; pip install .* has Dask"),
+        ("spark", ValueError, "engine must be this machine's processes"),
+        (2, TypeError, "engine must be this machine's processes"),
+        ("ray", ValueError, "jobs are this machine's processes, .* give one of them"),
+    ],
+)
+def test_what_is_no_engine_is_refused(engine, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        swept(engine=engine, jobs=2, store=tmp_path / "s")
+    with pytest.raises(error, match=message):
+        learn(engine=engine, store=tmp_path / "s")  # which gives jobs
+    with pytest.raises(error, match=message):
+        ll.advise(small_vit(), pairs()[0], retained(), rank=2, budget=None, engine=engine, jobs=2)
+    assert not (tmp_path / "s").exists()
+
+
+def test_without_ray_one_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'lora_lens\[cluster\]'"):
+        swept(engine="ray")
+
+
+def test_sweeps_need_neither_dask_nor_ray():
+    code = "import sys, engine_runs; engine_runs.swept(seeds=[0]); print({'dask', 'distributed', 'ray'} & "
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-c", code + "set(sys.modules))"]
+    assert subprocess.check_output(command, text=True, cwd=tests).strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (PackageNotFoundError("torch"), r"worker w has no torch: install torch=="),
+        ("0.1.2", "worker w has torch 0.1.2, and here it is .*: results would depend on who computes them"),
+        (OSError("timed out"), "worker w has torch timed out"),
+    ],
+)
+def test_workers_with_other_code_are_refused(there, message):
+    with pytest.raises(ValueError, match=message):
+        require_same_versions({"torch": {"v": version("torch"), "w": there}})
+    require_same_versions({"torch": {"w": version("torch").split("+")[0] + "+cu999"}})

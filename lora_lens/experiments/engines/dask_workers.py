@@ -24,6 +24,8 @@ from lora_lens.experiments.engines.protocol import (
     require_same_versions,
 )
 
+TRIES = 3  # in a row in which no run ended and all workers died
+
 
 class DaskWorkers:
     """Those that a client sees, also ones that come later."""
@@ -56,15 +58,14 @@ class DaskWorkers:
     def attempts(
         self, shared: Shared, call: Call, items: Sequence[Item]
     ) -> Iterator[tuple[Item, Attempt | None]]:
-        whole = cloudpickle.dumps(shared)
+        whole, tries = cloudpickle.dumps(shared), 0
         while items:
             self.client.wait_for_workers(1)
             data = self.client.scatter(whole, broadcast=True, hash=False)
             futures = {
                 self.client.submit(_attempt, call, *packed(item), data, pure=False): item for item in items
             }
-            given_up: list[Item] = []
-            reason = None
+            given_up, reason = [], None
             try:
                 for future in as_completed(list(futures)):
                     item = futures.pop(future)
@@ -73,16 +74,20 @@ class DaskWorkers:
                     except KilledWorker:
                         yield item, None
                     except CancelledError as error:
-                        given_up.append(item)
-                        reason = error
+                        given_up, reason = [*given_up, item], error
             finally:
                 self.client.cancel(list(futures))
-            if len(given_up) == len(items) or self.client.status != "running":
+            if self.client.status != "running":
                 raise EngineError(
-                    f"Dask has given up {len(given_up)} runs ({reason}); those that have ended are kept: "
-                    "connect a client to a cluster and call this again"
+                    f"Dask's scheduler is gone ({reason}), and {len(given_up)} runs are left; those that "
+                    "have ended are kept: connect a client to a cluster and call this again"
                 )
-            items = given_up  # all workers that held the data died
+            # Dask gives up tasks if all workers that held the data died: they are handed to those that come.
+            tries = tries + 1 if len(given_up) == len(items) else 0
+            if tries == TRIES:
+                yield from ((item, None) for item in given_up)
+                return
+            items = given_up
 
 
 def _attempt(call: Call, point: bytes, path: Path, whole: bytes) -> Attempt | None:

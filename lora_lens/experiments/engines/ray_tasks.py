@@ -26,7 +26,7 @@ from lora_lens.experiments.engines.protocol import (
 
 
 class RayTasks:
-    """Those of the Ray that was initialised, or of a new one: a core for each run, and a GPU if there are any."""
+    """Of the Ray that was initialised, or of a new one: a core for each run, and a GPU if there are any."""
 
     def __init__(self) -> None:
         if not ray.is_initialized():

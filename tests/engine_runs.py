@@ -1,0 +1,134 @@
+"""Sweeps of a small model for any engine, and runs that do what a test asks for; workers import this."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from small_sequences import pairs, retained, small_vit
+
+import lora_lens as ll
+from lora_lens.training import Regularizer
+
+FAST = {"steps": 2, "batch_size": 8, "evaluations": 2, "warmup": 0.0, "progress": False}
+UNSEEN = "not-on-this-machine"  # in the name of a folder that workers with hide_unseen() do not see
+
+
+@dataclass(frozen=True)
+class Goes(Regularizer):
+    """Goes wrong in the way asked for, where the seed is 1 or more."""
+
+    strength: float = 0.0
+    wrong: str = ""
+
+    def begin(self, model, past, config):
+        if config.seed >= 1:
+            match self.wrong:
+                case "refused":
+                    raise ll.errors.InputError("no such luck")
+                case "a bug":
+                    raise ZeroDivisionError("division by zero")
+                case "memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return lambda: 0.0
+
+
+@dataclass(frozen=True)
+class Noting(Regularizer):
+    """Adds nothing; notes which process a run is in, and what it sees of its environment."""
+
+    file: str
+    variable: str = ""
+    dies_once: bool = False
+    processes: int = 1  # it waits until so many have noted something
+    strength: float = 0.0
+
+    def begin(self, model, past, config):
+        if config.steps == 1:  # the caller's rehearsal
+            return lambda: 0.0
+        first = not Path(self.file).exists()
+        with open(self.file, "a") as stream:
+            stream.write(f"{os.getpid()} {os.environ.get(self.variable)}\n")
+        if self.dies_once and first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_for(lambda: len({line.split()[0] for line in lines_of(Path(self.file))}) >= self.processes)
+        return lambda: 0.0
+
+
+class NotesUnpickling:
+    """Part of a model: tells a file each time that it arrives in a process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __deepcopy__(self, _memo: dict) -> NotesUnpickling:
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        with self.file.open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+
+
+def swept(*methods: object, seeds=(0, 1), store: Path | None = None, **others: object) -> pd.DataFrame:
+    grid = ll.Grid(lr=1e-2, seed=seeds, baselines=[ll.LoRA(2), *methods])
+    settings = {"model": small_vit(), "task": pairs()[0], "retain": retained()} | FAST | others
+    return ll.sweep(grid, store=store, **settings).table
+
+
+def many(store: Path | None = None, **engine: object) -> pd.DataFrame:
+    """Twelve runs, long enough to be killed half way."""
+    return swept(ll.Window.middle(2), ll.LoRA(4), seeds=range(4), store=store, steps=20, **engine)
+
+
+def noting_model(file: Path) -> torch.nn.Module:
+    model = copy.deepcopy(small_vit())
+    model.notes = NotesUnpickling(file)
+    return model
+
+
+def lines_of(file: Path) -> Counter[str]:
+    return Counter(file.read_text().splitlines())
+
+
+def finished(store: Path) -> list[Path]:
+    return list(store.glob("runs/[!.]*.json"))
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def meanwhile(store: Path, runs: int, action: Callable[[], object]) -> threading.Thread:
+    """Act once so many runs are on the disk."""
+
+    def watch() -> None:
+        wait_for(lambda: len(finished(store)) >= runs)
+        action()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def hide_unseen() -> None:
+    """From now on this process is on a machine without the folders that are called so."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in ("open", "os.mkdir", "os.rename") and UNSEEN in str(arguments[0]):
+            raise FileNotFoundError(arguments[0])
+
+    sys.addaudithook(hook)

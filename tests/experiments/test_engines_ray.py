@@ -1,0 +1,105 @@
+"""Sweeps as tasks of Ray, on this machine; workers and callers are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from engine_runs import (
+    UNSEEN,
+    Goes,
+    Noting,
+    finished,
+    lines_of,
+    many,
+    meanwhile,
+    noting_model,
+    swept,
+    wait_for,
+)
+from small_sequences import learn
+
+import lora_lens as ll
+from lora_lens.training import Regularized
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its maker that it was started
+ray = pytest.importorskip("ray")
+TESTS = Path(__file__).parents[1]
+LOCAL = (
+    "import ray; ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level='error', "
+    "runtime_env={'worker_process_setup_hook': 'engine_runs.hide_unseen'});"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local() -> Iterator[None]:
+    """Two workers, which do not see some folders."""
+    exec(LOCAL)
+    yield
+    ray.shutdown()
+
+
+def test_the_table_is_the_same_as_in_this_process(tmp_path):
+    alone = swept(ll.Window.middle(2), ll.LinearProbe(), jobs=1)
+    table = swept(ll.Window.middle(2), ll.LinearProbe(), engine="ray", store=tmp_path / "s")
+    pd.testing.assert_frame_equal(table, alone, check_exact=True)
+    assert [path.name for path in (tmp_path / "s" / "runs").iterdir() if path.suffix != ".json"] == []
+
+
+def test_what_runs_share_is_unpickled_once_in_each_worker(tmp_path):
+    noting = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), processes=2))
+    swept(noting, seeds=range(6), model=noting_model(tmp_path / "u"), engine="ray")
+    assert set(lines_of(tmp_path / "u").values()) == {1}
+    assert sum(lines_of(tmp_path / "runs").values()) == 6
+    assert os.getpid() not in {int(line.split()[0]) for line in lines_of(tmp_path / "runs")}
+
+
+def test_runs_that_fail_or_kill_their_worker_are_rows_with_their_reason(tmp_path):
+    wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in ("a bug", "killed")]
+    with pytest.warns(UserWarning, match="2 of 3 runs failed"):
+        table = swept(*wrong, seeds=(1,), engine="ray", store=tmp_path / "s")
+    assert table["reason"].str.split(":").str[0].tolist() == [
+        "", "ZeroDivisionError", "its process was killed, also when it ran alone"
+    ]  # fmt: skip
+
+
+def test_a_run_whose_worker_dies_once_is_run_again(tmp_path):
+    dies = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), dies_once=True))
+    table = swept(dies, seeds=range(4), engine="ray", store=tmp_path / "s")
+    assert not table["failed"].any() and table["accuracy"].notna().all()
+    assert sum(lines_of(tmp_path / "runs").values()) == 4 + 1
+
+
+def test_the_caller_writes_for_workers_that_do_not_see_the_store(tmp_path):
+    store = tmp_path / UNSEEN
+    table = swept(ll.LinearProbe(), engine="ray", store=store)
+    assert len(finished(store)) == 4 and not table["failed"].any()
+    pd.testing.assert_frame_equal(table, swept(ll.LinearProbe(), jobs=1), check_exact=True)
+    sequences = learn(engine="ray", jobs=None, store=tmp_path / f"{UNSEEN} sequences")
+    pd.testing.assert_frame_equal(sequences, learn(), check_exact=True)
+
+
+def test_killed_workers_and_callers_cost_no_run(tmp_path):
+    store = tmp_path / "s"
+    script = (
+        f"{LOCAL} import engine_runs, pathlib; engine_runs.many(pathlib.Path({str(store)!r}), engine='ray')"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS)  # with a Ray of its own
+    wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
+    caller.kill()
+    caller.wait()
+    assert 3 <= len(finished(store)) < 12
+    noting = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), processes=2))
+    swept(noting, seeds=range(4), engine="ray")
+    pids = {int(line.split()[0]) for line in lines_of(tmp_path / "runs")}
+    killing = meanwhile(store, 7, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    table = many(store, engine="ray")
+    killing.join()
+    assert not table["failed"].any()
+    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
