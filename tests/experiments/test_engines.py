@@ -242,7 +242,7 @@ def test_sweeps_need_neither_dask_nor_ray():
     [
         (PackageNotFoundError("torch"), r"worker w has no torch: install torch=="),
         ("0.1.2", "worker w has torch 0.1.2, and here it is .*: results would depend on who computes them"),
-        (OSError("timed out"), "worker w has torch timed out"),
+        (OSError("timed out"), "worker w cannot say which torch it has: timed out"),
     ],
 )
 def test_workers_with_other_code_are_refused(there, message):

@@ -32,8 +32,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its maker that it w
 ray = pytest.importorskip("ray")
 TESTS = Path(__file__).parents[1]
 LOCAL = (
-    "import ray; ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level='error', "
-    "runtime_env={'worker_process_setup_hook': 'engine_runs.hide_unseen'});"
+    "import ray, sys, os; ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, "
+    "logging_level='error', runtime_env={'worker_process_setup_hook': 'engine_runs.hide_unseen', "
+    "'env_vars': {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}});"
 )
 
 

@@ -98,8 +98,10 @@ def require_same_versions(found: Mapping[str, Mapping[str, object]]) -> None:
         for worker, there in by_worker.items():
             if isinstance(there, PackageNotFoundError):
                 raise InputError(f"worker {worker} has no {package}: install {package}=={here} there")
+            if not isinstance(there, str):
+                raise InputError(f"worker {worker} cannot say which {package} it has: {there}")
             # What is behind the plus says for which GPU a wheel was built.
-            if not isinstance(there, str) or there.split("+")[0] != here.split("+")[0]:
+            if there.split("+")[0] != here.split("+")[0]:
                 raise InputError(
                     f"worker {worker} has {package} {there}, and here it is {here}: results would depend on "
                     "who computes them; install one version everywhere"

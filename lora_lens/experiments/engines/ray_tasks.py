@@ -78,3 +78,5 @@ def _version_at(node: dict, package: str) -> object:
         return ray.get(probe.remote(package))
     except RayTaskError as error:
         return error.cause
+    except RayError as error:  # its process did not even start
+        return error
