@@ -31,17 +31,26 @@ from lora_lens.training import Regularized
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its maker that it was started
 ray = pytest.importorskip("ray")
 TESTS = Path(__file__).parents[1]
-LOCAL = (
-    "import ray, sys, os; ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, "
-    "logging_level='error', runtime_env={'worker_process_setup_hook': 'engine_runs.hide_unseen', "
-    "'env_vars': {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}});"
-)
+
+
+def connect(**where: object) -> None:
+    """To a Ray whose workers do not see some folders."""
+    environment = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
+    hook = {"worker_process_setup_hook": "engine_runs.hide_unseen", "env_vars": environment}
+    ray.init(log_to_driver=False, logging_level="error", runtime_env=hook, **where)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def local() -> Iterator[None]:
-    """Two workers, which do not see some folders."""
-    exec(LOCAL)
+    """Two workers."""
+    for attempt in range(5):
+        try:
+            connect(num_cpus=2, include_dashboard=False)
+            break
+        except Exception as error:  # Ray waits 30 s for itself, which is not enough on a busy machine
+            if "timed out during startup" not in str(error) or attempt == 4:
+                raise
+            ray.shutdown()
     yield
     ray.shutdown()
 
@@ -89,9 +98,12 @@ def test_the_caller_writes_for_workers_that_do_not_see_the_store(tmp_path):
 def test_killed_workers_and_callers_cost_no_run(tmp_path):
     store = tmp_path / "s"
     script = (
-        f"{LOCAL} import engine_runs, pathlib; engine_runs.many(pathlib.Path({str(store)!r}), engine='ray')"
+        f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
+        "import engine_runs, pathlib, test_engines_ray\n"
+        f"test_engines_ray.connect(address={ray.get_runtime_context().gcs_address!r})\n"
+        f"engine_runs.many(pathlib.Path({str(store)!r}), engine='ray')"
     )
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS)  # with a Ray of its own
+    caller = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS)
     wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
     caller.kill()
     caller.wait()
