@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py [--repeats 3]
 
-The embedded model, 18 runs of 60 steps; both sides have imported everything before the clock starts, and take
+The embedded model, 10 runs of 20 steps; both sides have imported everything before the clock starts, and take
 turns. Read the ratio.
 """
 
@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 
 import lora_lens as ll
 
-GRID = ll.Grid(window=ll.windows(rank=8, count=9), lr=[1e-3, 1e-2])
+GRID = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
     def seconds(grid: ll.Grid, **engine: object) -> float:
         begun = time.perf_counter()
-        settings = {"steps": 60, "evaluations": 2, "progress": False, "spectra": spectra}
+        settings = {"steps": 20, "evaluations": 2, "progress": False, "spectra": spectra}
         ll.sweep(grid, model=model, task=task, retain=retain, **settings, **engine)
         return time.perf_counter() - begun
 
