@@ -12,7 +12,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from lora_lens._base.errors import LoraLensError
-from lora_lens._base.files import write_atomically
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.methods import MethodLike, as_method
 from lora_lens.adapters.variant import Variant
@@ -109,43 +108,6 @@ def run_together(experiment: Experiment, points: Sequence[Point]) -> list[dict[s
         f"memory does not hold {len(points)} runs at once; they are trained {half} at a time", stacklevel=2
     )
     return [*run_together(experiment, points[:half]), *run_together(experiment, points[half:])]
-
-
-def run_group(
-    experiment: Experiment, unit: tuple[Point, Sequence[Point], Sequence[Path]], path: Path
-) -> dict[str, object]:
-    """Train runs together and keep their records; the one that is to be kept at ``path`` is returned.
-
-    Args:
-        unit: the run of ``path``, and all runs with their paths.
-    """
-    _, points, paths = unit
-    found = dict(zip(paths, run_together(experiment, points), strict=True))
-    for other in found.keys() - {path}:
-        write_atomically(other, found[other])
-    return found[path]
-
-
-def lost_group(
-    experiment: Experiment, unit: tuple[Point, Sequence[Point], Sequence[Path]]
-) -> dict[str, object]:
-    """What stands in the record's place if a group failed; its runs are then trained one by one."""
-    return experiment.lost(unit[0])
-
-
-def units_of(
-    plan: Sequence[tuple[Point, Path]],
-    absent: Sequence[tuple[Point, Path]],
-    groups: Sequence[Sequence[Point]],
-) -> list[tuple[tuple[Point, Sequence[Point], Sequence[Path]], Path]]:
-    """The groups of several runs of which one of ``absent`` is missing, each under the path of that one."""
-    gone, paths = {path for _, path in absent}, dict(plan)
-    units = []
-    for group in groups:
-        those = [paths[point] for point in group]
-        if len(group) > 1 and (lacking := [place for place in those if place in gone]):
-            units.append(((group[those.index(lacking[0])], group, those), lacking[0]))
-    return units
 
 
 def groups_of(experiment: Experiment, points: Sequence[Point], size: int) -> list[list[Point]]:

@@ -24,17 +24,12 @@ from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.engines.attempts import by_itself
 from lora_lens.experiments.engines.choice import chosen_engine
 from lora_lens.experiments.engines.missing_runs import missing, run_missing
+from lora_lens.experiments.engines.protocol import Planned, Shared
 from lora_lens.experiments.identity import exact, experiment_identity
 from lora_lens.experiments.pretrained import ask_pretrained
+from lora_lens.experiments.records import read_runs
 from lora_lens.experiments.results import Sweep
-from lora_lens.experiments.runs import (
-    Experiment,
-    groups_of,
-    lost_group,
-    run_group,
-    run_one,
-    units_of,
-)
+from lora_lens.experiments.runs import Experiment, Point, groups_of, run_one, run_together
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
@@ -125,6 +120,7 @@ def sweep(
     jobs: int | None = None,
     engine: object = None,
     fuse: int | None = None,
+    each_seed: Callable[[Sweep], object] | None = None,
     progress: bool = True,
     **settings: object,
 ) -> Sweep:
@@ -152,6 +148,8 @@ def sweep(
             same rank), rate and seed alone, in float32, with a head for the new task. Their numbers are those
             of single runs up to rounding. Default 1, as processors gain little by it, and 16 where there is a
             GPU. Groups depend on the grid, not on what is there already or on who computes them.
+        each_seed: is called with a Sweep of all finished seeds whenever another one is through, such as to
+            draw a first picture long before the last run ends.
         progress: show a bar.
         settings: of :class:`lora_lens.Training`, the same for all runs.
 
@@ -199,6 +197,8 @@ def sweep(
     require_shared(model, variant, spectra)
     training = shared_training("sweep", sweep, settings)
     engine, progress, fuse = chosen_engine(engine, jobs), flag(progress, "progress"), _checked_fuse(fuse)
+    if each_seed is not None and not callable(each_seed):
+        raise InputTypeError(f"each_seed must be a function of a Sweep, not {shown(each_seed)}")
     require_writable(store)
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
@@ -224,18 +224,41 @@ def sweep(
             )
         layers = {method: list(plan) or usual for method, plan in plans.items()}
         shared = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
-        plan = [(point, folder / f"{shared.record(*point)['run']}.json") for point in grid]
+        plan = [(point, folder.absolute() / f"{shared.record(*point)['run']}.json") for point in grid]
         bar = {"shown": progress, "desc": "sweep", "unit": "run"}
-        if absent := missing(plan):
+        groups: list[list[Point]] = []
+        if missing(plan):
             known = ask_pretrained(model, task, retain, watch, training.precision)
             shared = replace(shared, pretrained=known)
-            if units := units_of(plan, absent, groups_of(shared, list(grid), fuse)):
-                run, lost = partial(run_group, shared), partial(lost_group, shared)
-                run_missing(run, lost, units, engine, silent=True, **bar | {"unit": "group"})
-        records = run_missing(partial(run_one, shared), shared.lost, plan, engine, **bar)
-    if store is None:
-        return Sweep.of(records, new_experiment(identity))
-    return Sweep.of(records, experiment(store), Path(store))
+            groups = [group for group in groups_of(shared, list(grid), fuse) if len(group) > 1]
+        runs = Shared(partial(run_one, shared), shared.lost, partial(run_together, shared))
+        made = new_experiment(identity) if store is None else experiment(store)
+        sweep_of = partial(Sweep.of, experiment=made, path=None if store is None else Path(store))
+        told = None if each_seed is None else _by_seed(plan, lambda records: each_seed(sweep_of(records)))
+        records = run_missing(runs, plan, engine, groups=groups, told=told, **bar)
+    return sweep_of(records)
+
+
+def _by_seed(
+    plan: Sequence[Planned], tell: Callable[[list[dict]], object]
+) -> Callable[[Iterable[Path]], None]:
+    """A function of files of runs that have ended, which tells of all finished seeds when one more is."""
+    seeds: dict[int, list[Path]] = {}
+    for (_, _, seed), path in plan:
+        seeds.setdefault(seed, []).append(path)
+    absent = {path for _, path in missing(plan)}
+    left = {seed: absent.intersection(paths) for seed, paths in seeds.items()}
+
+    def told(ended: Iterable[Path]) -> None:
+        before = sum(map(bool, left.values()))
+        for paths in left.values():
+            paths.difference_update(ended)
+        if sum(map(bool, left.values())) < before:
+            through = [path for seed, paths in seeds.items() if not left[seed] for path in paths]
+            found = read_runs(through)
+            tell([found[path] for path in through])
+
+    return told
 
 
 def _checked_fuse(fuse: int | None) -> int:

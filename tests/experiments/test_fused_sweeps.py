@@ -61,22 +61,49 @@ def test_what_cannot_be_fused_is_trained_one_by_one():
 
 @dataclass(frozen=True)
 class Deadly(ll.LoRA):
-    """Kills its process the first time."""
+    """Kills its process the first times."""
+
+    marker: str = ""
+    times: int = 1
+
+    def attach(self, request, plan):
+        marker = Path(self.marker)
+        before = len(marker.read_text()) if marker.exists() else 0
+        if before < self.times:
+            marker.write_text("x" * (before + 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().attach(request, plan)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_group_whose_process_is_killed_is_run_again_and_then_one_by_one(times, tmp_path):
+    deadly = Deadly(4, str(tmp_path / "there"), times)
+    grid = ll.Grid(window=ll.windows(rank=4, count=3), lr=1e-2, baselines=[deadly])
+    table = swept(grid, fuse=2, jobs=2, store=tmp_path / "store")  # two groups, so two processes
+    assert len(table) == 4 and not table["failed"].any()
+    assert len((tmp_path / "there").read_text()) == times
+
+
+@dataclass(frozen=True)
+class Refusing(ll.LoRA):
+    """Has a bug the first time."""
 
     marker: str = ""
 
     def attach(self, request, plan):
         if not Path(self.marker).exists():
             Path(self.marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            raise ZeroDivisionError("a bug")
         return super().attach(request, plan)
 
 
-def test_a_group_whose_process_is_killed_loses_nothing(tmp_path):
-    deadly = Deadly(4, str(tmp_path / "there"))
-    grid = ll.Grid(window=ll.windows(rank=4, count=3), lr=1e-2, baselines=[deadly])
-    table = swept(grid, fuse=2, jobs=2, store=tmp_path / "store")  # two groups, so two processes
-    assert len(table) == 4 and not table["failed"].any() and (tmp_path / "there").exists()
+def test_a_group_with_a_bug_is_trained_one_by_one_and_one_is_told(tmp_path):
+    grid = ll.Grid(lr=1e-2, baselines=[ll.LoRA(4), Refusing(4, str(tmp_path / "there"))])
+    with pytest.warns(
+        UserWarning, match="2 runs could not be computed together, .* one by one: (.|\n)*a bug"
+    ):
+        table = swept(grid, fuse=2)
+    assert len(table) == 2 and not table["failed"].any()
 
 
 @pytest.mark.parametrize(("fuse", "error"), [(0, ValueError), (2.5, TypeError), ("all", TypeError)])

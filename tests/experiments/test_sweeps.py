@@ -299,3 +299,18 @@ def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):
     resumed = small_sweep(store, jobs=2)
     assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
     pd.testing.assert_frame_equal(resumed, small_sweep(None, jobs=1), check_exact=True)
+
+
+def test_each_seed_is_told_when_it_is_through(experiment, tmp_path):
+    told = []
+    grid = ll.Grid(lr=1e-2, seed=[3, 0, 5], baselines=[ll.LoRA(2), ll.LinearProbe()])
+    settings = experiment | SETTINGS | {"spectra": None, "steps": 2, "jobs": 1, "store": tmp_path / "s"}
+    whole = ll.sweep(grid, each_seed=told.append, **settings)
+    assert [list(dict.fromkeys(part.table["seed"])) for part in told] == [[3], [3, 0], [3, 0, 5]]
+    pd.testing.assert_frame_equal(told[-1].table, whole.table)
+    assert set(told[0].curves()["run"]) == set(whole.table["run"][:2])
+    next((tmp_path / "s" / "runs").glob(f"{whole.table['run'][2]}.json")).unlink()
+    ll.sweep(grid, each_seed=told.append, **settings)  # of seeds that were there already nobody is told
+    assert len(told) == 4 and len(told[-1].table) == 6
+    with pytest.raises(TypeError, match="each_seed must be a function of a Sweep, not 3"):
+        ll.sweep(grid, each_seed=3, **settings)

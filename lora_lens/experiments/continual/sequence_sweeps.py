@@ -30,6 +30,7 @@ from lora_lens.experiments.continual.sequence_training import Sequential, checkp
 from lora_lens.experiments.continual.strategies import Moving, Strategy
 from lora_lens.experiments.engines.choice import chosen_engine
 from lora_lens.experiments.engines.missing_runs import run_missing
+from lora_lens.experiments.engines.protocol import Shared
 from lora_lens.experiments.identity import ANSWERS, model_identity, sample_loss
 from lora_lens.experiments.records import with_distinct_names
 from lora_lens.experiments.results import MOST_SHOWN, Kept
@@ -159,7 +160,7 @@ def continual_sweep(
     with open_store(store, identity) as folder:
         plan = [(point, folder / f"{shared.record(*point)['run']}.json") for point in points]
         bar = {"shown": progress, "desc": str(strategy), "unit": "sequence"}
-        records = run_missing(partial(learn, shared), shared.lost, plan, engine, **bar)
+        records = run_missing(Shared(partial(learn, shared), shared.lost), plan, engine, **bar)
         for (_, path), record in zip(plan, records, strict=True):
             if "failed" not in record:
                 checkpoint_of(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a worker does with a run."""
+"""What a worker does with an item."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ _one_at_a_time = threading.Lock()  # a run seeds the generators of its process
 
 
 def attempt_here(shared: Shared, item: Item) -> Attempt:
-    """Do a run and keep its record, or the reason why there is none."""
-    record, ended = _attempted(shared, item)
-    write_atomically(item[1], record)
+    """Do an item and keep its records, or the reason why there are none."""
+    records, ended = _attempted(shared, item)
+    for (_, path), record in zip(item, records, strict=False):  # those of a group that failed are none
+        write_atomically(path, record)
     return ended
 
 
-def attempt_on_worker(call: Call, point: bytes, path: Path, read: Callable[[], bytes]) -> Attempt | None:
+def attempt_on_worker(call: Call, item: bytes, read: Callable[[], bytes]) -> Attempt | None:
     """The same in a worker, which gets what the runs share by ``read`` if it does not have it yet.
 
     Returns:
-        With the record, where this process does not see the store; None if a worker died of this run (such
+        With the records, where this process does not see the store; None if a worker died of this item (such
         as Dask hands to the next).
     """
     with _one_at_a_time:
+        item = pickle.loads(item)
         if not _sees(call):
-            item = pickle.loads(point), path
             with tempfile.TemporaryDirectory() as own:  # for checkpoints
-                record, ended = _attempted(_loaded(call.key, read), item, Path(own))
-            return replace(ended, record=record)
-        begun = call.notes / f"{path.stem}{'.again' if call.again else ''}"
+                records, ended = _attempted(_loaded(call.key, read), item, Path(own))
+            return replace(ended, records=tuple(records))
+        begun = call.notes / f"{item[0][1].stem}.{len(item)}{'.again' if call.again else ''}"
         ended_before = begun.with_name(f"{begun.name}.ended")
         if ended_before.exists():  # and what it returned was lost with its worker
             return Attempt()
@@ -54,23 +55,26 @@ def attempt_on_worker(call: Call, point: bytes, path: Path, read: Callable[[], b
             begun.touch(exist_ok=False)
         except FileExistsError:
             return None
-        ended = attempt_here(_loaded(call.key, read), (pickle.loads(point), path))
+        ended = attempt_here(_loaded(call.key, read), item)
         begun.rename(ended_before)
         return ended
 
 
-def _attempted(shared: Shared, item: Item, folder: Path | None = None) -> tuple[dict, Attempt]:
-    point, path = item
+def _attempted(shared: Shared, item: Item, folder: Path | None = None) -> tuple[list[dict], Attempt]:
     with limited_threads(1), by_itself():  # so that numbers do not depend on the cores
         try:
-            return shared.run(point, path if folder is None else folder / path.name), Attempt()
+            if len(item) > 1:
+                return shared.together([point for point, _ in item]), Attempt()
+            ((point, path),) = item
+            return [shared.run(point, path if folder is None else folder / path.name)], Attempt()
         except StoreError:  # the disk's fault: no other run could be kept, either
             raise
         except Exception as error:  # one bad run, or even a bug that it meets, ends no sweep
             ours = isinstance(error, LoraLensError)
             words = str(error) if ours else f"{type(error).__name__}: {error}"
             ended = Attempt(error=error if ours else None, origin="" if ours else traceback.format_exc())
-            return shared.lost(point) | {"failed": words}, ended
+            alone = [shared.lost(point) | {"failed": words} for point, _ in item]
+            return alone if len(item) == 1 else [], ended
 
 
 def _sees(call: Call) -> bool:

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from importlib.metadata import version
-from pathlib import Path
 
 import cloudpickle
 from distributed import Client, as_completed
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from lora_lens._base.errors import EngineError, InputError
@@ -60,10 +60,13 @@ class DaskWorkers:
     ) -> Iterator[tuple[Item, Attempt | None]]:
         whole, tries = cloudpickle.dumps(shared), 0
         while items:
-            self.client.wait_for_workers(1)
-            data = self.client.scatter(whole, broadcast=True, hash=False)
+            try:
+                self.client.wait_for_workers(1)
+                data = self.client.scatter(whole, broadcast=True, hash=False)
+            except OSError as error:
+                raise _gone(error, items) from error
             futures = {
-                self.client.submit(_attempt, call, *packed(item), data, pure=False): item for item in items
+                self.client.submit(_attempt, call, packed(item), data, pure=False): item for item in items
             }
             given_up, reason = [], None
             try:
@@ -73,15 +76,12 @@ class DaskWorkers:
                         yield item, future.result()
                     except KilledWorker:
                         yield item, None
-                    except CancelledError as error:
+                    except (CancelledError, CommClosedError) as error:
                         given_up, reason = [*given_up, item], error
             finally:
                 self.client.cancel(list(futures))
             if self.client.status != "running":
-                raise EngineError(
-                    f"Dask's scheduler is gone ({reason}), and {len(given_up)} runs are left; those that "
-                    "have ended are kept: connect a client to a cluster and call this again"
-                )
+                raise _gone(reason, given_up)
             # Dask gives up tasks if all workers that held the data died: they are handed to those that come.
             tries = tries + 1 if len(given_up) == len(items) else 0
             if tries == TRIES:
@@ -90,5 +90,12 @@ class DaskWorkers:
             items = given_up
 
 
-def _attempt(call: Call, point: bytes, path: Path, whole: bytes) -> Attempt | None:
-    return attempt_on_worker(call, point, path, lambda: whole)
+def _gone(reason: BaseException | None, left: Sequence[Item]) -> EngineError:
+    return EngineError(
+        f"Dask's scheduler is gone ({reason}), and {sum(map(len, left))} runs are left; those that have "
+        "ended are kept: connect a client to a cluster and call this again"
+    )
+
+
+def _attempt(call: Call, item: bytes, whole: bytes) -> Attempt | None:
+    return attempt_on_worker(call, item, lambda: whole)

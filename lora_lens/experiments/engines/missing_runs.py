@@ -5,30 +5,43 @@ from __future__ import annotations
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from lora_lens._base.errors import StoreError
 from lora_lens._base.files import write_atomically
 from lora_lens._base.naming import listed
 from lora_lens._base.progress import progress_bar
-from lora_lens.experiments.engines.protocol import Attempt, Call, Engine, Item, Lost, Run, Shared
+from lora_lens.experiments.engines.protocol import Attempt, Call, Engine, Item, Planned, Point, Shared
 from lora_lens.experiments.records import read_runs
 
 KILLED = "its process was killed, also when it ran alone: most likely memory ran out"
 REASONS = 3  # in the warning
+Told = Callable[[Sequence[Path]], object]  # which runs have just ended
 
 
-def run_missing(run: Run, lost: Lost, plan: Sequence[Item], engine: Engine, **bar: object) -> list[dict]:
+def run_missing(
+    shared: Shared,
+    plan: Sequence[Planned],
+    engine: Engine,
+    *,
+    groups: Sequence[Sequence[Point]] = (),
+    told: Told | None = None,
+    **bar: object,
+) -> list[dict]:
     """Run every point whose file is not there yet, or says that the run failed; keep those that fail, too.
 
     Args:
-        run: does one point.
-        lost: gives the record of a point without its results.
+        shared: does one point, or several together.
         plan: points, with their files.
         engine: computes them.
+        groups: points of the plan that are computed together, if one of them is missing. Where that fails,
+            or kills a worker twice, they are run one by one.
+        told: is called with the files of runs that have ended, failed ones included.
         bar: of :func:`lora_lens._base.progress.progress_bar`.
 
     Returns:
@@ -39,55 +52,92 @@ def run_missing(run: Run, lost: Lost, plan: Sequence[Item], engine: Engine, **ba
         EngineError: the cluster is gone.
         LoraLensError, RuntimeError: all of the runs failed; the first one's reason.
     """
-    waiting, failures = missing(plan), []
-    if waiting:
-        with _noted(plan[0][1].absolute().parent) as call:
-            failures = _run_all(engine, Shared(run, lost), call, waiting, len(plan), bar)
+    plan = [(point, path.absolute()) for point, path in plan]  # workers are in other folders
+    failures = []
+    if waiting := missing(plan):
+        lacking, paths = {path for _, path in waiting}, dict(plan) if groups else {}
+        items = [tuple((point, paths[point]) for point in group) for group in groups]
+        items = [item for item in items if any(path in lacking for _, path in item)]
+        grouped = {path for item in items for _, path in item}
+        items += [(one,) for one in waiting if one[1] not in grouped]
+        places = {path: place for place, (_, path) in enumerate(plan)}
+        items.sort(key=lambda item: places[item[0][1]])  # a whole seed before the next, as in the plan
+        with (
+            _noted(plan[0][1].parent) as call,
+            progress_bar(total=len(plan), initial=len(plan) - len(waiting), **bar) as shown,
+        ):
+            failures = _run_all(engine, shared, call, items, lacking, told, shown)
     found = read_runs(path for _, path in plan)
     records = [found[path] for _, path in plan]
     _tell(records, failures)
     return records
 
 
-def missing(plan: Sequence[Item]) -> list[Item]:
+def missing(plan: Sequence[Planned]) -> list[Planned]:
     """Those of the plan whose file is not there yet, or says that the run failed."""
     kept = read_runs(path for _, path in plan)
     return [(point, path) for point, path in plan if "failed" in kept.get(path, {"failed": ""})]
 
 
 def _run_all(
-    engine: Engine, shared: Shared, call: Call, items: Sequence[Item], total: int, bar: dict[str, object]
+    engine: Engine,
+    shared: Shared,
+    call: Call,
+    items: Sequence[Item],
+    lacking: set[Path],
+    told: Told | None,
+    shown: tqdm,
 ) -> list[Attempt]:
     """Those that failed."""
     failures: list[Attempt] = []
-    with progress_bar(total=total, initial=total - len(items), **bar) as shown:
+    left, most = set(lacking), max(map(len, items))
+    alone: list[Item] = []  # the runs of groups that cannot be computed together
 
-        def died_of(items: Sequence[Item], call: Call) -> list[Item]:
-            died, left = [], len(items)
-            items = [(point, path.absolute()) for point, path in items]  # workers are in other folders
-            for item, attempt in engine.attempts(shared, call, items):
-                left -= 1
-                if attempt is None:
-                    died.append(item)
-                    continue
-                if attempt.record is not None:
-                    write_atomically(item[1], attempt.record)
-                if attempt.failed:
-                    failures.append(replace(attempt, record=None))
-                ended(left)
-            return died
+    def ended(item: Item) -> None:
+        paths = [path for _, path in item if path in left]
+        left.difference_update(paths)
+        running = 0 if shown.disable else min(len(left), most * engine.width())
+        counts = {"failed": len(failures), "running": running}
+        shown.set_postfix_str(", ".join(f"{n} {what}" for what, n in counts.items() if n), refresh=False)
+        shown.update(len(paths))
+        if told is not None:
+            told(paths)
 
-        def ended(left: int) -> None:
-            counts = {"failed": len(failures), "running": 0 if shown.disable else min(left, engine.width())}
-            shown.set_postfix_str(", ".join(f"{n} {what}" for what, n in counts.items() if n), refresh=False)
-            shown.update()
+    def died_of(items: Sequence[Item], call: Call) -> list[Item]:
+        died = []
+        for item, attempt in engine.attempts(shared, call, items):
+            if attempt is None:
+                died.append(item)
+                continue
+            if attempt.failed and len(item) > 1:
+                alone.extend((one,) for one in item if one[1] in lacking)
+                if attempt.origin:  # no refusal of ours
+                    warnings.warn(
+                        f"{len(item)} runs could not be computed together, and are computed one by one: "
+                        f"{attempt.origin}",
+                        stacklevel=6,
+                    )
+                continue
+            for (_, path), record in zip(item, attempt.records, strict=False):
+                write_atomically(path, record)
+            if attempt.failed:
+                failures.append(replace(attempt, records=()))
+            ended(item)
+        return died
 
-        for point, path in died_of(items, call):
+    while items:
+        for item in died_of(items, call):
             # Once more, with nothing beside it that takes memory.
-            if died_of([(point, path)], replace(call, again=True)):
-                write_atomically(path, shared.lost(point) | {"failed": KILLED})
-                failures.append(Attempt())
-                ended(0)
+            if not died_of([item], replace(call, again=True)):
+                continue
+            if len(item) > 1:
+                alone.extend((one,) for one in item if one[1] in lacking)
+                continue
+            ((point, path),) = item
+            write_atomically(path, shared.lost(point) | {"failed": KILLED})
+            failures.append(Attempt())
+            ended(item)
+        items, alone = alone, []
     return failures
 
 

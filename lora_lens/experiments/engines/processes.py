@@ -1,4 +1,4 @@
-"""Processes of this machine, each of which computes one run at a time."""
+"""Processes of this machine, each of which computes one item at a time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Processes:
             while waiting or running:
                 while free and waiting:
                     place, item = free.pop(0), waiting.popleft()
-                    running[_submitted(place, call, *packed(item), whole.read_bytes)] = place, item
+                    running[_submitted(place, call, packed(item), whole.read_bytes)] = place, item
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     place, item = running[future]
                     try:

@@ -17,7 +17,9 @@ PACKAGES = ("lora_lens", "torch")  # numbers depend on their versions
 Point = tuple[Any, ...]  # one of the grid: a method, a rate, a seed
 Run = Callable[[Point, Path], dict]  # its record, without a name
 Lost = Callable[[Point], dict]  # what stands in the record's place if it fails
-Item = tuple[Point, Path]  # a run to do, and the file that its record belongs into
+Together = Callable[[Sequence[Point]], list[dict]]  # the records of runs that are computed as one program
+Planned = tuple[Point, Path]  # a run to do, and the file that its record belongs into
+Item = tuple[Planned, ...]  # what a worker is given at a time: one run, or several to be computed together
 
 
 class Shared(NamedTuple):
@@ -25,6 +27,7 @@ class Shared(NamedTuple):
 
     run: Run
     lost: Lost
+    together: Together | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Call:
         key: nobody else's; by it a worker knows what it has loaded already.
         notes: a folder beside the runs, of which the caller has written the file ``key``: a worker that can
             read that sees the store.
-        again: whether these runs' workers died before.
+        again: whether this item's worker died before.
     """
 
     key: str
@@ -45,15 +48,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Attempt:
-    """How a run ended.
+    """How an item ended.
 
     Attributes:
-        record: if the worker could not write it, as it does not see the store.
+        records: if the worker could not write them, as it does not see the store.
         error: why the run failed, if we raised it on purpose.
         origin: the traceback of any other error.
     """
 
-    record: dict | None = None
+    records: tuple[dict, ...] = ()
     error: LoraLensError | None = None
     origin: str = ""
 
@@ -63,25 +66,25 @@ class Attempt:
 
 
 class Engine(Protocol):
-    """Something that computes runs, each with one thread."""
+    """Something that computes items, each with one thread."""
 
     def width(self) -> int:
-        """How many runs it computes at the same time, as things are."""
+        """How many items it computes at the same time, as things are."""
         ...
 
     def attempts(
         self, shared: Shared, call: Call, items: Sequence[Item]
     ) -> Iterator[tuple[Item, Attempt | None]]:
-        """Do the runs; each comes as it ends, with None if its worker died.
+        """Do the items; each comes as it ends, with None if its worker died.
 
         When the iterator is closed early, what has not begun is given up.
         """
         ...
 
 
-def packed(item: Item) -> tuple[bytes, Path]:
-    """A run as it travels: with the code of classes from a notebook or script."""
-    return cloudpickle.dumps(item[0]), item[1]
+def packed(item: Item) -> bytes:
+    """An item as it travels: with the code of classes from a notebook or script."""
+    return cloudpickle.dumps(item)
 
 
 def require_same_versions(found: Mapping[str, Mapping[str, object]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import cloudpickle
 import ray
@@ -47,7 +46,7 @@ class RayTasks:
     ) -> Iterator[tuple[Item, Attempt | None]]:
         whole = ray.put(cloudpickle.dumps(shared))
         task = ray.remote(max_retries=0, **self.resources)(_attempt)
-        waiting = {task.remote(call, *packed(item), [whole]): item for item in items}
+        waiting = {task.remote(call, packed(item), [whole]): item for item in items}
         try:
             while waiting:
                 (ended, *_), _ = ray.wait(list(waiting))
@@ -63,8 +62,8 @@ class RayTasks:
                 ray.cancel(reference)
 
 
-def _attempt(call: Call, point: bytes, path: Path, whole: list[ray.ObjectRef]) -> Attempt | None:
-    return attempt_on_worker(call, point, path, partial(ray.get, whole[0]))
+def _attempt(call: Call, item: bytes, whole: list[ray.ObjectRef]) -> Attempt | None:
+    return attempt_on_worker(call, item, partial(ray.get, whole[0]))
 
 
 def _named(node: dict) -> str:
