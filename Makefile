@@ -14,6 +14,7 @@ APP_IP ?= localhost
 APP_PORT ?= 8866
 # So many test files or notebooks at a time, each on one processor.
 JOBS ?= 2
+DEMO_RUNS := 66
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Notebooks under test keep finished runs in a folder named after the code that made them:
 # unchanged code is not run twice, changed code starts afresh.
@@ -29,8 +30,15 @@ demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to r
 	@LORA_LENS_RESULTS=$(CURDIR)/results/demo TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
 		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
 		--output-dir results/demo notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
+	finished() { find results/demo/sweep/runs -name '[!.]*.json' 2>/dev/null | wc -l; }; \
+	before=$$(finished); began=$$SECONDS; left=; picture=; \
 	while kill -0 $$! 2>/dev/null; do \
-		printf '\r   %s runs finished ' "$$(ls results/demo/sweep/runs 2>/dev/null | wc -l)"; sleep 2; \
+		runs=$$(finished); new=$$((runs - before)); \
+		failed=$$(grep -rl --include='[!.]*.json' '"failed"' results/demo/sweep/runs 2>/dev/null | wc -l); \
+		if [ $$failed -gt 0 ]; then failed=", $$failed of them failed"; else failed=; fi; \
+		if [ $$new -ge 2 ]; then left=", about $$(((SECONDS - began) * ($(DEMO_RUNS) - runs) / new)) s left"; fi; \
+		if [ -e results/demo/first.png ]; then picture=", first picture in results/demo/first.png"; fi; \
+		printf '\r   %s of $(DEMO_RUNS) runs finished%s%s%s \033[K' "$$runs" "$$failed" "$$left" "$$picture"; sleep 2; \
 	done; echo; wait $$!
 	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR results/demo/03_tradeoff.ipynb
 	@echo; cat results/demo/table.txt

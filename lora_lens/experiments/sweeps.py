@@ -148,8 +148,8 @@ def sweep(
             same rank), rate and seed alone, in float32, with a head for the new task. Their numbers are those
             of single runs up to rounding. Default 1, as processors gain little by it, and 16 where there is a
             GPU. Groups depend on the grid, not on what is there already or on who computes them.
-        each_seed: is called with a Sweep of all finished seeds whenever another one is through, such as to
-            draw a first picture long before the last run ends.
+        each_seed: is called with a Sweep of all finished seeds, first if there are any at the start and then
+            whenever another one is through: to draw a first picture long before the last run ends.
         progress: show a bar.
         settings: of :class:`lora_lens.Training`, the same for all runs.
 
@@ -242,22 +242,30 @@ def sweep(
 def _by_seed(
     plan: Sequence[Planned], tell: Callable[[list[dict]], object]
 ) -> Callable[[Iterable[Path]], None]:
-    """A function of files of runs that have ended, which tells of all finished seeds when one more is."""
+    """A function of files of runs that have ended, which tells of all finished seeds when one more is.
+
+    Of those that are there already it tells at once.
+    """
     seeds: dict[int, list[Path]] = {}
     for (_, _, seed), path in plan:
         seeds.setdefault(seed, []).append(path)
     absent = {path for _, path in missing(plan)}
     left = {seed: absent.intersection(paths) for seed, paths in seeds.items()}
 
+    def tell_of_all() -> None:
+        through = [path for seed, paths in seeds.items() if not left[seed] for path in paths]
+        if through:
+            found = read_runs(through)
+            tell([found[path] for path in through])
+
     def told(ended: Iterable[Path]) -> None:
         before = sum(map(bool, left.values()))
         for paths in left.values():
             paths.difference_update(ended)
         if sum(map(bool, left.values())) < before:
-            through = [path for seed, paths in seeds.items() if not left[seed] for path in paths]
-            found = read_runs(through)
-            tell([found[path] for path in through])
+            tell_of_all()
 
+    tell_of_all()
     return told
 
 

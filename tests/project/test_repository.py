@@ -150,3 +150,15 @@ def test_what_people_evaluate_in_a_cell_fits_on_a_line(model, source, digits, sp
         assert len(repr(value)) < 500 and "\n" not in repr(value)
     assert repr(source) == "<Task fashion_mnist: 10 classes; 10000 training, 10000 test examples>"
     assert repr(run).startswith("<Run of 1 steps at rate 0.001: accuracy ")
+
+
+def test_the_demo_knows_how_many_runs_it_waits_for():
+    cells = json.loads((ROOT / "notebooks" / "03_tradeoff.ipynb").read_text())["cells"]
+    tree = ast.parse(
+        next(source for cell in cells if "grid = ll.Grid(" in (source := "".join(cell["source"])))
+    )
+    (grid,) = (
+        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "grid"
+    )
+    runs = len(eval(ast.unparse(grid), {"ll": ll}))
+    assert f"\nDEMO_RUNS := {runs}\n" in (ROOT / "Makefile").read_text()
