@@ -30,11 +30,11 @@ demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to r
 	@LORA_LENS_RESULTS=$(CURDIR)/results/demo TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
 		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
 		--output-dir results/demo notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
-	finished() { find results/demo/sweep/runs -name '[!.]*.json' 2>/dev/null | wc -l; }; \
+	finished() { find results/demo -path '*/sweep/runs/[!.]*.json' | wc -l; }; \
 	before=$$(finished); began=$$SECONDS; left=; picture=; \
 	while kill -0 $$! 2>/dev/null; do \
 		runs=$$(finished); new=$$((runs - before)); \
-		failed=$$(grep -rl --include='[!.]*.json' '"failed"' results/demo/sweep/runs 2>/dev/null | wc -l); \
+		failed=$$({ grep -rl --include='[!.]*.json' '"failed"' results/demo || true; } | wc -l); \
 		if [ $$failed -gt 0 ]; then failed=", $$failed of them failed"; else failed=; fi; \
 		if [ $$new -ge 2 ]; then left=", about $$(((SECONDS - began) * ($(DEMO_RUNS) - runs) / new)) s left"; fi; \
 		if [ -e results/demo/first.png ]; then picture=", first picture in results/demo/first.png"; fi; \
