@@ -20,7 +20,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.processes import accelerator
@@ -200,6 +199,7 @@ class FusedLoop:
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer)
         self.heads = [record.new[1].head for record in records]
+        set_training_mode(self.model)  # in which frozen batch norms keep their statistics
         self.device = accelerator().device
         for part in (self.model, *self.heads):
             part.to(self.device)
@@ -217,13 +217,10 @@ class FusedLoop:
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise CannotFuse("the model draws dropout, which would be another draw in each run")
-            if isinstance(module, _BatchNorm) and module.training:
-                raise CannotFuse("the model has batch norms in training mode")
 
     def run(self) -> list[Run]:
         """All steps of all runs, and their tests: one :class:`lora_lens.Run` for each, in their order."""
         started, config, count = time.monotonic(), self.config, len(self.records)
-        set_training_mode(self.model)
         rates = [record.config.lr for record in self.records]
         optimizer, schedule = optimizer_and_schedule(map(self.parameters_of, range(count)), rates, config)
         for run in range(count):

@@ -139,3 +139,25 @@ def test_a_model_that_draws_dropout_is_noticed(tasks):
     model.drop = nn.Dropout(0.1)
     with pytest.raises(CannotFuse, match="draws dropout"):
         together(model, None, tasks, [(ll.LoRA(2), 1e-2, seed) for seed in range(2)])
+
+
+class Normed(nn.Module):
+    """A classifier of images with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.head = nn.Linear(784, 24), nn.BatchNorm1d(24), nn.Linear(24, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.body(images.flatten(1))).relu())
+
+
+def test_batch_norms_that_are_not_trained_keep_their_statistics_whatever_mode_the_model_is_in(tasks):
+    points = [(ll.LoRA(2), 1e-2, seed) for seed in range(2)]
+    model = Normed().train()
+    loop = together(model, None, tasks, points)
+    loop.require_agreement()
+    for run, (_, single) in zip(loop.run(), singles(model, None, tasks, points), strict=True):
+        assert run.curve["loss"].tolist()[1:] == pytest.approx(single.curve["loss"].tolist()[1:], rel=2e-4)
+    assert model.norm.running_mean.eq(0).all() and model.norm.training
