@@ -22,6 +22,7 @@ from lora_lens._base.random_state import seeded
 from lora_lens._base.torch_tools import evaluating
 from lora_lens._base.wrappers import named_modules, paths_of, submodule
 from lora_lens.adapters.copying import copy_around
+from lora_lens.adapters.experts import require_no_experts
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.methods import LoRA, Method
 from lora_lens.adapters.peft_names import target_settings
@@ -165,7 +166,9 @@ class PeftMethod(Method):
         if request.alpha is not None:
             raise InputError(f"{self} takes its own settings from its config, and no alpha")
         # Its rank, if it has one, need not fit a spectrum: VeRA's is usually larger.
-        return dict.fromkeys(plan_layers(LoRA(1), request), self)
+        plan = plan_layers(LoRA(1), request)
+        require_no_experts(plan, self)
+        return dict.fromkeys(plan, self)
 
     def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         if isinstance(self.config, str):

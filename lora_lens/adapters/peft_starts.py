@@ -35,6 +35,7 @@ from lora_lens.adapters.injection import (
     note_pretrained,
     note_start,
 )
+from lora_lens.adapters.experts import require_no_experts
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.peft_names import ADAPTER, peft_config, target_settings
 from lora_lens.adapters.requests import Request
@@ -70,6 +71,7 @@ def plan_start(start: Start, request: Request) -> Mapping[str, Any]:
     if request.variant != Variant():
         raise InputError(f"{start} is built by PEFT and takes no variant, not {request.variant}")
     plan = plan_layers(start, request)
+    require_no_experts(plan, start)
     for name in plan:
         layer = submodule(request.model, name)
         if type(layer) is not nn.Linear:

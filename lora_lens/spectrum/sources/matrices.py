@@ -118,11 +118,20 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
         )
     could = f"these could match: {listed(sorted({block_and_kind(s.name)[1] for s in stored}))}"
     chosen = {id(s) for s in stored if s.usual} if patterns is None else set()
+    by_last: dict[str, list[Weight]] = {}
+    for _, weight in matrices:
+        by_last.setdefault(weight.name.rpartition(".")[2], []).append(weight)
     if patterns is None and not chosen:
         raise InputError(f"{where} has no linear layers besides its head; choose others by name, {could}")
     for pattern in patterns or ():
-        names = _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
-        found = {id(w) for s, w in matrices if s.name in names or f".{w.name}".endswith(f".{pattern}")}
+        found = {id(w) for w in by_last.get(pattern.rpartition(".")[2], ()) if _ends(w.name, pattern)}
+        if pattern in GROUPS or not (
+            found and pattern.endswith("]")
+        ):  # matching each of 10,000 experts is slow
+            names = (
+                _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
+            )
+            found |= {id(w) for s, w in matrices if s.name in names}
         if not found:
             raise InputError(
                 f"no layer of {where} belongs to {pattern!r}; {could}"
@@ -150,7 +159,13 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
     return [weight for _, weight in picked]
 
 
+def _ends(name: str, pattern: str) -> bool:
+    return f".{name}".endswith(f".{pattern}")
+
+
 def _group(stored: list[Stored], group: str) -> set[str]:
+    if group == "all-experts":
+        return {s.name for s in stored if s.experts}
     if group == "all-conv":
         return {s.name for s in stored if len(s.shape) > 2 and not s.experts}
     return {s.name for s in stored if s.usual and group in ("all-linear", f"all-{part_of(s.name)}")}

@@ -1,0 +1,224 @@
+"""PEFT's adapter of a stack of experts, seen as one adapter for each expert.
+
+PEFT adapts a parameter of three dimensions (``target_parameters``) by one A (experts * rank, columns) and one
+B (rows, rank * experts): in A the expert counts slowest, in B fastest. Rows and columns are those of the
+parameter as PEFT takes it, (experts, rows, columns), unless the module says ``is_transposed``, which gpt-oss
+does. Llama 4 stores (experts, in, out) as well and does not say so: there A acts on outputs and B on inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
+from lora_lens._base.errors import InputError
+from lora_lens._base.naming import listed
+from lora_lens.adapters.peft_names import ADAPTER
+from lora_lens.adapters.variant import Variant
+from lora_lens.spectrum.experts import Expert, Stack, is_expert, stack_name
+
+if TYPE_CHECKING:
+    from lora_lens.adapters.adapted import AdaptedLayer
+
+
+def is_exchanged(stack: Stack) -> bool:
+    """Whether PEFT's A acts on the outputs of the experts, and its B on their inputs."""
+    return stack.transposed and not getattr(stack.module, "is_transposed", False)
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A (rank, in) or B (out, rank) of one expert, like the layer in which PEFT keeps a factor."""
+
+    wrapper: ParamWrapper
+    of_a: bool
+    index: int
+
+    @property
+    def weight(self) -> Tensor:
+        """A view, with the gradients of PEFT's tensor."""
+        return _view(getattr(self.wrapper, f"lora_{'A' if self.of_a else 'B'}")[ADAPTER].weight, self)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertLayer:
+    """One expert with its adapter, like one of PEFT's layers with an adapter."""
+
+    wrapper: ParamWrapper
+    expert: Expert
+
+    @property
+    def lora_A(self) -> dict[str, Any]:
+        return {ADAPTER: self._factor(of_a=not is_exchanged(self.expert.stack))}
+
+    @property
+    def lora_B(self) -> dict[str, Any]:
+        return {ADAPTER: self._factor(of_a=is_exchanged(self.expert.stack))}
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        return cast(Mapping[str, float], self.wrapper.scaling)
+
+    @property
+    def r(self) -> Mapping[str, int]:
+        return cast(Mapping[str, int], self.wrapper.r)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.wrapper.merged)
+
+    def get_base_layer(self) -> Expert:
+        return self.expert
+
+    def _factor(self, of_a: bool) -> Factor | _Turned:
+        factor = Factor(self.wrapper, of_a, self.expert.index)
+        return _Turned(factor) if is_exchanged(self.expert.stack) else factor
+
+    @torch.no_grad()
+    def set_start(self, b: Tensor, a: Tensor, keep: bool) -> None:
+        """As :func:`lora_lens.adapters.injection.set_start`, for the experts of a stack in their order."""
+        stack, index = self.expert.stack, self.expert.index
+        whole = stack.parameter
+        if keep and index == 0:
+            whole.data = whole.data.clone()
+        self.lora_B[ADAPTER].weight.copy_(b)
+        self.lora_A[ADAPTER].weight.copy_(a)
+        exact = torch.promote_types(whole.dtype, torch.float32)
+        # In the parameter's dtype, because there PEFT rounds the factors of experts at each call.
+        used_b, used_a = (
+            factor[ADAPTER].weight.to(whole.dtype).to(exact) for factor in (self.lora_B, self.lora_A)
+        )
+        weight = self.expert.weight
+        weight.copy_(torch.addmm(weight.to(exact), used_b, used_a, alpha=-self.scaling[ADAPTER]))
+        if index == len(whole) - 1:
+            _require_layout(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Turned:
+    factor: Factor
+
+    @property
+    def weight(self) -> Tensor:
+        return self.factor.weight.T
+
+
+def _view(tensor: Tensor, factor: Factor) -> Tensor:
+    count = factor.wrapper.num_experts
+    if factor.of_a:
+        return tensor.view(count, -1, tensor.shape[-1])[factor.index]
+    return tensor.view(len(tensor), -1, count)[..., factor.index]
+
+
+def _require_layout(layer: ExpertLayer) -> None:
+    """Raise if PEFT adds something else to an expert than its B A: where the expert lies in A and B is its own."""
+    name, index = layer.expert.stack.name, layer.expert.index
+    added = layer.wrapper.get_delta_weight(ADAPTER)
+    added = (added if added.ndim == 3 else added[None])[index].float()
+    ours = layer.scaling[ADAPTER] * (layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight).float()
+    ours = ours.T if layer.expert.stack.transposed else ours
+    if ours.shape != added.shape or torch.linalg.norm(ours - added) > 0.05 * torch.linalg.norm(ours):
+        raise InputError(
+            f"PEFT lays out the factors of the experts {name} in another way than lora_lens knows: take the "
+            "version of peft that lora_lens was tested with"
+        )
+
+
+def expanded(layers: Mapping[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
+    """PEFT's layers by name, with its adapters of stacks as one for each expert."""
+    found: dict[str, AdaptedLayer] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, ParamWrapper):
+            for expert_name, expert in layer_stack(layer).experts().items():
+                found[expert_name] = cast("AdaptedLayer", ExpertLayer(layer, expert))
+        else:
+            found[name] = layer
+    return found
+
+
+def layer_stack(wrapper: ParamWrapper) -> Stack:
+    """What a wrapper of PEFT's wraps, as attach noted it."""
+    module = wrapper.get_base_layer()
+    holder = wrapper.planned_name.removesuffix(f".{wrapper.parameter_name}")
+    return Stack(wrapper.planned_name, holder, module, wrapper.parameter_name, wrapper.planned_transposed)
+
+
+def innermost(path: str) -> str:
+    """The path of a module that PEFT wrapped once or several times."""
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def adapted_parameter(path: str, wrapper: ParamWrapper) -> str:
+    """The name of the stack that a wrapper at this path adapts."""
+    key = wrapper.parameter_name
+    return innermost(path) if key == "weight" else f"{innermost(path)}.{key}"
+
+
+def peft_keys(stacks: Mapping[str, Stack]) -> dict[str, str]:
+    """The paths at which PEFT keeps the adapters of stacks: several of one module lie in each other.
+
+    The parameter that the module made last is outermost.
+    """
+    by_holder: dict[str, list[str]] = {}
+    for name, stack in stacks.items():
+        by_holder.setdefault(stack.holder, []).append(name)
+    paths = {}
+    for holder, names in by_holder.items():
+        order = list(stacks[names[0]].module._parameters)
+        names.sort(key=lambda name: order.index(stacks[name].key), reverse=True)
+        paths |= {name: holder + ".base_layer" * depth for depth, name in enumerate(names)}
+    return paths
+
+
+def packed(stack: Stack, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """PEFT's A and B of a stack, made of (B, A) of each expert, which are filled up with zeros to one rank."""
+    rank = max(len(a) for _, a in factors)
+    bs = torch.stack([nn.functional.pad(b, (0, rank - b.shape[1])) for b, _ in factors])  # (E, out, rank)
+    pad = nn.functional.pad
+    as_ = torch.stack([pad(a, (0, 0, 0, rank - len(a))) for _, a in factors])  # (E, rank, in)
+    if is_exchanged(stack):
+        as_, bs = bs.transpose(1, 2), as_.transpose(1, 2)
+    return as_.flatten(0, 1), bs.permute(1, 2, 0).flatten(1)
+
+
+def require_whole_stacks(plan: Mapping[str, Any], layers: Mapping[str, object], variant: Variant) -> None:
+    """Raise a ValueError if PEFT's adapter of a parameter cannot be what is planned for experts."""
+    planned: dict[str, dict[str, int]] = {}
+    for name in filter(is_expert, plan):
+        planned.setdefault(stack_name(name), {})[name] = plan[name].rank
+    if not planned:
+        return
+    for setting, why in (
+        (variant.dora, "dora=True: PEFT has no DoRA for parameters"),
+        (variant.dropout, f"dropout={variant.dropout:g}: PEFT adds B A to the parameter, before any input"),
+    ):
+        if setting:
+            raise InputError(f"experts take no {why}; leave {listed(planned, most=2)} out of the targets")
+    for stack, ranks in planned.items():
+        missing = [n for n in layers if stack_name(n) == stack and n not in ranks]
+        if missing:
+            raise InputError(
+                f"{listed(missing, most=2)} would be left out, and PEFT adapts all experts of a tensor together: "
+                f"name {stack} without a number"
+            )
+        if len(set(ranks.values())) > 1:
+            raise InputError(
+                f"the experts of {stack} would get the ranks {listed(map(str, sorted(set(ranks.values()))))}, and "
+                "PEFT's adapter of a tensor has one: choose placements of one rank for them"
+            )
+
+
+def require_no_experts(plan: Iterable[str], what: object) -> None:
+    """Raise a ValueError if experts are planned for a method that PEFT has for modules only."""
+    if experts := list(filter(is_expert, plan)):
+        raise InputError(
+            f"{what} is for layers, and {experts[0]} is one of the experts of a tensor, for which PEFT has "
+            "LoRA alone; leave experts out of the targets"
+        )

@@ -1,0 +1,194 @@
+"""Experts that a model stores as one tensor: each of them as a matrix, in the place of a layer."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from lora_lens._base.wrappers import inner_model, named_modules
+from lora_lens.spectrum.sources.quantized import problem_in
+from lora_lens.spectrum.sources.roles import holds_experts, transposed_experts
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One matrix for each expert, in one parameter of three dimensions.
+
+    Attributes:
+        name: of the parameter, such as ``model.layers.0.mlp.experts.down_proj``; without ``.weight``.
+        holder: the name of the module that holds it.
+        module: that module.
+        key: the parameter's name there.
+        transposed: whether it holds (experts, in, out) instead of (experts, out, in).
+    """
+
+    name: str
+    holder: str
+    module: nn.Module
+    key: str
+    transposed: bool
+
+    @property
+    def parameter(self) -> Tensor:
+        tensor = getattr(self.module, self.key)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    @property
+    def path(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.holder}.{self.key}" if self.holder else self.key
+
+    def experts(self) -> dict[str, Expert]:
+        return {f"{self.name}[{i}]": Expert(self, i) for i in range(len(self.parameter))}
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """One matrix of a stack, with ``weight`` (out, in) like a linear layer's: a view of the model's memory."""
+
+    stack: Stack
+    index: int
+
+    @property
+    def weight(self) -> Tensor:
+        matrix = self.stack.parameter[self.index]
+        return matrix.T if self.stack.transposed else matrix
+
+
+def stack_name(name: str) -> str:
+    """The name of the parameter that holds an expert of this name; of any other layer its own."""
+    return re.sub(r"\[\d+\]$", "", name)
+
+
+def is_expert(name: str) -> bool:
+    return stack_name(name) != name
+
+
+def stacks_in(model: nn.Module) -> dict[str, Stack]:
+    """The stacks of experts of a model, by name; also under PEFT, by the names they have without it."""
+    model = inner_model(model)
+    found = {}
+    for path, module in named_modules(model):
+        if not isinstance(module, BaseTunerLayer):
+            holder = re.sub(r"(\.base_layer)+$", "", path)
+            found |= {stack.name: stack for stack in stacks_of(module, holder, model)}
+    return found
+
+
+def stacks_of(module: nn.Module, holder: str, model: nn.Module) -> Iterator[Stack]:
+    """The stacks that one module holds.
+
+    Args:
+        holder: its name.
+        model: the whole model, whose config may say which way round they are.
+    """
+    found = {}
+    for key, tensor in module._parameters.items():
+        name = holder if key == "weight" and holder else f"{holder}.{key}" if holder else key
+        if tensor is not None and may_be_stack(module, name, tensor):
+            found[name] = (key, tuple(tensor.shape))
+    turned, _ = which_way_round(module, {name: shape for name, (_, shape) in found.items()}, model)
+    for name, (key, _) in found.items():
+        yield Stack(name, holder, module, key, name in turned)
+
+
+def which_way_round(
+    module: nn.Module, experts: Mapping[str, tuple[int, ...]], model: nn.Module
+) -> tuple[set[str], set[str]]:
+    """Those of a module's experts that it multiplies as (in, out), and those that it may."""
+    if not experts:
+        return set(), set()
+    if isinstance(known := getattr(module, "is_transposed", None), bool):
+        return (set(experts) if known else set()), set()
+    facts: Mapping[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    return transposed_experts(experts, facts)
+
+
+def experts_at(model: nn.Module, names: Iterable[str]) -> dict[str, Expert]:
+    """Those of the names that are experts of the model."""
+    wanted = {name: stack_name(name) for name in names}
+    if not any(name != stack for name, stack in wanted.items()):
+        return {}
+    stacks = stacks_in(model)
+    found = {n: (stacks[s], int(n[len(s) + 1 : -1])) for n, s in wanted.items() if n != s and s in stacks}
+    return {name: Expert(stack, i) for name, (stack, i) in found.items() if i < len(stack.parameter)}
+
+
+def wrapped_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of layers and parameters that PEFT wraps, for those of layers and experts, in their order."""
+    return tuple(dict.fromkeys(map(stack_name, names)))
+
+
+def stacks_planned(model: nn.Module, names: Iterable[str]) -> dict[str, Stack]:
+    """Those of the names of :func:`wrapped_names` that are stacks of experts of the model."""
+    wanted = set(names)
+    modules = dict(named_modules(model))
+    three = {
+        n for n in wanted if n not in modules or getattr(getattr(modules[n], "weight", None), "ndim", 0) == 3
+    }
+    found = stacks_in(model) if three else {}
+    return {name: stack for name, stack in found.items() if name in wanted}
+
+
+def why_not(stack: Stack, modules: Mapping[str, nn.Module], floats: Iterable[object]) -> str:
+    """Why PEFT's adapter of a parameter (``target_parameters``) does not fit a stack, or "".
+
+    Args:
+        modules: all of the model, by name.
+        floats: the dtypes that can be adapted.
+    """
+    parameter, kind = stack.parameter, type(stack.module).__name__
+    if isinstance(parameter, DTensor):
+        return "is distributed (a DTensor): attach to the model first, and shard the result"
+    if problem := problem_in(stack.module, parameter, stack.key):
+        return problem
+    if parameter.dtype not in floats:
+        return f"holds {parameter.dtype} values: expected float64, float32, bfloat16 or float16"
+    if not stack.holder:
+        return "is a parameter of the model itself, and PEFT adapts parameters of the modules in it only"
+    if len(parameter) == 1 and getattr(stack.module, "is_transposed", False):
+        return (
+            "holds a single expert as (in, out), whose update PEFT adds the other way round (0.21 at least)"
+        )
+    if stack.module._forward_hooks or stack.module._forward_pre_hooks:
+        return "has forward hooks around its experts, which would be given the residual's output; remove them"
+    if "forward" not in vars(stack.module) and type(stack.module).forward is nn.Module.forward:
+        return (
+            f"is read by other modules than its own ({kind} has no forward), which would bypass the adapter"
+        )
+    holder = stack.holder
+    while holder:
+        holder = holder.rpartition(".")[0]
+        if (reader := type(modules[holder])) and _reads(reader, stack.key):
+            return f"is bypassed: {reader.__name__} reads it without calling {kind}, which PEFT wraps"
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def _reads(kind: type[nn.Module], key: str) -> bool:
+    """Whether the code of a module above speaks of a parameter of this name that is not its own."""
+    if kind.__module__.startswith("torch.nn.modules"):
+        return False
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # written in a notebook, or generated
+        return False
+    return re.search(rf"(?<!\bself)\.{key}\b", source) is not None
+
+
+def may_be_stack(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a module holds experts, by its name or its module's."""
+    if is_lazy(tensor) or tensor.ndim != 3 or isinstance(module, (_ConvNd, nn.Bilinear)):
+        return False
+    return holds_experts(name) or "expert" in type(module).__name__.lower()
