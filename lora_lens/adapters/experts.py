@@ -116,7 +116,7 @@ def _view(tensor: Tensor, factor: Factor) -> Tensor:
 
 
 def _require_layout(layer: ExpertLayer) -> None:
-    """Raise if PEFT adds something else to an expert than its B A: where the expert lies in A and B is its own."""
+    """Raise if PEFT adds something else to an expert than its B A: the places in A and B are PEFT's own."""
     name, index = layer.expert.stack.name, layer.expert.index
     added = layer.wrapper.get_delta_weight(ADAPTER)
     added = (added if added.ndim == 3 else added[None])[index].float()
@@ -146,6 +146,17 @@ def layer_stack(wrapper: ParamWrapper) -> Stack:
     module = wrapper.get_base_layer()
     holder = wrapper.planned_name.removesuffix(f".{wrapper.parameter_name}")
     return Stack(wrapper.planned_name, holder, module, wrapper.parameter_name, wrapper.planned_transposed)
+
+
+def restore_order(wrapper: ParamWrapper) -> None:
+    """Put the parameters of a module in the order that they had before PEFT wrapped it.
+
+    Each pass through PEFT's wrapper takes its parameter out and puts it behind the others, and this order
+    decides how the wrappers of several parameters lie in each other, and so the keys of a saved adapter.
+    """
+    parameters = wrapper.get_base_layer()._parameters
+    for key in wrapper.planned_order:
+        parameters[key] = parameters.pop(key)
 
 
 def innermost(path: str) -> str:
@@ -178,7 +189,7 @@ def peft_keys(stacks: Mapping[str, Stack]) -> dict[str, str]:
 
 
 def packed(stack: Stack, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """PEFT's A and B of a stack, made of (B, A) of each expert, which are filled up with zeros to one rank."""
+    """PEFT's A and B of a stack, from (B, A) of each expert, filled up with zeros to one rank."""
     rank = max(len(a) for _, a in factors)
     bs = torch.stack([nn.functional.pad(b, (0, rank - b.shape[1])) for b, _ in factors])  # (E, out, rank)
     pad = nn.functional.pad
@@ -205,13 +216,13 @@ def require_whole_stacks(plan: Mapping[str, Any], layers: Mapping[str, object], 
         missing = [n for n in layers if stack_name(n) == stack and n not in ranks]
         if missing:
             raise InputError(
-                f"{listed(missing, most=2)} would be left out, and PEFT adapts all experts of a tensor together: "
-                f"name {stack} without a number"
+                f"{listed(missing, most=2)} would be left out, and PEFT adapts all experts of a tensor "
+                f"together: name {stack} without a number"
             )
-        if len(set(ranks.values())) > 1:
+        if len(several := sorted(set(ranks.values()))) > 1:
             raise InputError(
-                f"the experts of {stack} would get the ranks {listed(map(str, sorted(set(ranks.values()))))}, and "
-                "PEFT's adapter of a tensor has one: choose placements of one rank for them"
+                f"the experts of {stack} would get the ranks {listed(map(str, several))}, and PEFT's adapter "
+                "of a tensor has one: choose placements of one rank for them"
             )
 
 

@@ -18,7 +18,15 @@ from torch.distributed.tensor import DTensor
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
-from lora_lens.adapters.experts import ExpertLayer, expanded, innermost, is_exchanged, layer_stack, packed
+from lora_lens.adapters.experts import (
+    ExpertLayer,
+    expanded,
+    innermost,
+    is_exchanged,
+    layer_stack,
+    packed,
+    restore_order,
+)
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.adapters.planned_layers import injected
 from lora_lens.adapters.variant import Variant
@@ -392,6 +400,8 @@ def without_peft(peft_model: PeftModel) -> nn.Module:
     for path, module in [(p, m) for p, m in base.named_modules() if isinstance(m, kinds)]:
         if path != innermost(path) and isinstance(module, ParamWrapper):
             continue  # the outer one, before it, took its place
+        if isinstance(module, ParamWrapper):
+            restore_order(module)
         parent, _, last = path.rpartition(".")
         own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
         base.get_submodule(parent)._modules[last] = own

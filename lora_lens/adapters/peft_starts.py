@@ -27,6 +27,7 @@ from lora_lens._base.random_state import seeded
 from lora_lens._base.torch_tools import call, evaluating
 from lora_lens._base.wrappers import paths_of, submodule
 from lora_lens.adapters.copying import copy_around
+from lora_lens.adapters.experts import require_no_experts
 from lora_lens.adapters.injection import (
     Attachment,
     inject,
@@ -35,7 +36,6 @@ from lora_lens.adapters.injection import (
     note_pretrained,
     note_start,
 )
-from lora_lens.adapters.experts import require_no_experts
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.peft_names import ADAPTER, peft_config, target_settings
 from lora_lens.adapters.requests import Request

@@ -122,5 +122,6 @@ def _require_plan(
         module.planned_name, module.planned_path = names_of[path], path
         if isinstance(module, ParamWrapper):
             module.planned_transposed = stacks[names_of[path]].transposed
+            module.planned_order = tuple(module.get_base_layer()._parameters)
     for name in names:
         found[name].planned_scaling = found[name].scaling[ADAPTER]

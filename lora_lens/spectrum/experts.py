@@ -55,7 +55,7 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One matrix of a stack, with ``weight`` (out, in) like a linear layer's: a view of the model's memory."""
+    """One matrix of a stack, whose ``weight`` (out, in) is a view of the model's memory."""
 
     stack: Stack
     index: int
@@ -158,25 +158,21 @@ def why_not(stack: Stack, modules: Mapping[str, nn.Module], floats: Iterable[obj
     if not stack.holder:
         return "is a parameter of the model itself, and PEFT adapts parameters of the modules in it only"
     if len(parameter) == 1 and getattr(stack.module, "is_transposed", False):
-        return (
-            "holds a single expert as (in, out), whose update PEFT adds the other way round (0.21 at least)"
-        )
+        return "holds a single expert as (in, out), and PEFT adds its update as (out, in) (0.21 at least)"
     if stack.module._forward_hooks or stack.module._forward_pre_hooks:
         return "has forward hooks around its experts, which would be given the residual's output; remove them"
     if "forward" not in vars(stack.module) and type(stack.module).forward is nn.Module.forward:
-        return (
-            f"is read by other modules than its own ({kind} has no forward), which would bypass the adapter"
-        )
+        return f"is bypassed: other modules read it, because {kind} has no forward of its own"
     holder = stack.holder
     while holder:
         holder = holder.rpartition(".")[0]
-        if (reader := type(modules[holder])) and _reads(reader, stack.key):
+        if (reader := type(modules[holder])) and _reads(reader, stack.key, stack.holder.rpartition(".")[2]):
             return f"is bypassed: {reader.__name__} reads it without calling {kind}, which PEFT wraps"
     return ""
 
 
 @lru_cache(maxsize=1024)
-def _reads(kind: type[nn.Module], key: str) -> bool:
+def _reads(kind: type[nn.Module], key: str, holder: str) -> bool:
     """Whether the code of a module above speaks of a parameter of this name that is not its own."""
     if kind.__module__.startswith("torch.nn.modules"):
         return False
@@ -184,7 +180,8 @@ def _reads(kind: type[nn.Module], key: str) -> bool:
         source = inspect.getsource(kind)
     except (OSError, TypeError):  # written in a notebook, or generated
         return False
-    return re.search(rf"(?<!\bself)\.{key}\b", source) is not None
+    place = rf"\.{holder}" if key == "weight" else r"(?<!\bself)"  # many modules have a weight
+    return re.search(rf"{place}\.{key}\b", source) is not None
 
 
 def may_be_stack(module: nn.Module, name: str, tensor: Tensor) -> bool:
