@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import partial
 
 from peft import PeftModel
@@ -28,7 +28,7 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
     heads, choosing = head_layers(model), routers(modules)
     looked_up = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     for path, module in modules.items():
-        name = _unwrapped(path, wrappers)
+        name = name_without_peft(path, wrappers)
         if name is None or path in wrappers:  # a wrapper shows its base layer's weight as its own
             continue
         linear = isinstance(module, (nn.Linear, Conv1D)) and "original_module" not in path.split(".")
@@ -78,7 +78,7 @@ def _of_tensor(tensor: Tensor, expert: int | None) -> Tensor:
     return tensor.detach() if expert is None else tensor.detach()[expert]
 
 
-def _unwrapped(path: str, wrappers: set[str]) -> str | None:
+def name_without_peft(path: str, wrappers: Set[str]) -> str | None:
     """The name a module has without PEFT; None for what PEFT added."""
     parts, kept = path.split("."), []
     for i, part in enumerate(parts):

@@ -33,7 +33,7 @@ EMBEDDING = re.compile(
     re.IGNORECASE,
 )
 TABLES = {"query", "transformer.w"}  # by whole names: their last parts mean other things elsewhere
-EXPERTS = re.compile(r"expert|moe|_exps\b", re.IGNORECASE)
+EXPERTS = re.compile(r"expert|moe|_exps\b|(^|\.)(in|out)put_linear\b", re.IGNORECASE)  # the last are JetMoE's
 DOWN = re.compile(r"down|w2|fc2|output|out_proj|wo$")
 UP = re.compile(r"gate|up|w1|w3|v1|fc1|fc3|input|in_proj|wi")
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "hidden_dim", "embed_dim")
