@@ -140,7 +140,7 @@ def lora_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
             adapter is active, or its scaling is another. Other adapters that are not active, such as the
             reference of TRL's DPO, do not matter.
     """
-    ours = _wrapped_layers(peft_model)
+    ours = wrapped_layers(peft_model)
     for name, layer in ours.items():
         active = list(layer.active_adapters)
         if ADAPTER not in layer.lora_A or active != [ADAPTER]:
@@ -173,10 +173,10 @@ def planned_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
     Raises:
         ValueError: some are no longer there.
     """
-    return expanded(_wrapped_layers(peft_model))
+    return expanded(wrapped_layers(peft_model))
 
 
-def _wrapped_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
+def wrapped_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
     """Likewise, as PEFT has them.
 
     Raises:
@@ -244,7 +244,7 @@ def adapter_state(peft_model: AdaptedModel) -> dict[str, Tensor]:
     """
     state = {}
     lora_layers(peft_model)
-    for layer in _wrapped_layers(peft_model).values():
+    for layer in wrapped_layers(peft_model).values():
         name = layer.planned_path
         for key in ("lora_A", "lora_B"):
             state[f"{PREFIX}{name}.{key}.weight"] = weight_of(getattr(layer, key)[ADAPTER]).detach()
@@ -261,7 +261,7 @@ def expert_state(
     peft_model: AdaptedModel, factors: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
 ) -> dict[str, Tensor]:
     """Factors (B, A) of each expert, by stack, as PEFT's tensors."""
-    wrapped, state = _wrapped_layers(peft_model), {}
+    wrapped, state = wrapped_layers(peft_model), {}
     for name, each in factors.items():
         layer = wrapped[name]
         assert isinstance(layer, ParamWrapper)
@@ -307,7 +307,7 @@ def inject(
     adapted = cast("AdaptedModel", injected(model, config, names, whole, variant.dtype is None, seed))
     adapted.planned_layers, adapted.planned_whole = names, whole
     adapted.training = adapted.base_model.training = model.training
-    for layer in _wrapped_layers(adapted).values():
+    for layer in wrapped_layers(adapted).values():
         layer.train(layer.get_base_layer().training)  # PEFT's are in training mode, so dropout would act
         if variant.dtype is not None:
             layer.lora_A.to(variant.dtype), layer.lora_B.to(variant.dtype)
