@@ -47,8 +47,8 @@ from lora_lens.adapters.replacing import (
     write_about,
 )
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.experts import stack_name
 from lora_lens.spectrum.sources.checkpoint import read_json, read_safetensors
+from lora_lens.spectrum.stacks import stack_name
 
 FORMAT = 1
 DTYPES = ("None", "float32", "float64", "bfloat16", "float16")

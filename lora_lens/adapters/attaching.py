@@ -23,8 +23,8 @@ from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import layers_at, set_weight_matrix, weight_of
-from lora_lens.spectrum.experts import Expert
 from lora_lens.spectrum.spectrum import SpectrumSet
+from lora_lens.spectrum.stacks import StackedMatrix
 from lora_lens.tasks.task import Task
 
 
@@ -167,7 +167,7 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
         start = record.starts[name]
         if original is None:
             now = weight_of(layer)
-            if isinstance(layer, Expert):
+            if isinstance(layer, StackedMatrix):
                 now.data.copy_(start.weight(name))
             else:
                 now.data = start.weight(name).to(now.device, copy=True)

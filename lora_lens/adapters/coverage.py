@@ -19,8 +19,8 @@ from lora_lens._base.wrappers import inner_model, named_modules
 from lora_lens.adapters.copying import copied
 from lora_lens.adapters.injection import base_of, without_peft
 from lora_lens.spectrum.adaptable_layers import adaptable
-from lora_lens.spectrum.experts import stack_name
 from lora_lens.spectrum.sources.models import name_without_peft
+from lora_lens.spectrum.stacks import stack_name
 from lora_lens.spectrum.usage.kept_layers import memory
 
 ADAPTED, WHOLE, ADAPTABLE, LEFT_OUT = "adapted", "trained in full", "adaptable", "left out"
@@ -80,7 +80,7 @@ def coverage(model: nn.Module) -> pd.DataFrame:
             elif name in able:
                 row |= {"state": ADAPTABLE, "why": "can be adapted and is not among the targets"}
             else:
-                row["why"] = found.reasons.get(name) or _no_layer(module, key)
+                row["why"] = found.reasons.get(name, f"is a weight of {type(module).__name__}")
             rows.append(row)
     table = pd.DataFrame(rows, columns=["name", "parameters", "share", "state", "why"])
     return table.assign(share=table["parameters"] / max(table["parameters"].sum(), 1))
@@ -129,10 +129,6 @@ class Summary(pd.DataFrame):
 
     def _repr_html_(self) -> str:
         return f"{super()._repr_html_()}<pre>{html.escape(in_words(self.coverage))}</pre>"
-
-
-def _no_layer(module: nn.Module, key: str) -> str:
-    return f"is a parameter of {type(module).__name__} and no layer's weight"
 
 
 def _amount(group: pd.DataFrame) -> str:

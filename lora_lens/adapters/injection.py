@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
-from lora_lens.adapters.experts import (
-    ExpertLayer,
+from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
+from lora_lens.adapters.planned_layers import injected
+from lora_lens.adapters.stacks import (
+    StackedLayer,
     expanded,
     innermost,
     is_exchanged,
@@ -27,11 +29,9 @@ from lora_lens.adapters.experts import (
     packed,
     restore_order,
 )
-from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
-from lora_lens.adapters.planned_layers import injected
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix, weight_of
-from lora_lens.spectrum.experts import wrapped_names
+from lora_lens.spectrum.stacks import wrapped_names
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedLayer, AdaptedModel
@@ -257,7 +257,7 @@ def adapter_state(peft_model: AdaptedModel) -> dict[str, Tensor]:
     return state
 
 
-def expert_state(
+def stacked_state(
     peft_model: AdaptedModel, factors: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
 ) -> dict[str, Tensor]:
     """Factors (B, A) of each expert, by stack, as PEFT's tensors."""
@@ -325,7 +325,7 @@ def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
 
     With ``keep`` the base's values go to new memory.
     """
-    if isinstance(layer, ExpertLayer):
+    if isinstance(layer, StackedLayer):
         return layer.set_start(b, a, keep)
     factor_matrix(layer.lora_B).copy_(b)
     factor_matrix(layer.lora_A).copy_(a)

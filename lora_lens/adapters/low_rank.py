@@ -17,7 +17,6 @@ from lora_lens._base.naming import Targets, frames_inside, listed
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import check_finite
 from lora_lens.adapters.copying import copy_around
-from lora_lens.adapters.experts import require_whole_stacks
 from lora_lens.adapters.injection import (
     Attachment,
     inject,
@@ -28,6 +27,7 @@ from lora_lens.adapters.injection import (
 )
 from lora_lens.adapters.peft_names import lies_in, peft_config, saved_modules
 from lora_lens.adapters.requests import Request
+from lora_lens.adapters.stacks import require_whole_stacks
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import (
     Adaptable,

@@ -22,12 +22,12 @@ from lora_lens._base.random_state import seeded
 from lora_lens._base.torch_tools import evaluating
 from lora_lens._base.wrappers import named_modules, paths_of, submodule
 from lora_lens.adapters.copying import copy_around
-from lora_lens.adapters.experts import require_no_experts
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.methods import LoRA, Method
 from lora_lens.adapters.peft_names import target_settings
 from lora_lens.adapters.peft_starts import DATA, PEFT_STARTS, Start, attach_start, plan_start
 from lora_lens.adapters.requests import Request
+from lora_lens.adapters.stacks import require_no_stacks
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_of
 from lora_lens.spectrum.window import validate_rank
@@ -167,7 +167,7 @@ class PeftMethod(Method):
             raise InputError(f"{self} takes its own settings from its config, and no alpha")
         # Its rank, if it has one, need not fit a spectrum: VeRA's is usually larger.
         plan = plan_layers(LoRA(1), request)
-        require_no_experts(plan, self)
+        require_no_stacks(request.model, plan, self)
         return dict.fromkeys(plan, self)
 
     def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:

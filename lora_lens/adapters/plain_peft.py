@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import named_modules, submodule, unwrapped
-from lora_lens.adapters.experts import innermost
 from lora_lens.adapters.injection import base_of, lora_config, wrapped_layers
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, target_settings
+from lora_lens.adapters.stacks import innermost
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedModel
@@ -47,7 +47,7 @@ def for_plain_peft(
     if not names:
         why = f"has no adapter for {listed(layers, most=3)} beside modules_to_save={list(whole)}"
         if not whole:
-            why = f"renames the tensors of {listed(layers, most=3)} when it loads them, and would not find them"
+            why = f"renames the tensors of {listed(layers, most=3)} on loading, and does not find them"
         raise InputError(f"plain PEFT {why}; use save and load, or PEFT's merge_and_unload")
     kept = {key: t for key, t in state.items() if not lies_in(key.removeprefix(PREFIX), full)}
     for name in full:

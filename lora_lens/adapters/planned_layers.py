@@ -20,10 +20,10 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.random_state import seeded
 from lora_lens._base.wrappers import named_modules, paths_of, placed
-from lora_lens.adapters.experts import adapted_parameter
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.rollback import undone_on_error
-from lora_lens.spectrum.experts import Stack, stacks_planned
+from lora_lens.adapters.stacks import adapted_parameter
+from lora_lens.spectrum.stacks import Stack, stacks_planned
 
 MATCHING = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
 NOTHING = "(?!)"  # a regular expression

@@ -19,7 +19,6 @@ from lora_lens._base.validate import flag, instance
 from lora_lens._base.wrappers import inner_model, submodule, unwrapped
 from lora_lens.adapters.adapter_files import Saved, read_saved, write_adapter, write_record, write_tensors
 from lora_lens.adapters.copying import copy_around
-from lora_lens.adapters.experts import is_exchanged, peft_keys
 from lora_lens.adapters.injection import (
     Attachment,
     adapter_state,
@@ -38,8 +37,9 @@ from lora_lens.adapters.injection import (
 from lora_lens.adapters.peft_names import PREFIX, saved_modules, target_settings
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
+from lora_lens.adapters.stacks import is_exchanged, peft_keys
 from lora_lens.spectrum.adaptable_layers import layers_at, owner_of, weight_matrix, weight_of
-from lora_lens.spectrum.experts import stack_name, stacks_planned, wrapped_names
+from lora_lens.spectrum.stacks import stack_name, stacks_planned, wrapped_names
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedModel
@@ -190,8 +190,9 @@ def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Modu
     expected: dict[str, tuple[int, ...]] = {}
     stacks = stacks_planned(model, wrapped_names(shapes))
     for name, path in peft_keys(stacks).items():
-        rank, count = saved.rank(name), len(stacks[name].parameter)
-        columns, rows = shapes[f"{name}[0]"][:: 1 if is_exchanged(stacks[name]) else -1]
+        rank, inside = saved.rank(name), list(stacks[name].matrices())
+        count = len(inside)
+        columns, rows = shapes[inside[0]][:: 1 if is_exchanged(stacks[name]) else -1]
         key = f"{PREFIX}{path}.lora_"
         expected |= {f"{key}A.weight": (count * rank, columns), f"{key}B.weight": (rows, rank * count)}
     for name, (rows, columns) in shapes.items():

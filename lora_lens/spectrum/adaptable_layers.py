@@ -24,16 +24,17 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import GROUPS, Targets, block_and_kind, frames_inside, listed
 from lora_lens._base.random_state import seeded
 from lora_lens._base.wrappers import inner_model, named_modules, submodule
-from lora_lens.spectrum.experts import Expert, Stack, experts_at, stack_name, stacks_in, why_not
 from lora_lens.spectrum.heads import head_layers
 from lora_lens.spectrum.patterns import matching, part_of, routers
+from lora_lens.spectrum.sources.roles import holds_experts
+from lora_lens.spectrum.stacks import Stack, StackedMatrix, stack_name, stacked_at, stacks_in, why_not
 from lora_lens.spectrum.usage.kept_layers import memory
 from lora_lens.spectrum.usage.weight_reads import used_otherwise
 from lora_lens.spectrum.window import require_fit
 
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Layer = nn.Module | Expert
+Layer = nn.Module | StackedMatrix
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 PLAIN = LoraConfig()
 
@@ -103,7 +104,7 @@ def choose(
     model, able, reasons = found.model, found.layers, found.reasons
     modules: dict[str, object] = {name: m for name, m in named_modules(model) if name}
     modules |= found.stacks
-    modules |= {name: able[name] for name in found.groups["all-experts"] if name in able}
+    modules |= {name: able[name] for name in able if name not in modules}
     chosen: set[str] = set()
     left_out: dict[str, str] = {}
     for pattern in validate.patterns(targets) or ["all-linear"]:
@@ -121,7 +122,7 @@ def choose(
             left_out |= out
             chosen |= members - out.keys()
         else:
-            named = matching(modules, pattern)
+            named = matching(modules, pattern) or matching(reasons, pattern)
             if named & found.stacks.keys():
                 named |= {name for name in found.groups["all-experts"] if stack_name(name) in named}
             _refuse(pattern, named, modules, able, reasons)
@@ -151,13 +152,13 @@ def layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
         AttributeError: there is none of that name.
     """
     names = list(names)
-    experts = experts_at(model, names)
+    experts = stacked_at(model, names)
     return {name: experts[name] if name in experts else submodule(model, name) for name in names}
 
 
 def owner_of(layer: Layer) -> Tensor:
     """The parameter that holds a layer's weight, maybe together with others."""
-    return layer.stack.parameter if isinstance(layer, Expert) else weight_of(layer)
+    return layer.stack.parameter if isinstance(layer, StackedMatrix) else weight_of(layer)
 
 
 def weight_of(layer: Layer) -> Tensor:
@@ -237,12 +238,29 @@ def adaptable(model: nn.Module) -> Adaptable:
         if reason := tied if others else why_not(stack, modules, FLOATS):
             reasons[name] = reason
             unexpected.add(name)
-            groups["all-experts"].add(name)
+            if stack.parameter.ndim > 2:
+                groups["all-experts"].add(name)
         else:
             reasons.pop(name, None)  # of the module, whose own weight it is
-            able |= (experts := stack.experts())
-            groups["all-experts"] |= experts.keys()
+            able |= (matrices := stack.matrices())
+            if stack.parameter.ndim > 2:
+                groups["all-experts"] |= matrices.keys()
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            own = f"{name}.{key}" if name else key
+            if key != "weight" and own not in stacks and parameter is not None and _is_matrix(parameter):
+                reasons[own] = _no_layer(own, type(module).__name__)
     return Adaptable(model, able, reasons, unexpected, groups, stacks)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return not is_lazy(parameter) and parameter.ndim > 1
+
+
+def _no_layer(name: str, kind: str) -> str:
+    if holds_experts(name):
+        return f"holds experts in a form in which nothing but the code of {kind} tells them apart"
+    return f"is a parameter of {kind} and no layer's weight"
 
 
 def _touched(layer: nn.Module) -> str:
@@ -346,10 +364,11 @@ def _reason(module: nn.Module, others: list[str]) -> str:
     if weight.dtype not in FLOATS:
         return f"holds {weight.dtype} values: expected float64, float32, bfloat16 or float16"
     if isinstance(module, _ConvNd):
+        unpadded = module.padding in ("valid", (0,) * len(module.kernel_size))
         settings = {
-            "groups": module.groups != 1,
-            "dilation": any(d != 1 for d in module.dilation),
-            "padding_mode": module.padding_mode != "zeros",
+            "groups": module.groups != 1,  # PEFT's connects all inputs with all outputs, and has no merge
+            "dilation": any(d != 1 < k for d, k in zip(module.dilation, module.kernel_size, strict=True)),
+            "padding_mode": module.padding_mode != "zeros" and not unpadded,
         }
         for setting in (name for name, other in settings.items() if other):
             value = getattr(module, setting)
@@ -392,8 +411,8 @@ def _empty_group(found: Adaptable, group: str, reasons: Mapping[str, str]) -> st
         "all-experts": "tensor of experts",
     }[group]
     kin = {"all-conv": (_ConvNd,), "all-experts": (Stack,)}.get(group, LINEAR)
-    kinds = {n: found.stacks.get(n) or submodule(found.model, n) for n in reasons}
-    refused = (f"; {n} {why}" for n, why in reasons.items() if isinstance(kinds[n], kin))
+    kinds = dict(named_modules(found.model)) | found.stacks
+    refused = (f"; {n} {why}" for n, why in reasons.items() if isinstance(kinds.get(n), kin))
     return f"{type(found.model).__name__} has no {what} that can be adapted{next(refused, '')}"
 
 

@@ -23,7 +23,8 @@ from lora_lens.spectrum.patterns import matching, part_of
 from lora_lens.spectrum.sources.files import tensors_in
 from lora_lens.spectrum.sources.roles import Stored, numbers_counted
 
-FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv"}  # not query_key_value and qkv_proj, which mix q, k, v by head
+# Not query_key_value and qkv_proj, which mix q, k and v by head.
+FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv", "in_proj_weight"}
 
 
 @dataclass(frozen=True, eq=False)

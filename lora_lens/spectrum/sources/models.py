@@ -13,11 +13,11 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lora_lens._base.wrappers import inner_model, named_modules
-from lora_lens.spectrum.experts import may_be_stack, which_way_round
 from lora_lens.spectrum.heads import head_layers
 from lora_lens.spectrum.patterns import routers
 from lora_lens.spectrum.sources.quantized import Signs, problem_in
-from lora_lens.spectrum.sources.roles import Stored
+from lora_lens.spectrum.sources.roles import ATTENTION, Stored
+from lora_lens.spectrum.stacks import may_be_stack, which_way_round
 
 
 def in_model(model: nn.Module) -> Iterator[Stored]:
@@ -53,7 +53,7 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
                 experts=key in experts,
                 transposed=isinstance(module, Conv1D) or key in turned,
                 doubtful=key in doubtful,
-                thirds=linear and not mixed,
+                thirds=(linear and not mixed) or own == "in_proj_weight",
             )
 
 
@@ -67,6 +67,8 @@ def _tensors(module: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
         found = {name or "weight": (key, own.get(key))}
     for key, tensor in own.items():
         whole = f"{name}.{key}" if name else key
+        if key in ATTENTION and isinstance(module, nn.MultiheadAttention):
+            found[whole] = (key, tensor)
         if key != "weight" and may_be_stack(module, whole, tensor):
             found[whole] = (key, tensor)
     return {

@@ -1,10 +1,14 @@
-"""Experts that a model stores as one tensor: each of them as a matrix, in the place of a layer."""
+"""Matrices that are no layer's weight: experts in one tensor, and q, k and v of nn.MultiheadAttention.
+
+Each of them takes the place of a layer, and PEFT adapts them as parameters (``target_parameters``).
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,12 +21,14 @@ from torch.nn.parameter import is_lazy
 
 from lora_lens._base.wrappers import inner_model, named_modules
 from lora_lens.spectrum.sources.quantized import problem_in
-from lora_lens.spectrum.sources.roles import holds_experts, transposed_experts
+from lora_lens.spectrum.sources.roles import ATTENTION, holds_experts, transposed_experts
+
+OF_WRAPPERS = {*dir(nn.Module), "num_experts"}
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One matrix for each expert, in one parameter of three dimensions.
+    """The matrices of one parameter: of three dimensions one for each expert, of two dimensions one.
 
     Attributes:
         name: of the parameter, such as ``model.layers.0.mlp.experts.down_proj``; without ``.weight``.
@@ -49,20 +55,23 @@ class Stack:
         """The parameter's name in the model."""
         return f"{self.holder}.{self.key}" if self.holder else self.key
 
-    def experts(self) -> dict[str, Expert]:
-        return {f"{self.name}[{i}]": Expert(self, i) for i in range(len(self.parameter))}
+    def matrices(self) -> dict[str, StackedMatrix]:
+        if self.parameter.ndim == 2:
+            return {self.name: StackedMatrix(self, None)}
+        return {f"{self.name}[{i}]": StackedMatrix(self, i) for i in range(len(self.parameter))}
 
 
 @dataclass(frozen=True, eq=False)
-class Expert:
+class StackedMatrix:
     """One matrix of a stack, whose ``weight`` (out, in) is a view of the model's memory."""
 
     stack: Stack
-    index: int
+    index: int | None
 
     @property
     def weight(self) -> Tensor:
-        matrix = self.stack.parameter[self.index]
+        whole = self.stack.parameter
+        matrix = whole if self.index is None else whole[self.index]
         return matrix.T if self.stack.transposed else matrix
 
 
@@ -93,6 +102,11 @@ def stacks_of(module: nn.Module, holder: str, model: nn.Module) -> Iterator[Stac
         holder: its name.
         model: the whole model, whose config may say which way round they are.
     """
+    if isinstance(module, nn.MultiheadAttention):
+        for key in ATTENTION:
+            if holder and module._parameters.get(key) is not None:
+                yield Stack(f"{holder}.{key}", holder, module, key, transposed=False)
+        return
     found = {}
     for key, tensor in module._parameters.items():
         name = holder if key == "weight" and holder else f"{holder}.{key}" if holder else key
@@ -115,14 +129,12 @@ def which_way_round(
     return transposed_experts(experts, facts)
 
 
-def experts_at(model: nn.Module, names: Iterable[str]) -> dict[str, Expert]:
-    """Those of the names that are experts of the model."""
-    wanted = {name: stack_name(name) for name in names}
-    if not any(name != stack for name, stack in wanted.items()):
-        return {}
-    stacks = stacks_in(model)
-    found = {n: (stacks[s], int(n[len(s) + 1 : -1])) for n, s in wanted.items() if n != s and s in stacks}
-    return {name: Expert(stack, i) for name, (stack, i) in found.items() if i < len(stack.parameter)}
+def stacked_at(model: nn.Module, names: Iterable[str]) -> dict[str, StackedMatrix]:
+    """Those of the names that are matrices of stacks of the model."""
+    names = list(names)
+    stacks = stacks_planned(model, wrapped_names(names))
+    found = {n: matrix for stack in stacks.values() for n, matrix in stack.matrices().items()}
+    return {name: found[name] for name in names if name in found}
 
 
 def wrapped_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -157,31 +169,41 @@ def why_not(stack: Stack, modules: Mapping[str, nn.Module], floats: Iterable[obj
         return f"holds {parameter.dtype} values: expected float64, float32, bfloat16 or float16"
     if not stack.holder:
         return "is a parameter of the model itself, and PEFT adapts parameters of the modules in it only"
-    if len(parameter) == 1 and getattr(stack.module, "is_transposed", False):
+    if len(parameter) == 1 < parameter.ndim - 1 and getattr(stack.module, "is_transposed", False):
         return "holds a single expert as (in, out), and PEFT adds its update as (out, in) (0.21 at least)"
     if stack.module._forward_hooks or stack.module._forward_pre_hooks:
         return "has forward hooks around its experts, which would be given the residual's output; remove them"
     if "forward" not in vars(stack.module) and type(stack.module).forward is nn.Module.forward:
         return f"is bypassed: other modules read it, because {kind} has no forward of its own"
-    holder = stack.holder
-    while holder:
-        holder = holder.rpartition(".")[0]
-        if (reader := type(modules[holder])) and _reads(reader, stack.key, stack.holder.rpartition(".")[2]):
-            return f"is bypassed: {reader.__name__} reads it without calling {kind}, which PEFT wraps"
+    *above, child = stack.holder.split(".")
+    reads = rf"\.{child}\.weight\b" if stack.key == "weight" else rf"(?<!\bself)\.{stack.key}\b"
+    holders = [type(modules[".".join(above[:depth])]) for depth in range(len(above), -1, -1)]
+    for holder in holders:
+        if re.search(reads, _code(holder)):
+            return f"is bypassed: {holder.__name__} reads it without calling {kind}, which PEFT wraps"
+    caller = next((h for h in holders if h not in (nn.ModuleList, nn.ModuleDict, nn.Sequential)), nn.Module)
+    if other := [a for a in re.findall(rf"\.{child}\.(\w+)", _code(caller)) if a not in OF_WRAPPERS]:
+        return f"is used otherwise: {caller.__name__} reads {kind}.{other[0]}, which PEFT's wrapper lacks"
+    if re.search(rf"\.{child}\(\s*\w+\s*=[^=]", _code(caller)):
+        return (
+            f"is called by {caller.__name__} with named arguments alone, which PEFT's wrapper does not take"
+        )
     return ""
 
 
 @lru_cache(maxsize=1024)
-def _reads(kind: type[nn.Module], key: str, holder: str) -> bool:
-    """Whether the code of a module above speaks of a parameter of this name that is not its own."""
-    if kind.__module__.startswith("torch.nn.modules"):
-        return False
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # written in a notebook, or generated
-        return False
-    place = rf"\.{holder}" if key == "weight" else r"(?<!\bself)"  # many modules have a weight
-    return re.search(rf"{place}\.{key}\b", source) is not None
+def _code(kind: type[nn.Module]) -> str:
+    """The code of a class and of those that it inherits from, without the methods that set it up."""
+    methods = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, nn.Module) and base is not nn.Module:
+            methods |= {key: value for key, value in vars(base).items() if inspect.isfunction(value)}
+    found = []
+    for name, method in methods.items():
+        if not re.match(r"_*(init|reset)", name):
+            with suppress(OSError, TypeError):  # written in a notebook, or generated
+                found.append(inspect.getsource(method))
+    return "\n".join(found)
 
 
 def may_be_stack(module: nn.Module, name: str, tensor: Tensor) -> bool:

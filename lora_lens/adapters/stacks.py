@@ -1,4 +1,4 @@
-"""PEFT's adapter of a stack of experts, seen as one adapter for each expert.
+"""PEFT's adapter of a parameter, seen as one adapter for each matrix in it.
 
 PEFT adapts a parameter of three dimensions (``target_parameters``) by one A (experts * rank, columns) and one
 B (rows, rank * experts): in A the expert counts slowest, in B fastest. Rows and columns are those of the
@@ -20,7 +20,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.experts import Expert, Stack, is_expert, stack_name
+from lora_lens.spectrum.stacks import Stack, StackedMatrix, stack_name, stacked_at
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedLayer
@@ -37,7 +37,7 @@ class Factor:
 
     wrapper: ParamWrapper
     of_a: bool
-    index: int
+    index: int  # 0 where the parameter is one matrix
 
     @property
     def weight(self) -> Tensor:
@@ -46,19 +46,19 @@ class Factor:
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertLayer:
+class StackedLayer:
     """One expert with its adapter, like one of PEFT's layers with an adapter."""
 
     wrapper: ParamWrapper
-    expert: Expert
+    matrix: StackedMatrix
 
     @property
     def lora_A(self) -> dict[str, Any]:
-        return {ADAPTER: self._factor(of_a=not is_exchanged(self.expert.stack))}
+        return {ADAPTER: self._factor(of_a=not is_exchanged(self.matrix.stack))}
 
     @property
     def lora_B(self) -> dict[str, Any]:
-        return {ADAPTER: self._factor(of_a=is_exchanged(self.expert.stack))}
+        return {ADAPTER: self._factor(of_a=is_exchanged(self.matrix.stack))}
 
     @property
     def scaling(self) -> Mapping[str, float]:
@@ -72,17 +72,17 @@ class ExpertLayer:
     def merged(self) -> bool:
         return bool(self.wrapper.merged)
 
-    def get_base_layer(self) -> Expert:
-        return self.expert
+    def get_base_layer(self) -> StackedMatrix:
+        return self.matrix
 
     def _factor(self, of_a: bool) -> Factor | _Turned:
-        factor = Factor(self.wrapper, of_a, self.expert.index)
-        return _Turned(factor) if is_exchanged(self.expert.stack) else factor
+        factor = Factor(self.wrapper, of_a, self.matrix.index or 0)
+        return _Turned(factor) if is_exchanged(self.matrix.stack) else factor
 
     @torch.no_grad()
     def set_start(self, b: Tensor, a: Tensor, keep: bool) -> None:
         """As :func:`lora_lens.adapters.injection.set_start`, for the experts of a stack in their order."""
-        stack, index = self.expert.stack, self.expert.index
+        stack, index = self.matrix.stack, self.matrix.index or 0
         whole = stack.parameter
         if keep and index == 0:
             whole.data = whole.data.clone()
@@ -93,9 +93,9 @@ class ExpertLayer:
         used_b, used_a = (
             factor[ADAPTER].weight.to(whole.dtype).to(exact) for factor in (self.lora_B, self.lora_A)
         )
-        weight = self.expert.weight
+        weight = self.matrix.weight
         weight.copy_(torch.addmm(weight.to(exact), used_b, used_a, alpha=-self.scaling[ADAPTER]))
-        if index == len(whole) - 1:
+        if index == self.wrapper.num_experts - 1:
             _require_layout(self)
 
 
@@ -115,13 +115,13 @@ def _view(tensor: Tensor, factor: Factor) -> Tensor:
     return tensor.view(len(tensor), -1, count)[..., factor.index]
 
 
-def _require_layout(layer: ExpertLayer) -> None:
+def _require_layout(layer: StackedLayer) -> None:
     """Raise if PEFT adds something else to an expert than its B A: the places in A and B are PEFT's own."""
-    name, index = layer.expert.stack.name, layer.expert.index
+    name, index = layer.matrix.stack.name, layer.matrix.index or 0
     added = layer.wrapper.get_delta_weight(ADAPTER)
     added = (added if added.ndim == 3 else added[None])[index].float()
     ours = layer.scaling[ADAPTER] * (layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight).float()
-    ours = ours.T if layer.expert.stack.transposed else ours
+    ours = ours.T if layer.matrix.stack.transposed else ours
     if ours.shape != added.shape or torch.linalg.norm(ours - added) > 0.05 * torch.linalg.norm(ours):
         raise InputError(
             f"PEFT lays out the factors of the experts {name} in another way than lora_lens knows: take the "
@@ -134,8 +134,8 @@ def expanded(layers: Mapping[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
     found: dict[str, AdaptedLayer] = {}
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
-            for expert_name, expert in layer_stack(layer).experts().items():
-                found[expert_name] = cast("AdaptedLayer", ExpertLayer(layer, expert))
+            for matrix_name, matrix in layer_stack(layer).matrices().items():
+                found[matrix_name] = cast("AdaptedLayer", StackedLayer(layer, matrix))
         else:
             found[name] = layer
     return found
@@ -200,21 +200,27 @@ def packed(stack: Stack, factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tens
 
 
 def require_whole_stacks(plan: Mapping[str, Any], layers: Mapping[str, object], variant: Variant) -> None:
-    """Raise a ValueError if PEFT's adapter of a parameter cannot be what is planned for experts."""
+    """Raise a ValueError if PEFT's adapter of a parameter cannot be what is planned for stacks.
+
+    Args:
+        plan: what each layer gets, with its rank.
+        layers: all that can be adapted.
+    """
     planned: dict[str, dict[str, int]] = {}
-    for name in filter(is_expert, plan):
-        planned.setdefault(stack_name(name), {})[name] = plan[name].rank
-    if not planned:
-        return
-    for setting, why in (
+    for name in plan:
+        if isinstance(layers[name], StackedMatrix):
+            planned.setdefault(stack_name(name), {})[name] = plan[name].rank
+    for value, why in (
         (variant.dora, "dora=True: PEFT has no DoRA for parameters"),
-        (variant.dropout, f"dropout={variant.dropout:g}: PEFT adds B A to the parameter, before any input"),
+        (variant.dropout, f"dropout={variant.dropout:g}: PEFT adds B A to a parameter, whose input it lacks"),
     ):
-        if setting:
-            raise InputError(f"experts take no {why}; leave {listed(planned, most=2)} out of the targets")
+        if value and planned:
+            raise InputError(f"{listed(planned, most=2)} takes no {why}; leave it out of the targets")
+    inside: dict[str, list[str]] = {}
+    for name in layers if planned else ():
+        inside.setdefault(stack_name(name), []).append(name)
     for stack, ranks in planned.items():
-        missing = [n for n in layers if stack_name(n) == stack and n not in ranks]
-        if missing:
+        if missing := [name for name in inside[stack] if name not in ranks]:
             raise InputError(
                 f"{listed(missing, most=2)} would be left out, and PEFT adapts all experts of a tensor "
                 f"together: name {stack} without a number"
@@ -226,10 +232,10 @@ def require_whole_stacks(plan: Mapping[str, Any], layers: Mapping[str, object], 
             )
 
 
-def require_no_experts(plan: Iterable[str], what: object) -> None:
-    """Raise a ValueError if experts are planned for a method that PEFT has for modules only."""
-    if experts := list(filter(is_expert, plan)):
+def require_no_stacks(model: nn.Module, plan: Iterable[str], what: object) -> None:
+    """Raise a ValueError if a method that PEFT has for modules only is planned for a parameter."""
+    if stacked := list(stacked_at(model, plan)):
         raise InputError(
-            f"{what} is for layers, and {experts[0]} is one of the experts of a tensor, for which PEFT has "
-            "LoRA alone; leave experts out of the targets"
+            f"{what} is for layers, and {stacked[0]} is a parameter or in one that is no layer's weight, for "
+            "which PEFT has LoRA alone; leave it out of the targets"
         )
