@@ -25,7 +25,7 @@ from lora_lens._base.naming import GROUPS, Targets, block_and_kind, frames_insid
 from lora_lens._base.random_state import seeded
 from lora_lens._base.wrappers import inner_model, named_modules, submodule
 from lora_lens.spectrum.heads import head_layers
-from lora_lens.spectrum.patterns import matching, part_of, routers
+from lora_lens.spectrum.patterns import ONE_EXPERT, matching, part_of, routers
 from lora_lens.spectrum.sources.roles import holds_experts
 from lora_lens.spectrum.stacks import Stack, StackedMatrix, stack_name, stacked_at, stacks_in, why_not
 from lora_lens.spectrum.usage.kept_layers import memory
@@ -73,8 +73,9 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, Layer]
               :func:`lora_lens.spectrum.patterns.matching`;
             - "all-linear": every linear layer but the head's and the routers of experts, see
               :func:`lora_lens.spectrum.heads.head_layers`; "all-attention" and "all-mlp": those of them that
-              belong there by their names; "all-conv": every convolution; "all-experts": every expert that
-              is stored in one tensor with others. What cannot be adapted is left out of these groups.
+              belong there by their names; "all-conv": every convolution; "all-experts": every expert, those
+              that are layers and those that lie in one tensor, which "all-linear" leaves out. What cannot be
+              adapted is left out of these groups.
 
     Raises:
         InputError: a pattern matches nothing, or a weight that cannot be adapted; the message has the
@@ -231,7 +232,7 @@ def adaptable(model: nn.Module) -> Adaptable:
     linear = {n for n, m in members.items() if isinstance(m, LINEAR)}
     groups = {"all-linear": linear, "all-conv": members.keys() - linear}
     groups |= {f"all-{part}": {n for n in linear if part_of(n) == part} for part in ("attention", "mlp")}
-    stacks, groups["all-experts"] = stacks_in(model), set()
+    stacks, groups["all-experts"] = stacks_in(model), {n for n in linear if ONE_EXPERT.search(n)}
     for name, stack in stacks.items():
         others = [n for n in places.get(memory(stack.parameter), []) if n not in (name, stack.path)]
         tied = f"shares its memory with {listed(others, most=3)}: a residual would change both"

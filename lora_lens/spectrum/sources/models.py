@@ -53,6 +53,7 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
                 experts=key in experts,
                 transposed=isinstance(module, Conv1D) or key in turned,
                 doubtful=key in doubtful,
+                interleaved=not getattr(module, "is_concatenated", True),
                 thirds=(linear and not mixed) or own == "in_proj_weight",
             )
 

@@ -57,6 +57,7 @@ class Stored:
     experts: bool = False
     transposed: bool = False
     doubtful: bool = False  # nothing says whether it is transposed
+    interleaved: bool = False  # if its name says gate and up: their rows take turns
     thirds: bool = True  # if its name says q, k and v: they are one after the other
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
 
@@ -105,6 +106,7 @@ def weights_among(
                 experts=key in experts,
                 transposed=name in turned,
                 doubtful=name in doubtful,
+                interleaved="gpt_oss" in model_types(facts),
             )
         )
     return stored
