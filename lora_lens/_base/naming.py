@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 Targets = str | Sequence[str] | None
 
-GROUPS = ("all-linear", "all-conv", "all-attention", "all-mlp")
+GROUPS = ("all-linear", "all-conv", "all-attention", "all-mlp", "all-experts")
 
 
 def block_and_kind(name: str) -> tuple[int, str]:

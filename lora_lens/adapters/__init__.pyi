@@ -1,4 +1,5 @@
 from .attaching import attach as attach, detach as detach
+from .coverage import coverage as coverage
 from .exactness import function_error as function_error, summary as summary
 from .exporting import export as export, export_residual as export_residual
 from .methods import (

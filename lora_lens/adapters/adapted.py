@@ -27,4 +27,5 @@ class AdaptedLayer(nn.Module, LoraLayer):
     """One of the layers that it put into the model."""
 
     planned_name: str
+    planned_path: str
     planned_scaling: float

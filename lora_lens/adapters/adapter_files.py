@@ -48,6 +48,7 @@ from lora_lens.adapters.replacing import (
 )
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.sources.checkpoint import read_json, read_safetensors
+from lora_lens.spectrum.stacks import stack_name
 
 FORMAT = 1
 DTYPES = ("None", "float32", "float64", "bfloat16", "float16")
@@ -92,7 +93,7 @@ class Saved:
     def rank(self, name: str) -> int:
         """Of the adapter of this layer."""
         ranks: dict[str, int] = self.config.rank_pattern or {}
-        return ranks.get(get_pattern_key(list(ranks), name), self.config.r)
+        return ranks.get(get_pattern_key(list(ranks), stack_name(name)), self.config.r)
 
 
 def write_adapter(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:

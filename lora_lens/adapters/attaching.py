@@ -11,7 +11,6 @@ from torch import nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import Targets
-from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.injection import (
     attached,
     planned_layers,
@@ -23,8 +22,9 @@ from lora_lens.adapters.methods import MethodLike, as_method
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_of
+from lora_lens.spectrum.adaptable_layers import layers_at, set_weight_matrix, weight_of
 from lora_lens.spectrum.spectrum import SpectrumSet
+from lora_lens.spectrum.stacks import StackedMatrix
 from lora_lens.tasks.task import Task
 
 
@@ -163,11 +163,14 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
                 "was rounded and is not the pretrained model any more; take that one itself"
             )
     base = without_peft(peft_model)
-    for name, start in record.starts.items():
-        layer = submodule(base, name)
+    for name, layer in layers_at(base, record.starts).items():
+        start = record.starts[name]
         if original is None:
             now = weight_of(layer)
-            now.data = start.weight(name).to(now.device, copy=True)
+            if isinstance(layer, StackedMatrix):
+                now.data.copy_(start.weight(name))
+            else:
+                now.data = start.weight(name).to(now.device, copy=True)
         else:
             set_weight_matrix(layer, found[name]())
     for name, parameter in tensors_by_name(base, "parameters"):

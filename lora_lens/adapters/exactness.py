@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import pandas as pd
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import block_and_kind
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import call, evaluating
+from lora_lens.adapters.coverage import Summary, coverage
 from lora_lens.adapters.injection import Start, attached, lora_layers, require_unmerged
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.uncalled import noting_uncalled
@@ -23,19 +23,22 @@ from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.readouts import REMEDY, require_batch, taking
 
 
-def summary(adapted: nn.Module) -> pd.DataFrame:
-    """Which layers are adapted, and how exactly.
+def summary(adapted: nn.Module) -> Summary:
+    """Which layers are adapted, how exactly, and what share of the model they are.
 
     Args:
         adapted: from :func:`attach`, trained or not.
 
     Returns:
-        One row per layer. Columns: layer, kind, rank, first and last (the lowest and highest component,
-        counted from 0; missing for ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that
-        these components hold, in [0, 1]; NaN where the adapter took its start from the weight, but not from
-        components), scaling, base_dtype, adapter_dtype, and start_error: the relative error of the weight at
-        the start, ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained
-        weight was not kept (inplace=True).
+        One row per layer, and of experts in one tensor one per expert. Columns: layer, kind, rank, first and
+        last (the lowest and highest component, counted from 0; missing for ordinary LoRA and PEFT's own
+        starts), energy (the share of ||W||_F^2 that these components hold, in [0, 1]; NaN where the adapter
+        took its start from the weight, but not from components), scaling, base_dtype, adapter_dtype, and
+        start_error: the relative error of the weight at the start, ||base + scaling B A - W||_F / ||W||_F
+        with the factors as attached; NaN if the pretrained weight was not kept (inplace=True).
+
+        Printed, the table also says what share of the model's matrices is adapted, and why the others are
+        not: see :func:`lora_lens.adapters.coverage`, which is its ``coverage``.
 
     Raises:
         ValueError: ``adapted`` does not come from :func:`attach`, or is merged.
@@ -69,7 +72,9 @@ def summary(adapted: nn.Module) -> pd.DataFrame:
                 "start_error": 0.0 if start is None else _start_error(layer, start),
             }
         )
-    return pd.DataFrame(rows)
+    table = Summary(rows)
+    table.coverage = coverage(peft_model)
+    return table
 
 
 @torch.inference_mode()

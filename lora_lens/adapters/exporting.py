@@ -24,10 +24,10 @@ from lora_lens.adapters.injection import (
     attached,
     buffers_by_name,
     lora_config,
-    lora_layer,
     lora_layers,
     moved_buffers,
     require_unmerged,
+    stacked_state,
     trained_update,
     whole_modules,
     without_peft,
@@ -36,7 +36,9 @@ from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, rank_setting
 from lora_lens.adapters.plain_peft import for_plain_peft
 from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
 from lora_lens.adapters.saving import weight_digests
+from lora_lens.adapters.stacks import StackedLayer
 from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
+from lora_lens.spectrum.stacks import stack_name
 from lora_lens.spectrum.svd import product_norm, product_svd
 from lora_lens.spectrum.window import validate_rank
 
@@ -83,15 +85,21 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
     require_unmerged(peft_model)
     layers = lora_layers(peft_model)
     state, ranks, rows = adapter_state(peft_model), {}, []
+    stacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, layer in layers.items():
         b, a, norm, lost = _truncated(*trained_update(layer, record.starts.get(name)), most)
         if not torch.isfinite(norm):
             raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
+        rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
+        if isinstance(layer, StackedLayer):
+            stacked.setdefault(stack_name(name), []).append((b, a))
+            continue
         ranks[name] = len(a)
         shapes = [weight_of(factor[ADAPTER]).shape for factor in (layer.lora_B, layer.lora_A)]
         state[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(len(b), -1, *shapes[0][2:])
         state[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(len(a), *shapes[1][1:])
-        rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
+    ranks |= {name: max(len(a) for _, a in factors) for name, factors in stacked.items()}
+    state |= stacked_state(peft_model, stacked)
     if moved := moved_buffers(peft_model, record):
         warnings.warn(
             f"training moved {listed(moved, most=2)}, which an adapter cannot carry: with plain PEFT the "
@@ -153,10 +161,13 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     require_unmerged(peft_model)
     if not record.starts:
         raise InputError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
-    state, digests = adapter_state(peft_model), {}
+    state, digests, layers = adapter_state(peft_model), {}, lora_layers(peft_model)
+    stacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, start in record.starts.items():
-        layer = lora_layer(peft_model, name)
-        for key, factor in (("B", start.b), ("A", start.a)):
+        layer = layers[name]
+        if isinstance(layer, StackedLayer):
+            stacked.setdefault(stack_name(name), []).append((start.b, start.a))
+        for key, factor in () if isinstance(layer, StackedLayer) else (("B", start.b), ("A", start.a)):
             like = getattr(layer, f"lora_{key}")[ADAPTER].weight
             state[f"{PREFIX}{name}.lora_{key}.weight"] = factor.reshape(like.shape)
         residual = weight_matrix(layer.get_base_layer())
@@ -167,6 +178,7 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
                 residual.float(), start.b.float(), start.a.float(), alpha=layer.scaling[ADAPTER]
             )
             state[key] = torch.linalg.norm(whole, dim=1).reshape(state[key].shape).to(state[key].dtype)
+    state |= stacked_state(peft_model, stacked)
     for name, module in whole_modules(peft_model).items():
         untrained = module.original_module.state_dict()
         state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in untrained.items()}

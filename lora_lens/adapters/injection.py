@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -19,8 +20,18 @@ from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.adapters.planned_layers import injected
+from lora_lens.adapters.stacks import (
+    StackedLayer,
+    expanded,
+    innermost,
+    is_exchanged,
+    layer_stack,
+    packed,
+    restore_order,
+)
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix, weight_of
+from lora_lens.spectrum.stacks import wrapped_names
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedLayer, AdaptedModel
@@ -129,7 +140,7 @@ def lora_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
             adapter is active, or its scaling is another. Other adapters that are not active, such as the
             reference of TRL's DPO, do not matter.
     """
-    ours = planned_layers(peft_model)
+    ours = wrapped_layers(peft_model)
     for name, layer in ours.items():
         active = list(layer.active_adapters)
         if ADAPTER not in layer.lora_A or active != [ADAPTER]:
@@ -143,17 +154,30 @@ def lora_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
                 "scales the pretrained components of a window, too, so it is no part of what is trained; "
                 f"undo it with PEFT's set_scale({ADAPTER!r}, 1)"
             )
+    matrices = expanded(ours)
+    for name, layer in matrices.items():
         require_at_hand(name, layer)
     known = {id(layer) for layer in ours.values()}
     for path, module in base_of(peft_model).named_modules():
         other = isinstance(module, LoraLayer) and id(module) not in known
         if other and any(adapter in module.lora_A for adapter in module.active_adapters):
             raise InputError(f"{path} was adapted by something else after attach: {AGAIN}")
-    return ours
+    return matrices
 
 
 def planned_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
     """PEFT's layers that attach put in, by name, whatever happened to their adapters since.
+
+    Where PEFT adapts a stack of experts, one for each of them.
+
+    Raises:
+        ValueError: some are no longer there.
+    """
+    return expanded(wrapped_layers(peft_model))
+
+
+def wrapped_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
+    """Likewise, as PEFT has them.
 
     Raises:
         ValueError: some are no longer there.
@@ -191,7 +215,9 @@ def lora_config(peft_model: PeftModel) -> LoraConfig:
 
 
 def lora_layer(peft_model: PeftModel, name: str) -> AdaptedLayer:
-    return cast("AdaptedLayer", submodule(base_of(peft_model), name))
+    if name in peft_model.planned_layers:
+        return cast("AdaptedLayer", submodule(base_of(peft_model), name))
+    return planned_layers(cast("AdaptedModel", peft_model))[name]
 
 
 def whole_modules(peft_model: AdaptedModel) -> dict[str, ModulesToSaveWrapper]:
@@ -217,7 +243,9 @@ def adapter_state(peft_model: AdaptedModel) -> dict[str, Tensor]:
         ValueError: the adapted layers are not those that attach adapted.
     """
     state = {}
-    for name, layer in lora_layers(peft_model).items():
+    lora_layers(peft_model)
+    for layer in wrapped_layers(peft_model).values():
+        name = layer.planned_path
         for key in ("lora_A", "lora_B"):
             state[f"{PREFIX}{name}.{key}.weight"] = weight_of(getattr(layer, key)[ADAPTER]).detach()
         if is_dora(layer):
@@ -226,6 +254,20 @@ def adapter_state(peft_model: AdaptedModel) -> dict[str, Tensor]:
     for name, wrapper in whole_modules(peft_model).items():
         own = wrapper.modules_to_save[ADAPTER].state_dict()
         state |= {f"{PREFIX}{name}.{unwrapped(key)}": tensor for key, tensor in own.items()}
+    return state
+
+
+def stacked_state(
+    peft_model: AdaptedModel, factors: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+) -> dict[str, Tensor]:
+    """Factors (B, A) of each expert, by stack, as PEFT's tensors."""
+    wrapped, state = wrapped_layers(peft_model), {}
+    for name, each in factors.items():
+        layer = wrapped[name]
+        assert isinstance(layer, ParamWrapper)
+        a, b = packed(layer_stack(layer), each)
+        state[f"{PREFIX}{layer.planned_path}.lora_A.weight"] = a
+        state[f"{PREFIX}{layer.planned_path}.lora_B.weight"] = b
     return state
 
 
@@ -261,17 +303,17 @@ def inject(
     Raises:
         ValueError: PEFT refuses a layer, or adapts others than these; then the model is as it was.
     """
-    names, whole = tuple(names), saved_modules(model, config.modules_to_save or ())
+    names, whole = wrapped_names(names), saved_modules(model, config.modules_to_save or ())
     adapted = cast("AdaptedModel", injected(model, config, names, whole, variant.dtype is None, seed))
     adapted.planned_layers, adapted.planned_whole = names, whole
     adapted.training = adapted.base_model.training = model.training
-    for name in names:
-        layer = lora_layer(adapted, name)
+    for layer in wrapped_layers(adapted).values():
         layer.train(layer.get_base_layer().training)  # PEFT's are in training mode, so dropout would act
         if variant.dtype is not None:
             layer.lora_A.to(variant.dtype), layer.lora_B.to(variant.dtype)
         if variant.train != "both":
-            fixed = "lora_B" if variant.train == "A" else "lora_A"
+            turned = isinstance(layer, ParamWrapper) and is_exchanged(layer_stack(layer))
+            fixed = "lora_B" if (variant.train == "A") != turned else "lora_A"
             layer.frozen_peft_weight_names = {ADAPTER: (fixed,)}  # PEFT's set_adapter would train it again
             getattr(layer, fixed).requires_grad_(False)
     return adapted
@@ -283,6 +325,8 @@ def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
 
     With ``keep`` the base's values go to new memory.
     """
+    if isinstance(layer, StackedLayer):
+        return layer.set_start(b, a, keep)
     factor_matrix(layer.lora_B).copy_(b)
     factor_matrix(layer.lora_A).copy_(a)
     base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
@@ -354,6 +398,10 @@ def without_peft(peft_model: PeftModel) -> nn.Module:
     kinds = (LoraLayer, ModulesToSaveWrapper)
     # Not by PEFT's unload, which takes a child of the model's own called base_layer for one of its own.
     for path, module in [(p, m) for p, m in base.named_modules() if isinstance(m, kinds)]:
+        if path != innermost(path) and isinstance(module, ParamWrapper):
+            continue  # the outer one, before it, took its place
+        if isinstance(module, ParamWrapper):
+            restore_order(module)
         parent, _, last = path.rpartition(".")
         own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()
         base.get_submodule(parent)._modules[last] = own

@@ -16,7 +16,6 @@ from lora_lens._base.hashing import digest_of
 from lora_lens._base.naming import Targets, frames_inside, listed
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import check_finite
-from lora_lens._base.wrappers import named_modules, submodule
 from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.injection import (
     Attachment,
@@ -28,11 +27,16 @@ from lora_lens.adapters.injection import (
 )
 from lora_lens.adapters.peft_names import lies_in, peft_config, saved_modules
 from lora_lens.adapters.requests import Request
+from lora_lens.adapters.stacks import require_whole_stacks
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import (
+    Adaptable,
+    Layer,
     adaptable,
     choose,
+    layers_at,
     matrix_shape,
+    owner_of,
     warn_left_out,
     weight_matrix,
     weight_of,
@@ -60,9 +64,11 @@ def plan_layers(method: Ranked, request: Request) -> dict[str, Any]:
     Raises:
         ValueError: it does not fit a weight, the targets or the spectra.
     """
-    plan = _by_layer(method, request)
+    able = adaptable(request.model)
+    plan = _by_layer(method, request, able)
+    require_whole_stacks(plan, able.layers, request.variant)
     for name, placement in plan.items():
-        layer = submodule(request.model, name)
+        layer = able.layers[name]
         k = min(matrix_shape(layer))
         check_finite(name, weight_of(layer))
         require_fit(placement.rank, k, name)
@@ -90,7 +96,7 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     if not plan:
         raise InputError(f"modules_to_save={list(request.modules_to_save)} leaves no layer to adapt")
     windows = {name: placement for name, placement in plan.items() if isinstance(placement, Placement)}
-    layers = {name: submodule(model, name) for name in windows}
+    layers = layers_at(model, windows)
     spectra: Mapping[str, Spectrum] = {} if request.spectra is None else request.spectra
     if windows and request.spectra is None:
         spectra = compute_spectra(model, list(windows), vectors={name: [p] for name, p in windows.items()})
@@ -114,7 +120,7 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
         # Hashing is a third of the work, and goes on beside the injection, which writes no values.
         hashing = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
         # Windows give these weights new values anyway, and copying them twice is most of the time.
-        own = model if request.inplace else copy_around(model, map(weight_of, layers.values()))
+        own = model if request.inplace else copy_around(model, map(owner_of, layers.values()))
         adapted = inject(own, config, plan, variant, request.seed)
         digests = dict(zip(windows, hashing, strict=True))
 
@@ -126,7 +132,7 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     return adapted
 
 
-def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | None) -> dict[str, nn.Module]:
+def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | None) -> dict[str, Layer]:
     """The layers that ``targets`` name; without targets, the usual ones as far as there are spectra of them.
 
     Raises:
@@ -135,9 +141,7 @@ def chosen_layers(model: nn.Module, targets: Targets, spectra: SpectrumSet | Non
     return _usual(choose(adaptable(model), targets)[0], targets, spectra)
 
 
-def _usual(
-    layers: dict[str, nn.Module], targets: Targets, spectra: SpectrumSet | None
-) -> dict[str, nn.Module]:
+def _usual(layers: dict[str, Layer], targets: Targets, spectra: SpectrumSet | None) -> dict[str, Layer]:
     if targets is None and spectra is not None:
         layers = {name: layer for name, layer in layers.items() if name in spectra}
         if not layers:
@@ -148,9 +152,8 @@ def _usual(
     return layers
 
 
-def _by_layer(method: Ranked, request: Request) -> dict[str, Any]:
+def _by_layer(method: Ranked, request: Request, able: Adaptable) -> dict[str, Any]:
     targets, spectra = request.targets, request.spectra
-    able = adaptable(request.model)
     left_out: dict[str, str] = {}
     if not isinstance(method, ByLayer):
         layers, left_out = choose(able, targets, method.rank)
@@ -166,9 +169,7 @@ def _by_layer(method: Ranked, request: Request) -> dict[str, Any]:
         for name in layers:
             plan.setdefault(name, placement)
     warn_left_out({name: why for name, why in left_out.items() if name not in plan})
-    plan = {
-        n: plan[n] for n, _ in named_modules(request.model) if n in plan and (allowed is None or n in allowed)
-    }
+    plan = {n: plan[n] for n in able.layers if n in plan and (allowed is None or n in allowed)}
     if not plan:
         raise InputError(f"no layer that targets={targets!r} selects has a placement: {method}")
     return plan
@@ -205,7 +206,7 @@ def _factors(
     return factors
 
 
-def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
+def check_belongs(spectrum: Spectrum, placement: Placement, layer: Layer) -> None:
     """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
     belongs = spectrum.shape == matrix_shape(layer)
     if belongs:

@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
-from lora_lens._base.wrappers import named_modules, submodule
+from lora_lens._base.wrappers import named_modules
 from lora_lens.adapters.variant import Variant
+from lora_lens.spectrum.adaptable_layers import layers_at
+from lora_lens.spectrum.stacks import stack_name, stacks_planned, wrapped_names
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 PREFIX = "base_model.model."  # of PEFT's tensor names
@@ -27,11 +29,14 @@ def target_settings(names: Collection[str], model: nn.Module) -> dict[str, Any]:
     names. In mixtures of experts PEFT makes other targets of what ends in names such as gate_proj, which were
     the experts' in transformers 4, even of the full names of dense layers. It leaves parameters alone.
     """
+    every = dict(named_modules(model))
+    stacks = stacks_planned(model, names := wrapped_names(names))
+    names = [name for name in names if name not in stacks]
     last = {name.rpartition(".")[2] for name in names}
     moved = _moved_ends(model, last | {"down_proj", "w2"})  # one of which every mixture has
     modules = [name for name in names if name.rpartition(".")[2] not in moved]
     ends = tuple(f".{name}" for name in modules)
-    longer = [n for n, _ in named_modules(model) if n not in names and n.endswith(ends)]
+    longer = [n for n in every if n not in names and n.endswith(ends)] if ends else []
     settings: dict[str, Any] = {"target_modules": modules}
     if longer and moved:  # where PEFT moves targets, it takes regular expressions apart
         settings["exclude_modules"] = longer
@@ -39,6 +44,8 @@ def target_settings(names: Collection[str], model: nn.Module) -> dict[str, Any]:
         settings["target_modules"] = "|".join(map(re.escape, modules))
     if last & moved:
         settings["target_parameters"] = [f"{n}.weight" for n in names if n.rpartition(".")[2] in moved]
+    if stacks:
+        settings.setdefault("target_parameters", []).extend(stack.path for stack in stacks.values())
     return settings
 
 
@@ -56,6 +63,8 @@ def peft_config(
     Other adapters get their values after the injection, so PEFT need not draw any.
     """
     targets = target_settings(ranks, model)
+    layers = layers_at(model, ranks).values()
+    ranks = {stack_name(name): rank for name, rank in ranks.items()}
     return LoraConfig(
         **targets,
         init_lora_weights=random,
@@ -64,7 +73,7 @@ def peft_config(
         use_dora=variant.dora,
         lora_dropout=variant.dropout,
         modules_to_save=list(modules_to_save) or None,
-        fan_in_fan_out=any(isinstance(submodule(model, name), Conv1D) for name in ranks),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
         **rank_settings(ranks, alpha, targets.get("target_parameters", ())),
     )
 

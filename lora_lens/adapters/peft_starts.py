@@ -38,6 +38,7 @@ from lora_lens.adapters.injection import (
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.peft_names import ADAPTER, peft_config, target_settings
 from lora_lens.adapters.requests import Request
+from lora_lens.adapters.stacks import require_no_stacks
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_matrix, weight_of
 from lora_lens.tasks.readouts import Inputs, ask, layer_inputs, real_positions, to_device
@@ -70,6 +71,7 @@ def plan_start(start: Start, request: Request) -> Mapping[str, Any]:
     if request.variant != Variant():
         raise InputError(f"{start} is built by PEFT and takes no variant, not {request.variant}")
     plan = plan_layers(start, request)
+    require_no_stacks(request.model, plan, start)
     for name in plan:
         layer = submodule(request.model, name)
         if type(layer) is not nn.Linear:

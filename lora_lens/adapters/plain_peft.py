@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import named_modules, submodule, unwrapped
-from lora_lens.adapters.injection import base_of, lora_config
+from lora_lens.adapters.injection import base_of, lora_config, wrapped_layers
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, target_settings
+from lora_lens.adapters.stacks import innermost
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedModel
@@ -44,10 +45,10 @@ def for_plain_peft(
     full = tuple(name for name in taken if not lies_in(name, [other for other in taken if other != name]))
     names = [name for name in layers if not lies_in(name, full)]
     if not names:
-        raise InputError(
-            f"plain PEFT has no adapter for {listed(layers, most=3)} beside modules_to_save={list(whole)}; "
-            "use save and load, or PEFT's merge_and_unload"
-        )
+        why = f"has no adapter for {listed(layers, most=3)} beside modules_to_save={list(whole)}"
+        if not whole:
+            why = f"renames the tensors of {listed(layers, most=3)} on loading, and does not find them"
+        raise InputError(f"plain PEFT {why}; use save and load, or PEFT's merge_and_unload")
     kept = {key: t for key, t in state.items() if not lies_in(key.removeprefix(PREFIX), full)}
     for name in full:
         kept |= {f"{PREFIX}{name}.{k}": t for k, t in _merged_state(submodule(base, name)).items()}
@@ -61,10 +62,10 @@ def _dropped(peft_model: AdaptedModel, state: Mapping[str, Tensor]) -> list[str]
     found = convert_peft_adapter_state_dict_for_transformers(
         peft_model, peft_model.peft_config[ADAPTER], dict(factors)
     )
-    lost = factors.keys() - found.keys()
-    return [
-        name for name in peft_model.planned_layers if any(k.startswith(f"{PREFIX}{name}.lora_") for k in lost)
-    ]
+    lost = {key.rpartition(".lora_")[0].removeprefix(PREFIX) for key in factors.keys() - found.keys()}
+    layers = wrapped_layers(peft_model).values()
+    # Of experts the whole module, which holds several tensors of them.
+    return list(dict.fromkeys(innermost(x.planned_path) for x in layers if x.planned_path in lost))
 
 
 def _merged_state(module: nn.Module) -> dict[str, Tensor]:
@@ -72,5 +73,5 @@ def _merged_state(module: nn.Module) -> dict[str, Tensor]:
     for path, layer in list(holder.named_modules()):
         if isinstance(layer, LoraLayer):
             layer.merge()
-            holder.set_submodule(path, layer.get_base_layer())
+            holder.set_submodule(innermost(path), layer.get_base_layer())
     return {unwrapped(key): tensor for key, tensor in holder["copy"].state_dict().items()}

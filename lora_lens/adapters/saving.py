@@ -26,7 +26,6 @@ from lora_lens.adapters.injection import (
     buffers_by_name,
     inject,
     lora_config,
-    lora_layer,
     lora_layers,
     moved_buffers,
     note_pretrained,
@@ -38,7 +37,9 @@ from lora_lens.adapters.injection import (
 from lora_lens.adapters.peft_names import PREFIX, saved_modules, target_settings
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
-from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
+from lora_lens.adapters.stacks import is_exchanged, peft_keys
+from lora_lens.spectrum.adaptable_layers import layers_at, owner_of, weight_matrix, weight_of
+from lora_lens.spectrum.stacks import stack_name, stacks_planned, wrapped_names
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedModel
@@ -150,17 +151,16 @@ def load(
     state = _fitting(saved, shapes, model)
     factors = _fitting_start(saved, shapes)
 
-    originals = {name: weight_of(submodule(model, name)) for name in names}
+    layers = layers_at(model, names)
     trainable, buffers = note_pretrained(model)
-    base = model if inplace else copy_around(model, originals.values() if factors else [])
+    base = model if inplace else copy_around(model, map(owner_of, layers.values()) if factors else [])
     for key, value in target_settings(names, model).items():
         setattr(saved.config, key, value)
     adapted = inject(base, saved.config, names, saved.variant)
     starts = {}
-    for name in names if factors else []:
-        layer = lora_layer(adapted, name)
+    for name, layer in lora_layers(adapted).items() if factors else ():
         set_start(layer, factors[f"{name}.B"], factors[f"{name}.A"], keep=not inplace)
-        original = None if inplace else originals[name].detach()
+        original = None if inplace else weight_of(layers[name]).detach()
         known = saved.weights[name]
         starts[name] = note_start(layer, torch.tensor(known["components"]), known["digest"], original)
     with torch.no_grad():
@@ -188,7 +188,16 @@ def _shape(matrix: Tensor) -> tuple[int, int]:
 def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the adapter, if they are those that this model's adapter will have."""
     expected: dict[str, tuple[int, ...]] = {}
+    stacks = stacks_planned(model, wrapped_names(shapes))
+    for name, path in peft_keys(stacks).items():
+        rank, inside = saved.rank(name), list(stacks[name].matrices())
+        count = len(inside)
+        columns, rows = shapes[inside[0]][:: 1 if is_exchanged(stacks[name]) else -1]
+        key = f"{PREFIX}{path}.lora_"
+        expected |= {f"{key}A.weight": (count * rank, columns), f"{key}B.weight": (rows, rank * count)}
     for name, (rows, columns) in shapes.items():
+        if stack_name(name) in stacks:
+            continue
         key, rank = f"{PREFIX}{name}.lora_", saved.rank(name)
         expected |= {f"{key}A.weight": (rank, columns), f"{key}B.weight": (rows, rank)}
         if saved.config.use_dora:

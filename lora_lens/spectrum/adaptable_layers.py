@@ -25,13 +25,16 @@ from lora_lens._base.naming import GROUPS, Targets, block_and_kind, frames_insid
 from lora_lens._base.random_state import seeded
 from lora_lens._base.wrappers import inner_model, named_modules, submodule
 from lora_lens.spectrum.heads import head_layers
-from lora_lens.spectrum.patterns import matching, part_of, routers
+from lora_lens.spectrum.patterns import ONE_EXPERT, matching, part_of, routers
+from lora_lens.spectrum.sources.roles import holds_experts
+from lora_lens.spectrum.stacks import Stack, StackedMatrix, stack_name, stacked_at, stacks_in, why_not
 from lora_lens.spectrum.usage.kept_layers import memory
 from lora_lens.spectrum.usage.weight_reads import used_otherwise
 from lora_lens.spectrum.window import require_fit
 
 LINEAR = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Layer = nn.Module | StackedMatrix
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 PLAIN = LoraConfig()
 
@@ -45,20 +48,22 @@ class Adaptable:
         reasons: why each of the other modules with a weight cannot, in words that follow its name.
         unexpected: the names among ``reasons`` whose kind could be adapted, if the model used it as usual.
         groups: by group, the names of the layers of ``layers`` and of ``unexpected`` that belong to it.
+        stacks: tensors of experts, by name; each expert that can be adapted is among ``layers``.
     """
 
     model: nn.Module
-    layers: Mapping[str, nn.Module]
+    layers: Mapping[str, Layer]
     reasons: Mapping[str, str]
     unexpected: Set[str]
     groups: Mapping[str, Set[str]]
+    stacks: Mapping[str, Stack]
 
 
-def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
+def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, Layer]:
     """The layers that ``targets`` selects, by module name.
 
-    They are ``nn.Linear``, GPT-2's ``Conv1D``, and ``nn.Conv1d``, ``2d`` and ``3d``, and subclasses that
-    compute the same.
+    They are ``nn.Linear``, GPT-2's ``Conv1D``, and ``nn.Conv1d``, ``2d`` and ``3d``, subclasses that
+    compute the same, and experts that are stored as one tensor, each as ``...experts.down_proj[3]``.
 
     Args:
         targets: None for "all-linear"; or one or several of
@@ -68,8 +73,9 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
               :func:`lora_lens.spectrum.patterns.matching`;
             - "all-linear": every linear layer but the head's and the routers of experts, see
               :func:`lora_lens.spectrum.heads.head_layers`; "all-attention" and "all-mlp": those of them that
-              belong there by their names; "all-conv": every convolution. What cannot be adapted is left out
-              of these groups.
+              belong there by their names; "all-conv": every convolution; "all-experts": every expert, those
+              that are layers and those that lie in one tensor, which "all-linear" leaves out. What cannot be
+              adapted is left out of these groups.
 
     Raises:
         InputError: a pattern matches nothing, or a weight that cannot be adapted; the message has the
@@ -89,7 +95,7 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
 
 def choose(
     found: Adaptable, targets: Targets = None, rank: int | None = None
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+) -> tuple[dict[str, Layer], dict[str, str]]:
     """The layers that ``targets`` selects, and the reasons by name of what groups leave out unexpectedly.
 
     Args:
@@ -97,7 +103,9 @@ def choose(
         rank: groups leave out the layers with fewer components; named ones stay.
     """
     model, able, reasons = found.model, found.layers, found.reasons
-    modules = {name: m for name, m in named_modules(model) if name}
+    modules: dict[str, object] = {name: m for name, m in named_modules(model) if name}
+    modules |= found.stacks
+    modules |= {name: able[name] for name in able if name not in modules}
     chosen: set[str] = set()
     left_out: dict[str, str] = {}
     for pattern in validate.patterns(targets) or ["all-linear"]:
@@ -111,11 +119,13 @@ def choose(
                 if rank and small:  # the message for the largest of them says what would fit
                     most = max((name for name in out if name in small), key=small.__getitem__)
                     require_fit(rank, small[most], most)
-                raise InputError(_empty_group(model, pattern, out or reasons))
+                raise InputError(_empty_group(found, pattern, out or reasons))
             left_out |= out
             chosen |= members - out.keys()
         else:
-            named = matching(modules, pattern)
+            named = matching(modules, pattern) or matching(reasons, pattern)
+            if named & found.stacks.keys():
+                named |= {name for name in found.groups["all-experts"] if stack_name(name) in named}
             _refuse(pattern, named, modules, able, reasons)
             chosen |= named & able.keys()
     layers = {name: m for name, m in able.items() if name in chosen}
@@ -136,21 +146,37 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
     )
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
+    """The layers and experts of these names, in their order.
+
+    Raises:
+        AttributeError: there is none of that name.
+    """
+    names = list(names)
+    experts = stacked_at(model, names)
+    return {name: experts[name] if name in experts else submodule(model, name) for name in names}
+
+
+def owner_of(layer: Layer) -> Tensor:
+    """The parameter that holds a layer's weight, maybe together with others."""
+    return layer.stack.parameter if isinstance(layer, StackedMatrix) else weight_of(layer)
+
+
+def weight_of(layer: Layer) -> Tensor:
     """The layer's weight as it is."""
     weight = layer.weight
     assert isinstance(weight, Tensor)  # what is no layer with a weight has been refused
     return weight
 
 
-def weight_matrix(layer: nn.Module) -> Tensor:
+def weight_matrix(layer: Layer) -> Tensor:
     """The weight as (out_features, in_features), a view if possible; of a convolution (out, in * kh * kw)."""
     weight = weight_of(layer).detach()
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
 @torch.no_grad()
-def set_weight_matrix(layer: nn.Module, matrix: Tensor) -> None:
+def set_weight_matrix(layer: Layer, matrix: Tensor) -> None:
     """Write what :func:`weight_matrix` reads."""
     place, weight = weight_matrix(layer), weight_of(layer)
     place.copy_(matrix)
@@ -158,7 +184,7 @@ def set_weight_matrix(layer: nn.Module, matrix: Tensor) -> None:
         weight.copy_(place.view(weight.shape))
 
 
-def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+def matrix_shape(layer: Layer) -> tuple[int, int]:
     """(out_features, in_features) of :func:`weight_matrix`."""
     weight = weight_of(layer)
     rows, columns = weight.shape[0], weight[0].numel()
@@ -186,7 +212,7 @@ def adaptable(model: nn.Module) -> Adaptable:
     layers = {n: m for n, m in weighted.items() if isinstance(m, LINEAR + CONVOLUTIONS)}
     used = used_otherwise(modules, layers)
     refused = _refused_by_peft(model, {name.rpartition(".")[2] for name in layers})
-    able: dict[str, nn.Module] = {}
+    able: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
     unexpected: set[str] = set()
     for name, module in weighted.items():
@@ -206,7 +232,36 @@ def adaptable(model: nn.Module) -> Adaptable:
     linear = {n for n, m in members.items() if isinstance(m, LINEAR)}
     groups = {"all-linear": linear, "all-conv": members.keys() - linear}
     groups |= {f"all-{part}": {n for n in linear if part_of(n) == part} for part in ("attention", "mlp")}
-    return Adaptable(model, able, reasons, unexpected, groups)
+    stacks, groups["all-experts"] = stacks_in(model), {n for n in linear if ONE_EXPERT.search(n)}
+    for name, stack in stacks.items():
+        others = [n for n in places.get(memory(stack.parameter), []) if n not in (name, stack.path)]
+        tied = f"shares its memory with {listed(others, most=3)}: a residual would change both"
+        if reason := tied if others else why_not(stack, modules, FLOATS):
+            reasons[name] = reason
+            unexpected.add(name)
+            if stack.parameter.ndim > 2:
+                groups["all-experts"].add(name)
+        else:
+            reasons.pop(name, None)  # of the module, whose own weight it is
+            able |= (matrices := stack.matrices())
+            if stack.parameter.ndim > 2:
+                groups["all-experts"] |= matrices.keys()
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            own = f"{name}.{key}" if name else key
+            if key != "weight" and own not in stacks and parameter is not None and _is_matrix(parameter):
+                reasons[own] = _no_layer(own, type(module).__name__)
+    return Adaptable(model, able, reasons, unexpected, groups, stacks)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return not is_lazy(parameter) and parameter.ndim > 1
+
+
+def _no_layer(name: str, kind: str) -> str:
+    if holds_experts(name):
+        return f"holds experts in a form in which nothing but the code of {kind} tells them apart"
+    return f"is a parameter of {kind} and no layer's weight"
 
 
 def _touched(layer: nn.Module) -> str:
@@ -310,10 +365,11 @@ def _reason(module: nn.Module, others: list[str]) -> str:
     if weight.dtype not in FLOATS:
         return f"holds {weight.dtype} values: expected float64, float32, bfloat16 or float16"
     if isinstance(module, _ConvNd):
+        unpadded = module.padding in ("valid", (0,) * len(module.kernel_size))
         settings = {
-            "groups": module.groups != 1,
-            "dilation": any(d != 1 for d in module.dilation),
-            "padding_mode": module.padding_mode != "zeros",
+            "groups": module.groups != 1,  # PEFT's connects all inputs with all outputs, and has no merge
+            "dilation": any(d != 1 < k for d, k in zip(module.dilation, module.kernel_size, strict=True)),
+            "padding_mode": module.padding_mode != "zeros" and not unpadded,
         }
         for setting in (name for name, other in settings.items() if other):
             value = getattr(module, setting)
@@ -324,14 +380,14 @@ def _reason(module: nn.Module, others: list[str]) -> str:
 def _refuse(
     pattern: str,
     found: set[str],
-    modules: Mapping[str, nn.Module],
-    able: Mapping[str, nn.Module],
+    modules: Mapping[str, object],
+    able: Mapping[str, Layer],
     reasons: Mapping[str, str],
 ) -> None:
     good, bad = found & able.keys(), sorted(found & reasons.keys())
     if good and not bad:
         return
-    kinds = listed(sorted({block_and_kind(name)[1] for name in able})) or "none"
+    kinds = listed(sorted({block_and_kind(stack_name(name))[1] for name in able})) or "none"
     if good:
         raise InputError(
             f"target {pattern!r} also matches {bad[0]}, which {reasons[bad[0]]}; "
@@ -347,21 +403,23 @@ def _refuse(
     )
 
 
-def _empty_group(model: nn.Module, group: str, reasons: Mapping[str, str]) -> str:
+def _empty_group(found: Adaptable, group: str, reasons: Mapping[str, str]) -> str:
     what = {
         "all-linear": "linear layer besides its head",
         "all-conv": "convolution",
         "all-attention": "linear layer whose name tells of attention",
         "all-mlp": "linear layer whose name tells of an MLP",
+        "all-experts": "tensor of experts",
     }[group]
-    kin = _ConvNd if group == "all-conv" else LINEAR
-    refused = (f"; {n} {why}" for n, why in reasons.items() if isinstance(submodule(model, n), kin))
-    return f"{type(model).__name__} has no {what} that can be adapted{next(refused, '')}"
+    kin = {"all-conv": (_ConvNd,), "all-experts": (Stack,)}.get(group, LINEAR)
+    kinds = dict(named_modules(found.model)) | found.stacks
+    refused = (f"; {n} {why}" for n, why in reasons.items() if isinstance(kinds.get(n), kin))
+    return f"{type(found.model).__name__} has no {what} that can be adapted{next(refused, '')}"
 
 
-def _described(modules: Mapping[str, nn.Module], names: Iterable[str]) -> str:
+def _described(modules: Mapping[str, object], names: Iterable[str]) -> str:
     return listed([f"{n} ({type(modules[n]).__name__})" for n in sorted(names)], most=4)
 
 
 def _longer(names: set[str]) -> str:
-    return block_and_kind(min(names))[1]
+    return block_and_kind(stack_name(min(names)))[1]

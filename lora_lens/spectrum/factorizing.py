@@ -38,6 +38,7 @@ def spectra(
     *,
     vectors: bool | Placement | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
     split_qkv: bool = False,
+    split_gate_up: bool = False,
     device: torch.device | str | None = None,
     cache: bool = True,
     progress: bool = True,
@@ -52,6 +53,7 @@ def spectra(
             time and memory, or by weight name those for each; False for the singular values only, which
             is enough for tables and most pictures.
         split_qkv: fused q, k and v as three weights, see there.
+        split_gate_up: fused gate and up as two weights, see there.
         device: where to compute; default where each weight lies. It needs float64, so the CPU
             stands in for "mps".
         cache: keep all factors of large weights on disk and find them there by the weight's
@@ -80,7 +82,7 @@ def spectra(
     """
     chosen, place = _checked_vectors(vectors), checked_device(device)
     cache, progress = flag(cache, "cache"), flag(progress, "progress")
-    found = weights(source, targets, split_qkv)
+    found = weights(source, targets, split_qkv, split_gate_up)
     if isinstance(chosen, Mapping):
         for name in chosen.keys() - {weight.name for weight in found}:
             meant = suggestion(name, [weight.name for weight in found])

@@ -13,6 +13,7 @@ MOST_NUMBERS = 10_000
 NUMBERS = re.compile(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*")
 ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(shared_expert_gate|ffn_gate_inp(_shexp)?)$")
 EXPERTS = re.compile(r"(^|\.)\w*experts?(\.|$)")
+ONE_EXPERT = re.compile(r"(^|\.)experts?\.([a-z]+_)?\d+\.")  # a layer of it
 GATE = re.compile(r"(^|\.)gate(\.wg)?$")
 NAMES = ("head", "heads", "classifier", "score", "fc")
 # transformers' classes whose layers outside the base model are made anew for the user's task.

@@ -19,11 +19,13 @@ from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import GROUPS, Targets, block_and_kind, listed
 from lora_lens._base.wrappers import inner_model
-from lora_lens.spectrum.patterns import matching, part_of
+from lora_lens.spectrum.patterns import ONE_EXPERT, matching, part_of
 from lora_lens.spectrum.sources.files import tensors_in
 from lora_lens.spectrum.sources.roles import Stored, numbers_counted
 
-FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv"}  # not query_key_value and qkv_proj, which mix q, k, v by head
+# Not query_key_value and qkv_proj, which mix q, k and v by head.
+FUSED = {"qkv", "c_attn", "Wqkv", "attn_qkv", "in_proj_weight"}
+GATE_UP = {"gate_up_proj", "input_linear"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class Weight:
 
     Attributes:
         name: dotted module name, with a suffix for a part: ``blocks.0.attn.qkv[q]``,
-            ``mlp.experts.down_proj[3]``.
+            ``mlp.experts.down_proj[3]``, ``mlp.experts.gate_up_proj[3][up]``.
         shape: (out, in).
         load: reads the matrix, in its stored dtype, float8 as float32; what it returns may share memory
             with the model or the file, so do not write to it. Raises ValueError for a damaged file.
@@ -48,14 +50,20 @@ class Weight:
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
-def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: bool = False) -> list[Weight]:
+def weights(
+    source: nn.Module | str | Path,
+    targets: Targets = None,
+    split_qkv: bool = False,
+    split_gate_up: bool = False,
+) -> list[Weight]:
     """The matrices of ``source``, none of them read yet.
 
     Args:
         source: one of
 
             - a model: its linear and embedding layers, convolutions as (out, in * kh * kw), GPT-2's
-              ``Conv1D`` transposed, each expert of a mixture of experts. Of a model under PEFT the
+              ``Conv1D`` transposed, each expert of a mixture of experts, the
+              weights of nn.MultiheadAttention. Of a model under PEFT the
               base weights, by the names they have without PEFT;
             - a ``.safetensors`` file, or a folder with one, with shards or with an index of them. A file
               does not tell kinds of layers apart, so everything named ``.weight`` and every 3-D tensor
@@ -73,7 +81,10 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
             routers (in files: by their usual names); or patterns and groups as in
             :func:`lora_lens.spectrum.target_layers`, which choose among all of the above.
         split_qkv: q, k and v as three weights for layers named qkv, c_attn, Wqkv or attn_qkv of
-            shape (3 * in, in). Those that mix q, k and v by head stay whole.
+            shape (3 * in, in), and for in_proj_weight of nn.MultiheadAttention. Those that mix q, k and v by
+            head stay whole.
+        split_gate_up: gate and up as two weights for layers and experts named gate_up_proj or input_linear,
+            whose rows are all of gate before all of up or, in gpt-oss, one of each in turn.
 
     Returns:
         In the model's order, or for files by name with numbers counted.
@@ -97,6 +108,7 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
         [('qkv[q]', (16, 16)), ('qkv[k]', (16, 16)), ('qkv[v]', (16, 16)), ('fc1', (32, 16))]
     """
     split_qkv = validate.flag(split_qkv, "split_qkv")
+    split_gate_up = validate.flag(split_gate_up, "split_gate_up")
     patterns = validate.patterns(targets)
     if isinstance(source, nn.Module):
         from lora_lens.spectrum.sources.models import in_model  # files need neither peft nor transformers
@@ -111,18 +123,27 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
             f"{validate.shown(source)}"
         )
 
-    matrices = [(tensor, weight) for tensor in stored for weight in _matrices(tensor, split_qkv)]
+    matrices = [(tensor, weight) for tensor in stored for weight in _split(tensor, split_qkv, split_gate_up)]
     if not matrices:
         raise InputError(
             f"{where} holds no weights: expected tensors of two or more dimensions named .weight"
         )
     could = f"these could match: {listed(sorted({block_and_kind(s.name)[1] for s in stored}))}"
     chosen = {id(s) for s in stored if s.usual} if patterns is None else set()
+    by_last: dict[str, list[Weight]] = {}
+    for _, weight in matrices:
+        by_last.setdefault(weight.name.rpartition(".")[2], []).append(weight)
     if patterns is None and not chosen:
         raise InputError(f"{where} has no linear layers besides its head; choose others by name, {could}")
     for pattern in patterns or ():
-        names = _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
-        found = {id(w) for s, w in matrices if s.name in names or f".{w.name}".endswith(f".{pattern}")}
+        found = {id(w) for w in by_last.get(pattern.rpartition(".")[2], ()) if _ends(w.name, pattern)}
+        if pattern in GROUPS or not (
+            found and pattern.endswith("]")
+        ):  # matching each of 10,000 experts is slow
+            names = (
+                _group(stored, pattern) if pattern in GROUPS else matching([s.name for s in stored], pattern)
+            )
+            found |= {id(w) for s, w in matrices if s.name in names}
         if not found:
             raise InputError(
                 f"no layer of {where} belongs to {pattern!r}; {could}"
@@ -150,24 +171,42 @@ def weights(source: nn.Module | str | Path, targets: Targets = None, split_qkv: 
     return [weight for _, weight in picked]
 
 
+def _ends(name: str, pattern: str) -> bool:
+    return f".{name}".endswith(f".{pattern}")
+
+
 def _group(stored: list[Stored], group: str) -> set[str]:
+    if group == "all-experts":
+        return {s.name for s in stored if s.experts or ONE_EXPERT.search(s.name)}
     if group == "all-conv":
         return {s.name for s in stored if len(s.shape) > 2 and not s.experts}
     return {s.name for s in stored if s.usual and group in ("all-linear", f"all-{part_of(s.name)}")}
 
 
-def _matrices(stored: Stored, split_qkv: bool) -> list[Weight]:
+def _split(stored: Stored, qkv: bool, gate_up: bool) -> list[Weight]:
+    last, found = stored.name.rpartition(".")[2], []
+    for whole in _matrices(stored):
+        rows, columns = whole.shape
+        if qkv and stored.thirds and last in FUSED and rows == 3 * columns:
+            parts = {part: slice(i * columns, (i + 1) * columns) for i, part in enumerate("qkv")}
+        elif gate_up and last in GATE_UP and rows % 2 == 0:
+            half = rows // 2
+            parts = {"gate": slice(0, half), "up": slice(half, rows)}
+            if stored.interleaved:
+                parts = {"gate": slice(0, rows, 2), "up": slice(1, rows, 2)}
+        else:
+            parts = {}
+        found += [_rows(whole, f"{whole.name}[{part}]", which) for part, which in parts.items()] or [whole]
+    return found
+
+
+def _matrices(stored: Stored) -> list[Weight]:
     out, *rest = stored.shape[1:] if stored.experts else stored.shape
     shape = (math.prod(rest), out) if stored.transposed else (out, math.prod(rest))
     if stored.experts:
         experts = range(stored.shape[0])
         return [Weight(f"{stored.name}[{i}]", shape, partial(_matrix, stored, i)) for i in experts]
-    whole = Weight(stored.name, shape, partial(_matrix, stored, None), stored.factors)
-    fused = stored.thirds and stored.name.rpartition(".")[2] in FUSED
-    if not (split_qkv and fused and shape[0] == 3 * shape[1]):
-        return [whole]
-    size = shape[1]
-    return [_rows(whole, f"{whole.name}[{part}]", i * size, size) for i, part in enumerate("qkv")]
+    return [Weight(stored.name, shape, partial(_matrix, stored, None), stored.factors)]
 
 
 def _matrix(stored: Stored, expert: int | None) -> Tensor:
@@ -177,17 +216,16 @@ def _matrix(stored: Stored, expert: int | None) -> Tensor:
     return matrix.T if stored.transposed else matrix
 
 
-def _rows(whole: Weight, name: str, first: int, count: int) -> Weight:
-    factors = whole.factors and partial(_factor_rows, whole.factors, first, count)
-    return Weight(name, (count, whole.shape[1]), partial(_load_rows, whole.load, first, count), factors)
+def _rows(whole: Weight, name: str, rows: slice) -> Weight:
+    factors = whole.factors and partial(_factor_rows, whole.factors, rows)
+    shape = (len(range(*rows.indices(whole.shape[0]))), whole.shape[1])
+    return Weight(name, shape, partial(_load_rows, whole.load, rows), factors)
 
 
-def _load_rows(load: Callable[[], Tensor], first: int, count: int) -> Tensor:
-    return load()[first : first + count]
+def _load_rows(load: Callable[[], Tensor], rows: slice) -> Tensor:
+    return load()[rows]
 
 
-def _factor_rows(
-    factors: Callable[[], tuple[Tensor, Tensor]], first: int, count: int
-) -> tuple[Tensor, Tensor]:
+def _factor_rows(factors: Callable[[], tuple[Tensor, Tensor]], rows: slice) -> tuple[Tensor, Tensor]:
     b, a = factors()
-    return b[first : first + count], a
+    return b[rows], a

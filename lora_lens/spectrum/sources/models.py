@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Set
 from functools import partial
-from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +16,8 @@ from lora_lens._base.wrappers import inner_model, named_modules
 from lora_lens.spectrum.heads import head_layers
 from lora_lens.spectrum.patterns import routers
 from lora_lens.spectrum.sources.quantized import Signs, problem_in
-from lora_lens.spectrum.sources.roles import Stored, holds_experts, transposed_experts
+from lora_lens.spectrum.sources.roles import ATTENTION, Stored
+from lora_lens.spectrum.stacks import may_be_stack, which_way_round
 
 
 def in_model(model: nn.Module) -> Iterator[Stored]:
@@ -29,7 +28,7 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
     heads, choosing = head_layers(model), routers(modules)
     looked_up = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     for path, module in modules.items():
-        name = _unwrapped(path, wrappers)
+        name = name_without_peft(path, wrappers)
         if name is None or path in wrappers:  # a wrapper shows its base layer's weight as its own
             continue
         linear = isinstance(module, (nn.Linear, Conv1D)) and "original_module" not in path.split(".")
@@ -39,9 +38,9 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
         # timm's MaxViT (head_first) and TinyViT (val_dim) mix q, k and v by head
         mixed = getattr(modules[parent], "head_first", False) or hasattr(modules[parent], "val_dim")
         found = _tensors(module, name)
-        experts = {key for key, (_, t) in found.items() if t.ndim == 3 and _may_hold_experts(module, key)}
+        experts = {key for key, (_, t) in found.items() if may_be_stack(module, key, t)}
         shapes = {key: tuple(found[key][1].shape) for key in experts}
-        turned, doubtful = _transposed_among(module, shapes, model)
+        turned, doubtful = which_way_round(module, shapes, model)
         tied = linear and id(module.weight) in looked_up
         for key, (own, tensor) in found.items():
             yield Stored(
@@ -54,7 +53,8 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
                 experts=key in experts,
                 transposed=isinstance(module, Conv1D) or key in turned,
                 doubtful=key in doubtful,
-                thirds=linear and not mixed,
+                interleaved=not getattr(module, "is_concatenated", True),
+                thirds=(linear and not mixed) or own == "in_proj_weight",
             )
 
 
@@ -68,34 +68,20 @@ def _tensors(module: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
         found = {name or "weight": (key, own.get(key))}
     for key, tensor in own.items():
         whole = f"{name}.{key}" if name else key
-        if key != "weight" and not is_lazy(tensor) and tensor.ndim == 3 and holds_experts(whole):
+        if key in ATTENTION and isinstance(module, nn.MultiheadAttention):
+            found[whole] = (key, tensor)
+        if key != "weight" and may_be_stack(module, whole, tensor):
             found[whole] = (key, tensor)
     return {
         k: (o, t) for k, (o, t) in found.items() if isinstance(t, Tensor) and not is_lazy(t) and t.ndim > 1
     }
 
 
-def _may_hold_experts(module: nn.Module, key: str) -> bool:
-    return holds_experts(key) and not isinstance(module, (_ConvNd, nn.Bilinear))
-
-
-def _transposed_among(
-    module: nn.Module, experts: dict[str, tuple[int, ...]], model: nn.Module
-) -> tuple[Collection[str], Collection[str]]:
-    """Those of a module's experts that it multiplies as (in, out), and those that it may."""
-    if not experts:
-        return (), ()
-    if isinstance(known := getattr(module, "is_transposed", None), bool):
-        return (experts if known else ()), ()
-    facts: Mapping[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
-    return transposed_experts(experts, facts)
-
-
 def _of_tensor(tensor: Tensor, expert: int | None) -> Tensor:
     return tensor.detach() if expert is None else tensor.detach()[expert]
 
 
-def _unwrapped(path: str, wrappers: set[str]) -> str | None:
+def name_without_peft(path: str, wrappers: Set[str]) -> str | None:
     """The name a module has without PEFT; None for what PEFT added."""
     parts, kept = path.split("."), []
     for i, part in enumerate(parts):

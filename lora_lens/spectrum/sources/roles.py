@@ -33,7 +33,9 @@ EMBEDDING = re.compile(
     re.IGNORECASE,
 )
 TABLES = {"query", "transformer.w"}  # by whole names: their last parts mean other things elsewhere
-EXPERTS = re.compile(r"expert|moe|_exps\b", re.IGNORECASE)
+# The weights of nn.MultiheadAttention, the first of them q, k and v below each other.
+ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+EXPERTS = re.compile(r"expert|moe|_exps\b|(^|\.)(in|out)put_linear\b", re.IGNORECASE)  # the last are JetMoE's
 DOWN = re.compile(r"down|w2|fc2|output|out_proj|wo$")
 UP = re.compile(r"gate|up|w1|w3|v1|fc1|fc3|input|in_proj|wi")
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "hidden_dim", "embed_dim")
@@ -55,6 +57,7 @@ class Stored:
     experts: bool = False
     transposed: bool = False
     doubtful: bool = False  # nothing says whether it is transposed
+    interleaved: bool = False  # if its name says gate and up: their rows take turns
     thirds: bool = True  # if its name says q, k and v: they are one after the other
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
 
@@ -96,12 +99,14 @@ def weights_among(
                 shape,
                 partial(read, key),
                 usual=name not in aside
+                and not name.endswith(ATTENTION)
                 and not is_embedding(name, f"{name}.bias" in tensors)
                 and (len(shape) == 2 or key in experts or bool(problem)),
                 problem=problem,
                 experts=key in experts,
                 transposed=name in turned,
                 doubtful=name in doubtful,
+                interleaved="gpt_oss" in model_types(facts),
             )
         )
     return stored
@@ -116,6 +121,8 @@ def weight_name(key: str, shape: tuple[int, ...], signs: Signs) -> str | None:
         return None
     if last == "weight":
         return name or key
+    if last in ATTENTION and len(shape) == 2:
+        return key
     return key if len(shape) == 3 and holds_experts(key) else None
 
 
