@@ -1,7 +1,8 @@
 """Signs that a stored tensor is no plain matrix of numbers: what lies beside it, its dtype, the config.
 
-A float8 weight without any sign of a scale is just numbers. Everything else that is quantized is refused with
-the reason, because the numbers as stored are not the weight.
+A float8 weight without any sign of a scale is just numbers. What a file holds in a known format is dequantized,
+see :mod:`lora_lens.spectrum.sources.packed`; everything else that is quantized is refused with the reason, because
+the numbers as stored are not the weight.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PAYLOADS = r"qweight(_\w+)?|weight_q|q_weight|packed|qdata|W_q|_data|codes|indic
 # What they store beside it. Scales of inputs and outputs are none: they leave the weight as it is.
 SIGNS = (
     PAYLOADS
-    + r"|w?scales?(_inv|_2|_weight|_bf16|_and_zero\w*)?|(global|block|row|channel|group|tensor)_scale|_scale"
+    + r"|q?scale_weight|w?scales?(_inv|_2|_bf16|_and_zero\w*)?|(global|block|row|channel|group|tensor)_scale|_scale"
     r"|scale_(shift|and_zero)|q?zeros?|zero_points?|_zero_point|_shift|absmax|nested_absmax|quant_map"
     r"|nested_quant_map|quant_state(\.\S+)?|SCB|weight_format|g_idx|codebooks?|q_scale(_max)?|q_groups|q_perm"
     r"|q_invperm|suh|svh|SU|SV|tables2?|(res_)?centroids(\.weight)?|comfy_quant|quant_type|quantizer\.\S+"
@@ -120,6 +121,15 @@ def quantized_by(facts: Mapping[str, Any]) -> str:
             return str(next(filter(None, known), word))
     parts = (part for key, part in facts.items() if isinstance(part, Mapping) and key not in WORDS)
     return next(filter(None, map(quantized_by, parts)), "")
+
+
+def quantization_settings(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says about the quantization of its weights, or nothing."""
+    for word in WORDS:
+        if isinstance(about := facts.get(word), Mapping):
+            return about
+    parts = (part for part in facts.values() if isinstance(part, Mapping))
+    return next(filter(None, map(quantization_settings, parts)), {})
 
 
 def problem_of(
