@@ -32,17 +32,16 @@ EXPONENTS = {"U8", "F8_E8M0"}  # a scale 2^(byte - 127), of OCP's microscaling f
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 POWERS = tuple(2**i for i in range(4, 10))  # sizes of blocks and groups where no config names one
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # in which of 8 places of an int32 column i lies
-# Who reads what is not read here, by a part of the layer.
+# Who reads what is not read here, by a part of the layer, or by the dtype of its weight.
 OTHERS = {
     "W_q": "HQQ, which the hqq package reads",
     "codebooks": "AQLM, which the aqlm package reads",
     "weight._data": "quanto, which the optimum-quanto package reads",
-    "_data": "quanto, which the optimum-quanto package reads",
     "centroids.weight": "VPTQ, which the vptq package reads",
     "trellis": "EXL3, which the exllamav3 package reads",
     "q_weight": "EXL2, which the exllamav2 package reads",
     "Qidxs": "QuIP#, which the quip-sharp project reads",
-    "s_group": "QQQ or Marlin, which the gptqmodel package reads",
+    "U32": "MLX, which the mlx package reads",
 }
 
 
@@ -114,9 +113,10 @@ def dequantized(layer: Layer) -> Plain | None:
     return next(filter(None, (read(layer) for read in FORMATS)), None)
 
 
-def library_of(parts: Mapping[str, object] | set[str]) -> str:
+def library_of(layer: Layer) -> str:
     """Who reads a format that is not read here, as "HQQ, which the hqq package reads", or ""."""
-    return next((who for part, who in OTHERS.items() if part in parts), "")
+    marks = {*layer.tensors, *(dtype for part, (_, _, dtype) in layer.tensors.items() if part == "weight")}
+    return next((who for mark, who in OTHERS.items() if mark in marks), "")
 
 
 # --- one number per value: float8 and int8 ---
@@ -380,7 +380,7 @@ def _gptq_or_awq(layer: Layer) -> Plain | None:
 def _gptq(layer: Layer, high: int, out: int, groups: int, zeros: int) -> Plain | None:
     bits = layer.settings.get("bits")
     if "g_idx" in layer.tensors and (size := math.prod(layer.shape("g_idx"))):
-        ways = [b for b in (2, 3, 4, 8) if high == -(-size // 32) * b or high * 32 == size * b]
+        ways = [b for b in (2, 3, 4, 8) if high * 32 == size * b]
         layer.require(len(ways) == 1, "qweight", "g_idx")
         bits = ways[0]
     elif bits not in (2, 3, 4, 8):

@@ -85,12 +85,14 @@ class Signs:
     def add_packed(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
         """Of a model that is said to be quantized: integers in a layer without a weight are its payload."""
         for key, (shape, dtype) in tensors.items():
-            layer, _, last = key.rpartition(".")
-            alone = f"{layer}.weight" not in self.all and not self.of(layer)
+            parent, _, last = key.rpartition(".")
+            layer = self.keys.get(key, parent)
+            own = key[len(layer) + 1 :]
+            alone = f"{layer}.weight" not in self.all and self.of(layer) in ([], [own])
             integers = dtype not in {*FLOATS, *NARROW, "BOOL"} and not TABLE.search(last)
             if alone and integers and len(shape) > 1:
                 self.payloads[key] = layer
-                self.beside[layer] = [last]
+                self.beside[layer] = [own]
 
     def hint(self, layer: str) -> str:
         """That something else may be the layer's scale, under a name of no known quantizer; or "".
@@ -154,8 +156,8 @@ def problem_of(
     if beside:
         return (
             f"holds {dtype} values that need the scales or packing stored beside them "
-            f"({listed(sorted(beside), most=4)}), so it is quantized; dequantize the model first, or choose "
-            "others by name"
+            f"({listed(sorted(beside), most=4)}), so it is quantized{f', as {evidence}' if evidence else ''}; "
+            "dequantize the model first, or choose others by name"
         )
     if dtype in NARROW and evidence:
         return (

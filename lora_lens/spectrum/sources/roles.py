@@ -96,19 +96,22 @@ def weights_among(
         if not signs.of(name):
             continue
         inside = parts.get(name, {}) | ({} if key in signs.payloads else {"weight": key})
+        if (size := f"{name}.weight_shape") in tensors:
+            inside["weight_shape"] = size
         if missing := sorted(inside[part] for part in inside if inside[part] not in tensors):
             problems[key] = f"needs {listed(missing)}, in a file that is not here; download it as well"
             continue
         found = {part: (own, *tensors[own]) for part, own in inside.items()}
         stacked = len(shapes[key]) > 2 and holds_experts(name)
+        layer = Layer(name, found, read, settings or {}, header or {}, stacked)
         try:
-            whole = dequantized(Layer(name, found, read, settings or {}, header or {}, stacked))
+            whole = dequantized(layer)
         except InputError as error:
             problems[key] = str(error)
         else:
             if whole:
                 plain[key], shapes[key] = whole, whole.shape
-            elif who := library_of(inside):
+            elif who := library_of(layer):
                 problems[key] = f"is quantized by {who}; dequantize the model first, or choose others by name"
     experts = {k for k in named if len(shapes[k]) == 3 and holds_experts(named[k] if k in plain else k)}
     loose = {named[k]: shapes[k] for k in experts if not (k in plain and plain[k].last_is_in)}

@@ -340,13 +340,13 @@ def test_weights_without_usable_numbers_are_refused(tmp_path):
         ({"a.weight": torch.ones(8, 1, dtype=torch.uint8)}, "^a holds U8 values"),
         ({"a.qweight": torch.ones(2, 2, dtype=torch.int32)}, "^a holds I32 values"),
         (
-            {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 1)},
+            {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.scales": torch.ones(1, 1)},
             "^a holds F8_E4M3 values that need the scales",
         ),
         ({"a.weight": torch.ones(0, 2)}, "^a is empty"),
         (
-            {"a.weight": torch.ones(2, 2), "e.w_blocks": BYTES, "e.w_scales": torch.ones(2, 2, 2)},
-            r"^e\.w holds U8 values",
+            {"a.weight": torch.ones(2, 2), "e.w_blocks": BYTES.int(), "e.w_scales": torch.ones(2, 2, 2)},
+            r"^e\.w holds I32 values",
         ),
     ):
         save_file(tensors, path)
