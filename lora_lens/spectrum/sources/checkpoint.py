@@ -96,6 +96,10 @@ class Folder(Protocol):
         """Where a file is, for messages."""
         ...
 
+    def local(self, name: str) -> Path:
+        """The path of a file on this disk; one of a hub is downloaded."""
+        ...
+
     def json(self, name: str) -> dict[str, Any]:
         """The object that a JSON file holds."""
         ...
@@ -125,6 +129,9 @@ class LocalFolder:
 
     def place(self, name: str) -> str:
         return str(self.path / name)
+
+    def local(self, name: str) -> Path:
+        return self.path / name
 
     def json(self, name: str) -> dict[str, Any]:
         return read_json(self.path / name)

@@ -31,13 +31,60 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 QUANTIZATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
+def tensors_at(source: str | Path, revision: str | None = None) -> list[Stored]:
+    """The weights of a file or folder on this disk, or else of a repository on the hub.
+
+    Raises:
+        ValueError: a revision of what lies on this disk.
+    """
+    on_disk = Path(source).exists()
+    if isinstance(source, str) and not on_disk:
+        from lora_lens.spectrum.sources import hub  # files need no huggingface_hub
+
+        if found := hub.repository(source):
+            repo, named, inside = found
+            return _in_repository(repo, named, inside, revision)
+    if on_disk and revision is not None:
+        raise InputError(
+            f"revision={revision!r} is one of a model on the Hugging Face Hub, and {source} lies on this "
+            "disk, which goes first; leave the revision out, or give hf://org/model"
+        )
+    return tensors_in(Path(source))
+
+
+def _in_repository(repo: str, named: str | None, inside: str, revision: str | None) -> list[Stored]:
+    from lora_lens.spectrum.sources import hub
+
+    if named and revision and named != revision:
+        raise InputError(f"the address names revision {named!r}, and revision is {revision!r}; give one")
+    revision = named or revision
+    try:
+        folder = hub.HubFolder(repo, revision)
+    except hub.Unreachable as error:
+        if kept := hub.cached_snapshot(repo, revision):
+            return tensors_in(kept / inside)
+        raise hub.Unreachable(f"no file or folder {repo} on this disk, and {error}") from error
+    if inside in folder.every:  # a file
+        inside, _, name = inside.rpartition("/")
+        folder = folder.below(inside)
+    else:
+        folder, name = folder.below(inside), None
+        if {"adapter_config.json", "lora_lens.json"} & folder.names:
+            return tensors_in(folder.download())
+        if any(file.endswith(".safetensors") for file in folder.names):
+            name = chosen_in(folder)
+    if name is None or not name.endswith((".safetensors", INDEX)):
+        raise hub.no_safetensors(folder)
+    return in_folder(folder, name)
+
+
 def tensors_in(path: Path) -> list[Stored]:
     """The weights, or an adapter's updates, that a file or a folder on this disk holds."""
     if path.is_dir():
         return _in_path(path)
     if not path.is_file():
         raise MissingFileError(
-            f"no file or folder {path}, nor has it the form of a model on the Hugging Face Hub, org/model"
+            f"no file or folder {path}; a model on the Hugging Face Hub is named org/model"
         )
     if path.name.endswith(INDEX):
         return _in_shards(LocalFolder(path.parent), path.name)
@@ -145,10 +192,8 @@ def _in_files(
         about |= folder.metadata(file)
     if is_adapter(tensors):
         if len({place for place, _ in places.values()}) > 1:
-            raise InputError(
-                f"{folder.place('')} holds an adapter in several files; save it again as one"
-            )
-        return of_adapter_file(Path(folder.place(file)), tensors, about)
+            raise InputError(f"{folder.place('')} holds an adapter in several files; save it again as one")
+        return of_adapter_file(folder.local(file), tensors, about)
     facts = folder.json("config.json") if "config.json" in folder.names else {}
     own = without_adapter(tensors)
     if len(own) < len(tensors):
@@ -186,11 +231,11 @@ def _scales_elsewhere(
     """The file, shape and dtype of what other files hold of the layers that are quantized in this one."""
     own = set(tensors)
     layers = {key.removesuffix(".weight") for key in own} | set(Signs(own).payloads.values())
-    wanted = {k: f for k, layer in Signs(others).keys.items() if layer in layers and k not in own for f in [others[k]]}
-    found, names = {}, folder.names
-    for file in sorted(set(wanted.values()) & names):
+    wanted = [key for key, layer in Signs(others).keys.items() if layer in layers and key not in own]
+    found: dict[str, tuple[str, tuple[tuple[int, ...], str]]] = {}
+    for file in sorted({others[key] for key in wanted} & folder.names):
         inside = folder.headers(file)
-        found |= {key: (file, inside[key]) for key in wanted if wanted[key] == file and key in inside}
+        found |= {key: (file, inside[key]) for key in wanted if others[key] == file and key in inside}
     return found
 
 

@@ -452,7 +452,9 @@ def _packed_integers(layer: Layer) -> Plain | None:
     groups = math.prod(scale[len(shape) - 1 :])
     rows_fit = scale[: len(shape) - 1] == shape[:-1] or math.prod(scale) == 1
     ordered = "weight_g_idx" in layer.tensors
-    layer.require(rows_fit and groups > 0 and (ordered or columns % groups == 0), "weight_packed", "weight_scale")
+    layer.require(
+        rows_fit and groups > 0 and (ordered or columns % groups == 0), "weight_packed", "weight_scale"
+    )
     if "weight_zero_point" in layer.tensors:
         expected = (*shape[:-2], -(-shape[-2] * ways[0] // 32), groups)
         layer.require(layer.shape("weight_zero_point") == expected, "weight_scale", "weight_zero_point")
@@ -567,7 +569,9 @@ def _int8_rows(layer: Layer) -> Plain | None:
     shape = layer.shape("weight")
     layer.require(len(shape) == 2 and layer.shape("SCB") == shape[:1], "weight", "SCB")
     if "weight_format" in layer.tensors and int(layer.read("weight_format").flatten()[0]) != 0:
-        raise InputError("is 8-bit of bitsandbytes in the order of an old GPU; save it again with a newer one")
+        raise InputError(
+            "is 8-bit of bitsandbytes in the order of an old GPU; save it again with a newer one"
+        )
     return Plain(shape, partial(_read_int8_rows, layer))
 
 
@@ -601,15 +605,16 @@ def _read_torchao(layer: Layer, about: str, expert: int | None) -> Tensor:
 
 def _of_torchao(layer: Layer, about: str, parts: Mapping[str, Tensor]) -> Any:
     try:
-        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+        from torchao.prototype.safetensors import safetensors_support  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingPackageError(
             f"{layer.name} is quantized by torchao: reading it needs the torchao package: pip install torchao"
         ) from error
     key = f"{layer.name}.weight"
     tensors = {f"{layer.name}.{part}": tensor for part, tensor in parts.items()}
+    header = {key: about, "tensor_names": json.dumps([key])}
     try:
-        found, _ = unflatten_tensor_state_dict(tensors, {key: about, "tensor_names": json.dumps([key])})
+        found, _ = safetensors_support.unflatten_tensor_state_dict(tensors, header)
         return found[key]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(f"is of torchao, which cannot read it ({error}); save it again") from error

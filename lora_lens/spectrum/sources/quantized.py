@@ -1,8 +1,8 @@
 """Signs that a stored tensor is no plain matrix of numbers: what lies beside it, its dtype, the config.
 
-A float8 weight without any sign of a scale is just numbers. What a file holds in a known format is dequantized,
-see :mod:`lora_lens.spectrum.sources.packed`; everything else that is quantized is refused with the reason, because
-the numbers as stored are not the weight.
+A float8 weight without any sign of a scale is just numbers. What a file holds in a known format is
+dequantized, see :mod:`lora_lens.spectrum.sources.packed`; everything else that is quantized is refused with
+the reason, because the numbers as stored are not the weight.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PAYLOADS = r"qweight(_\w+)?|weight_q|q_weight|packed|qdata|W_q|_data|codes|indic
 # What they store beside it. Scales of inputs and outputs are none: they leave the weight as it is.
 SIGNS = (
     PAYLOADS
-    + r"|q?scale_weight|w?scales?(_inv|_2|_bf16|_and_zero\w*)?|(global|block|row|channel|group|tensor)_scale|_scale"
-    r"|scale_(shift|and_zero)|q?zeros?|zero_points?|_zero_point|_shift|absmax|nested_absmax|quant_map"
+    + r"|q?scale_weight|w?scales?(_inv|_2|_bf16|_and_zero\w*)?|(global|block|row|channel|group|tensor)_scale"
+    r"|_scale|scale_(shift|and_zero)|q?zeros?|zero_points?|_zero_point|_shift|absmax|nested_absmax|quant_map"
     r"|nested_quant_map|quant_state(\.\S+)?|SCB|weight_format|g_idx|codebooks?|q_scale(_max)?|q_groups|q_perm"
     r"|q_invperm|suh|svh|SU|SV|tables2?|(res_)?centroids(\.weight)?|comfy_quant|quant_type|quantizer\.\S+"
 )
@@ -156,7 +156,7 @@ def problem_of(
     if beside:
         return (
             f"holds {dtype} values that need the scales or packing stored beside them "
-            f"({listed(sorted(beside), most=4)}), so it is quantized{f', as {evidence}' if evidence else ''}; "
+            f"({listed(sorted(beside), most=4)}), so it is quantized{evidence and f', as {evidence}'}; "
             "dequantize the model first, or choose others by name"
         )
     if dtype in NARROW and evidence:

@@ -271,8 +271,10 @@ def test_what_is_no_source_says_what_to_do(tmp_path):
         TypeError, match="a model, or the path of a file or folder as a string or Path, not 3"
     ):
         weights(3)
-    with pytest.raises(FileNotFoundError, match=r"no file or folder org/some-model.*hf download"):
-        weights("org/some-model")
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder some-model; a model on the .* is named org/model"
+    ):
+        weights("some-model")
     with pytest.raises(FileNotFoundError, match=r"holds no weights: expected model\.safetensors"):
         weights(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")

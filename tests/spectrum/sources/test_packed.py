@@ -55,9 +55,12 @@ def fine_grained(weight, block, scale_fmt="float"):
     return *found.values(), back
 
 
-@pytest.mark.parametrize("beside", ["weight_scale_inv", "weight_scale", "scale_weight", "qscale_weight", "scale"])
 @pytest.mark.parametrize(
-    ("block", "scale_fmt"), [((64, 32), "float"), ((1, 32), "ue8m0"), ((192, 128), "float"), ((1, 128), "float")]
+    "beside", ["weight_scale_inv", "weight_scale", "scale_weight", "qscale_weight", "scale"]
+)
+@pytest.mark.parametrize(
+    ("block", "scale_fmt"),
+    [((64, 32), "float"), ((1, 32), "ue8m0"), ((192, 128), "float"), ((1, 128), "float")],
 )
 def test_float8_is_read_as_transformers_dequantizes_it(tmp_path, beside, block, scale_fmt):
     weight, scale, expected = fine_grained(seeded(192, 128), block, scale_fmt)
@@ -76,14 +79,16 @@ def test_blocks_that_end_before_the_weight_does(tmp_path):
     tensors = {"a.weight": weight, "a.weight_scale_inv": scale}
     for settings in ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None):
         torch.testing.assert_close(read(written(tmp_path, tensors, settings)), expected)
-    with pytest.raises(ValueError, match=r"^a is quantized, and its parts do not fit .*weight \(192, 300\) and"):
+    with pytest.raises(
+        ValueError, match=r"^a is quantized, and its parts do not fit .*weight \(192, 300\) and"
+    ):
         weights(written(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [64, 64]}))
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (7,), (192, 5), (0, 1), (2, 3, 1)])
 def test_a_scale_of_another_shape_than_its_blocks_is_refused(tmp_path, shape):
     tensors = {"a.weight": seeded(192, 300).to(E4M3), "a.weight_scale_inv": torch.ones(shape)}
-    with pytest.raises(ValueError, match="^a is quantized, and its parts do not fit together"):
+    with pytest.raises(ValueError, match=r"^a is quantized, and its parts do not fit together"):
         weights(written(tmp_path, tensors, {"weight_block_size": [128, 128], "quant_method": "fp8"}))
 
 
@@ -94,7 +99,7 @@ def test_a_scale_in_another_shard(tmp_path):
     written(tmp_path, {"a.weight": weight}, settings, name=first)
     written(tmp_path, {"a.weight_scale_inv": scale, "b.weight": torch.eye(3)}, settings, name=second)
     torch.testing.assert_close(read(tmp_path), expected)
-    with pytest.raises(ValueError, match="^a holds F8_E4M3 values, and config.json says that the model is"):
+    with pytest.raises(ValueError, match=r"^a holds F8_E4M3 values, and config.json says that the model is"):
         weights(tmp_path / first)  # nothing says where its scale is
     places = {"a.weight": first, "a.weight_scale_inv": second, "b.weight": second}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
@@ -103,7 +108,9 @@ def test_a_scale_in_another_shard(tmp_path):
     assert [w.name for w in weights(tmp_path / first)] == ["a"]
     assert [w.name for w in weights(tmp_path / second)] == ["b"]
     (tmp_path / second).unlink()
-    with pytest.raises(ValueError, match=r"^a needs a\.weight_scale_inv, in a file that is not here; download"):
+    with pytest.raises(
+        ValueError, match=r"^a needs a\.weight_scale_inv, in a file that is not here; download"
+    ):
         weights(tmp_path / first)
     with pytest.raises(FileNotFoundError, match=f"names {second}, which is not in its folder"):
         weights(tmp_path)
@@ -157,7 +164,9 @@ def low_nibble_first(codes):
 def test_nvfp4_of_modelopt_and_of_compressed_tensors(tmp_path, top):
     codes = torch.randint(0, 16, (24, 64), generator=torch.Generator().manual_seed(0))
     scale, number = seeded(24, 4).abs().to(E4M3), torch.tensor([0.37])
-    factor = number if top == "weight_scale_2" else 1 / number  # ModelOpt multiplies, compressed-tensors divides
+    factor = (
+        number if top == "weight_scale_2" else 1 / number
+    )  # ModelOpt multiplies, compressed-tensors divides
     packed = "weight" if top == "weight_scale_2" else "weight_packed"
     tensors = {f"a.{packed}": low_nibble_first(codes), "a.weight_scale": scale, f"a.{top}": number}
     expected = FP4[codes] * (scale.float() * factor).repeat_interleave(16, 1)
@@ -171,7 +180,11 @@ def test_nvfp4_of_modelopt_and_of_compressed_tensors(tmp_path, top):
 def test_mxfp4_of_deepseek_and_of_compressed_tensors(tmp_path, packed, kind):
     codes = torch.randint(0, 16, (24, 64), generator=torch.Generator().manual_seed(0))
     exponents = torch.randint(120, 134, (24, 2), dtype=torch.uint8)
-    beside, scale = ("a.scale", exponents.view(torch.float8_e8m0fnu)) if packed == "weight" else ("a.weight_scale", exponents)
+    beside, scale = (
+        ("a.scale", exponents.view(torch.float8_e8m0fnu))
+        if packed == "weight"
+        else ("a.weight_scale", exponents)
+    )
     written(tmp_path, {f"a.{packed}": low_nibble_first(codes).view(kind), beside: scale})
     expected = FP4[codes] * (exponents.float() - 127).exp2().repeat_interleave(32, 1)
     torch.testing.assert_close(read(tmp_path), expected, rtol=0, atol=0)
@@ -188,7 +201,11 @@ def test_comfyui_s_layouts_as_comfy_kitchen_dequantizes_them(tmp_path):
     pytest.importorskip("comfy_kitchen")
     from comfy_kitchen.tensor import TensorCoreFP8Layout, TensorCoreMXFP8Layout, TensorCoreNVFP4Layout
 
-    layouts = {"float8_e4m3fn": TensorCoreFP8Layout, "mxfp8": TensorCoreMXFP8Layout, "nvfp4": TensorCoreNVFP4Layout}
+    layouts = {
+        "float8_e4m3fn": TensorCoreFP8Layout,
+        "mxfp8": TensorCoreMXFP8Layout,
+        "nvfp4": TensorCoreNVFP4Layout,
+    }
     for kind, layout in layouts.items():
         weight = seeded(160, 192)
         values, params = layout.quantize(weight)
@@ -229,11 +246,11 @@ def test_comfyui_s_nvfp4_by_its_specification(tmp_path):
 def test_comfyui_s_rotated_and_unknown_formats_are_refused(tmp_path, about):
     tensors = {"a.weight": torch.ones(8, 8, dtype=torch.int8), "a.weight_scale": torch.ones(8, 1)}
     torch.testing.assert_close(read(written(tmp_path, tensors)), torch.ones(8, 8))
-    with pytest.raises(ValueError, match="^a holds I8 values that need the scales"):
+    with pytest.raises(ValueError, match=r"^a holds I8 values that need the scales"):
         weights(written(tmp_path, tensors | {"a.comfy_quant": comfy(**about)}))
     header = {"_quantization_metadata": json.dumps({"layers": {"a": about}})}
     for layers in (header, {"_quantization_metadata": json.dumps({"layers": {"b": about}})}):
-        with pytest.raises(ValueError, match="^a holds I8 values that need the scales"):
+        with pytest.raises(ValueError, match=r"^a holds I8 values that need the scales"):
             weights(written(tmp_path, tensors, about=layers))
 
 
@@ -246,7 +263,12 @@ def packed_words(codes, bits):
     for row in codes.tolist():
         number = sum(code << (bits * i) for i, code in enumerate(row))
         words = -(-len(row) * bits // 32)
-        rows.append([int.from_bytes(number.to_bytes(words * 4, "little")[4 * i : 4 * i + 4], "little", signed=True) for i in range(words)])
+        rows.append(
+            [
+                int.from_bytes(number.to_bytes(words * 4, "little")[4 * i : 4 * i + 4], "little", signed=True)
+                for i in range(words)
+            ]
+        )
     return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -302,12 +324,15 @@ def test_gptq_as_gptqmodel_packs_and_dequantizes_it(tmp_path, bits):
     ("settings", "message"),
     [
         (None, "no config says how its zero points are stored"),
-        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "of gptq, marlin: the gptqmodel"),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+            "of gptq, marlin: the gptqmodel",
+        ),
         ({"quant_method": "auto-round", "bits": 4}, "of auto-round, gptq: the gptqmodel package reads it"),
     ],
 )
 def test_gptq_of_an_unknown_format_is_refused(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=f"^a is quantized in GPTQ's packing, .*{message}"):
+    with pytest.raises(ValueError, match=rf"^a is quantized in GPTQ's packing, .*{message}"):
         weights(written(tmp_path, gptq(4)[0], settings))
 
 
@@ -316,11 +341,11 @@ def test_parts_of_gptq_that_do_not_fit_are_refused(tmp_path, part):
     tensors, _ = gptq(4)
     settings = {"quant_method": "gptq", "bits": 4}
     cut = tensors | {f"a.{part}": tensors[f"a.{part}"][:-1]}
-    with pytest.raises(ValueError, match="^a is quantized, and its parts do not fit together"):
+    with pytest.raises(ValueError, match=r"^a is quantized, and its parts do not fit together"):
         weights(written(tmp_path, cut, settings))
     if part != "g_idx":
         del cut[f"a.{part}"]
-        with pytest.raises(ValueError, match=f"^a is quantized, and its {part} is missing"):
+        with pytest.raises(ValueError, match=rf"^a is quantized, and its {part} is missing"):
             weights(written(tmp_path, cut, settings))
     else:
         wrong = tensors | {"a.g_idx": tensors["a.g_idx"] + 1}
@@ -330,9 +355,15 @@ def test_parts_of_gptq_that_do_not_fit_are_refused(tmp_path, part):
 
 def test_awq(tmp_path):
     torch.manual_seed(0)
-    codes, zeros, scales = torch.randint(0, 16, (64, 32)), torch.randint(0, 16, (2, 32)), torch.rand(2, 32).half()
+    codes, zeros, scales = (
+        torch.randint(0, 16, (64, 32)),
+        torch.randint(0, 16, (2, 32)),
+        torch.rand(2, 32).half(),
+    )
     order = [0, 2, 4, 6, 1, 3, 5, 7]  # which column goes to the next place, as AutoAWQ's GEMM layer packs
-    packed = [packed_words(whole.view(len(whole), -1, 8)[:, :, order].flatten(1), 4) for whole in (codes, zeros)]
+    packed = [
+        packed_words(whole.view(len(whole), -1, 8)[:, :, order].flatten(1), 4) for whole in (codes, zeros)
+    ]
     tensors = {"a.qweight": packed[0], "a.qzeros": packed[1], "a.scales": scales}
     settings = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
     expected = ((codes - zeros.repeat_interleave(32, 0)) * scales.float().repeat_interleave(32, 0)).T
@@ -351,14 +382,16 @@ def test_integers_that_compressed_tensors_packs(tmp_path, bits, symmetric):
         tensors["a.weight_zero_point"] = packed_words(zeros.T, bits).T
     expected = (codes - zeros.repeat_interleave(16, 1)) * scale.repeat_interleave(16, 1)
     torch.testing.assert_close(read(written(tmp_path, tensors)), expected)
-    with pytest.raises(ValueError, match=r"^a is quantized, and its parts do not fit together: .*weight_scale \(23"):
+    with pytest.raises(
+        ValueError, match=r"^a is quantized, and its parts do not fit together: .*weight_scale \(23"
+    ):
         weights(written(tmp_path, tensors | {"a.weight_scale": scale[:23]}))
-    with pytest.raises(ValueError, match="^a is quantized after a transform"):
+    with pytest.raises(ValueError, match=r"^a is quantized after a transform"):
         weights(written(tmp_path, tensors, {"transform_config": {"config_groups": {"R1": {}}}}))
     with pytest.raises(ValueError, match=r"packed into \(24, 7\), which fits no or several numbers of bits"):
         weights(written(tmp_path, tensors | {"a.weight_packed": torch.ones(24, 7, dtype=torch.int32)}))
     del tensors["a.weight_shape"]
-    with pytest.raises(ValueError, match="^a is quantized, and its weight_shape is missing"):
+    with pytest.raises(ValueError, match=r"^a is quantized, and its weight_shape is missing"):
         weights(written(tmp_path, tensors))
 
 
@@ -392,13 +425,24 @@ def test_formats_of_compressed_tensors_as_it_decompresses_them(tmp_path, bits, k
     parts = weight.reshape(shape or (96, -1, more.get("group_size", 1)))
     dims = (1, 3) if strategy == "block" else -1
     top = generate_gparam(weight.min(), weight.max()) if strategy == "tensor_group" else None
-    low, high = (getattr(parts, end)(dim=dims, keepdim=shape is not None and strategy != "block") for end in ("amin", "amax"))
+    low, high = (
+        getattr(parts, end)(dim=dims, keepdim=shape is not None and strategy != "block")
+        for end in ("amin", "amax")
+    )
     scale, zero = calculate_qparams(low, high, args, global_scale=top)
     if "uint8" in str(more.get("scale_dtype")):
-        scale = scale.float().log2().floor().exp2() if scale.dtype != torch.uint8 else (scale.float() - 127).exp2()
+        scale = (
+            scale.float().log2().floor().exp2()
+            if scale.dtype != torch.uint8
+            else (scale.float() - 127).exp2()
+        )
     state = {"weight": weight, "weight_scale": scale.to(torch.float32), "weight_zero_point": zero}
     state |= {"weight_global_scale": top} if top is not None else {}
-    name = "int-quantized" if dense else {("int", bits): "pack-quantized", ("float", 8): "float-quantized"}.get((kind, bits), "")
+    name = (
+        "int-quantized"
+        if dense
+        else {("int", bits): "pack-quantized", ("float", 8): "float-quantized"}.get((kind, bits), "")
+    )
     name = name or ("nvfp4-pack-quantized" if strategy == "tensor_group" else "mxfp4-pack-quantized")
     name = "mxfp8-quantized" if bits == 8 and "uint8" in str(more.get("scale_dtype")) else name
     compressor = BaseCompressor.get_value_from_registry(name)
@@ -408,7 +452,9 @@ def test_formats_of_compressed_tensors_as_it_decompresses_them(tmp_path, bits, k
     settings["config_groups"] = {"group_0": scheme.model_dump(mode="json")}
     saved = {f"a.{key}": value for key, value in saved.items() if value is not None}
     found = read(written(tmp_path, saved, settings))
-    torch.testing.assert_close(found.to(expected.dtype), expected, rtol=1e-2 if bits == 4 and kind == "float" else 1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found.to(expected.dtype), expected, rtol=1e-2 if bits == 4 and kind == "float" else 1e-6, atol=1e-6
+    )
 
 
 # --- bitsandbytes and torchao ---
@@ -447,7 +493,7 @@ def test_eight_bit_of_bitsandbytes(tmp_path):
     tensors = {"a.weight": codes, "a.SCB": rows, "a.weight_format": torch.tensor(0, dtype=torch.uint8)}
     expected = functional.int8_vectorwise_dequant(codes, rows)
     torch.testing.assert_close(read(written(tmp_path, tensors)), expected.float(), rtol=1e-6, atol=1e-7)
-    with pytest.raises(ValueError, match="^a is 8-bit of bitsandbytes in the order of an old GPU"):
+    with pytest.raises(ValueError, match=r"^a is 8-bit of bitsandbytes in the order of an old GPU"):
         weights(written(tmp_path, tensors | {"a.weight_format": torch.tensor(2, dtype=torch.uint8)}))
     with pytest.raises(ValueError, match=r"do not fit together: weight \(24, 64\) and SCB \(23,\)"):
         weights(written(tmp_path, tensors | {"a.SCB": rows[:23]}))
@@ -465,5 +511,5 @@ def test_torchao_s_tensors_as_it_dequantizes_them(tmp_path, kind):
     written(tmp_path, tensors, about=header)
     torch.testing.assert_close(read(tmp_path, "0"), model[0].weight.dequantize().float(), rtol=0, atol=0)
     missing = {key: tensor for key, tensor in tensors.items() if not key.endswith("_scale")}
-    with pytest.raises(ValueError, match="^0 is of torchao, and its _weight_scale is missing"):
+    with pytest.raises(ValueError, match=r"^0 is of torchao, and its _weight_scale is missing"):
         weights(written(tmp_path, missing, about=header))

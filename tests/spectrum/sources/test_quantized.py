@@ -116,12 +116,18 @@ def test_the_config_tells_that_float8_is_quantized(tmp_path, facts):
         ({"a.weight._data": BYTES, "a.weight._scale": ONE}, "quanto, which the optimum-quanto package"),
         ({"a.indices": INTS, "a.centroids.weight": torch.ones(1, 8)}, "VPTQ, which the vptq package reads"),
         ({"a.trellis": BYTES, "a.suh": ONE, "a.svh": ONE}, "EXL3, which the exllamav3 package reads"),
-        ({"a.q_weight": INTS, "a.q_scale": ONE, "a.q_groups": ONE}, "EXL2, which the exllamav2 package reads"),
-        ({"a.weight": INTS.view(torch.uint32), "a.scales": ONE, "a.biases": ONE}, "MLX, which the mlx package"),
+        (
+            {"a.q_weight": INTS, "a.q_scale": ONE, "a.q_groups": ONE},
+            "EXL2, which the exllamav2 package reads",
+        ),
+        (
+            {"a.weight": INTS.view(torch.uint32), "a.scales": ONE, "a.biases": ONE},
+            "MLX, which the mlx package",
+        ),
     ],
 )
 def test_what_is_not_read_is_refused_by_the_name_of_the_library_that_reads_it(tmp_path, tensors, who):
-    with pytest.raises(ValueError, match=f"^a is quantized by {who}"):
+    with pytest.raises(ValueError, match=rf"^a is quantized by {who}"):
         weights(saved(tensors, tmp_path / "model.safetensors"))
 
 
@@ -136,7 +142,7 @@ def test_what_is_not_read_is_refused_by_the_name_of_the_library_that_reads_it(tm
     ],
 )
 def test_unknown_packed_and_scaled_weights_are_refused_by_what_lies_beside_them(tmp_path, tensors, named):
-    with pytest.raises(ValueError, match=f"^a holds .* values that need the scales.*{named}"):
+    with pytest.raises(ValueError, match=rf"^a holds .* values that need the scales.*{named}"):
         weights(saved(tensors, tmp_path / "model.safetensors"))
 
 
