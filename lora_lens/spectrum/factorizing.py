@@ -39,6 +39,7 @@ def spectra(
     vectors: bool | Placement | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
     split_qkv: bool = False,
     split_gate_up: bool = False,
+    revision: str | None = None,
     device: torch.device | str | None = None,
     cache: bool = True,
     progress: bool = True,
@@ -47,13 +48,16 @@ def spectra(
 
     Args:
         source: a model, a ``.safetensors`` or ``.gguf`` file, a folder of shards or of a PEFT
-            adapter; see :func:`lora_lens.spectrum.weights`. Files are read one matrix at a time.
+            adapter, or the name of a model on the Hugging Face Hub, ``"org/model"``; see
+            :func:`lora_lens.spectrum.weights`. Files are read one matrix at a time, quantized ones
+            dequantized, and from the Hub come only the chosen matrices' bytes.
         targets: which layers, see there; default all linear layers but the classifier.
         vectors: True for all singular vectors; windows or other placements for theirs alone, in less
             time and memory, or by weight name those for each; False for the singular values only, which
             is enough for tables and most pictures.
         split_qkv: fused q, k and v as three weights, see there.
         split_gate_up: fused gate and up as two weights, see there.
+        revision: of a model on the Hub: a branch, a tag or a commit.
         device: where to compute; default where each weight lies. It needs float64, so the CPU
             stands in for "mps".
         cache: keep all factors of large weights on disk and find them there by the weight's
@@ -82,7 +86,7 @@ def spectra(
     """
     chosen, place = _checked_vectors(vectors), checked_device(device)
     cache, progress = flag(cache, "cache"), flag(progress, "progress")
-    found = weights(source, targets, split_qkv, split_gate_up)
+    found = weights(source, targets, split_qkv, split_gate_up, revision)
     if isinstance(chosen, Mapping):
         for name in chosen.keys() - {weight.name for weight in found}:
             meant = suggestion(name, [weight.name for weight in found])

@@ -20,7 +20,7 @@ from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import GROUPS, Targets, block_and_kind, listed
 from lora_lens._base.wrappers import inner_model
 from lora_lens.spectrum.patterns import ONE_EXPERT, matching, part_of
-from lora_lens.spectrum.sources.files import tensors_in
+from lora_lens.spectrum.sources.files import tensors_at
 from lora_lens.spectrum.sources.roles import Stored, numbers_counted
 
 # Not query_key_value and qkv_proj, which mix q, k and v by head.
@@ -36,8 +36,9 @@ class Weight:
         name: dotted module name, with a suffix for a part: ``blocks.0.attn.qkv[q]``,
             ``mlp.experts.down_proj[3]``, ``mlp.experts.gate_up_proj[3][up]``.
         shape: (out, in).
-        load: reads the matrix, in its stored dtype, float8 as float32; what it returns may share memory
-            with the model or the file, so do not write to it. Raises ValueError for a damaged file.
+        load: reads the matrix, in its stored dtype, float8 and what is quantized as float32; what it
+            returns may share memory with the model or the file, so do not write to it. Raises ValueError
+            for a damaged file.
         factors: of an adapter's update, reads (scaling * B, A), shapes (out, r) and (r, in), whose
             product is the matrix; otherwise None.
 
@@ -55,6 +56,7 @@ def weights(
     targets: Targets = None,
     split_qkv: bool = False,
     split_gate_up: bool = False,
+    revision: str | None = None,
 ) -> list[Weight]:
     """The matrices of ``source``, none of them read yet.
 
@@ -69,7 +71,11 @@ def weights(
               does not tell kinds of layers apart, so everything named ``.weight`` and every 3-D tensor
               of experts counts. Which matrices are stored transposed (GPT-2's, the experts of gpt-oss,
               Llama 4 and Qwen3-VL) is read from their shapes and the ``config.json`` beside the file.
-              float8 without a scale is read; whatever is quantized is refused with the reason;
+              Quantized weights are dequantized: float8, MXFP4, NVFP4, GPTQ, AWQ, compressed-tensors,
+              bitsandbytes, torchao (docs/files.md has the table); other formats are refused by name;
+            - the name of a model on the Hugging Face Hub, ``"org/model"``, if nothing of that name lies on
+              this disk, or ``"hf://org/model@revision/folder"``: the headers are read, and of the weights
+              only the bytes of the chosen ones. Tokens and cache are those of huggingface_hub;
             - a ``.gguf`` file, dequantized with the gguf package; a split one is read whole. Its
               names are llama.cpp's, and q and k of Llama models have their rows permuted;
             - a LoRA adapter: PEFT's folder or file, a folder of :func:`lora_lens.save`, a file of kohya's
@@ -85,16 +91,18 @@ def weights(
             head stay whole.
         split_gate_up: gate and up as two weights for layers and experts named gate_up_proj or input_linear,
             whose rows are all of gate before all of up or, in gpt-oss, one of each in turn.
+        revision: of a model on the Hub: a branch, a tag or a commit; default its main branch.
 
     Returns:
         In the model's order, or for files by name with numbers counted.
 
     Raises:
-        FileNotFoundError: no such file, no weights in a folder, a missing shard.
+        FileNotFoundError: no such file or model, no weights in a folder, a missing shard.
         TypeError: an argument is of another type.
         ValueError: nothing matches; a file is damaged or unsafe to open; a chosen weight is empty,
-            on the meta device or quantized.
-        ImportError: the gguf package is needed.
+            on the meta device, or quantized in a format that is not read, or its parts do not fit
+            together; a model on the Hub is gated.
+        ImportError: the gguf or torchao package is needed.
 
     Warns:
         UserWarning: experts adapted as parameters and outputs of nn.MultiheadAttention are left out of an
@@ -110,13 +118,19 @@ def weights(
     split_qkv = validate.flag(split_qkv, "split_qkv")
     split_gate_up = validate.flag(split_gate_up, "split_gate_up")
     patterns = validate.patterns(targets)
+    if revision is not None:
+        validate.instance(revision, str, "revision", "a branch, a tag or a commit of a model on the Hub")
     if isinstance(source, nn.Module):
+        if revision is not None:
+            raise InputError(
+                f"revision={revision!r} is one of a model on the Hub, and source is a model in memory"
+            )
         from lora_lens.spectrum.sources.models import in_model  # files need neither peft nor transformers
 
         source = inner_model(source)
         stored, where = list(in_model(source)), type(source).__name__
     elif isinstance(source, (str, Path)):
-        stored, where = sorted(tensors_in(Path(source)), key=lambda s: numbers_counted(s.name)), str(source)
+        stored, where = _ordered(tensors_at(source, revision)), str(source)
     else:
         raise InputTypeError(
             "expected a model, or the path of a file or folder as a string or Path, not "
@@ -173,6 +187,10 @@ def weights(
 
 def _ends(name: str, pattern: str) -> bool:
     return f".{name}".endswith(f".{pattern}")
+
+
+def _ordered(stored: list[Stored]) -> list[Stored]:
+    return sorted(stored, key=lambda tensor: numbers_counted(tensor.name))
 
 
 def _group(stored: list[Stored], group: str) -> set[str]:

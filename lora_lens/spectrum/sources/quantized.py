@@ -1,6 +1,7 @@
 """Signs that a stored tensor is no plain matrix of numbers: what lies beside it, its dtype, the config.
 
-A float8 weight without any sign of a scale is just numbers. Everything else that is quantized is refused with
+A float8 weight without any sign of a scale is just numbers. What a file holds in a known format is
+dequantized, see :mod:`lora_lens.spectrum.sources.packed`; everything else that is quantized is refused with
 the reason, because the numbers as stored are not the weight.
 """
 
@@ -20,8 +21,8 @@ PAYLOADS = r"qweight(_\w+)?|weight_q|q_weight|packed|qdata|W_q|_data|codes|indic
 # What they store beside it. Scales of inputs and outputs are none: they leave the weight as it is.
 SIGNS = (
     PAYLOADS
-    + r"|w?scales?(_inv|_2|_weight|_bf16|_and_zero\w*)?|(global|block|row|channel|group|tensor)_scale|_scale"
-    r"|scale_(shift|and_zero)|q?zeros?|zero_points?|_zero_point|_shift|absmax|nested_absmax|quant_map"
+    + r"|q?scale_weight|w?scales?(_inv|_2|_bf16|_and_zero\w*)?|(global|block|row|channel|group|tensor)_scale"
+    r"|_scale|scale_(shift|and_zero)|q?zeros?|zero_points?|_zero_point|_shift|absmax|nested_absmax|quant_map"
     r"|nested_quant_map|quant_state(\.\S+)?|SCB|weight_format|g_idx|codebooks?|q_scale(_max)?|q_groups|q_perm"
     r"|q_invperm|suh|svh|SU|SV|tables2?|(res_)?centroids(\.weight)?|comfy_quant|quant_type|quantizer\.\S+"
 )
@@ -84,12 +85,14 @@ class Signs:
     def add_packed(self, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
         """Of a model that is said to be quantized: integers in a layer without a weight are its payload."""
         for key, (shape, dtype) in tensors.items():
-            layer, _, last = key.rpartition(".")
-            alone = f"{layer}.weight" not in self.all and not self.of(layer)
+            parent, _, last = key.rpartition(".")
+            layer = self.keys.get(key, parent)
+            own = key[len(layer) + 1 :]
+            alone = f"{layer}.weight" not in self.all and self.of(layer) in ([], [own])
             integers = dtype not in {*FLOATS, *NARROW, "BOOL"} and not TABLE.search(last)
             if alone and integers and len(shape) > 1:
                 self.payloads[key] = layer
-                self.beside[layer] = [last]
+                self.beside[layer] = [own]
 
     def hint(self, layer: str) -> str:
         """That something else may be the layer's scale, under a name of no known quantizer; or "".
@@ -122,6 +125,15 @@ def quantized_by(facts: Mapping[str, Any]) -> str:
     return next(filter(None, map(quantized_by, parts)), "")
 
 
+def quantization_settings(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says about the quantization of its weights, or nothing."""
+    for word in WORDS:
+        if isinstance(about := facts.get(word), Mapping):
+            return about
+    parts = (part for part in facts.values() if isinstance(part, Mapping))
+    return next(filter(None, map(quantization_settings, parts)), {})
+
+
 def problem_of(
     dtype: str,
     beside: Iterable[str] = (),
@@ -144,8 +156,8 @@ def problem_of(
     if beside:
         return (
             f"holds {dtype} values that need the scales or packing stored beside them "
-            f"({listed(sorted(beside), most=4)}), so it is quantized; dequantize the model first, or choose "
-            "others by name"
+            f"({listed(sorted(beside), most=4)}), so it is quantized{evidence and f', as {evidence}'}; "
+            "dequantize the model first, or choose others by name"
         )
     if dtype in NARROW and evidence:
         return (

@@ -14,8 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_lens._base.errors import InputError
+from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import unwrapped
 from lora_lens.spectrum.patterns import NAMES, NEW_HEADS, routers
+from lora_lens.spectrum.sources.packed import Layer, Plain, dequantized, library_of
 from lora_lens.spectrum.sources.quantized import NARROW, Signs, problem_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,36 +71,69 @@ def weights_among(
     facts: Mapping[str, Any],
     others: Iterable[str] = (),
     evidence: str = "",
+    settings: Mapping[str, Any] | None = None,
+    header: Mapping[str, str] | None = None,
 ) -> list[Stored]:
-    """The weights among a file's tensors.
+    """The weights among a file's tensors; quantized ones as what they stand for, where that is read.
 
     Args:
         tensors: shape and dtype of each tensor, by key.
         read: reads one of them, or one expert of it.
         facts: the config.json beside the file, or nothing.
-        others: keys in other files of the same model, where a scale may lie.
+        others: keys in other files of the same model that are not among the tensors, such as scales.
         evidence: what says that the model is quantized.
+        settings: what a config says about its quantization.
+        header: what the file says about itself.
     """
     signs = Signs([*tensors, *others])
     if evidence:
         signs.add_packed(tensors)
     shapes = {key: shape for key, (shape, _) in tensors.items()}
     named = {key: name for key in tensors if (name := weight_name(key, shapes[key], signs)) is not None}
-    experts = {k for k in named if len(shapes[k]) == 3 and holds_experts(k)}
-    turned, doubtful = transposed_experts({named[k]: shapes[k] for k in experts}, facts, shapes)
+    parts: dict[str, dict[str, str]] = {}
+    for key, name in signs.keys.items():
+        parts.setdefault(name, {})[key[len(name) + 1 :]] = key
+    plain: dict[str, Plain] = {}
+    problems: dict[str, str] = {}
+    for key, name in named.items():
+        if not signs.of(name):
+            continue
+        inside = parts.get(name, {}) | ({} if key in signs.payloads else {"weight": key})
+        if (size := f"{name}.weight_shape") in tensors:
+            inside["weight_shape"] = size
+        if missing := sorted(inside[part] for part in inside if inside[part] not in tensors):
+            problems[key] = f"needs {listed(missing)}, in a file that is not here; download it as well"
+            continue
+        found = {part: (own, *tensors[own]) for part, own in inside.items()}
+        stacked = len(shapes[key]) > 2 and holds_experts(name)
+        layer = Layer(name, found, read, settings or {}, header or {}, stacked)
+        try:
+            whole = dequantized(layer)
+        except InputError as error:
+            problems[key] = str(error)
+        else:
+            if whole:
+                plain[key], shapes[key] = whole, whole.shape
+            elif who := library_of(layer):
+                problems[key] = f"is quantized by {who}; dequantize the model first, or choose others by name"
+    experts = {k for k in named if len(shapes[k]) == 3 and holds_experts(named[k] if k in plain else k)}
+    loose = {named[k]: shapes[k] for k in experts if not (k in plain and plain[k].last_is_in)}
+    turned, doubtful = transposed_experts(loose, facts, shapes)
     turned |= _transposed_conv1d({named[k]: shapes[k] for k in named if len(shapes[k]) == 2}, facts)
     aside = aside_names({name: shapes[key] for key, name in named.items()}, facts)
     stored = []
     for key, name in named.items():
-        shape, dtype = tensors[key]
+        shape, dtype = shapes[key], tensors[key][1]
         beside = signs.of(name)
         hint = signs.hint(name) if dtype in NARROW and not beside else ""
-        problem = problem_of(dtype, beside, shape, evidence or hint)
+        problem = problems.get(key, "")
+        if not problem and key not in plain:
+            problem = problem_of(dtype, beside, shape, evidence or hint)
         stored.append(
             Stored(
                 unwrapped(name),
                 shape,
-                partial(read, key),
+                plain[key].read if key in plain else partial(read, key),
                 usual=name not in aside
                 and not name.endswith(ATTENTION)
                 and not is_embedding(name, f"{name}.bias" in tensors)

@@ -271,8 +271,10 @@ def test_what_is_no_source_says_what_to_do(tmp_path):
         TypeError, match="a model, or the path of a file or folder as a string or Path, not 3"
     ):
         weights(3)
-    with pytest.raises(FileNotFoundError, match=r"no file or folder org/some-model.*hf download"):
-        weights("org/some-model")
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder some-model; a model on the .* is named org/model"
+    ):
+        weights("some-model")
     with pytest.raises(FileNotFoundError, match=r"holds no weights: expected model\.safetensors"):
         weights(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
@@ -340,13 +342,13 @@ def test_weights_without_usable_numbers_are_refused(tmp_path):
         ({"a.weight": torch.ones(8, 1, dtype=torch.uint8)}, "^a holds U8 values"),
         ({"a.qweight": torch.ones(2, 2, dtype=torch.int32)}, "^a holds I32 values"),
         (
-            {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 1)},
+            {"a.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "a.scales": torch.ones(1, 1)},
             "^a holds F8_E4M3 values that need the scales",
         ),
         ({"a.weight": torch.ones(0, 2)}, "^a is empty"),
         (
-            {"a.weight": torch.ones(2, 2), "e.w_blocks": BYTES, "e.w_scales": torch.ones(2, 2, 2)},
-            r"^e\.w holds U8 values",
+            {"a.weight": torch.ones(2, 2), "e.w_blocks": BYTES.int(), "e.w_scales": torch.ones(2, 2, 2)},
+            r"^e\.w holds I32 values",
         ),
     ):
         save_file(tensors, path)
