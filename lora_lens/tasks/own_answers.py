@@ -37,7 +37,7 @@ from lora_lens.tasks.text import LanguageTask, tokenized, whole_texts
 from lora_lens.tasks.tokenizing import Tokenizer
 
 ALL_KEPT = 1024  # choices; where there are more, as in a vocabulary,
-KEPT = 128  # the likeliest are kept of each answer, and the others as one
+KEPT = 256  # the likeliest are kept of each answer, and the others as one
 ROUNDING = 1e-5  # nats; a smaller divergence is that of float32
 TEMPERATURE = 0.05  # of cosines, as in SimCSE (Gao et al. 2021, arXiv 2104.08821, section 3)
 LEAST = 3  # inputs, of which one may be nearer than the other
@@ -130,9 +130,9 @@ class Answered(Labelled):
         )
         rest = self.rest[rows, :items].flatten().to(logits.device)
         now = logits.log_softmax(-1)
-        found = (logs.exp() * (logs - now.gather(-1, choices))).sum(-1)
+        found = (logs.exp() * (logs - now.gather(-1, choices.long()))).sum(-1)
         if bool((some := rest > -torch.inf).any()):
-            others = now.scatter(-1, choices, -torch.inf).logsumexp(-1)
+            others = now.scatter(-1, choices.long(), -torch.inf).logsumexp(-1)
             found = found + torch.where(some, rest.exp() * (rest - others), 0)
         return torch.where(found < ROUNDING, 0, found)  # NaN stays
 
@@ -257,8 +257,8 @@ def agreement(
 
     - a classifier's classes: one item per input;
     - at every token of a text the choice among the vocabulary: of a causal language model what comes next.
-      Of more than 1024 choices the 128 likeliest are kept, and the others count as one: the divergence is
-      never above that of all choices, and takes 1.5 kB per token;
+      Of more than 1024 choices the 256 likeliest are kept, and the others count as one: the divergence is
+      never above that of all choices, and takes 2 kB per token;
     - of a model without a head, such as a sentence encoder, the nearest of the other inputs by the cosine of
       mean features, where those of the others stay the pretrained ones, as in an index filled before
       training; the cosines' softmax has a temperature of 0.05 (Gao et al. 2021, arXiv 2104.08821);
@@ -335,7 +335,7 @@ def agreement(
     answered = [_answered(model, readout, part) for part in blank]
     if index:
         task = replace(
-            task, index=Nearest(features, torch.cat([part.choices[:, 0, 0] for part in answered]), pooling)
+            task, index=Nearest(features, torch.cat([part.choices[:, 0, 0].long() for part in answered]), pooling)
         )
     classes = () if per_token or index else _classes(model, like, answered[0].among)
     return replace(task, test=answered[0], train=answered[-1], classes=classes)
@@ -413,14 +413,14 @@ def _answered(model: nn.Module, readout: Readout, blank: Answered) -> Answered:
             among = logits.shape[-1]
             kept = (among if among <= ALL_KEPT else KEPT) - itself
             if choices is None:
-                choices = torch.zeros(len(blank), items, kept, dtype=torch.long)
+                choices = torch.zeros(len(blank), items, kept, dtype=torch.int32)
                 logs, rest = torch.zeros(choices.shape), torch.zeros(len(blank), items)
             now = logits.float().log_softmax(-1)
             top = now.topk(kept, dim=-1)
             others = now.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
             there = logits.shape[0] // len(rows)
             for tensor, found in ((choices, top.indices), (logs, top.values), (rest, others)):
-                tensor[rows, :there] = found.unflatten(0, (len(rows), there)).cpu()
+                tensor[rows, :there] = found.unflatten(0, (len(rows), there)).to(tensor)
             if not itself:
                 first = logits.argmax(-1).unflatten(0, (len(rows), there)).cpu()
                 real = blank.labels[rows].reshape(len(rows), -1)[:, :there] >= 0
