@@ -1,4 +1,5 @@
 from . import bundled as bundled, bundled_texts as bundled_texts, sequences as sequences
+from .own_answers import agreement as agreement
 from .corpus import Corpus as Corpus, Texts as Texts
 from .evaluation import Answers as Answers, evaluate as evaluate
 from .hub import dataset_corpus as dataset_corpus, hub_corpus as hub_corpus

@@ -24,7 +24,8 @@ class Answers:
     Attributes:
         labels: the right choice.
         predicted: the choice that the model takes.
-        losses: -log of the probability of the right choice, in nats.
+        losses: -log of the probability of the right choice, in nats; of an agreement, see
+            :func:`lora_lens.tasks.agreement`, the divergence from the pretrained answer, in nats.
 
     Example:
         >>> import numpy as np
@@ -92,14 +93,12 @@ def evaluate(
     order, parts = [], []
     with evaluating(model), torch.inference_mode(), autocast(device, precision):
         for rows, (logits, right) in in_batches(model, examples, partial(ask, readout, model, examples)):
-            losses = nn.functional.cross_entropy(logits.float(), right, reduction="none")
-            order.append(rows)
-            parts.append([x.cpu().reshape(len(rows), -1) for x in (right, logits.argmax(-1), losses)])
-    place = torch.cat(order).argsort()
-    right, predicted, losses = (
-        torch.cat(column)[place].flatten().numpy() for column in zip(*parts, strict=True)
-    )
-    return Answers(right, predicted, losses)
+            losses = examples.losses(logits.float(), right, rows)
+            real = right >= 0  # -100 stands where a shorter text has no item, as in torch's cross-entropy
+            order.append(rows.repeat_interleave(len(right) // len(rows))[real.cpu()])
+            parts.append([x[real].cpu() for x in (right, logits.argmax(-1), losses)])
+    place = torch.cat(order).argsort(stable=True)
+    return Answers(*(torch.cat(column)[place].numpy() for column in zip(*parts, strict=True)))
 
 
 def answers_from(head: nn.Linear, features: Tensor, labels: Tensor) -> Answers:

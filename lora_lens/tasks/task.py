@@ -72,6 +72,16 @@ class Labelled:
     def check_fit(self, model: nn.Module) -> None:
         """What can be said before the model has seen a batch; nothing of images."""
 
+    def losses(self, logits: Tensor, right: Tensor, rows: Tensor) -> Tensor:
+        """One per item of some examples, (items,), in nats: -log of the probability of the right choice.
+
+        Args:
+            logits: (items, choices), float32.
+            right: (items,), the right choices; what is below 0 is no item, and its loss is 0.
+            rows: (batch,), the examples' numbers; each has as many items.
+        """
+        return nn.functional.cross_entropy(logits, right, reduction="none")
+
     def trial(self) -> Inputs:
         """A batch to try whether a model takes it."""
         return self.batch(torch.arange(min(2, len(self))))
@@ -245,6 +255,10 @@ class Task:
                 "its features with ll.tasks.probed"
             )
         return OwnHead()
+
+    def to_guard(self) -> Examples:
+        """The training examples, for a regularizer that trains on what is retained."""
+        return self.train
 
     def check_fit(self, model: nn.Module) -> None:
         """Raises ValueError where the examples cannot be this model's inputs, of which it sees one or two."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import choice, instance, sequence, whole_number
-from lora_lens.tasks.corpus import Corpus
+from lora_lens.tasks.corpus import Corpus, Texts
 from lora_lens.tasks.readouts import POOLINGS, LabelWords, NextTokens, Readout, inner_model
 from lora_lens.tasks.task import Task
 from lora_lens.tasks.tokenizing import (
@@ -117,23 +117,8 @@ def text_task(
     """
     _require_classes(corpus)
     choice(pooling, "pooling", POOLINGS)
-    limit = _limit(tokenizer, most_tokens)
-    before, after = special_tokens(tokenizer, corpus.train.texts[0])
-    room = limit - len(before) - len(after)
-    if room < 1:
-        around = len(before) + len(after)
-        raise InputError(
-            f"the tokenizer puts {around} special tokens around each text, so most_tokens={around + 1} or "
-            f"more is needed, not {limit}"
-        )
-
-    def whole(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
-
-    def cut(texts: Sequence[str]) -> list[list[int]]:
-        return [[*before, *ids[:room], *after] for ids in bare_tokens(tokenizer, texts)]
-
-    return Task(corpus.name, corpus.classes, *_parts(corpus, tokenizer, limit, whole, cut), pooling=pooling)
+    how = whole_texts(tokenizer, most_tokens, corpus.train.texts[0])
+    return Task(corpus.name, corpus.classes, *tokenized(_named(corpus), tokenizer, *how), pooling=pooling)
 
 
 def label_word_task(
@@ -218,7 +203,7 @@ def label_word_task(
             raise InputError(f"the prompt alone has {alone} tokens, and {limit} are allowed in all")
         return contexts(shortened(texts, lambda some: [len(ids) <= limit for ids in contexts(some)]))
 
-    parts = _parts(corpus, tokenizer, limit, contexts, cut)
+    parts = tokenized(_named(corpus), tokenizer, limit, contexts, cut)
     return WordTask(corpus.name, corpus.classes, *parts, pooling="mean", words=tuple(map(tuple, ids)))
 
 
@@ -298,14 +283,46 @@ def _limit(tokenizer: Tokenizer, most_tokens: int | None) -> int:
     return most_tokens
 
 
-def _parts(
-    corpus: Corpus, tokenizer: Tokenizer, limit: int, whole: Tokenized, cut: Tokenized
+def whole_texts(tokenizer: Tokenizer, most_tokens: int | None, text: str) -> tuple[int, Tokenized, Tokenized]:
+    """How :func:`tokenized` takes texts by themselves, with the special tokens that go around each.
+
+    Args:
+        text: any of them.
+
+    Raises:
+        ValueError, TypeError: as :func:`text_task`.
+    """
+    limit = _limit(tokenizer, most_tokens)
+    before, after = special_tokens(tokenizer, text)
+    room = limit - len(before) - len(after)
+    if room < 1:
+        around = len(before) + len(after)
+        raise InputError(
+            f"the tokenizer puts {around} special tokens around each text, so most_tokens={around + 1} or "
+            f"more is needed, not {limit}"
+        )
+
+    def whole(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
+
+    def cut(texts: Sequence[str]) -> list[list[int]]:
+        return [[*before, *ids[:room], *after] for ids in bare_tokens(tokenizer, texts)]
+
+    return limit, whole, cut
+
+
+def _named(corpus: Corpus) -> dict[str, Texts]:
+    return {f"{corpus.name}, training": corpus.train, f"{corpus.name}, test": corpus.test}
+
+
+def tokenized(
+    parts: Mapping[str, Texts], tokenizer: Tokenizer, limit: int, whole: Tokenized, cut: Tokenized
 ) -> list[TokenExamples]:
-    """Both parts of a corpus in tokens; texts of more than ``limit`` lose their end."""
+    """Texts in tokens, part by part; those of more than ``limit`` lose their end."""
     pad = getattr(tokenizer, "pad_token_id", None)
-    parts = []
-    for part, texts in (("training", corpus.train), ("test", corpus.test)):
-        name, found = f"{corpus.name}, {part}", whole(texts.texts)
+    examples = []
+    for name, texts in parts.items():
+        found = whole(texts.texts)
         if longer := [row for row, ids in enumerate(found) if len(ids) > limit]:
             for row, ids in zip(longer, cut([texts.texts[row] for row in longer]), strict=True):
                 found[row] = ids
@@ -319,7 +336,7 @@ def _parts(
                 f"{name}: text {empty[0]} ({texts.texts[empty[0]]!r}) has no tokens; leave it out"
             )
         tokens = [token for ids in found for token in ids]
-        parts.append(
+        examples.append(
             TokenExamples(
                 torch.tensor(tokens, dtype=torch.int32),
                 torch.tensor([len(ids) for ids in found]),
@@ -330,7 +347,7 @@ def _parts(
                 words=_words(tokenizer, tokens),
             )
         )
-    return parts
+    return examples
 
 
 def _words(tokenizer: Tokenizer, tokens: Sequence[int]) -> dict[int, str]:

@@ -1,4 +1,6 @@
 from .finetuning import finetune as finetune
+from .forgetting_callback import ForgettingCallback as ForgettingCallback
+from .forgetting_monitor import ForgettingMonitor as ForgettingMonitor
 from .record import Before as Before
 from .regularizers.base import Regularized as Regularized, Regularizer as Regularizer
 from .regularizers.ewc import EWC as EWC

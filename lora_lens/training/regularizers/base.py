@@ -113,6 +113,7 @@ class Past:
             raise InputError(
                 f"{regularizer} guards what the model knows, and nothing is retained: give finetune retain="
             )
+        self.retain.to_guard()  # raises where nothing may be trained on it
         scenario = TaskIncremental([self.retain], readouts={0: self.retain.own_readout(model)})
         before = Past(self.retain, {}, scenario)
         return replace(before, kept=regularizer.keep(model, before, config), place=1)

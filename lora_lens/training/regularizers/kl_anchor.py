@@ -72,7 +72,7 @@ class KLAnchor(Regularizer):
                 "KLAnchor compares answers on the retained task, and there is none: give finetune retain="
             )
         half = own_examples(self, config)
-        examples, readout = retain.train, retain.own_readout(model)
+        examples, readout = retain.to_guard(), retain.own_readout(model)
         readout.to(next(model.parameters()).device)
         batches = torch.stack(
             list(islice(shuffled_rows(len(examples), half, config.seed), config.steps))
