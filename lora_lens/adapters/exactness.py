@@ -31,7 +31,7 @@ def summary(adapted: nn.Module) -> pd.DataFrame:
 
     Returns:
         One row per layer. Columns: layer, kind, rank, first and last (the lowest and highest component,
-        counted from 0; missing for ordinary LoRA and PEFT's own starts), energy (the share of ||W||_F^2 that
+        counted from 0; missing for ordinary LoRA, PEFT's own starts and windows in a metric), energy (the share of ||W||_F^2 that
         these components hold, in [0, 1]; NaN where the adapter took its start from the weight, but not from
         components), scaling, base_dtype, adapter_dtype, and start_error: the relative error of the weight at
         the start, ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained

@@ -257,28 +257,29 @@ def _spectra_in_metric(
     """In the order of completion, of as many layers at a time as there is memory for their inputs' moments."""
     from lora_lens.spectrum import layer_inputs  # files need neither peft nor transformers
 
-    by_name = {weight.name: weight for weight in found}
+    by_name, words = {weight.name: weight for weight in found}, str(metric)
     layer_inputs.observable(model, by_name)
     for names in layer_inputs.in_groups({name: weight.shape[1] for name, weight in by_name.items()}):
         known = layer_inputs.input_metrics(model, names, metric)
-        work = partial(_in_metric, known=known, metric=metric, vectors=vectors, device=device)
+        work = partial(_in_metric, known=known, power=metric.power, words=words, vectors=vectors, device=device)
         yield from _side_by_side(work, [by_name[name] for name in names])
 
 
 def _in_metric(
     weight: Weight,
     known: Mapping[str, tuple[Tensor, float]],
-    metric: Metric,
+    power: float,
+    words: str,
     vectors: Vectors,
     device: torch.device | None,
 ) -> Spectrum:
     """W C^p = U S V^T, with V^T C^-p as the right vectors."""
     matrix = _placed(weight.load().detach(), device).double()
     moment, shrinkage = known[weight.name][0].to(matrix.device), known[weight.name][1]
-    product = matrix @ power_of(moment, metric.power, weight.name)
-    about = {"metric": str(metric), "shrinkage": shrinkage}
+    product = matrix @ power_of(moment, power, weight.name)
     if not _wanted(vectors, weight.name):
-        return Spectrum(weight.name, weight.shape, singular_values(product).cpu(), **about)
+        values = singular_values(product).cpu()
+        return Spectrum(weight.name, weight.shape, values, metric=words, shrinkage=shrinkage)
     left, values, right = thin_svd(product)
     rows = left.double().T @ matrix  # S V^T C^-p by another way, which divides by no small eigenvalue
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -286,15 +287,15 @@ def _in_metric(
     if sure.all():
         right = rows / values[:, None]
     else:  # of a weight of lower rank
-        right = right.double() @ power_of(moment, -metric.power, weight.name)
+        right = right.double() @ power_of(moment, -power, weight.name)
         right = torch.where(sure, rows / values[:, None], right)
     error = torch.linalg.norm((left.double() * values) @ right - matrix)
     if not error <= SUM * torch.linalg.norm(matrix):
         raise InputError(
-            f"the components of {weight.name} in the {metric} do not sum to the weight: its inputs are too uneven "
-            f"for the power {metric.power:g}; give Metric more shrinkage, such as 0.01, or a smaller power"
+            f"the components of {weight.name} in the {words} do not sum to the weight: its inputs are too uneven "
+            f"for the power {power:g}; give Metric more shrinkage, such as 0.01, or a smaller power"
         )
-    return replace(_packed(weight.name, (left, values, right)), **about)
+    return replace(_packed(weight.name, (left, values, right)), metric=words, shrinkage=shrinkage)
 
 
 def _method(matrix: Tensor, device: torch.device | None) -> str:

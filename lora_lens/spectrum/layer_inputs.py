@@ -70,7 +70,7 @@ def observable(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         if isinstance(layer, _ConvNd):
             plain &= layer.groups == 1 and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
         if layer is None or not (plain or isinstance(layer, (nn.Linear, Conv1D))):
-            what = "no layer by itself" if layer is None else f"a {type(layer).__name__}"
+            what = "no layer of this model by itself" if layer is None else f"a {type(layer).__name__}"
             raise InputError(
                 f"{name} is {what}, and a metric needs the inputs of an nn.Linear, a Conv1D or a plain convolution "
                 "of a pretrained model; leave it out with targets="
