@@ -200,7 +200,7 @@ def _factors(
     of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[variant.split]
     factors = as_double(left) * of_b, of_a[:, None] * as_double(right)
     most = torch.finfo(variant.dtype or torch.float32).max
-    # Singular vectors hold nothing above 1, but for right ones in a metric, so mostly the values alone tell.
+    # Singular vectors hold nothing above 1, so mostly the values alone tell; right ones in a metric may.
     doubtful = spectrum.metric is not None or torch.cat([of_b, of_a]).max() > most
     if doubtful and any(factor.abs().max() > most for factor in factors):
         raise InputError(
@@ -211,7 +211,7 @@ def _factors(
 
 
 def check_belongs(spectrum: Spectrum, placement: Placement, layer: nn.Module) -> None:
-    """U_w^T W must be S_w V_w^T, also in a metric, tried on a sample of columns: wrong for any other weight."""
+    """U_w^T W must be S_w V_w^T, in a metric, too, tried on a sample of columns: wrong for other weights."""
     belongs = spectrum.shape == matrix_shape(layer)
     if belongs:
         part = placement.components(spectrum.singular_values, spectrum.name)

@@ -54,10 +54,11 @@ def spectra(
         source: a model, a ``.safetensors`` or ``.gguf`` file, a folder of shards or of a PEFT
             adapter; see :func:`lora_lens.spectrum.weights`. Files are read one matrix at a time.
         targets: which layers, see there; default all linear layers but the classifier.
-        metric: data in whose metric the spectra are taken, of W C^(1/2) with C = E[x x^T] of each layer's
-            inputs: a task, examples, or a batch as the model takes it; or a :class:`lora_lens.spectrum.Metric`
-            of them, with other settings. The model runs on them in evaluation mode. Windows of these spectra
-            start as exactly as others. Then all vectors are computed where any are wanted, and no cache is used.
+        metric: data in whose metric the spectra are taken, those of W C^(1/2) with C = E[x x^T] of each
+            layer's inputs: a task, examples, or a batch as the model takes it; or a
+            :class:`lora_lens.spectrum.Metric` of them, with other settings. The model runs on them in
+            evaluation mode. Windows on these spectra start as exactly as on others. All vectors are computed
+            where any are wanted, and nothing is cached.
         vectors: True for all singular vectors; windows or other placements for theirs alone, in less
             time and memory, or by weight name those for each; False for the singular values only, which
             is enough for tables and most pictures.
@@ -101,7 +102,7 @@ def spectra(
     live = isinstance(source, nn.Module)
     if metric is not None and not live:
         raise InputError(
-            f"a metric needs a model that can run, and {source} is a file: load the model and give it in its place"
+            f"a metric needs a model that can run, and {source} is a file: load the model and give that"
         )
     for weight in found:  # meet what is wrong before the work starts
         wanted = _wanted(chosen, weight.name)
@@ -254,14 +255,16 @@ def _spectrum(
 def _spectra_in_metric(
     model: nn.Module, found: Sequence[Weight], metric: Metric, vectors: Vectors, device: torch.device | None
 ) -> Iterator[Spectrum]:
-    """In the order of completion, of as many layers at a time as there is memory for their inputs' moments."""
+    """In the order of completion, as many layers at a time as there is memory for their inputs' moments."""
     from lora_lens.spectrum import layer_inputs  # files need neither peft nor transformers
 
     by_name, words = {weight.name: weight for weight in found}, str(metric)
     layer_inputs.observable(model, by_name)
     for names in layer_inputs.in_groups({name: weight.shape[1] for name, weight in by_name.items()}):
         known = layer_inputs.input_metrics(model, names, metric)
-        work = partial(_in_metric, known=known, power=metric.power, words=words, vectors=vectors, device=device)
+        work = partial(
+            _in_metric, known=known, power=metric.power, words=words, vectors=vectors, device=device
+        )
         yield from _side_by_side(work, [by_name[name] for name in names])
 
 
@@ -292,8 +295,8 @@ def _in_metric(
     error = torch.linalg.norm((left.double() * values) @ right - matrix)
     if not error <= SUM * torch.linalg.norm(matrix):
         raise InputError(
-            f"the components of {weight.name} in the {words} do not sum to the weight: its inputs are too uneven "
-            f"for the power {power:g}; give Metric more shrinkage, such as 0.01, or a smaller power"
+            f"the components of {weight.name} in the {words} do not sum to the weight: its inputs are too "
+            f"uneven for the power {power:g}; give Metric more shrinkage, such as 0.01, or a smaller power"
         )
     return replace(_packed(weight.name, (left, values, right)), metric=words, shrinkage=shrinkage)
 

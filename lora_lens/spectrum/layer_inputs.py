@@ -34,9 +34,7 @@ def in_groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
         yield group
 
 
-def input_metrics(
-    model: nn.Module, names: Sequence[str], metric: Metric
-) -> dict[str, tuple[Tensor, float]]:
+def input_metrics(model: nn.Module, names: Sequence[str], metric: Metric) -> dict[str, tuple[Tensor, float]]:
     """By layer, C with a trace of in_features, (in, in), float64, and the share of the identity in it.
 
     Raises:
@@ -72,8 +70,8 @@ def observable(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         if layer is None or not (plain or isinstance(layer, (nn.Linear, Conv1D))):
             what = "no layer of this model by itself" if layer is None else f"a {type(layer).__name__}"
             raise InputError(
-                f"{name} is {what}, and a metric needs the inputs of an nn.Linear, a Conv1D or a plain convolution "
-                "of a pretrained model; leave it out with targets="
+                f"{name} is {what}, and a metric needs the inputs of an nn.Linear, a Conv1D or a plain "
+                "convolution of a pretrained model; leave it out with targets="
             )
         layers[name] = layer
     return layers
@@ -103,7 +101,12 @@ def _moments(
         for rows in torch.arange(len(x), device=x.device).split(max(ROOM // x[0].numel(), 1)):
             moments.add(_weighted(x[rows], None if real is None else real[rows]))
 
-    with evaluating(model), torch.no_grad(), seeing_inputs(layers, see), taking(model, "these inputs", REMEDY):
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        seeing_inputs(layers, see),
+        taking(model, "these inputs", REMEDY),
+    ):
         for given in metric.batches(data):
             batch = to_device(given, device)
             call(model, batch)

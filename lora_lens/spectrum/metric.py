@@ -1,11 +1,11 @@
 """The metric of a layer's inputs: a spectrum of the weight as data sees it.
 
-With x the layer's input on some data and C = E[x x^T], its second moment, W C^p = U S V^T is the spectrum of W
-in the metric of these inputs. Component i of W itself is u_i s_i (v_i^T C^-p), and that is u_i (u_i^T W): what W
-gives along the output direction u_i. So all components sum to W, whatever the metric, and the left vectors
-stay orthonormal; the right ones do not. Of p = 1/2, s_i^2 is the mean square of the layer's outputs, without
-bias, along u_i, and the u_i are the principal axes of these outputs. p = 0 is the plain spectrum, and p = 1 that
-of CorDA (Yang et al. 2024, arXiv 2406.05223, section 3.2).
+With x the layer's input on some data and C = E[x x^T] its second moment, W C^p = U S V^T is the spectrum of
+W in the metric of these inputs. Component i of W itself is then u_i s_i (v_i^T C^-p) = u_i (u_i^T W): what
+W gives along the output direction u_i. So all components sum to W, whatever the metric, and the left
+vectors stay orthonormal; the right ones do not. For p = 1/2, s_i^2 is the mean square of the layer's
+outputs, without bias, along u_i, and the u_i are the principal axes of these outputs. p = 0 is the plain
+spectrum, and p = 1 that of CorDA (Yang et al. 2024, arXiv 2406.05223).
 """
 
 from __future__ import annotations
@@ -33,23 +33,26 @@ LEAST = 1e-12  # of the largest eigenvalue: below it an inverse power is roundin
 class Metric:
     """The inputs of layers on some data, as a metric for :func:`lora_lens.spectra`.
 
-    C is the mean over examples of the mean over positions of x x^T, shrunk towards a multiple of the identity
-    and scaled to a trace of in_features, so that the units of the inputs do not enter: white inputs have C = I,
-    which is the plain spectrum. Windows on W C^(1/2) share one axis with the methods that choose components by
-    data: the plain first and last window are PiSSA and MiLoRA; of power 1 the last is CorDA's for keeping
-    knowledge and the first that for learning; and where the inputs leave directions out, the last window reads
-    from these alone, as LoRA-Null does (Tang et al. 2025, arXiv 2503.02659), whose B holds more of W.
+    C is the mean over examples of the mean over positions of x x^T, shrunk towards the identity and scaled
+    to a trace of in_features, so that the units of the inputs do not enter: white inputs have C = I, which
+    is the plain spectrum. Windows on W C^p share one axis with the methods that choose components by data:
+    without a metric the first and last window are PiSSA and MiLoRA; with power 1 the last is CorDA's mode
+    that preserves knowledge, and the first its other mode; and where the inputs leave directions out, the
+    last window reads from these alone, as LoRA-Null does (Tang et al. 2025, arXiv 2503.02659), whose B
+    differs: it holds all that W makes of these directions, and a window only what no other component makes
+    as well.
 
     Attributes:
-        data: a task (of whose training examples some are drawn), examples, or a batch as the model takes it.
-        relative_to: the same of other data, with second moment R: C is then R^(-1/2) C R^(-1/2), whose
-            eigenvalues are those of the generalized problem C v = lambda R v. So the first components are large
-            on ``data`` compared to ``relative_to``; where both give the same inputs, it is the plain spectrum.
+        data: a task (some of its training examples are drawn), examples, or a batch as the model takes it.
+        relative_to: the same of other data, with second moment R: then R^(-1/2) C R^(-1/2) takes the place
+            of C. Up to scale its eigenvalues are those of the generalized problem C v = lambda R v. So the
+            first components are those that are large on ``data`` compared to ``relative_to``; where both
+            give the same inputs, it is the plain spectrum.
         power: p, in [-2, 2].
-        shrinkage: which share of C is made a multiple of the identity, in [0, 1]; "ledoit-wolf" estimates it
-            from the examples, of which it then takes two or more (Ledoit and Wolf 2004, "A well-conditioned
-            estimator for large-dimensional covariance matrices", lemma 3.2 to 3.5, about zero; the positions of one
-            example count as one observation). PEFT's CorDA uses 0.01 / 1.01.
+        shrinkage: the share of the identity in C (and in R), in [0, 1]; or "ledoit-wolf", which estimates
+            it from two or more examples (Ledoit and Wolf 2004, "A well-conditioned estimator for large-
+            dimensional covariance matrices", section 3, about zero and not the mean). All positions of an
+            example count as one observation. PEFT's CorDA has 0.01 / 1.01.
         examples: how many are drawn of a task or of examples; all if there are fewer.
         seed: of the draw.
 
@@ -96,7 +99,7 @@ class Metric:
         return f"<Metric of {self._words}>"
 
     def __str__(self) -> str:
-        """In words, with a hash of the data and of all settings, so that no two metrics have the same text."""
+        """In words, with a hash of the data and of all settings: no two metrics have the same text."""
         return f"metric of {self._words} ({self._digest})"
 
     def batches(self, data: Any) -> Iterator[Inputs]:
@@ -172,8 +175,8 @@ class Moments:
         """
         if not self.count:
             raise InputError(
-                f"no input reached {name}: the model makes its output without calling it, so it has no spectrum "
-                "in the metric of its inputs; leave it out with targets="
+                f"no input reached {name}: the model makes its output without calling it, so it has no "
+                "spectrum in the metric of its inputs; leave it out with targets="
             )
         moment, size = self.second / self.count, len(self.second)
         scale = float(moment.trace()) / size
@@ -192,8 +195,8 @@ class Moments:
         """Of a moment whose mean eigenvalue is 1: its expected squared error, over its distance to I."""
         if self.count < 2:
             raise InputError(
-                f"one example reached {name}, and Ledoit-Wolf shrinkage needs two or more; give more examples, or "
-                "shrinkage= as a number"
+                f"one example reached {name}, and Ledoit-Wolf shrinkage needs two or more; give more "
+                "examples, or shrinkage= as a number"
             )
         norm = float(moment.square().sum())
         distance, error = norm - len(moment), (squares - norm) / self.count
@@ -218,8 +221,8 @@ def power_of(moment: Tensor, power: float, name: str) -> Tensor:
     if not (values[0] / values[-1]) ** max(abs(power), 1) > LEAST:
         rank = int((values > LEAST * values[-1]).sum())
         raise InputError(
-            f"the inputs of {name} span {rank} of its {len(values)} dimensions on these data, so their metric has "
-            'no inverse without shrinkage: give Metric shrinkage="ledoit-wolf", or more than 0, such as 0.01'
+            f"the inputs of {name} span {rank} of its {len(values)} dimensions on these data, so their "
+            f"metric has no inverse without shrinkage: give Metric a number, such as 0.01, or {LEDOIT_WOLF!r}"
         )
     return vectors * values.pow(power) @ vectors.T
 
@@ -231,8 +234,8 @@ def _require_data(data: object, name: str) -> None:
         return
     if isinstance(data, type) or not hasattr(getattr(data, "train", data), "in_batches"):
         raise InputTypeError(
-            f"{name} must be a task, examples, or a batch as the model takes it (a tensor, or a mapping of keyword "
-            f"arguments), not {shown(data)}"
+            f"{name} must be a task, examples, or a batch as the model takes it (a tensor, or a mapping of "
+            f"keyword arguments), not {shown(data)}"
         )
 
 

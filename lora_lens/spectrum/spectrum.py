@@ -36,9 +36,9 @@ class Spectrum:
         right: V^T, shape (c, in_features), float32, orthonormal rows; or None.
         components: shape (c,), which components ``left`` and ``right`` hold,
             ascending; None if they hold all k.
-        metric: None; or, of a spectrum in the metric of a layer's inputs, that metric in words and with a hash
-            (see :class:`lora_lens.spectrum.Metric`). Then W C^p = U S V^T, and ``right`` is V^T C^-p, whose rows
-            are not orthonormal: still ``left @ diag(singular_values) @ right`` is W.
+        metric: None; or, of a spectrum in the metric of a layer's inputs, that metric in words and with a
+            hash (see :class:`lora_lens.spectrum.Metric`). Then W C^p = U S V^T, and ``right`` is V^T C^-p:
+            its rows are not orthonormal, but ``left @ diag(singular_values) @ right`` is W as ever.
         shrinkage: which share of C is a multiple of the identity, in [0, 1]; 0 without a metric.
 
     Example:
@@ -70,7 +70,9 @@ class Spectrum:
         largest = f", the largest {self.singular_values[0]:.4g}" if self.k else ""
         shape = " x ".join(map(str, self.shape))
         within = f"; {self.metric}" if self.metric else ""
-        return f"<Spectrum of {self.name}, {shape}: {self.k} singular values{largest}; {held} vectors{within}>"
+        return (
+            f"<Spectrum of {self.name}, {shape}: {self.k} singular values{largest}; {held} vectors{within}>"
+        )
 
     @property
     def k(self) -> int:
@@ -152,8 +154,8 @@ def require_plain(spectrum: Spectrum, what: str) -> None:
     """Raise a ValueError if a spectrum is in a metric, where ``what`` would be wrong."""
     if spectrum.metric is not None:
         raise InputError(
-            f"{what} needs the plain spectrum of {spectrum.name}, and this one is in the {spectrum.metric}: its "
-            "right vectors are not orthonormal and its values not those of the weight; give "
+            f"{what} needs the plain spectrum of {spectrum.name}, and this one is in the {spectrum.metric}: "
+            "its right vectors are not orthonormal and its values not those of the weight; give "
             "ll.spectra(model) without metric="
         )
 

@@ -313,10 +313,14 @@ def test_windows_in_a_metric_drift_between_components_of_the_plain_spectrum(mode
         adapted.get_parameter(f"base_model.model.{name}.lora_B.default.weight").mul_(1.1)
     row = only_row(drift(adapted, spectra))
     assert row[["inside", "above", "below", "mixed", "left_inside"]].isna().all()
-    assert row["update"] == pytest.approx(0.1 * float(found[name].component(ll.Window.first(4)).norm()), rel=1e-4)
+    assert row["update"] == pytest.approx(
+        0.1 * float(found[name].component(ll.Window.first(4)).norm()), rel=1e-4
+    )
     assert only_row(drift(adapted, spectra, window=ll.Window.first(4)))["inside"] < 1
     for refused in (drift, ll.forgetting.rotations):
-        with pytest.raises(ValueError, match="needs the plain spectrum of .*proj, and this one is in the metric"):
+        with pytest.raises(
+            ValueError, match=r"needs the plain spectrum of .*proj, and this one is in the metric"
+        ):
             refused(adapted, found)
     with pytest.raises(ValueError, match="needs the plain spectrum"):
         turned(adapted, name, found[name])

@@ -91,9 +91,13 @@ class Attention(nn.Module):
 
 def test_layers_whose_inputs_cannot_be_observed_are_refused_by_name(tmp_path, patch_vit):
     model, x = Attention(), torch.randn(3, 5, 8)
-    with pytest.raises(ValueError, match=r"no input reached attention\.out_proj: the model makes its output without"):
+    with pytest.raises(
+        ValueError, match=r"no input reached attention\.out_proj: the model makes its output without"
+    ):
         ll.spectra(model, "out_proj", metric=x)
-    with pytest.raises(ValueError, match="grouped is a Conv1d, and a metric needs the inputs of an nn.Linear"):
+    with pytest.raises(
+        ValueError, match=r"grouped is a Conv1d, and a metric needs the inputs of an nn.Linear"
+    ):
         ll.spectra(model, "grouped", metric=x)
     images = torch.randn(3, 1, 28, 28)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\[q\] is no layer of this model by itself"):
@@ -101,8 +105,10 @@ def test_layers_whose_inputs_cannot_be_observed_are_refused_by_name(tmp_path, pa
     with pytest.raises(ValueError, match="embed is a Embedding, and a metric needs"):
         ll.spectra(Flattened(), "embed", metric=padded(WORDS))
     save_model(patch_vit, tmp_path / "vit.safetensors")
-    with pytest.raises(ValueError, match="a metric needs a model that can run, and .*vit.safetensors is a file"):
+    with pytest.raises(
+        ValueError, match=r"a metric needs a model that can run, and .*vit.safetensors is a file"
+    ):
         ll.spectra(tmp_path / "vit.safetensors", metric=images)
     adapted = ll.attach(patch_vit, ll.LoRA(2), targets="qkv")
-    with pytest.raises(ValueError, match="a metric needs the inputs of an nn.Linear"):
+    with pytest.raises(ValueError, match=r"a metric needs the inputs of an nn\.Linear"):
         ll.spectra(adapted, "blocks.0.attn.qkv", metric=images)

@@ -144,8 +144,8 @@ def continual_sweep(
     require_shared(model, variant, spectra)
     if spectra is not None and spectra.metric:
         raise InputError(
-            f"spectra are in the {spectra.metric}, and of a sequence only the first task would start from them: "
-            "give plain ones, ll.spectra(model) without metric="
+            f"spectra are in the {spectra.metric}, and of a sequence only the first task would start from "
+            "them: give plain ones, ll.spectra(model) without metric="
         )
     if "evaluations" in settings:
         raise InputError(
