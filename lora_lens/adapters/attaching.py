@@ -65,7 +65,9 @@ def attach(
             but the classifier, as far as ``spectra`` has them. With a mapping: those of them that
             a pattern matches, by default all that do.
         alpha: LoRA's alpha, from 1e-6 to 1e6; default the rank, so scaling is 1 (sqrt(rank) with rsLoRA).
-        spectra: of this model, to factorize nothing twice.
+        spectra: of this model, to factorize nothing twice; or to start in a metric, see
+            :func:`lora_lens.spectra`. Then A = (S_w / scaling)^(1/2) V_w^T C^-p, and drifts and rotations are
+            measured with plain spectra.
         variant: how the adapter is built: rsLoRA, DoRA, the split of the singular values, ...
         modules_to_save: modules by the end of their names, in whole dotted parts, that PEFT trains and
             saves in full, such as a new classifier; no adapters are put into them.

@@ -31,11 +31,12 @@ def summary(adapted: nn.Module) -> Summary:
 
     Returns:
         One row per layer, and of experts in one tensor one per expert. Columns: layer, kind, rank, first and
-        last (the lowest and highest component, counted from 0; missing for ordinary LoRA and PEFT's own
-        starts), energy (the share of ||W||_F^2 that these components hold, in [0, 1]; NaN where the adapter
-        took its start from the weight, but not from components), scaling, base_dtype, adapter_dtype, and
-        start_error: the relative error of the weight at the start, ||base + scaling B A - W||_F / ||W||_F
-        with the factors as attached; NaN if the pretrained weight was not kept (inplace=True).
+        last (the lowest and highest component, counted from 0; missing for ordinary LoRA, PEFT's own starts
+        and windows in a metric), energy (the share of ||W||_F^2 that these components hold, in [0, 1]; NaN
+        where the adapter took its start from the weight, but not from components of its plain spectrum),
+        scaling, base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
+        ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained weight was
+        not kept (inplace=True).
 
         Printed, the table also says what share of the model's matrices is adapted, and why the others are
         not: see :func:`lora_lens.adapters.coverage`, which is its ``coverage``.

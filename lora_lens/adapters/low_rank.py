@@ -127,8 +127,12 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     starts = {}
     for name, layer in lora_layers(adapted).items() if windows else ():
         set_start(layer, *factors.pop(name), keep=not request.inplace)
-        starts[name] = note_start(layer, components[name], digests[name], originals.get(name))
-    adapted.attachment = Attachment(str(method), variant, starts, trainable, buffers)
+        plain = spectra[name].metric is None  # of others no number of a component means anything later
+        noted = components[name] if plain else components[name][:0]
+        starts[name] = note_start(layer, noted, digests[name], originals.get(name))
+    metric = request.spectra.metric if windows and request.spectra is not None else None
+    words = f"{method} in the {metric}" if metric else str(method)
+    adapted.attachment = Attachment(words, variant, starts, trainable, buffers)
     return adapted
 
 
@@ -197,8 +201,9 @@ def _factors(
     of_b, of_a = {"balanced": (values.sqrt(),) * 2, "A": (ones, values), "B": (values, ones)}[variant.split]
     factors = as_double(left) * of_b, of_a[:, None] * as_double(right)
     most = torch.finfo(variant.dtype or torch.float32).max
-    # Singular vectors hold nothing above 1, so that mostly the values alone tell.
-    if torch.cat([of_b, of_a]).max() > most and any(factor.abs().max() > most for factor in factors):
+    # Singular vectors hold nothing above 1, so mostly the values alone tell; right ones in a metric may.
+    doubtful = spectrum.metric is not None or torch.cat([of_b, of_a]).max() > most
+    if doubtful and any(factor.abs().max() > most for factor in factors):
         raise InputError(
             f"the factors of {spectrum.name} would be larger than {variant.dtype or torch.float32} can hold, "
             f"with alpha={alpha} and rank {rank}; use a larger alpha or another dtype"
@@ -207,16 +212,16 @@ def _factors(
 
 
 def check_belongs(spectrum: Spectrum, placement: Placement, layer: Layer) -> None:
-    """W V_w must be U_w S_w, tried on a sample of rows: cheap, and wrong for any other or later weight."""
+    """U_w^T W must be S_w V_w^T, in a metric, too, tried on a sample of columns: wrong for other weights."""
     belongs = spectrum.shape == matrix_shape(layer)
     if belongs:
         part = placement.components(spectrum.singular_values, spectrum.name)
         left, right = spectrum.vectors(placement)
-        rows = slice(None, None, max(spectrum.shape[0] // 64, 1))
-        some = weight_matrix(layer)[rows].to("cpu", torch.float32)
-        expected = left[rows] * spectrum.singular_values[part].float()
+        columns = slice(None, None, max(spectrum.shape[1] // 64, 1))
+        some = weight_matrix(layer)[:, columns].to("cpu", torch.float32)
+        expected = spectrum.singular_values[part, None].float() * right[:, columns]
         norm = torch.linalg.vector_norm
-        belongs = bool(norm(some @ right.T - expected) <= 1e-3 * norm(expected) + 1e-5 * norm(some))
+        belongs = bool(norm(left.T @ some - expected) <= 1e-3 * norm(expected) + 1e-5 * norm(some))
     if not belongs:
         raise InputError(
             f"the spectrum of {spectrum.name} is not that of this model's weight; "

@@ -247,8 +247,9 @@ def _piloted(pilot: Pilot, shared: dict[str, object]) -> Advice:
     value, interval = float(values.mean()), bootstrap_interval(values)
     spent = int(evidence["steps"].sum())
     choice = Choice(window, rate)
+    within = f" in the {metric}" if (metric := shared["spectra"].metric) else ""
     words = (
-        f"Take {choice}: {in_words(value, interval, len(values), pilot.weight)}, on training "
+        f"Take {choice}{within}: {in_words(value, interval, len(values), pilot.weight)}, on training "
         f"examples that no run was trained on. {_how(pilot, choice, spent)}"
     )
     return Advice(window, rate, value, interval, words, evidence, "pilot", spent)

@@ -28,7 +28,7 @@ from lora_lens.training.finetuning import finetune
 from lora_lens.training.fused_loop import FusedLoop, factors_of, set_factors
 from lora_lens.training.lean_forward import lean_layers
 from lora_lens.training.record import Record
-from lora_lens.training.regularizers.base import regularizer_of
+from lora_lens.training.regularizers.base import regularizer_of, takes_components
 from lora_lens.training.run import Run
 from lora_lens.training.settings import Training
 
@@ -53,10 +53,18 @@ class Experiment:
     spectra: SpectrumSet | None
     training: Training
     pretrained: Pretrained | None = None
+    plain: SpectrumSet | None = None  # what drifts are measured by: ``spectra``, unless those are in a metric
+
+    def __post_init__(self) -> None:
+        if self.plain is None:
+            object.__setattr__(self, "plain", self.spectra)
 
     def record(self, method: MethodLike, lr: float, seed: int) -> dict[str, object]:
         """What is known of a run before it runs: its name, and its settings for people and exactly."""
-        variant = {} if self.variant == Variant() else {"variant": str(self.variant)}
+        # A metric changes how a window is built, and nothing of other methods.
+        metric = self.spectra.metric if self.spectra and takes_components(method) else None
+        built = [*([] if self.variant == Variant() else [str(self.variant)]), *([metric] if metric else [])]
+        variant = {"variant": "; ".join(built)} if built else {}
         training = asdict(replace(self.training, lr=lr, seed=seed))
         if self.training.precision == Training.precision:  # so that earlier versions' runs are found
             del training["precision"]
@@ -212,7 +220,7 @@ def ended_without_numbers(run: Run) -> bool:
 
 def _mechanism(experiment: Experiment, method: MethodLike, adapted: nn.Module) -> dict[str, object]:
     """What the run did to weights and features, if the spectra tell; nothing for a linear probe."""
-    known = experiment.spectra or {}
+    known = experiment.plain or {}
     names = experiment.layers[method]
     if not all(name in known and known[name].has_all_vectors for name in names):
         return {}

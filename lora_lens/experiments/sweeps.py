@@ -139,7 +139,8 @@ def sweep(
             that was interrupted, or a larger grid, runs only what is missing.
             Without it nothing is kept.
         spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
-            kept, too: see :meth:`lora_lens.Sweep.drifts`.
+            kept, too: see :meth:`lora_lens.Sweep.drifts`. Spectra in a metric make windows in it, which the
+            column variant tells from plain ones; the drift is measured by plain spectra, which are computed.
         jobs: how many processes; default one per core that may be used, or one for each GPU. Every run
             computes with one thread, so the numbers do not depend on it.
         engine: who computes the runs: None for processes of this machine, a dask.distributed.Client for the
@@ -159,13 +160,13 @@ def sweep(
     Returns:
         A :class:`lora_lens.Sweep`, whose table has one row per run in the grid's order. Columns: run
         (identity), method (window, LoRA, linear probe, full fine-tuning, or another method in words), rank,
-        position, start, alpha, variant (if one was given), lr, seed and the other settings; trainable
-        (adapter parameters trained, without the new head); loss (nats, mean since the last evaluation,
-        without a regularizer); accuracy, retained_before, retained_accuracy (in [0, 1]); forgetting
-        (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise (its rise over
-        the run, nats per example, of a language task per token; positive = forgot); diverged; failed and
-        reason (why, else ""). Two methods that are described alike have a few digits of their identity
-        behind.
+        position, start, alpha, variant (if one was given, or a metric), lr, seed and the other settings;
+        trainable (adapter parameters trained, without the new head); loss (nats, mean since the last
+        evaluation, without a regularizer); accuracy, retained_before, retained_accuracy (in [0, 1]);
+        forgetting (retained_before - retained_accuracy; positive = forgot); retained_loss and loss_rise (its
+        rise over the run, nats per example, of a language task per token; positive = forgot); diverged;
+        failed and reason (why, else ""). Two methods that are described alike have a few digits of their
+        identity behind.
 
     Raises:
         ValueError, TypeError: as ``attach`` and ``finetune`` do, before the first run; ``store`` holds a
@@ -223,7 +224,12 @@ def sweep(
                 compute_spectra(model, list(wanted), vectors=wanted, progress=progress) if wanted else None
             )
         layers = {method: list(plan) or usual for method, plan in plans.items()}
-        shared = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, training)
+        plain = None
+        if spectra is not None and spectra.metric and all(s.has_all_vectors for s in spectra.values()):
+            plain = compute_spectra(model, list(spectra), progress=progress)
+        shared = Experiment(
+            model, task, retain, watch, layers, alpha, variant, spectra, training, plain=plain
+        )
         plan = [(point, folder.absolute() / f"{shared.record(*point)['run']}.json") for point in grid]
         bar = {"shown": progress, "desc": "sweep", "unit": "run"}
         groups: list[list[Point]] = []

@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import Targets
-from lora_lens._base.torch_tools import call, evaluating
+from lora_lens._base.torch_tools import call, evaluating, real_positions, seeing_inputs, to_device
 from lora_lens._base.validate import instance, seed_number, sequence, whole_number
 from lora_lens.adapters.low_rank import check_belongs, chosen_layers
 from lora_lens.forgetting.weight_drift import require_spectra, spectrum_of
@@ -45,7 +45,7 @@ from lora_lens.spectrum.window import Placement
 from lora_lens.tasks.batches import batch_limit
 from lora_lens.tasks.evaluation import example_features
 from lora_lens.tasks.linear_probe import drawn, fitted_head
-from lora_lens.tasks.readouts import HeadReadout, ask, real_positions, to_device
+from lora_lens.tasks.readouts import HeadReadout, ask
 from lora_lens.tasks.task import Examples, Task, require_examples
 
 ROWS = 4096  # inputs of a layer in one product
@@ -275,19 +275,15 @@ def _pass_forward(
 ) -> None:
     """Add up every layer's inputs over examples and positions."""
 
-    def add(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        real = real_positions(inputs, given[0])
-        sums[name].add_inputs(given[0].flatten(0, -2) if real is None else given[0][real])
+    def add(name: str, x: Tensor) -> None:
+        real = real_positions(inputs, x)
+        sums[name].add_inputs(x.flatten(0, -2) if real is None else x[real])
 
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
         # Before the hooks, which would see its example twice.
         most = batch_limit(model, examples, lambda rows: call(model, to_device(examples.batch(rows), device)))
-    with ExitStack() as during:
-        for name, layer in layers.items():
-            during.enter_context(layer.register_forward_pre_hook(partial(add, name)))
-        during.enter_context(evaluating(model))
-        during.enter_context(torch.no_grad())
+    with seeing_inputs(layers, add), evaluating(model), torch.no_grad():
         for rows in examples.in_batches(most):
             inputs = to_device(examples.batch(rows), device)
             call(model, inputs)

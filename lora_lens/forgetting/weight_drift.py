@@ -39,7 +39,7 @@ from lora_lens.adapters.pretrained import matrices_of
 from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.comparison import Side
 from lora_lens.spectrum.measures import effective_rank, stable_rank
-from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
+from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet, require_plain
 from lora_lens.spectrum.svd import Factors, product_norm, product_svd, thin_svd
 from lora_lens.spectrum.window import Placement, Window
 
@@ -74,12 +74,12 @@ def drift(adapted: nn.Module, spectra: SpectrumSet, *, window: Placement | None 
         adapted: from :func:`lora_lens.attach` or :func:`lora_lens.load`, trained or not.
         spectra: of the pretrained model, with all vectors.
         window: where inside, above and below are; default the components that each layer's adapter
-            started from. Ordinary LoRA and PEFT's own starts started from none: without a window their
-            shares but outside and diagonal are NaN.
+            started from. Ordinary LoRA, PEFT's own starts and windows in a metric started from none of the
+            plain spectrum: without a window their shares but outside and diagonal are NaN.
 
     Raises:
         ValueError: ``adapted`` is none of attach's, is merged, or holds NaN; the spectra are another
-            model's, lack vectors or an adapted layer; the window does not fit.
+            model's, lack vectors or an adapted layer, or are in a metric; the window does not fit.
         TypeError: an argument is of another type.
 
     Example:
@@ -276,7 +276,8 @@ def _require_placement(window: object) -> None:
 
 
 def require_start_of(spectrum: Spectrum, name: str, some: Tensor) -> None:
-    """W V = U S, tried on a sample of rows: wrong for any other weight."""
+    """W V = U S, tried on a sample of rows: wrong for any other weight. Spectra in a metric are refused."""
+    require_plain(spectrum, "what training did to a weight")
     out, columns = spectrum.shape
     belongs = spectrum.k == min(spectrum.shape) and some.shape == (
         len(range(out)[some_rows(spectrum)]),

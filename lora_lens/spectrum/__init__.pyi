@@ -10,6 +10,7 @@ from .comparison import (
     principal_angles as principal_angles,
 )
 from .factorizing import factorize as factorize, spectra as spectra
+from .metric import Metric as Metric
 from .patterns import part_of as part_of
 from .placement import (
     AfterEnergy as AfterEnergy,

@@ -4,6 +4,9 @@ Singular vectors are known up to sign, and within equal singular values up to an
 never enter. :func:`change` depends on the weights alone; angles and overlaps on
 subspaces, so they mean little where a window's or band's edge cuts through near equal values;
 :func:`intruder_dimensions` on single vectors.
+
+A spectrum in a metric has subspaces as well, so :func:`principal_angles` and :func:`overlap` compare its
+windows with plain ones; what needs orthonormal right vectors refuses it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import block_and_kind, listed
 from lora_lens._base.validate import choice, instance, number, whole_number
-from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
+from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet, require_plain
 from lora_lens.spectrum.window import Placement, Window
 
 Side = Literal["left", "right"]
@@ -114,6 +117,7 @@ def overlap_matrix(before: Spectrum, after: Spectrum, bins: int = 32, side: Side
                [1., 0., 0.]])
     """
     _check_shapes(before, after)
+    _require_orthonormal(before, after, side)
     rows, columns = _bands(before, bins), _bands(after, bins)
     others = _vectors(after, _all_of(after), side)
     basis = _vectors(before, _all_of(before), side)
@@ -171,6 +175,8 @@ def change(before: Spectrum, after: Spectrum) -> Change:
         (0.2, 0.2, 0.0)
     """
     _check_shapes(before, after)
+    for spectrum in (before, after):
+        require_plain(spectrum, "how much of an update is rotation")
     size = max(before.k, after.k)
     s, t = (torch.nn.functional.pad(x.singular_values, (0, size - x.k)) for x in (before, after))
     difference = after.component(_all_of(after)) - before.component(_all_of(before))
@@ -217,6 +223,7 @@ def intruder_dimensions(
         tensor([0])
     """
     _check_shapes(before, after)
+    _require_orthonormal(before, after, side)
     threshold = number(threshold, "threshold", least=0, most=1)
     count = None if count is None else whole_number(count, "count", least=1)
     largest = Window(after.k if count is None else min(count, after.k), start=0)
@@ -302,6 +309,11 @@ def _check_shapes(before: Spectrum, after: Spectrum) -> None:
             f"{before.name} has shape {before.shape} before and {after.name} has {after.shape} after; "
             "only spectra of one weight compare"
         )
+
+
+def _require_orthonormal(before: Spectrum, after: Spectrum, side: Side) -> None:
+    for spectrum in (before, after) if side == "right" else ():
+        require_plain(spectrum, "a comparison of single right vectors")
 
 
 def _all_of(spectrum: Spectrum) -> Window:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from lora_lens._base.threads import limited_threads, thread_count
 from lora_lens._base.torch_tools import check_finite
 from lora_lens._base.validate import flag, instance, sequence, suggestion
 from lora_lens.spectrum.cache import SpectrumCache, weight_key
+from lora_lens.spectrum.metric import Metric, as_metric, power_of
 from lora_lens.spectrum.sources.matrices import Weight, weights
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.svd import Factors, product_svd, singular_values, some_components, thin_svd
@@ -29,6 +32,8 @@ Vectors = bool | Sequence[Placement] | Mapping[str, Sequence[Placement]]
 METHOD = "gram float64 by blocks, float32 vectors"  # change it when the factors change
 CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
 WORTH_PICKING = 3  # computing some components pays when there are this many times more
+RELIABLE = 1e-5  # of the longest row: what the rounding of float32 vectors leaves of a row that should be 0
+SUM = 1e-4  # of the weight's norm: how far the sum of all components in a metric may be from it
 SIDE_BY_SIDE = 2**22  # entries from which on a matrix gets all threads, instead of one beside others
 
 
@@ -36,6 +41,7 @@ def spectra(
     source: nn.Module | str | Path,
     targets: Targets = None,
     *,
+    metric: Metric | Any = None,
     vectors: bool | Placement | Iterable[Placement] | Mapping[str, Iterable[Placement]] = True,
     split_qkv: bool = False,
     split_gate_up: bool = False,
@@ -52,6 +58,11 @@ def spectra(
             :func:`lora_lens.spectrum.weights`. Files are read one matrix at a time, quantized ones
             dequantized, and from the Hub come only the chosen matrices' bytes.
         targets: which layers, see there; default all linear layers but the classifier.
+        metric: data in whose metric the spectra are taken, those of W C^(1/2) with C = E[x x^T] of each
+            layer's inputs: a task, examples, or a batch as the model takes it; or a
+            :class:`lora_lens.spectrum.Metric` of them, with other settings. The model runs on them in
+            evaluation mode. Windows on these spectra start as exactly as on others. All vectors are computed
+            where any are wanted, and nothing is cached.
         vectors: True for all singular vectors; windows or other placements for theirs alone, in less
             time and memory, or by weight name those for each; False for the singular values only, which
             is enough for tables and most pictures.
@@ -70,7 +81,9 @@ def spectra(
 
     Raises:
         TypeError, ValueError, FileNotFoundError: nothing matches, a weight holds NaN or infinite values,
-            a window does not fit, ``device`` is not there, or as :func:`lora_lens.spectrum.weights`.
+            a window does not fit, ``device`` is not there, or as :func:`lora_lens.spectrum.weights`; with a
+            metric also: ``source`` is a file, a layer's inputs cannot be observed or do not reach it, or they
+            leave dimensions out and are not shrunk.
 
     Example:
         >>> import torch
@@ -85,6 +98,7 @@ def spectra(
         False
     """
     chosen, place = _checked_vectors(vectors), checked_device(device)
+    metric = None if metric is None else as_metric(metric)
     cache, progress = flag(cache, "cache"), flag(progress, "progress")
     found = weights(source, targets, split_qkv, split_gate_up, revision)
     if isinstance(chosen, Mapping):
@@ -92,17 +106,25 @@ def spectra(
             meant = suggestion(name, [weight.name for weight in found])
             raise InputError(f"vectors names {name!r}, which is not among the weights{meant}")
     live = isinstance(source, nn.Module)
+    if metric is not None and not live:
+        raise InputError(
+            f"a metric needs a model that can run, and {source} is a file: load the model and give that"
+        )
     for weight in found:  # meet what is wrong before the work starts
         wanted = _wanted(chosen, weight.name)
         for placement in [] if weight.factors or isinstance(wanted, bool) else wanted:
             _require_room(placement, min(weight.shape), weight.name)
         if live:
             check_finite(weight.name, weight.load())
-    kept = SpectrumCache() if cache and chosen else None
-    work = partial(_spectrum, vectors=chosen, device=place, cache=kept, checked=live)
+    if metric is None:
+        kept = SpectrumCache() if cache and chosen else None
+        work = partial(_spectrum, vectors=chosen, device=place, cache=kept, checked=live)
+        parts = _side_by_side(work, found)
+    else:
+        parts = _spectra_in_metric(source, found, metric, chosen, place)
     done: dict[str, Spectrum] = {}
     with progress_bar(total=len(found), shown=progress, desc="spectra", unit="weight", delay=0.5) as bar:
-        for spectrum in _side_by_side(work, found):
+        for spectrum in parts:
             done[spectrum.name] = spectrum
             bar.update()
     return SpectrumSet([done[weight.name] for weight in found])
@@ -234,6 +256,55 @@ def _spectrum(
     if cache:
         cache.put(key, left, values, right)
     return _packed(weight.name, (left, values, right))
+
+
+def _spectra_in_metric(
+    model: nn.Module, found: Sequence[Weight], metric: Metric, vectors: Vectors, device: torch.device | None
+) -> Iterator[Spectrum]:
+    """In the order of completion, as many layers at a time as there is memory for their inputs' moments."""
+    from lora_lens.spectrum import layer_inputs  # files need neither peft nor transformers
+
+    by_name, words = {weight.name: weight for weight in found}, str(metric)
+    layer_inputs.observable(model, by_name)
+    for names in layer_inputs.in_groups({name: weight.shape[1] for name, weight in by_name.items()}):
+        known = layer_inputs.input_metrics(model, names, metric)
+        work = partial(
+            _in_metric, known=known, power=metric.power, words=words, vectors=vectors, device=device
+        )
+        yield from _side_by_side(work, [by_name[name] for name in names])
+
+
+def _in_metric(
+    weight: Weight,
+    known: Mapping[str, tuple[Tensor, float]],
+    power: float,
+    words: str,
+    vectors: Vectors,
+    device: torch.device | None,
+) -> Spectrum:
+    """W C^p = U S V^T, with V^T C^-p as the right vectors."""
+    matrix = _placed(weight.load().detach(), device).double()
+    moment, shrinkage = known[weight.name][0].to(matrix.device), known[weight.name][1]
+    product = matrix @ power_of(moment, power, weight.name)
+    if not _wanted(vectors, weight.name):
+        values = singular_values(product).cpu()
+        return Spectrum(weight.name, weight.shape, values, metric=words, shrinkage=shrinkage)
+    left, values, right = thin_svd(product)
+    rows = left.double().T @ matrix  # S V^T C^-p by another way, which divides by no small eigenvalue
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    sure = lengths > RELIABLE * lengths.max()
+    if sure.all():
+        right = rows / values[:, None]
+    else:  # of a weight of lower rank
+        right = right.double() @ power_of(moment, -power, weight.name)
+        right = torch.where(sure, rows / values[:, None], right)
+    error = torch.linalg.norm((left.double() * values) @ right - matrix)
+    if not error <= SUM * torch.linalg.norm(matrix):
+        raise InputError(
+            f"the components of {weight.name} in the {words} do not sum to the weight: its inputs are too "
+            f"uneven for the power {power:g}; give Metric more shrinkage, such as 0.01, or a smaller power"
+        )
+    return replace(_packed(weight.name, (left, values, right)), metric=words, shrinkage=shrinkage)
 
 
 def _method(matrix: Tensor, device: torch.device | None) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ class Spectrum:
         right: V^T, shape (c, in_features), float32, orthonormal rows; or None.
         components: shape (c,), which components ``left`` and ``right`` hold,
             ascending; None if they hold all k.
+        metric: None; or, of a spectrum in the metric of a layer's inputs, that metric in words and with a
+            hash (see :class:`lora_lens.spectrum.Metric`). Then W C^p = U S V^T, and ``right`` is V^T C^-p:
+            its rows are not orthonormal, but ``left @ diag(singular_values) @ right`` is W as ever.
+        shrinkage: which share of C is a multiple of the identity, in [0, 1]; 0 without a metric.
 
     Example:
         >>> import torch
@@ -57,12 +62,17 @@ class Spectrum:
     left: Tensor | None = None
     right: Tensor | None = None
     components: Tensor | None = None
+    metric: str | None = None
+    shrinkage: float = 0.0
 
     def __repr__(self) -> str:
         held = "all" if self.has_all_vectors else 0 if self.left is None else self.left.shape[1]
         largest = f", the largest {self.singular_values[0]:.4g}" if self.k else ""
         shape = " x ".join(map(str, self.shape))
-        return f"<Spectrum of {self.name}, {shape}: {self.k} singular values{largest}; {held} vectors>"
+        within = f"; {self.metric}" if self.metric else ""
+        return (
+            f"<Spectrum of {self.name}, {shape}: {self.k} singular values{largest}; {held} vectors{within}>"
+        )
 
     @property
     def k(self) -> int:
@@ -84,7 +94,10 @@ class Spectrum:
         return measures.stable_rank(self.singular_values)
 
     def energy(self, window: Placement) -> float:
-        """The share of the squared Frobenius norm, sum_w(s^2) / sum(s^2): in [0, 1]."""
+        """The share of the squared Frobenius norm, sum_w(s^2) / sum(s^2): in [0, 1].
+
+        In a metric of power 1/2 that is the share of the layer's mean squared output on the metric's data.
+        """
         squares = self.singular_values.square()
         total = squares.sum()
         part = self._part(window)
@@ -125,6 +138,8 @@ class Spectrum:
     def component(self, window: Placement) -> Tensor:
         """The part of the weight the window holds, U_w S_w V_w^T: (out_features, in_features), float32.
 
+        In a metric U_w S_w V_w^T C^-p, which is U_w U_w^T W.
+
         Raises:
             ValueError: as :meth:`vectors`.
         """
@@ -133,6 +148,16 @@ class Spectrum:
 
     def _part(self, window: Placement) -> slice | Tensor:
         return instance(window, Placement, "window", WINDOW).components(self.singular_values, self.name)
+
+
+def require_plain(spectrum: Spectrum, what: str) -> None:
+    """Raise a ValueError if a spectrum is in a metric, where ``what`` would be wrong."""
+    if spectrum.metric is not None:
+        raise InputError(
+            f"{what} needs the plain spectrum of {spectrum.name}, and this one is in the {spectrum.metric}: "
+            "its right vectors are not orthonormal and its values not those of the weight; give "
+            "ll.spectra(model) without metric="
+        )
 
 
 def _named(components: Tensor) -> str:
@@ -160,13 +185,21 @@ class SpectrumSet(Mapping[str, Spectrum]):
     """
 
     def __init__(self, spectra: Iterable[Spectrum]):
-        """Raises TypeError, ValueError: something else is among them, or one name twice."""
+        """Raises TypeError, ValueError: something else is among them, one name twice, or two metrics."""
         self._spectra: dict[str, Spectrum] = {}
         for spectrum in sequence(spectra, "spectra", "Spectrum objects"):
             instance(spectrum, Spectrum, "spectra", "a sequence of Spectrum objects")
             if spectrum.name in self._spectra:
                 raise InputError(f"two spectra are of one weight, {spectrum.name}; a set has one of each")
             self._spectra[spectrum.name] = spectrum
+        if len(metrics := dict.fromkeys(spectrum.metric for spectrum in self.values())) > 1:
+            kinds = listed([str(metric or "no metric") for metric in metrics])
+            raise InputError(f"the spectra of a set are in one metric, not in {kinds}; make a set of each")
+
+    @property
+    def metric(self) -> str | None:
+        """That of all spectra, see :class:`Spectrum`; None for plain ones."""
+        return next((spectrum.metric for spectrum in self.values()), None)
 
     def __getitem__(self, name: str) -> Spectrum:
         if name not in self._spectra:
@@ -180,7 +213,8 @@ class SpectrumSet(Mapping[str, Spectrum]):
         return len(self._spectra)
 
     def __repr__(self) -> str:
-        return f"SpectrumSet of {len(self)} weights: {listed(self._spectra)}"
+        within = f" in the {self.metric}" if self.metric else ""
+        return f"SpectrumSet of {len(self)} weights{within}: {listed(self._spectra)}"
 
     def table(self, window: Placement | None = None, *, power_law: bool = False) -> pd.DataFrame:
         """One row per weight.
@@ -190,7 +224,8 @@ class SpectrumSet(Mapping[str, Spectrum]):
         (singular values); effective_rank, stable_rank, participation_ratio,
         spectral_gap and condition_number; mp_edge and above_mp, the largest
         singular value of a random matrix with the same bulk and how many exceed
-        it (Marchenko and Pastur). With a ``window`` also start (of the window in
+        it (Marchenko and Pastur); NaN in a metric, where there is no such law, and
+        shrinkage in their place. With a ``window`` also start (of the window in
         this weight) and energy (its share, in [0, 1]). With ``power_law`` also
         alpha, distance and tail of the fit to the largest eigenvalues, which
         takes longer for large weights. All are defined in
@@ -203,7 +238,8 @@ class SpectrumSet(Mapping[str, Spectrum]):
         for spectrum in self.values():
             block, kind = block_and_kind(spectrum.name)
             s = spectrum.singular_values
-            bulk = measures.marchenko_pastur(s, spectrum.shape)
+            in_metric = spectrum.metric is not None
+            bulk = None if in_metric else measures.marchenko_pastur(s, spectrum.shape)
             row = {
                 "layer": spectrum.name,
                 "block": block,
@@ -218,9 +254,11 @@ class SpectrumSet(Mapping[str, Spectrum]):
                 "participation_ratio": measures.participation_ratio(s),
                 "spectral_gap": measures.spectral_gap(s),
                 "condition_number": measures.condition_number(s),
-                "mp_edge": bulk.edge,
-                "above_mp": bulk.above,
+                "mp_edge": bulk.edge if bulk else math.nan,
+                "above_mp": bulk.above if bulk else math.nan,
             }
+            if in_metric:
+                row["shrinkage"] = spectrum.shrinkage
             if window is not None:
                 row["start"] = int(spectrum.components_of(window)[0])
                 row["energy"] = spectrum.energy(window)

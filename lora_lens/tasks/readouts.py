@@ -17,17 +17,23 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_lens._base.errors import InputError, LoraLensError
-from lora_lens._base.torch_tools import call, evaluating
+from lora_lens._base.errors import InputError
+from lora_lens._base.torch_tools import (
+    Inputs as Inputs,
+    call,
+    evaluating,
+    real_positions as real_positions,
+    seeing_inputs,
+    taking as taking,
+    to_device as to_device,
+)
 from lora_lens._base.validate import instance
 from lora_lens._base.wrappers import submodule
 from lora_lens.spectrum.heads import classifier
 
-Inputs = Tensor | Mapping[str, Tensor]
 POOLINGS = ("model", "mean", "last")
 REMEDY = "give a batch as the model takes it"
 FITTING = "a transform gives images the model's size and channels, see folder_task"
-MODEL_CHECKS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # of inputs that do not fit
 
 
 class HeadReadout(nn.Module):
@@ -249,22 +255,6 @@ def require_taken(model: nn.Module, inputs: Inputs, name: str) -> None:
         call(model, own_padding(model, to_device(inputs, device)))
 
 
-@contextmanager
-def taking(model: nn.Module, what: str, remedy: str) -> Iterator[None]:
-    """Tell what the model itself says of inputs that do not fit it.
-
-    Raises:
-        ValueError: the model does not take them.
-    """
-    try:
-        yield
-    except (LoraLensError, torch.OutOfMemoryError):
-        raise
-    except MODEL_CHECKS as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{type(model).__name__} does not take {what}: {reason}; {remedy}") from error
-
-
 def require_batch(inputs: object) -> int:
     """How many examples a batch holds, or a mapping of keyword arguments; anything else is refused.
 
@@ -278,27 +268,9 @@ def require_batch(inputs: object) -> int:
     return len(some)
 
 
-def real_positions(inputs: Inputs, x: Tensor | None = None) -> Tensor | None:
-    """Which positions of a batch hold tokens and no padding, (batch, tokens); None where all do.
-
-    Args:
-        x: what a layer was given for the batch; None as well where its positions are no tokens.
-    """
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if mask is None or (x is not None and x.shape[:2] != mask.shape):
-        return None
-    return mask.bool()
-
-
 def inner_model(model: nn.Module) -> nn.Module:
     """The model without what PEFT wraps around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    if isinstance(inputs, Mapping):
-        return {name: tensor.to(device) for name, tensor in inputs.items()}
-    return inputs.to(device)
 
 
 @contextmanager
@@ -322,20 +294,12 @@ def features_of(head: nn.Module) -> Iterator[list[Tensor]]:
 def layer_inputs(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Tensor]:
     """The last input of each layer that one pass in evaluation mode reaches."""
     given: dict[str, Tensor] = {}
-
-    def keep(name: str, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-        given[name] = arguments[0] if arguments else next(iter(options.values()))
-
-    handles = [
-        submodule(model, name).register_forward_pre_hook(
-            lambda _module, arguments, options, name=name: keep(name, arguments, options), with_kwargs=True
-        )
-        for name in names
-    ]
-    try:
-        with evaluating(model), torch.no_grad(), taking(model, "these inputs", REMEDY):
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: submodule(model, name) for name in names}
+    with (
+        seeing_inputs(layers, given.__setitem__),
+        evaluating(model),
+        torch.no_grad(),
+        taking(model, "these inputs", REMEDY),
+    ):
+        call(model, inputs)
     return given

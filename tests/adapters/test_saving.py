@@ -83,6 +83,28 @@ def test_what_was_saved_goes_on_where_it_was(adapted, model, inputs, tmp_path):
     )
 
 
+@pytest.mark.parametrize("power", [0.5, 1])
+def test_a_window_in_a_metric_starts_exactly_and_travels_as_others_do(power, model, source, inputs, tmp_path):
+    metric = ll.spectrum.Metric(source, power=power, examples=30)
+    spectra = ll.spectra(model, "all-mlp", metric=metric, progress=False)
+    start = ll.attach(model, ll.Window.last(8), spectra=spectra)
+    assert ll.function_error(start, model, inputs) < 1e-5
+    assert start.attachment.method == f"window of rank 8 at position 1 in the {metric}"
+    assert ll.summary(start)["first"].isna().all() and (ll.summary(start)["start_error"] < 1e-6).all()
+    adapted = trained(start)
+    assert ll.function_error(adapted, model, inputs) > 1e-3
+
+    ll.save(adapted, tmp_path / "saved")
+    loaded = ll.load(model, tmp_path / "saved")
+    assert ll.function_error(loaded, adapted, inputs) == 0
+    assert loaded.attachment.method == adapted.attachment.method
+    ll.export(adapted, tmp_path / "lora")
+    plain = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "lora")
+    assert ll.function_error(plain, adapted, inputs) < 1e-5
+    again = ll.detach(adapted)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
+
+
 def test_peft_does_not_take_a_saved_window_for_an_adapter_of_the_original(model, spectra, tmp_path):
     ll.save(ll.attach(model, ll.Window.middle(8), spectra=spectra), tmp_path / "a")
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):

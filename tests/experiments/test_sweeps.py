@@ -314,3 +314,25 @@ def test_each_seed_is_told_when_it_is_through(experiment, tmp_path):
     assert [list(dict.fromkeys(part.table["seed"])) for part in told[3:]] == [[3, 5], [3, 0, 5]]
     with pytest.raises(TypeError, match="each_seed must be a function of a Sweep, not 3"):
         ll.sweep(grid, each_seed=3, **settings)
+
+
+def test_runs_in_a_metric_are_other_runs_and_keep_their_drifts(experiment, model, source, tmp_path):
+    grid = ll.Grid(ll.Window.first(8), lr=1e-2, baselines=[ll.LoRA(8)])
+    shared = {**experiment, "store": tmp_path, **SETTINGS, "jobs": 1}
+    plain = ll.sweep(grid, **shared)
+    metrics = [ll.spectrum.Metric(source, examples=20, power=power) for power in (0.5, 1.0)]
+    sweeps = []
+    for metric in metrics:
+        found = ll.spectra(model, metric=metric, progress=False)
+        sweeps.append(ll.sweep(grid, **(shared | {"spectra": found})))
+    tables = [plain.table, *(found.table for found in sweeps)]
+    assert len({table.loc[0, "run"] for table in tables}) == 3
+    assert len({table.loc[1, "run"] for table in tables}) == 1  # LoRA does not see the spectra
+    assert [found.table.loc[0, "variant"] for found in sweeps] == [str(metric) for metric in metrics]
+    opened = ll.Sweep.open(tmp_path)
+    assert len(opened.table) == 4
+    assert set(opened.table["variant"].dropna()) == {str(metric) for metric in metrics}
+    drifts = sweeps[0].drifts().set_index("run").loc[tables[1].loc[0, "run"]]
+    assert drifts["inside"].isna().all() and (drifts["update"] > 0).all() and drifts["rotation"].notna().all()
+    again = ll.sweep(grid, **(shared | {"spectra": ll.spectra(model, metric=metrics[0], progress=False)}))
+    pd.testing.assert_frame_equal(again.table, sweeps[0].table)

@@ -79,6 +79,18 @@ def test_the_split_of_a_transformer_s_layer_is_that_of_what_it_was_given(model, 
     assert split.position_shares.shape == (4, 16)
 
 
+def test_the_energy_is_shared_in_a_metric_as_well():
+    model, x = Layers(), torch.randn(4, 5, 9, generator=torch.Generator().manual_seed(1))
+    spectrum, window = ll.spectra(model, "fc", metric=x, progress=False)["fc"], ll.Window.middle(2)
+    split = ll.forgetting.feature_split(model, "fc", spectrum, window, x)
+    product = x @ model.fc.weight.detach().T
+    torch.testing.assert_close(split.window + split.residual, product, rtol=0, atol=1e-5)
+    whole = split.window_norms.square() + split.residual_norms.square()
+    torch.testing.assert_close(whole, product.square().sum(-1), rtol=1e-4, atol=1e-6)
+    energies = ll.forgetting.feature_energies(model, "fc", spectrum, x)
+    torch.testing.assert_close(energies.norms(window).shares, split.shares, rtol=1e-4, atol=1e-6)
+
+
 def test_the_model_is_left_as_it_was():
     model, spectrum = made(6, 9)
     model.train()

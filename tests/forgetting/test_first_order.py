@@ -38,9 +38,11 @@ def linear(weight: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def test_the_expected_change_is_the_mean_over_all_signs():
+@pytest.mark.parametrize("metric", [None, matrix(9, 2, seed=3).float()], ids=["plain", "in a metric"])
+def test_the_expected_change_is_the_mean_over_all_signs(metric):
     weight, inputs = matrix(3, 2, seed=0), matrix(5, 2, seed=1)
-    spectrum = factorize("w", weight)
+    model = nn.Sequential(linear(weight))
+    spectrum = ll.spectra(model, metric=metric, progress=False)["0"]
     for start in (0, 1):
         window = ll.Window(1, start=start)
         left, right = (factor.double() for factor in spectrum.vectors(window))

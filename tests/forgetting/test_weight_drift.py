@@ -302,3 +302,27 @@ def test_training_moves_the_window_first(window, model, spectra, digits, source)
     features = feature_change(model, adapted, source.test.inputs[:300])
     assert features["layer"].tolist() == ["head"]
     assert 0.3 < features["cka"][0] < 1 - 1e-4 and features["relative_change"][0] > 0.01
+
+
+def test_windows_in_a_metric_drift_between_components_of_the_plain_spectrum(model, source, spectra):
+    """Their numbers say nothing about the plain spectrum's components, so no share is made up from them."""
+    images, name = source.train.inputs[:20], "blocks.0.attn.proj"
+    found = ll.spectra(model, name, metric=images, progress=False)
+    adapted = ll.attach(model, ll.Window.first(4), targets=name, spectra=found)
+    with torch.no_grad():
+        adapted.get_parameter(f"base_model.model.{name}.lora_B.default.weight").mul_(1.1)
+    row = only_row(drift(adapted, spectra))
+    assert row[["inside", "above", "below", "mixed", "left_inside"]].isna().all()
+    assert row["update"] == pytest.approx(
+        0.1 * float(found[name].component(ll.Window.first(4)).norm()), rel=1e-4
+    )
+    assert only_row(drift(adapted, spectra, window=ll.Window.first(4)))["inside"] < 1
+    for refused in (drift, ll.forgetting.rotations):
+        with pytest.raises(
+            ValueError, match=r"needs the plain spectrum of .*proj, and this one is in the metric"
+        ):
+            refused(adapted, found)
+    with pytest.raises(ValueError, match="needs the plain spectrum"):
+        turned(adapted, name, found[name])
+    with pytest.raises(ValueError, match="needs the plain spectrum"):
+        drift_between(model, model, found)

@@ -142,6 +142,11 @@ def continual_sweep(
     if not isinstance(strategy, Strategy):
         raise InputTypeError(f"expected a strategy such as Merged(), not {strategy!r}")
     require_shared(model, variant, spectra)
+    if spectra is not None and spectra.metric:
+        raise InputError(
+            f"spectra are in the {spectra.metric}, and of a sequence only the first task would start from "
+            "them: give plain ones, ll.spectra(model) without metric="
+        )
     if "evaluations" in settings:
         raise InputError(
             "evaluations has no sense here, as tests follow tasks: do not give it to continual_sweep"

@@ -346,7 +346,15 @@ def other_words() -> list[ll.Task]:
     return [first, ll.tasks.label_word_task(part_of("movies", 8, 4), byte_tokenizer(), words=own)]
 
 
+def in_a_metric() -> ll.SpectrumSet:
+    return ll.spectra(small_vit(), metric=torch.randn(9, 1, 28, 28), progress=False)
+
+
 WRONG = {
+    "a metric": (
+        lambda: {"spectra": in_a_metric()},
+        r"spectra are in the metric of 9 inputs .*, and of a sequence only the first task would start from",
+    ),
     "one task": (lambda: {"tasks": pairs()[:1]}, "at least two tasks, not 1"),
     "one name": (lambda: {"tasks": with_names("a", "b", "a")}, "two tasks have one name"),
     "a setting": (
