@@ -25,7 +25,14 @@ from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.methods import LoRA, Method
 from lora_lens.adapters.peft_names import target_settings
-from lora_lens.adapters.peft_starts import DATA, PEFT_STARTS, Start, attach_start, plan_start
+from lora_lens.adapters.peft_starts import (
+    DATA,
+    PEFT_STARTS,
+    Start,
+    attach_start,
+    plan_start,
+    require_changeable,
+)
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_of
@@ -165,7 +172,9 @@ class PeftMethod(Method):
         if request.alpha is not None:
             raise InputError(f"{self} takes its own settings from its config, and no alpha")
         # Its rank, if it has one, need not fit a spectrum: VeRA's is usually larger.
-        return dict.fromkeys(plan_layers(LoRA(1), request), self)
+        plan = plan_layers(LoRA(1), request)
+        require_changeable(self, request, plan)
+        return dict.fromkeys(plan, self)
 
     def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:
         if isinstance(self.config, str):

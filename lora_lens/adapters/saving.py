@@ -30,15 +30,15 @@ from lora_lens.adapters.injection import (
     lora_layers,
     moved_buffers,
     note_pretrained,
-    note_start,
     require_unadapted,
     require_unmerged,
-    set_start,
 )
 from lora_lens.adapters.peft_names import PREFIX, saved_modules, target_settings
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
-from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
+from lora_lens.adapters.start import FORMS, set_factors
+from lora_lens.spectrum.adaptable_layers import unchangeable, weight_matrix, weight_of
+from lora_lens.spectrum.quantized_layers import quantized_as
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedModel
@@ -150,7 +150,8 @@ def load(
     state = _fitting(saved, shapes, model)
     factors = _fitting_start(saved, shapes)
 
-    originals = {name: weight_of(submodule(model, name)) for name in names}
+    layers = {name: submodule(model, name) for name in names}
+    originals, fixed = {n: weight_of(layer) for n, layer in layers.items()}, unchangeable(model, layers)
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, originals.values() if factors else [])
     for key, value in target_settings(names, model).items():
@@ -159,10 +160,12 @@ def load(
     starts = {}
     for name in names if factors else []:
         layer = lora_layer(adapted, name)
-        set_start(layer, factors[f"{name}.B"], factors[f"{name}.A"], keep=not inplace)
-        original = None if inplace else originals[name].detach()
+        original = None if inplace or quantized_as(layers[name]) else originals[name].detach()
         known = saved.weights[name]
-        starts[name] = note_start(layer, torch.tensor(known["components"]), known["digest"], original)
+        form = FORMS["offset" if name in fixed else known.get("base", "residual")]
+        set_factors(layer, factors[f"{name}.B"], factors[f"{name}.A"])
+        form.put(layer, saved.config, keep=not inplace)
+        starts[name] = form.noted(layer, torch.tensor(known["components"]), known["digest"], original)
     with torch.no_grad():
         for key, tensor in adapter_state(adapted).items():  # these are the parameters' own values
             tensor.copy_(state[key].reshape(tensor.shape))
@@ -176,7 +179,7 @@ def load(
 def weight_digests(peft_model: AdaptedModel, record: Attachment) -> dict[str, str]:
     """Of the pretrained weight of each adapted layer; without a window that is the base's."""
     if record.starts:
-        return {name: start.digest for name, start in record.starts.items()}
+        return {n: s.digest_in(n, lora_layer(peft_model, n)) for n, s in record.starts.items()}
     return {n: digest_of(weight_matrix(x.get_base_layer())) for n, x in lora_layers(peft_model).items()}
 
 
