@@ -155,8 +155,9 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     require_unmerged(peft_model)
     if not record.starts:
         raise InputError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
-    for name, why in unchangeable(base_of(peft_model), planned_layers(peft_model)).items():
-        raise InputError(f"{name} {why}, so it has no residual; use export")
+    bases = {f"{n}.base_layer": layer.get_base_layer() for n, layer in planned_layers(peft_model).items()}
+    for name, why in unchangeable(base_of(peft_model), bases).items():
+        raise InputError(f"{name.removesuffix('.base_layer')} {why}, so it has no residual; use export")
     state, digests, residuals = adapter_state(peft_model), {}, {}
     for name, start in record.starts.items():
         layer = lora_layer(peft_model, name)

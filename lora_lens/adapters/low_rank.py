@@ -105,9 +105,7 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     fixed = unchangeable(model, layers)
     forms = {name: FORMS["offset" if name in fixed else variant.base] for name in windows}
     for name in (name for name in fixed if variant.dora):
-        raise InputError(
-            f"{name} {fixed[name]}, so its base must not change, as DoRA needs it: leave dora out"
-        )
+        raise InputError(f"{name} {fixed[name]}, so its base cannot be the residual of DoRA: leave dora out")
     if variant.dropout and any(form.changes_base for form in forms.values()):
         warnings.warn(
             f"dropout={variant.dropout:g} also drops inputs of the pretrained components in the windows, so "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' layers: whether they pack weights to evaluate them
@@ -30,7 +30,13 @@ def quantized_as(layer: nn.Module) -> str:
 def dequantized(layer: nn.Module) -> Tensor:
     """The matrix (out_features, in_features) that a quantized layer multiplies by."""
     _unpack(layer)
-    return dequantize_module_weight(layer).detach().reshape(layer.out_features, layer.in_features)
+    weight = layer.weight
+    if type(weight).__module__.startswith("torchao."):
+        matrix = weight.dequantize()
+    else:
+        # Not by PEFT's dequantize_module_weight, after which bitsandbytes' 8-bit layers lack their scales.
+        matrix = dequantize_bnb_weight(weight, getattr(layer, "state", None))
+    return matrix.detach().reshape(layer.out_features, layer.in_features)
 
 
 def keep_trainable(modules: Iterable[nn.Module]) -> None:
