@@ -99,7 +99,7 @@ def _delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
     exact = torch.promote_types(b.dtype, torch.float32)
     delta = torch.mm(b.to(exact), a.to(exact)) * layer.scaling[adapter]
     delta = delta.reshape(-1, *layer.lora_A[adapter].weight.shape[1:])
-    return delta.T if layer.fan_in_fan_out else delta
+    return delta.T if getattr(layer, "fan_in_fan_out", False) else delta
 
 
 def _merge(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:

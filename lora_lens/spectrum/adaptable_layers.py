@@ -320,8 +320,8 @@ def _reason(module: nn.Module, others: list[str]) -> str:
     if not plain or (not weight.is_floating_point() and not weight.is_complex()):
         what = kind if plain else f"{kind} of {type(weight).__name__}"
         return (
-            f"is quantized ({what}) in a way whose values cannot be had back here; attach to the model in "
-            "full precision, or as bitsandbytes or torchao quantizes it"
+            f"is quantized ({what}) without what gives its values back; move bitsandbytes' layers to their "
+            "device first, or attach to the model in full precision"
         )
     if isinstance(module, nn.Embedding):
         return "is an embedding (nn.Embedding): its rows are looked up, and no product with it is ever formed"
