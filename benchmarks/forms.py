@@ -91,7 +91,9 @@ def main() -> None:
                     times = alternating({f: step(a, batch, lean) for f, a in both.items()}, STEPS, name)
                     pairs = zip(*times.values(), strict=True)
                     ratios = [offset / residual for residual, offset in pairs]
-                    rows.append([name, *(spread(times[f]) for f in FORMS), f"{statistics.median(ratios):.2f}"])
+                    rows.append(
+                        [name, *(spread(times[f]) for f in FORMS), f"{statistics.median(ratios):.2f}"]
+                    )
     text = f"Two forms of one start: seconds, median and range. {machine()}.\n\n"
     publish(arguments.out, "forms", text + markdown(["", *FORMS, "offset / residual"], rows))
 

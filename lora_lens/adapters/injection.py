@@ -105,9 +105,7 @@ def lora_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
                 f"undo it with PEFT's set_scale({ADAPTER!r}, 1)"
             )
         if start_in(layer) is not None and ADAPTER not in layer.lora_variant:
-            raise InputError(
-                f"PEFT forgot the start of {name}, so its adapter adds the window a second time: {AGAIN}"
-            )
+            raise InputError(f"{name} lost its start, so its adapter adds the window once more: {AGAIN}")
         require_at_hand(name, layer)
     known = {id(layer) for layer in ours.values()}
     for path, module in base_of(peft_model).named_modules():

@@ -447,7 +447,11 @@ REFUSALS = {
         r"adapted already",
     ),
     "bitsandbytes' layers that were not moved to their device yet": Refusal(
-        "they are quantized on the way", bitsandbytes("Linear4bit"), "0", r"move bitsandbytes'", "bitsandbytes"
+        "they are quantized on the way",
+        bitsandbytes("Linear4bit"),
+        "0",
+        r"move bitsandbytes'",
+        "bitsandbytes",
     ),
 }
 
