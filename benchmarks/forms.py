@@ -2,8 +2,8 @@
 
     python benchmarks/forms.py [--out benchmarks/results]
 
-Attaching with given spectra to ViT-B/16 with random weights, on a copy, and how much of the model's memory that
-takes; and training steps (forward, backward, AdamW) of ViT-S/16 and SmolLM2-135M, one thread, float32: by
+Attaching with given spectra to ViT-B/16 with random weights, on a copy, and how many of its adapted weights
+that copies; and training steps (forward, backward, AdamW) of ViT-S/16 and SmolLM2-135M, one thread, float32: by
 PEFT's own forward pass, as transformers' ``Trainer`` calls it, and by the layers that ``ll.finetune`` uses.
 Forms alternate in one process; read the ratios.
 """
@@ -64,7 +64,7 @@ def main() -> None:
     arguments = options(__doc__).parse_args()
     vit, smol = models().values()
     spectra = ll.spectra(vit, vectors=[ll.Window.middle(16)], progress=False)
-    rows, ratios = [], []
+    rows = []
     for count in (1, 2):
         with threads(count):
             times = alternating({form: attach(vit, form, spectra) for form in FORMS}, REPEATS, "attach")
@@ -90,10 +90,8 @@ def main() -> None:
                     name = f"step, {label}, rank {rank}, {path}"
                     times = alternating({f: step(a, batch, lean) for f, a in both.items()}, STEPS, name)
                     pairs = zip(*times.values(), strict=True)
-                    ratios = [offset / residual for residual, offset in pairs]
-                    rows.append(
-                        [name, *(spread(times[f]) for f in FORMS), f"{statistics.median(ratios):.2f}"]
-                    )
+                    ratio = statistics.median(offset / residual for residual, offset in pairs)
+                    rows.append([name, *(spread(times[form]) for form in FORMS), f"{ratio:.2f}"])
     text = f"Two forms of one start: seconds, median and range. {machine()}.\n\n"
     publish(arguments.out, "forms", text + markdown(["", *FORMS, "offset / residual"], rows))
 
