@@ -96,12 +96,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def publish(folder: Path, name: str, text: str, figure: Figure) -> None:
-    """Print the tables and write them with the picture."""
+def publish(folder: Path, name: str, text: str, figure: Figure | None = None) -> None:
+    """Print the tables and write them with the picture, if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text + "\n")
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    print(f"{text}\n\nwritten: {folder / name}.md and .png")
+    if figure is not None:
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    print(f"{text}\n\nwritten: {folder / name}.md{' and .png' * (figure is not None)}")
 
 
 def machine() -> str:

@@ -121,12 +121,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_record(folder: Path, kind: str, record: Attachment, digests: Mapping[str, str]) -> None:
     """The last file of a folder, lora_lens.json."""
     components = {name: start.components.tolist() for name, start in record.starts.items()}
+    # As earlier versions wrote it, where all is of the form that they knew.
+    bases = {n: {} if s.changes_base else {"base": s.form} for n, s in record.starts.items()}
+    variant = {**asdict(record.variant), "dtype": str(record.variant.dtype).removeprefix("torch.")}
+    if variant["base"] == "residual":
+        del variant["base"]
     about = {
         "format": FORMAT,
         "kind": kind,
         "method": record.method,
-        "variant": {**asdict(record.variant), "dtype": str(record.variant.dtype).removeprefix("torch.")},
-        "weights": {n: {"digest": d, "components": components.get(n)} for n, d in digests.items()},
+        "variant": variant,
+        "weights": {
+            n: {"digest": d, "components": components.get(n), **bases.get(n, {})} for n, d in digests.items()
+        },
     }
     write_about(folder, about)
 
@@ -210,6 +217,8 @@ def _is_known(known: object, window: bool) -> bool:
     if not isinstance(known, dict) or not re.fullmatch("[0-9a-f]{64}", str(known.get("digest"))):
         return False
     components = known.get("components")
+    if known.get("base", "residual") not in ("residual", "offset"):
+        return False
     if components is None:
         return not window
     return isinstance(components, list) and all(type(c) is int and c >= 0 for c in components)
@@ -217,7 +226,7 @@ def _is_known(known: object, window: bool) -> bool:
 
 def _variant(values: object, path: Path) -> Variant:
     known = {f.name for f in fields(Variant)}
-    if not isinstance(values, dict) or values.keys() != known:
+    if not isinstance(values, dict) or values.keys() | {"base"} != known:
         raise InputError(
             f"{path} has the variant {shown(values)}, expected {listed(sorted(known))}: update lora_lens"
         )

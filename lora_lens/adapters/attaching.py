@@ -9,7 +9,6 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from lora_lens._base.errors import InputError
 from lora_lens._base.naming import Targets
 from lora_lens.adapters.injection import (
     attached,
@@ -19,12 +18,10 @@ from lora_lens.adapters.injection import (
     without_peft,
 )
 from lora_lens.adapters.methods import MethodLike, as_method
-from lora_lens.adapters.pretrained import matrices_of, require_same
+from lora_lens.adapters.pretrained import matrices_of
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import layers_at, set_weight_matrix, weight_of
 from lora_lens.spectrum.spectrum import SpectrumSet
-from lora_lens.spectrum.stacks import StackedMatrix
 from lora_lens.tasks.task import Task
 
 
@@ -129,8 +126,8 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
     Args:
         adapted: from :func:`attach`, trained or not, possibly compiled or wrapped; it cannot be used any
             more.
-        original: the pretrained model or its file; needed if the model was adapted in place, or if
-            the pretrained model was trained meanwhile.
+        original: the pretrained model or its file; needed if the base holds a residual and the model was
+            adapted in place, or if the pretrained model was trained meanwhile.
 
     Returns:
         The pretrained model without PEFT, its parameters requiring gradients as before. The
@@ -153,28 +150,11 @@ def detach(adapted: nn.Module, original: nn.Module | str | Path | None = None) -
     found = {} if original is None else matrices_of(original, list(record.starts), prefix)
     layers = planned_layers(peft_model)
     for name, start in record.starts.items():
-        if original is None:
-            weight = start.weight(name)
-        else:
-            weight = found[name]()
-            require_same(name, weight, start.digest)
         require_at_hand(name, layers[name])
-        if (dtype := weight_of(layers[name].get_base_layer()).dtype) != weight.dtype:
-            raise InputError(
-                f"{name} was cast from {weight.dtype} to {dtype} after attach, so what else the model holds "
-                "was rounded and is not the pretrained model any more; take that one itself"
-            )
+        start.require_restorable(name, layers[name], found[name]() if name in found else None)
+    for name, start in record.starts.items():
+        start.restore(name, layers[name], found[name]() if name in found else None)
     base = without_peft(peft_model)
-    for name, layer in layers_at(base, record.starts).items():
-        start = record.starts[name]
-        if original is None:
-            now = weight_of(layer)
-            if isinstance(layer, StackedMatrix):
-                now.data.copy_(start.weight(name))
-            else:
-                now.data = start.weight(name).to(now.device, copy=True)
-        else:
-            set_weight_matrix(layer, found[name]())
     for name, parameter in tensors_by_name(base, "parameters"):
         parameter.requires_grad_(name in record.trainable)
     for name, buffer in tensors_by_name(base, "buffers"):

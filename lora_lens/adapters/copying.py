@@ -14,7 +14,8 @@ from lora_lens._base.errors import InputError
 def copy_around(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
     """A deep copy of all but the values of ``shared``."""
     # data instead of detach(): changes of the copy must not count as changes of the original.
-    return copied(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in shared})
+    plain = [p for p in shared if type(p) is nn.Parameter and type(p.data) is Tensor]
+    return copied(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in plain})
 
 
 def copied(model: nn.Module, known: dict[int, Tensor]) -> nn.Module:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError
@@ -15,11 +13,11 @@ from lora_lens._base.naming import block_and_kind
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import call, evaluating
 from lora_lens.adapters.coverage import Summary, coverage
-from lora_lens.adapters.injection import Start, attached, lora_layers, require_unmerged
+from lora_lens.adapters.injection import attached, lora_layers, require_unmerged
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.uncalled import noting_uncalled
-from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
-from lora_lens.spectrum.svd import product_norm
+from lora_lens.spectrum.adaptable_layers import weight_of
+from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.tasks.readouts import REMEDY, require_batch, taking
 
 
@@ -34,9 +32,10 @@ def summary(adapted: nn.Module) -> Summary:
         last (the lowest and highest component, counted from 0; missing for ordinary LoRA, PEFT's own starts
         and windows in a metric), energy (the share of ||W||_F^2 that these components hold, in [0, 1]; NaN
         where the adapter took its start from the weight, but not from components of its plain spectrum),
-        scaling, base_dtype, adapter_dtype, and start_error: the relative error of the weight at the start,
-        ||base + scaling B A - W||_F / ||W||_F with the factors as attached; NaN if the pretrained weight was
-        not kept (inplace=True).
+        scaling, base ("residual" or "offset", see :class:`Variant`; missing for ordinary LoRA), base_dtype
+        (of a quantized weight its class), adapter_dtype, and start_error: the relative error of the weight at
+        the start, ||effective weight - W||_F / ||W||_F with the factors as attached; NaN if there is a
+        residual and the pretrained weight was not kept (inplace=True).
 
         Printed, the table also says what share of the model's matrices is adapted, and why the others are
         not: see :func:`lora_lens.adapters.coverage`, which is its ``coverage``.
@@ -57,7 +56,7 @@ def summary(adapted: nn.Module) -> Summary:
     require_unmerged(peft_model)
     rows = []
     for name, layer in lora_layers(peft_model).items():
-        start = record.starts.get(name)
+        start, base = record.starts.get(name), layer.get_base_layer()
         components = start.components.tolist() if start else []
         rows.append(
             {
@@ -66,11 +65,12 @@ def summary(adapted: nn.Module) -> Summary:
                 "rank": layer.r[ADAPTER],
                 "first": components[0] if components else None,
                 "last": components[-1] if components else None,
-                "energy": 0.0 if start is None else _start_energy(layer, start),
+                "energy": 0.0 if start is None else start.energy(layer),
                 "scaling": float(layer.scaling[ADAPTER]),
-                "base_dtype": str(layer.get_base_layer().weight.dtype).removeprefix("torch."),
+                "base": None if start is None else start.form,
+                "base_dtype": quantized_as(base) or str(weight_of(base).dtype).removeprefix("torch."),
                 "adapter_dtype": str(layer.lora_A[ADAPTER].weight.dtype).removeprefix("torch."),
-                "start_error": 0.0 if start is None else _start_error(layer, start),
+                "start_error": 0.0 if start is None else start.error(layer),
             }
         )
     table = Summary(rows)
@@ -126,27 +126,6 @@ def function_error(adapted: nn.Module, model: nn.Module, inputs: Tensor | Mappin
         reference, now = reference[mask], now[mask]
     difference, largest = float((now - reference).abs().max()), float(reference.abs().max())
     return difference / largest if largest else difference and float("inf")
-
-
-def _start_energy(layer: LoraLayer, start: Start) -> float:
-    """Window and residual are orthogonal, so their squared norms add up to that of the weight."""
-    if not len(start.components):
-        return float("nan")
-    window = layer.scaling[ADAPTER] ** 2 * float(product_norm(start.b, start.a)) ** 2
-    whole = window + float(torch.linalg.norm(weight_matrix(layer.get_base_layer()).float())) ** 2
-    return window / whole if whole > 0 else 0.0
-
-
-def _start_error(layer: LoraLayer, start: Start) -> float:
-    if start.original is None:
-        return float("nan")
-    base = layer.get_base_layer()
-    original = start.original.to(weight_of(base).device)
-    original = as_double(original.T if isinstance(base, Conv1D) else original.flatten(1))
-    now, b, a = map(as_double, (weight_matrix(base), start.b, start.a))
-    effective = torch.addmm(now, b, a, alpha=layer.scaling[ADAPTER])
-    norm = torch.linalg.norm(original)
-    return float(torch.linalg.norm(effective - original) / norm) if norm > 0 else 0.0
 
 
 def _first_output(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:

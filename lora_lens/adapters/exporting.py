@@ -16,19 +16,20 @@ from transformers import PreTrainedModel
 from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import digest_of
 from lora_lens._base.naming import listed
-from lora_lens._base.wrappers import unwrapped
+from lora_lens._base.wrappers import submodule, unwrapped
 from lora_lens.adapters.adapter_files import FORMAT, write_adapter, write_record, write_tensors
 from lora_lens.adapters.copying import copied
 from lora_lens.adapters.injection import (
     adapter_state,
     attached,
+    base_of,
     buffers_by_name,
     lora_config,
     lora_layers,
     moved_buffers,
+    planned_layers,
     require_unmerged,
     stacked_state,
-    trained_update,
     whole_modules,
     without_peft,
 )
@@ -37,7 +38,8 @@ from lora_lens.adapters.plain_peft import for_plain_peft
 from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
 from lora_lens.adapters.saving import weight_digests
 from lora_lens.adapters.stacks import StackedLayer
-from lora_lens.spectrum.adaptable_layers import weight_matrix, weight_of
+from lora_lens.adapters.start import trained_update
+from lora_lens.spectrum.adaptable_layers import set_weight_matrix, unchangeable, weight_of
 from lora_lens.spectrum.stacks import stack_name
 from lora_lens.spectrum.svd import product_norm, product_svd
 from lora_lens.spectrum.window import validate_rank
@@ -161,22 +163,24 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     require_unmerged(peft_model)
     if not record.starts:
         raise InputError(f"{record.method} has no residual base: use export, or PEFT's save_pretrained")
-    state, digests, layers = adapter_state(peft_model), {}, lora_layers(peft_model)
-    stacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    bases = {f"{n}.base_layer": layer.get_base_layer() for n, layer in planned_layers(peft_model).items()}
+    for name, why in unchangeable(base_of(peft_model), bases).items():
+        raise InputError(f"{name.removesuffix('.base_layer')} {why}, so it has no residual; use export")
+    state, digests, residuals = adapter_state(peft_model), {}, {}
+    layers, stacked = lora_layers(peft_model), {}
     for name, start in record.starts.items():
         layer = layers[name]
+        b, a = start.taken(layer)
         if isinstance(layer, StackedLayer):
-            stacked.setdefault(stack_name(name), []).append((start.b, start.a))
-        for key, factor in () if isinstance(layer, StackedLayer) else (("B", start.b), ("A", start.a)):
+            stacked.setdefault(stack_name(name), []).append((b, a))
+        for key, factor in () if isinstance(layer, StackedLayer) else (("B", b), ("A", a)):
             like = getattr(layer, f"lora_{key}")[ADAPTER].weight
             state[f"{PREFIX}{name}.lora_{key}.weight"] = factor.reshape(like.shape)
-        residual = weight_matrix(layer.get_base_layer())
+        residual = residuals[name] = start.residual(layer)
         digests[name] = digest_of(residual)
         if record.variant.dora:
             key = f"{PREFIX}{name}.lora_magnitude_vector"
-            whole = torch.addmm(
-                residual.float(), start.b.float(), start.a.float(), alpha=layer.scaling[ADAPTER]
-            )
+            whole = torch.addmm(residual.float(), b.float(), a.float(), alpha=layer.scaling[ADAPTER])
             state[key] = torch.linalg.norm(whole, dim=1).reshape(state[key].shape).to(state[key].dtype)
     state |= stacked_state(peft_model, stacked)
     for name, module in whole_modules(peft_model).items():
@@ -188,6 +192,11 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     now = buffers_by_name(peft_model)
     before = {id(now[name]): buffer for name, buffer in record.buffers.items() if name in now}
     base = without_peft(cast(PeftModel, copied(peft_model, tensors | before)))
+    for name, start in record.starts.items():
+        if not start.changes_base:
+            layer = submodule(base, name)
+            layer.weight = nn.Parameter(torch.empty_like(weight_of(layer)), requires_grad=False)
+            set_weight_matrix(layer, residuals[name])
     with replaced(folder, BASE_AND_ADAPTER) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
+from lora_lens.adapters.offset import start_in
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.adapters.planned_layers import injected
 from lora_lens.adapters.stacks import (
-    StackedLayer,
     expanded,
     innermost,
     is_exchanged,
@@ -29,56 +29,16 @@ from lora_lens.adapters.stacks import (
     packed,
     restore_order,
 )
+from lora_lens.adapters.start import Start, is_dora
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix, weight_of
+from lora_lens.spectrum.adaptable_layers import weight_of
+from lora_lens.spectrum.quantized_layers import keep_trainable
 from lora_lens.spectrum.stacks import wrapped_names
 
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedLayer, AdaptedModel
 
 AGAIN = "attach again, or undo that"
-
-
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Where the adapter of one weight started: what must be known to undo it.
-
-    Attributes:
-        components: (rank,) indices of the components, ascending; empty where the factors are not made
-            of components, as those of most of PEFT's own starts.
-        b, a: the factors as they were stored, (out_features, rank) and (rank, in_features).
-        digest: of the pretrained weight as a matrix, see :func:`lora_lens._base.hashing.digest_of`.
-        original: that weight, shared with the model that was given, and the version it had then;
-            None if the model was adapted in place.
-    """
-
-    components: Tensor
-    b: Tensor
-    a: Tensor
-    digest: str
-    original: Tensor | None = None
-    version: int = 0
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Start:
-        return self
-
-    def weight(self, name: str) -> Tensor:
-        """The pretrained weight as it was, in the layout of its layer.
-
-        Raises:
-            ValueError: it was not kept, or its model was trained meanwhile.
-        """
-        if self.original is None:
-            raise InputError(
-                f"the pretrained weight of {name} was not kept, because the model was adapted in place; "
-                "pass original=, the pretrained model or its file"
-            )
-        if self.original._version != self.version:
-            raise InputError(
-                f"the pretrained model was changed after attach (its {name}.weight); pass original=, "
-                "the pretrained model or its file"
-            )
-        return self.original
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +113,10 @@ def lora_layers(peft_model: AdaptedModel) -> dict[str, AdaptedLayer]:
                 f"the scaling of {name} is {scaling:g}, and attach made it {layer.planned_scaling:g}: it "
                 "scales the pretrained components of a window, too, so it is no part of what is trained; "
                 f"undo it with PEFT's set_scale({ADAPTER!r}, 1)"
+            )
+        if start_in(layer) is not None and ADAPTER not in layer.lora_variant:
+            raise InputError(
+                f"PEFT forgot the start of {name}, so its adapter adds the window a second time: {AGAIN}"
             )
     matrices = expanded(ours)
     for name, layer in matrices.items():
@@ -271,11 +235,6 @@ def stacked_state(
     return state
 
 
-def factor_matrix(factor: nn.ModuleDict) -> Tensor:
-    """A layer's A (rank, in_features) or B (out_features, rank), a view, also of a convolution's."""
-    return weight_of(factor[ADAPTER]).detach().flatten(1)
-
-
 def note_pretrained(model: nn.Module) -> tuple[frozenset[str], dict[str, Tensor]]:
     """Which parameters require gradients, and copies of the buffers: to be called before :func:`inject`."""
     trainable = frozenset(name for name, p in tensors_by_name(model, "parameters") if p.requires_grad)
@@ -291,14 +250,10 @@ def tensors_by_name(model: nn.Module, kind: str) -> Iterator[tuple[str, Tensor]]
                 yield ".".join([*parts, key]), tensor
 
 
-def is_dora(layer: LoraLayer) -> bool:
-    return ADAPTER in getattr(layer, "lora_magnitude_vector", {})
-
-
 def inject(
     model: nn.Module, config: LoraConfig, names: Iterable[str], variant: Variant, seed: int = 0
 ) -> AdaptedModel:
-    """PEFT's layers in place of exactly the named ones, ready for :func:`set_start`.
+    """PEFT's layers in place of exactly the named ones, ready for their :class:`Start`.
 
     Raises:
         ValueError: PEFT refuses a layer, or adapts others than these; then the model is as it was.
@@ -316,62 +271,8 @@ def inject(
             fixed = "lora_B" if (variant.train == "A") != turned else "lora_A"
             layer.frozen_peft_weight_names = {ADAPTER: (fixed,)}  # PEFT's set_adapter would train it again
             getattr(layer, fixed).requires_grad_(False)
+    keep_trainable(adapted.modules())
     return adapted
-
-
-@torch.no_grad()
-def set_start(layer: LoraLayer, b: Tensor, a: Tensor, keep: bool) -> None:
-    """Give a layer its first factors, (out, rank) and (rank, in), and its base the residual.
-
-    With ``keep`` the base's values go to new memory.
-    """
-    if isinstance(layer, StackedLayer):
-        return layer.set_start(b, a, keep)
-    factor_matrix(layer.lora_B).copy_(b)
-    factor_matrix(layer.lora_A).copy_(a)
-    base, scaling = layer.get_base_layer(), layer.scaling[ADAPTER]
-    weight = weight_of(base)
-    if keep:
-        weight.data = weight.data.clone()
-    matrix = weight_matrix(base)
-    exact = torch.promote_types(matrix.dtype, torch.float32)
-    stored_b, stored_a = (factor_matrix(f).to(exact) for f in (layer.lora_B, layer.lora_A))
-    if matrix.dtype == exact:
-        residual = matrix.addmm_(stored_b, stored_a, alpha=-scaling)
-    else:
-        residual = torch.addmm(matrix.to(exact), stored_b, stored_a, alpha=-scaling)
-    if residual.data_ptr() != weight.data_ptr():
-        set_weight_matrix(base, residual)
-    if is_dora(layer):  # as long as the rows of the sum now are
-        magnitude: Any = layer.lora_magnitude_vector[ADAPTER]
-        magnitude.update_layer(
-            base_layer=base,
-            lora_A=layer.lora_A[ADAPTER].weight,
-            lora_B=layer.lora_B[ADAPTER].weight,
-            scaling=scaling,
-        )
-
-
-def note_start(layer: LoraLayer, components: Tensor, digest: str, original: Tensor | None) -> Start:
-    """To be called before the first training step."""
-    b, a = (factor_matrix(f).clone() for f in (layer.lora_B, layer.lora_A))
-    return Start(components, b, a, digest, original, 0 if original is None else original._version)
-
-
-def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tensor]:
-    """Factors (out, R) and (R, in) of what was trained, float32 or more."""
-    scaling = layer.scaling[ADAPTER]
-    b, a = (factor_matrix(f).cpu() for f in (layer.lora_B, layer.lora_A))
-    exact = torch.promote_types(b.dtype, torch.float32)
-    b, a = b.to(exact), a.to(exact)
-    if start is None:
-        return scaling * b, a
-    b0, a0 = start.b.cpu().to(exact), start.a.cpu().to(exact)
-    if torch.equal(b, b0):
-        return scaling * b, a - a0
-    if torch.equal(a, a0):
-        return scaling * (b - b0), a
-    return scaling * torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
 
 
 def require_unmerged(peft_model: AdaptedModel) -> None:

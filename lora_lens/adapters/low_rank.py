@@ -22,12 +22,11 @@ from lora_lens.adapters.injection import (
     inject,
     lora_layers,
     note_pretrained,
-    note_start,
-    set_start,
 )
 from lora_lens.adapters.peft_names import lies_in, peft_config, saved_modules
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.stacks import require_whole_stacks
+from lora_lens.adapters.start import form_for, set_factors
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import (
     Adaptable,
@@ -37,12 +36,14 @@ from lora_lens.spectrum.adaptable_layers import (
     layers_at,
     matrix_shape,
     owner_of,
+    unchangeable,
     warn_left_out,
     weight_matrix,
     weight_of,
 )
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
+from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Placement, Window, require_fit
 
@@ -70,7 +71,7 @@ def plan_layers(method: Ranked, request: Request) -> dict[str, Any]:
     for name, placement in plan.items():
         layer = able.layers[name]
         k = min(matrix_shape(layer))
-        check_finite(name, weight_of(layer))
+        check_finite(name, weight_matrix(layer))
         require_fit(placement.rank, k, name)
         if isinstance(placement, Window):
             placement.slice(k, name)
@@ -100,13 +101,6 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     spectra: Mapping[str, Spectrum] = {} if request.spectra is None else request.spectra
     if windows and request.spectra is None:
         spectra = compute_spectra(model, list(windows), vectors={name: [p] for name, p in windows.items()})
-    if windows and variant.dropout:
-        warnings.warn(
-            f"dropout={variant.dropout:g} also drops inputs of the pretrained components in the windows, so "
-            "in training mode the model does not start from its pretrained function (in eval mode it does)",
-            stacklevel=frames_inside(),
-        )
-
     random = len(windows) < len(plan)
     ranks = {name: placement.rank for name, placement in plan.items()}
     config = peft_config(model, ranks, request.alpha, variant, request.modules_to_save, random=random)
@@ -114,22 +108,35 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     factors = {name: _factors(spectra[name], p, request.alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
     _warn_of_zeros({name: spectra[name].singular_values[places] for name, places in components.items()})
+    fixed = unchangeable(model, layers)
+    forms = {name: form_for(name, layer, fixed, variant.base) for name, layer in layers.items()}
+    for name in (name for name in fixed if variant.dora):
+        raise InputError(f"{name} {fixed[name]}, so its base cannot be the residual of DoRA: leave dora out")
+    if variant.dropout and any(form.changes_base for form in forms.values()):
+        warnings.warn(
+            f"dropout={variant.dropout:g} also drops inputs of the pretrained components in the windows, so "
+            "in training mode the model does not start from its pretrained function (in eval mode it does)",
+            stacklevel=frames_inside(),
+        )
     trainable, buffers = note_pretrained(model)
-    originals = {} if request.inplace else {name: weight_of(layer).detach() for name, layer in layers.items()}
+    kept = {} if request.inplace else {n: layer for n, layer in layers.items() if not quantized_as(layer)}
+    originals = {name: weight_of(layer).detach() for name, layer in kept.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Hashing is a third of the work, and goes on beside the injection, which writes no values.
-        hashing = pool.map(digest_of, [weight_matrix(layer) for layer in layers.values()])
+        changing = {name: layer for name, layer in layers.items() if forms[name].changes_base}
+        hashing = pool.map(digest_of, [weight_matrix(layer) for layer in changing.values()])
         # Windows give these weights new values anyway, and copying them twice is most of the time.
         own = model if request.inplace else copy_around(model, map(owner_of, layers.values()))
         adapted = inject(own, config, plan, variant, request.seed)
-        digests = dict(zip(windows, hashing, strict=True))
+        digests = dict(zip(changing, hashing, strict=True))
 
     starts = {}
     for name, layer in lora_layers(adapted).items() if windows else ():
-        set_start(layer, *factors.pop(name), keep=not request.inplace)
+        set_factors(layer, *factors.pop(name))
+        forms[name].put(layer, config, keep=not request.inplace)
         plain = spectra[name].metric is None  # of others no number of a component means anything later
         noted = components[name] if plain else components[name][:0]
-        starts[name] = note_start(layer, noted, digests[name], originals.get(name))
+        starts[name] = forms[name].noted(layer, noted, digests.get(name, ""), originals.get(name))
     metric = request.spectra.metric if windows and request.spectra is not None else None
     words = f"{method} in the {metric}" if metric else str(method)
     adapted.attachment = Attachment(words, variant, starts, trainable, buffers)

@@ -25,7 +25,14 @@ from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.methods import LoRA, Method
 from lora_lens.adapters.peft_names import target_settings
-from lora_lens.adapters.peft_starts import DATA, PEFT_STARTS, Start, attach_start, plan_start
+from lora_lens.adapters.peft_starts import (
+    DATA,
+    PEFT_STARTS,
+    Start,
+    attach_start,
+    plan_start,
+    require_changeable,
+)
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.stacks import require_no_stacks
 from lora_lens.adapters.variant import Variant
@@ -168,6 +175,7 @@ class PeftMethod(Method):
         # Its rank, if it has one, need not fit a spectrum: VeRA's is usually larger.
         plan = plan_layers(LoRA(1), request)
         require_no_stacks(request.model, plan, self)
+        require_changeable(self, request, plan)
         return dict.fromkeys(plan, self)
 
     def attach(self, request: Request, plan: Mapping[str, Any]) -> nn.Module:

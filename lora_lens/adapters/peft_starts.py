@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
@@ -33,14 +33,14 @@ from lora_lens.adapters.injection import (
     lora_config,
     lora_layer,
     note_pretrained,
-    note_start,
 )
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.peft_names import ADAPTER, peft_config, target_settings
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.stacks import require_no_stacks
+from lora_lens.adapters.start import Residual
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_matrix, weight_of
+from lora_lens.spectrum.adaptable_layers import matrix_shape, unchangeable, weight_matrix, weight_of
 from lora_lens.tasks.readouts import Inputs, ask, layer_inputs, real_positions, to_device
 from lora_lens.tasks.task import Task
 
@@ -72,6 +72,7 @@ def plan_start(start: Start, request: Request) -> Mapping[str, Any]:
         raise InputError(f"{start} is built by PEFT and takes no variant, not {request.variant}")
     plan = plan_layers(start, request)
     require_no_stacks(request.model, plan, start)
+    require_changeable(start, request, plan)
     for name in plan:
         layer = submodule(request.model, name)
         if type(layer) is not nn.Linear:
@@ -86,6 +87,13 @@ def plan_start(start: Start, request: Request) -> Mapping[str, Any]:
                 f"directions as its rank there; use a rank of at most {most}"
             )
     return plan
+
+
+def require_changeable(method: object, request: Request, plan: Iterable[str]) -> None:
+    """Raise a ValueError if a weight is quantized or shared: PEFT would change it, or forms it of its own."""
+    layers = {name: submodule(request.model, name) for name in plan}
+    for name, why in unchangeable(request.model, layers).items():
+        raise InputError(f"{method} does not fit {name}, which {why}; leave it out of the targets")
 
 
 def attach_start(start: Start, request: Request, plan: Mapping[str, Any]) -> PeftModel:
@@ -129,7 +137,7 @@ def attach_start(start: Start, request: Request, plan: Mapping[str, Any]) -> Pef
     for name, original in originals.items() if start.name in TAKEN_OUT else ():
         components = torch.arange(start.rank if start.name == "pissa" else 0)
         digest = digest_of(weight_matrix(submodule(model, name)))
-        starts[name] = note_start(lora_layer(adapted, name), components, digest, original)
+        starts[name] = Residual.noted(lora_layer(adapted, name), components, digest, original)
     _forget_recipe(lora_config(adapted), start)
     adapted.attachment = Attachment(str(start), Variant(), starts, trainable, buffers)
     return adapted

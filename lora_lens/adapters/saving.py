@@ -29,16 +29,22 @@ from lora_lens.adapters.injection import (
     lora_layers,
     moved_buffers,
     note_pretrained,
-    note_start,
     require_unadapted,
     require_unmerged,
-    set_start,
 )
 from lora_lens.adapters.peft_names import PREFIX, saved_modules, target_settings
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
 from lora_lens.adapters.stacks import is_exchanged, peft_keys
-from lora_lens.spectrum.adaptable_layers import layers_at, owner_of, weight_matrix, weight_of
+from lora_lens.adapters.start import form_for, set_factors
+from lora_lens.spectrum.adaptable_layers import (
+    layers_at,
+    owner_of,
+    unchangeable,
+    weight_matrix,
+    weight_of,
+)
+from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.spectrum.stacks import stack_name, stacks_planned, wrapped_names
 
 if TYPE_CHECKING:
@@ -152,6 +158,7 @@ def load(
     factors = _fitting_start(saved, shapes)
 
     layers = layers_at(model, names)
+    fixed = unchangeable(model, layers)
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, map(owner_of, layers.values()) if factors else [])
     for key, value in target_settings(names, model).items():
@@ -159,10 +166,12 @@ def load(
     adapted = inject(base, saved.config, names, saved.variant)
     starts = {}
     for name, layer in lora_layers(adapted).items() if factors else ():
-        set_start(layer, factors[f"{name}.B"], factors[f"{name}.A"], keep=not inplace)
-        original = None if inplace else weight_of(layers[name]).detach()
+        original = None if inplace or quantized_as(layers[name]) else weight_of(layers[name]).detach()
         known = saved.weights[name]
-        starts[name] = note_start(layer, torch.tensor(known["components"]), known["digest"], original)
+        form = form_for(name, layers[name], fixed, known.get("base", "residual"))
+        set_factors(layer, factors[f"{name}.B"], factors[f"{name}.A"])
+        form.put(layer, saved.config, keep=not inplace)
+        starts[name] = form.noted(layer, torch.tensor(known["components"]), known["digest"], original)
     with torch.no_grad():
         for key, tensor in adapter_state(adapted).items():  # these are the parameters' own values
             tensor.copy_(state[key].reshape(tensor.shape))
@@ -175,9 +184,10 @@ def load(
 
 def weight_digests(peft_model: AdaptedModel, record: Attachment) -> dict[str, str]:
     """Of the pretrained weight of each adapted layer; without a window that is the base's."""
+    layers = lora_layers(peft_model)
     if record.starts:
-        return {name: start.digest for name, start in record.starts.items()}
-    return {n: digest_of(weight_matrix(x.get_base_layer())) for n, x in lora_layers(peft_model).items()}
+        return {name: start.digest_in(name, layers[name]) for name, start in record.starts.items()}
+    return {name: digest_of(weight_matrix(layer.get_base_layer())) for name, layer in layers.items()}
 
 
 def _shape(matrix: Tensor) -> tuple[int, int]:

@@ -80,14 +80,16 @@ class StackedLayer:
         return _Turned(factor) if is_exchanged(self.matrix.stack) else factor
 
     @torch.no_grad()
-    def set_start(self, b: Tensor, a: Tensor, keep: bool) -> None:
-        """As :func:`lora_lens.adapters.injection.set_start`, for the experts of a stack in their order."""
+    def subtract_start(self, keep: bool) -> None:
+        """Have the base hold the residual: to be called for the experts of a stack in their order.
+
+        Args:
+            keep: the stack's values go to new memory before the first is changed.
+        """
         stack, index = self.matrix.stack, self.matrix.index or 0
         whole = stack.parameter
         if keep and index == 0:
             whole.data = whole.data.clone()
-        self.lora_B[ADAPTER].weight.copy_(b)
-        self.lora_A[ADAPTER].weight.copy_(a)
         exact = torch.promote_types(whole.dtype, torch.float32)
         # In the parameter's dtype, because there PEFT rounds the factors of experts at each call.
         used_b, used_a = (

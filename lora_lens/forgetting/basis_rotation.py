@@ -13,9 +13,9 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.validate import choice, instance, number, whole_number
 from lora_lens.adapters.injection import attached, lora_layers, require_unmerged
+from lora_lens.adapters.start import effective_weight
 from lora_lens.forgetting.weight_drift import (
     basis,
-    effective_weight,
     require_finite,
     require_start_of,
     some_rows,

@@ -27,16 +27,12 @@ from lora_lens._base.naming import block_and_kind, listed
 from lora_lens._base.validate import instance
 from lora_lens.adapters.injection import (
     ADAPTER,
-    Start,
     attached,
-    factor_matrix,
-    is_dora,
     lora_layers,
     require_unmerged,
-    trained_update,
 )
 from lora_lens.adapters.pretrained import matrices_of
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.adapters.start import Start, base_rows, effective_weight, is_dora, trained_update
 from lora_lens.spectrum.comparison import Side
 from lora_lens.spectrum.measures import effective_rank, stable_rank
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet, require_plain
@@ -215,17 +211,6 @@ def _factorized(name: str, update: Tensor) -> Factors:
     return left.double(), values, right.double()
 
 
-def effective_weight(layer: LoraLayer) -> Tensor:
-    """The weight with its adapter, (out_features, in_features), float64, on the CPU."""
-    b, a = (factor_matrix(f).to("cpu", torch.float64) for f in (layer.lora_B, layer.lora_A))
-    base = weight_matrix(layer.get_base_layer()).to("cpu", torch.float64)
-    weight = torch.addmm(base, b, a, alpha=layer.scaling[ADAPTER])
-    if is_dora(layer):
-        lengths = layer.lora_magnitude_vector[ADAPTER].weight.detach().to("cpu", torch.float64)
-        weight *= lengths.reshape(-1, 1) / torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-    return weight
-
-
 def merged_copy(adapted: nn.Module) -> nn.Module | None:
     """The model with all of PEFT's adapters merged, a copy; None where they are of a kind that has no merge.
 
@@ -240,12 +225,8 @@ def merged_copy(adapted: nn.Module) -> nn.Module | None:
 
 
 def start_rows(layer: LoraLayer, start: Start | None, rows: slice) -> Tensor:
-    """Rows of the pretrained weight, float64, from the residual and the factors at the start."""
-    base = weight_matrix(layer.get_base_layer())[rows].to("cpu", torch.float64)
-    if start is None:
-        return base
-    b, a = start.b[rows].to("cpu", torch.float64), start.a.to("cpu", torch.float64)
-    return torch.addmm(base, b, a, alpha=layer.scaling[ADAPTER])
+    """Rows of the pretrained weight, float64, whatever form the start has."""
+    return base_rows(layer, rows) if start is None else start.pretrained(layer, rows)
 
 
 def some_rows(spectrum: Spectrum) -> slice:

@@ -26,6 +26,7 @@ from lora_lens._base.random_state import seeded
 from lora_lens._base.wrappers import inner_model, named_modules, submodule
 from lora_lens.spectrum.heads import head_layers
 from lora_lens.spectrum.patterns import ONE_EXPERT, matching, part_of, routers
+from lora_lens.spectrum.quantized_layers import dequantized, quantized_as
 from lora_lens.spectrum.sources.roles import holds_experts
 from lora_lens.spectrum.stacks import Stack, StackedMatrix, stack_name, stacked_at, stacks_in, why_not
 from lora_lens.spectrum.usage.kept_layers import memory
@@ -79,8 +80,8 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, Layer]
 
     Raises:
         InputError: a pattern matches nothing, or a weight that cannot be adapted; the message has the
-            reason: embeddings, tied weights, quantized values, a weight that its parent reads by itself,
-            grouped or dilated convolutions, ...
+            reason: embeddings, unknown quantizations, a weight that its parent reads by itself, grouped or
+            dilated convolutions, ...
 
     Example:
         >>> import torch
@@ -170,7 +171,12 @@ def weight_of(layer: Layer) -> Tensor:
 
 
 def weight_matrix(layer: Layer) -> Tensor:
-    """The weight as (out_features, in_features), a view if possible; of a convolution (out, in * kh * kw)."""
+    """The weight as (out_features, in_features), a view if possible; of a convolution (out, in * kh * kw).
+
+    What is quantized is given dequantized.
+    """
+    if quantized_as(layer):
+        return dequantized(layer)
     weight = weight_of(layer).detach()
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
 
@@ -186,21 +192,41 @@ def set_weight_matrix(layer: Layer, matrix: Tensor) -> None:
 
 def matrix_shape(layer: Layer) -> tuple[int, int]:
     """(out_features, in_features) of :func:`weight_matrix`."""
+    if quantized_as(layer):
+        return layer.out_features, layer.in_features
     weight = weight_of(layer)
     rows, columns = weight.shape[0], weight[0].numel()
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
-def adaptable(model: nn.Module) -> Adaptable:
-    """Which weights can be given a window, why the others cannot, and which groups they belong to."""
-    model = inner_model(model)
-    places: dict[object, list[str]] = {}  # by memory: what is tied by value is tied as well
+def unchangeable(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Why the weights of some layers must stay as they are, by name, in words that follow the name."""
+    shared, reasons = _shared(inner_model(model)), {}
+    for name, layer in layers.items():
+        if kind := quantized_as(layer):
+            reasons[name] = f"is quantized ({type(layer).__name__} of {kind})"
+        elif others := shared.get(stack_name(name)):
+            reasons[name] = f"shares its weight with {listed(others, most=3)} (tied weights)"
+    return reasons
+
+
+def _shared(model: nn.Module) -> dict[str, list[str]]:
+    """By the names of modules, what else has their weight, by memory: tied by value is tied as well."""
+    places: dict[object, list[str]] = {}
     for name, module in named_modules(model, remove_duplicate=False):
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_lazy(parameter):
                 place = name if key == "weight" else f"{name}.{key}".strip(".")
                 places.setdefault(memory(parameter), []).append(place)
+    return {name: [n for n in names if n != name] for names in places.values() for name in names}
+
+
+def adaptable(model: nn.Module) -> Adaptable:
+    """Which weights can be given a window, why the others cannot, and which groups they belong to."""
+    model = inner_model(model)
+    shared = _shared(model)
     modules = dict(named_modules(model))
+    everywhere = dict(named_modules(model, remove_duplicate=False))
     weighted = {
         name: module
         for name, module in modules.items()
@@ -216,8 +242,8 @@ def adaptable(model: nn.Module) -> Adaptable:
     reasons: dict[str, str] = {}
     unexpected: set[str] = set()
     for name, module in weighted.items():
-        others = [n for n in places.get(memory(weight_of(module)), []) if n != name]
-        kind = _reason(module, others)
+        others = shared.get(name, [])
+        kind = _reason(module, [n for n in others if everywhere.get(n) is module])
         reason = kind or used.get(name) or _touched(module) or refused.get(name.rpartition(".")[2])
         if not reason:
             able[name] = module
@@ -227,14 +253,15 @@ def adaptable(model: nn.Module) -> Adaptable:
             unexpected.add(name)
     aside = head_layers(model)
     chooses = routers(modules)
-    members = {n: weighted[n] for n in (*able, *unexpected) if n not in chooses}
+    # Shared weights are adapted where somebody names them: a group cannot say which layer is meant.
+    members = {n: weighted[n] for n in (*able, *unexpected) if n not in chooses and not shared.get(n)}
     members = {n: module for n, module in members.items() if module not in aside}
     linear = {n for n, m in members.items() if isinstance(m, LINEAR)}
     groups = {"all-linear": linear, "all-conv": members.keys() - linear}
     groups |= {f"all-{part}": {n for n in linear if part_of(n) == part} for part in ("attention", "mlp")}
     stacks, groups["all-experts"] = stacks_in(model), {n for n in linear if ONE_EXPERT.search(n)}
     for name, stack in stacks.items():
-        others = [n for n in places.get(memory(stack.parameter), []) if n not in (name, stack.path)]
+        others = shared.get(name, [])
         tied = f"shares its memory with {listed(others, most=3)}: a residual would change both"
         if reason := tied if others else why_not(stack, modules, FLOATS):
             reasons[name] = reason
@@ -340,19 +367,21 @@ def _reason(module: nn.Module, others: list[str]) -> str:
     weight, kind = weight_of(module), type(module).__name__
     if isinstance(module, BaseTunerLayer):
         return "is adapted already; merge or unload its adapter first"
+    if quantized_as(module):
+        return _twice(others)
     plain = type(weight.data) is Tensor and type(weight) in (nn.Parameter, Tensor)
     if isinstance(weight, DTensor):
         return "is distributed (a DTensor): attach to the model first, and shard the result"
     if not plain or (not weight.is_floating_point() and not weight.is_complex()):
         what = kind if plain else f"{kind} of {type(weight).__name__}"
         return (
-            f"is quantized ({what}), and its residual would lose what rounding takes; attach to the model in "
-            "full precision, write it with export_residual, and quantize the base that is written"
+            f"is quantized ({what}) without what gives its values back; move bitsandbytes' layers to their "
+            "device first, or attach to the model in full precision"
         )
     if isinstance(module, nn.Embedding):
         return "is an embedding (nn.Embedding): its rows are looked up, and no product with it is ever formed"
     if others:
-        return f"shares its weight with {listed(others, most=3)} (tied weights): a residual would change both"
+        return _twice(others)
     if "weight" not in module._parameters:
         return f"computes its weight ({kind} under weight or spectral norm): remove the norm first"
     if type(module) not in LINEAR + CONVOLUTIONS and not _adds_nothing(module):
@@ -375,6 +404,14 @@ def _reason(module: nn.Module, others: list[str]) -> str:
             value = getattr(module, setting)
             return f"is a convolution with {setting}={value!r}, which PEFT's LoRA layer does not reproduce"
     return ""
+
+
+def _twice(others: list[str]) -> str:
+    return (
+        f"is also {listed(others, most=3)}, one layer in several places, of which PEFT adapts one"
+        if others
+        else ""
+    )
 
 
 def _refuse(

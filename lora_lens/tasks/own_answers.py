@@ -335,7 +335,8 @@ def agreement(
     answered = [_answered(model, readout, part) for part in blank]
     if index:
         task = replace(
-            task, index=Nearest(features, torch.cat([part.choices[:, 0, 0].long() for part in answered]), pooling)
+            task,
+            index=Nearest(features, torch.cat([part.choices[:, 0, 0].long() for part in answered]), pooling),
         )
     classes = () if per_token or index else _classes(model, like, answered[0].among)
     return replace(task, test=answered[0], train=answered[-1], classes=classes)

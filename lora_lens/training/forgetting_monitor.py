@@ -30,9 +30,7 @@ from lora_lens.tasks.task import Task
 from lora_lens.training.record import Before
 
 SAME = 1e-3  # nats, of losses that should be equal but for rounding
-BEFORE = (
-    "pass before=ll.training.Before(retain=ll.evaluate(pretrained, retain)), what the pretrained model answers"
-)
+BEFORE = "pass before=ll.training.Before(retain=ll.evaluate(pretrained, retain)), what the pretrained model answers"
 
 
 class ForgettingMonitor:

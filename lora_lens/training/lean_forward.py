@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lora_lens.adapters.injection import ADAPTER
+from lora_lens.adapters.offset import Offset, start_in, widened
 
 OPTIMIZED = torch._dynamo.OptimizedModule
 HOOKS = (
@@ -27,33 +28,48 @@ HOOKS = (
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """x (..., in) times (W + scaling B A)^T, plus bias; gradients for x, B and A.
+    """x (..., in) times (base + scaling B A)^T, plus bias; gradients for x, B and A.
+
+    A start (B_0, A_0), if there is one, is taken off: base + scaling (B A - B_0 A_0).
 
     The summed weight is formed again for the backward pass: keeping it would take a second model's memory.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, base: Tensor, bias: Tensor | None, b: Tensor, a: Tensor, scaling: float
+        ctx: FunctionCtx,
+        x: Tensor,
+        base: Tensor,
+        bias: Tensor | None,
+        b: Tensor,
+        a: Tensor,
+        scaling: float,
+        *start: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, base, b, a)
+        ctx.save_for_backward(x, base, b, a, *start)
         ctx.scaling = scaling
-        return nn.functional.linear(x, torch.addmm(base, b, a, alpha=scaling), bias)
+        return nn.functional.linear(x, _summed(base, b, a, scaling, *start), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, outer: Tensor) -> tuple[Tensor | None, ...]:
-        x, base, b, a = ctx.saved_tensors
+        x, base, b, a, *start = ctx.saved_tensors
         of_x = of_b = of_a = None
         rows, inputs = outer.reshape(-1, outer.shape[-1]), x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[0]:
-            of_x = (rows @ torch.addmm(base, b, a, alpha=ctx.scaling)).view_as(x)
+            of_x = (rows @ _summed(base, b, a, ctx.scaling, *start)).view_as(x)
         # The rank comes first in each of these products: with it last they take three to five times as long.
         if ctx.needs_input_grad[3]:
             of_b = (a @ inputs.T @ rows).T.mul(ctx.scaling)
         if ctx.needs_input_grad[4]:
             of_a = (b.T @ rows.T @ inputs).mul_(ctx.scaling)
-        return of_x, None, None, of_b, of_a, None
+        return of_x, None, None, of_b, of_a, None, *(None for _ in start)
+
+
+def _summed(base: Tensor, b: Tensor, a: Tensor, scaling: float, *start: Tensor) -> Tensor:
+    if start:
+        b, a = widened(b, a, *start)
+    return torch.addmm(base, b, a, alpha=scaling)
 
 
 @contextmanager
@@ -78,7 +94,8 @@ def _forward(layer: Linear, x: Tensor, *others: object, **named: object) -> Tens
         return type(layer).forward(layer, x, *others, **named)
     base = layer.base_layer
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return _LowRankUpdate.apply(x, base.weight, base.bias, b, a, layer.scaling[ADAPTER])
+    scaling, start = layer.scaling[ADAPTER], start_in(layer) or ()
+    return _LowRankUpdate.apply(x, base.weight, base.bias, b, a, scaling, *start)
 
 
 def _compiled(model: nn.Module) -> bool:
@@ -89,7 +106,9 @@ def is_plain(layer: nn.Module) -> bool:
     """Whether PEFT's forward pass does nothing else with this module than add the adapter's output."""
     if type(layer) is not Linear or "forward" in vars(layer) or not isinstance(layer, LoraLayer):
         return False
-    if list(layer.active_adapters) != [ADAPTER] or ADAPTER not in layer.lora_A or layer.lora_variant:
+    if list(layer.active_adapters) != [ADAPTER] or ADAPTER not in layer.lora_A:
+        return False
+    if any(not isinstance(variant, Offset) for variant in layer.lora_variant.values()):
         return False
     base, a, b = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     dropout = layer.lora_dropout[ADAPTER]

@@ -102,12 +102,13 @@ def arguments(folder: Path) -> TrainingArguments:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trainer_run(classification, tmp_path_factory):
+@pytest.fixture(scope="module", params=["residual", "offset"])
+def trainer_run(classification, tmp_path_factory, request):
     """A window trained by Trainer, the folder with its start and checkpoints, and its state before."""
     model, data, _ = classification
     folder = tmp_path_factory.mktemp("trainer")
-    adapted = ll.attach(model, MIDDLE, modules_to_save=["classifier"])
+    variant = ll.Variant(base=request.param)
+    adapted = ll.attach(model, MIDDLE, modules_to_save=["classifier"], variant=variant)
     before = copy.deepcopy(adapted.state_dict())
     ll.save(adapted, folder / "start")
     trainer = Trainer(adapted, arguments(folder / "out"), train_dataset=data)
@@ -238,14 +239,16 @@ debug_launcher(train_with_accelerate, (Path({str(two)!r}), 4), num_processes=2)
 @pytest.mark.skipif(
     torch.__version__ < "2.7", reason="torch 2.6 cannot trace the context managers that PEFT's forward enters"
 )
-def test_a_compiled_model_is_the_eager_one_and_is_exported_like_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", ["residual", "offset"])
+def test_a_compiled_model_is_the_eager_one_and_is_exported_like_it(base, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "torch._inductor.config.compile_threads", 1
     )  # workers start slower than this compiles
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)).eval()
     x = torch.randn(5, 16)
-    eager, adapted = (ll.attach(model, MIDDLE, targets=["0", "2"]) for _ in range(2))
+    variant = ll.Variant(base=base)
+    eager, adapted = (ll.attach(model, MIDDLE, targets=["0", "2"], variant=variant) for _ in range(2))
     compiled = torch.compile(adapted, fullgraph=True)
     torch.testing.assert_close(compiled(x), eager(x))
     prefix = "_orig_mod."
@@ -306,12 +309,14 @@ def test_sfttrainer_trains_a_window_and_it_is_exported(tokenizer, tmp_path):
     assert ll.function_error(model, adapted, inputs) > 1e-1
 
 
-def test_dpotrainer_compares_with_the_pretrained_function_not_with_the_residual(tokenizer, tmp_path):
+@pytest.mark.parametrize("base", ["residual", "offset"])
+def test_dpotrainer_compares_with_the_pretrained_function_not_with_the_residual(tokenizer, base, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     model, inputs = llama(len(tokenizer)), {"input_ids": some_ids(vocabulary=len(tokenizer))}
-    adapted = ll.attach(model, ll.Window(rank=8, start=0))
+    adapted = ll.attach(model, ll.Window(rank=8, start=0), variant=ll.Variant(base=base))
     with adapted.disable_adapter():
-        assert ll.function_error(adapted, model, inputs) > 0.1  # the residual, which is no reference
+        without = ll.function_error(adapted, model, inputs)
+    assert without == 0 if base == "offset" else without > 0.1  # the residual, which is no reference
     config = trl.DPOConfig(
         str(tmp_path / "out"), max_steps=4, logging_steps=1, per_device_train_batch_size=4,
         learning_rate=2e-2, bf16=False, use_cpu=True, report_to=[], disable_tqdm=True,

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 import lora_lens as ll
 from lora_lens.adapters import PEFT_STARTS, PeftMethod
 from lora_lens.adapters.attaching import planned
-from lora_lens.adapters.injection import lora_layers, trained_update
+from lora_lens.adapters.injection import lora_layers
+from lora_lens.adapters.start import trained_update
 from lora_lens.forgetting.basis_rotation import rotations
 from lora_lens.spectrum.adaptable_layers import target_layers, weight_matrix
 from lora_lens.tasks.readouts import features_of

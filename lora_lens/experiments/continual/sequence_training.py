@@ -20,13 +20,14 @@ from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.injection import lora_layer
 from lora_lens.adapters.methods import MethodLike, as_method
+from lora_lens.adapters.start import effective_weight
 from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.continual.checkpoint import State, keep, restored
 from lora_lens.experiments.continual.metrics import RESULTS
 from lora_lens.experiments.continual.strategies import Strategy, exact_strategy
 from lora_lens.experiments.identity import exact, exact_method, named_method, named_record
 from lora_lens.experiments.runs import ended_without_numbers, short
-from lora_lens.forgetting.weight_drift import effective_weight, merged_copy
+from lora_lens.forgetting.weight_drift import merged_copy
 from lora_lens.forgetting.window_survival import components_of, survival
 from lora_lens.spectrum.adaptable_layers import weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra

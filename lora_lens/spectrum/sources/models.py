@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lens._base.wrappers import inner_model, named_modules
 from lora_lens.spectrum.heads import head_layers
 from lora_lens.spectrum.patterns import routers
+from lora_lens.spectrum.quantized_layers import dequantized, quantized_as
 from lora_lens.spectrum.sources.quantized import Signs, problem_in
 from lora_lens.spectrum.sources.roles import ATTENTION, Stored
 from lora_lens.spectrum.stacks import may_be_stack, which_way_round
@@ -43,13 +44,14 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
         turned, doubtful = which_way_round(module, shapes, model)
         tied = linear and id(module.weight) in looked_up
         for key, (own, tensor) in found.items():
+            quantized = own == "weight" and bool(quantized_as(module))
             yield Stored(
                 key,
-                tuple(tensor.shape),
-                partial(_of_tensor, tensor),
+                (module.out_features, module.in_features) if quantized else tuple(tensor.shape),
+                partial(_dequantized, module) if quantized else partial(_of_tensor, tensor),
                 usual=(linear and module not in heads and path not in choosing and not tied)
                 or key in experts,
-                problem=problem_in(module, tensor, own),
+                problem="" if quantized else problem_in(module, tensor, own),
                 experts=key in experts,
                 transposed=isinstance(module, Conv1D) or key in turned,
                 doubtful=key in doubtful,
@@ -79,6 +81,10 @@ def _tensors(module: nn.Module, name: str) -> dict[str, tuple[str, Tensor]]:
 
 def _of_tensor(tensor: Tensor, expert: int | None) -> Tensor:
     return tensor.detach() if expert is None else tensor.detach()[expert]
+
+
+def _dequantized(layer: nn.Module, expert: int | None) -> Tensor:
+    return dequantized(layer)
 
 
 def name_without_peft(path: str, wrappers: Set[str]) -> str | None:

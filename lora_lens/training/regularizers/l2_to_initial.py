@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance
-from lora_lens.adapters.injection import ADAPTER, factor_matrix, is_dora
+from lora_lens.adapters.injection import ADAPTER
+from lora_lens.adapters.start import factor_matrix, is_dora
 from lora_lens.training.regularizers.base import LossTerm, Past, Regularizer, check_strength
 from lora_lens.training.settings import Training
 

@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
-from lora_lens.adapters.injection import ADAPTER, factor_matrix, lora_layers
+from lora_lens.adapters.injection import ADAPTER, lora_layers
+from lora_lens.adapters.start import factor_matrix
 from lora_lens.training.regularizers.base import LossTerm, Past, Regularizer, check_strength
 from lora_lens.training.settings import Training
 
