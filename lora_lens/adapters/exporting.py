@@ -78,13 +78,23 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
         >>> written["rank"].tolist(), (written["lost"] > 0).tolist()  # the second layer was not trained
         ([1, 1], [True, False])
     """
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
+    layers = lora_layers(peft_model).items()
+    updates = {name: trained_update(layer, record.starts.get(name)) for name, layer in layers}
+    return write_updates(adapted, updates, folder, rank)
+
+
+def write_updates(
+    adapted: nn.Module, updates: Mapping[str, tuple[Tensor, Tensor]], folder: str | Path, rank: int | None
+) -> pd.DataFrame:
+    """As :func:`export`, with other updates than those trained: factors (out, R) and (R, in) by layer."""
     most = None if rank is None else validate_rank(rank)
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
-    layers = lora_layers(peft_model)
     state, ranks, rows = adapter_state(peft_model), {}, []
-    for name, layer in layers.items():
-        b, a, norm, lost = _truncated(*trained_update(layer, record.starts.get(name)), most)
+    for name, layer in lora_layers(peft_model).items():
+        b, a, norm, lost = _truncated(*updates[name], most)
         if not torch.isfinite(norm):
             raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
         ranks[name] = len(a)

@@ -323,6 +323,8 @@ def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tenso
     if start is None:
         return scaling * b, a
     b0, a0 = start.b.cpu().to(exact), start.a.cpu().to(exact)
+    if b.shape != b0.shape:  # rewound for a while, see lora_lens.rewind
+        return scaling * torch.cat([b, -b0], dim=1), torch.cat([a, a0])
     if torch.equal(b, b0):
         return scaling * b, a - a0
     if torch.equal(a, a0):

@@ -30,5 +30,13 @@ from .pareto import dominance as dominance, front_by_method as front_by_method, 
 from .predictors import by_run as by_run, predict_forgetting as predict_forgetting
 from .rate_ranges import rate_robustness as rate_robustness
 from .representations import feature_change as feature_change
+from .rewind_paths import (
+    FirstComponents as FirstComponents,
+    Intruders as Intruders,
+    MostMoved as MostMoved,
+    SmallValues as SmallValues,
+    WholeUpdate as WholeUpdate,
+)
+from .rewinding import Point as Point, Rewound as Rewound, rewind as rewind
 from .u_shape import UShape as UShape, u_shape_test as u_shape_test
 from .weight_drift import drift as drift
