@@ -1,3 +1,4 @@
+from .adopting import adopt as adopt
 from .attaching import attach as attach, detach as detach
 from .exactness import function_error as function_error, summary as summary
 from .exporting import export as export, export_residual as export_residual
