@@ -8,6 +8,7 @@ from .methods import (
     LoRA as LoRA,
     Method as Method,
 )
+from .model_card import push_to_hub as push_to_hub
 from .peft_methods import PeftMethod as PeftMethod
 from .peft_starts import PEFT_STARTS as PEFT_STARTS
 from .saving import load as load, save as save

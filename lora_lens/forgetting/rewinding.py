@@ -34,6 +34,7 @@ from lora_lens.adapters.injection import (
     trained_update,
     whole_modules,
 )
+from lora_lens.adapters.model_card import Score, kind_of
 from lora_lens.forgetting.rewind_paths import Moved, Part, RewindPath, WholeUpdate
 from lora_lens.forgetting.weight_drift import (
     require_finite,
@@ -129,12 +130,12 @@ class Rewound:
             what is left of the update as a share of the trained one's; accuracy and test_loss, on the new
             task; retained_before, retained_accuracy, retained_loss; forgetting, retained_before -
             retained_accuracy; loss_rise, in nats. Before is the pretrained model.
-        task, retain: the names of both tasks.
+        task, retain: of both tasks the name, and the hub's word for what is done there.
     """
 
     table: pd.DataFrame
-    task: str
-    retain: str
+    task: tuple[str, str]
+    retain: tuple[str, str]
     _adapted: nn.Module
     _layers: Mapping[str, _Layer]
     _parts: Mapping[RewindPath, Mapping[str, Part]]
@@ -227,7 +228,23 @@ class Rewound:
         parts = self._parts[path]
         updates = {name: layer.update(t, parts[name]) for name, layer in self._layers.items()}
         with self.at(t, path):
-            return write_updates(self._adapted, updates, folder, rank)
+            return write_updates(
+                self._adapted,
+                updates,
+                folder,
+                rank,
+                {"rewound": f"{path} at t = {t:g}"},
+                self._scores(path, t),
+            )
+
+    def _scores(self, path: RewindPath, t: float) -> list[Score]:
+        """For the card; none of a point that was not measured."""
+        rows = self.table[(self.table["path"] == str(path)) & (self.table["t"] == t)]
+        if rows.empty:
+            return []
+        row = rows.iloc[0]
+        kept = Score(*self.retain, row["retained_accuracy"], row["retained_before"], row["loss_rise"])
+        return [Score(*self.task, row["accuracy"]), kept]
 
     def _place(self, t: float | Point, path: RewindPath | None) -> tuple[RewindPath, float]:
         if isinstance(t, Point):
@@ -370,7 +387,8 @@ def rewind(
     table.insert(5, "retained_before", before.accuracy)
     table["forgetting"] = table["retained_before"] - table["retained_accuracy"]
     table["loss_rise"] = table["retained_loss"] - before.loss
-    return Rewound(table, task.name, retain.name, adapted, layers, parts)
+    named = ((one.name, kind_of(one)) for one in (task, retain))
+    return Rewound(table, *named, adapted, layers, parts)
 
 
 def task_readout(adapted: nn.Module, task: Task, readout: nn.Module | None) -> Readout:
