@@ -49,8 +49,8 @@ def rewinding(rewound: Rewound | pd.DataFrame, y: str = "retained_accuracy", *, 
         points = points.sort_values("t")
         ax.plot(points["accuracy"], points[y], "o-", color=colour, markersize=4, label=shortened(path))
         for t, accuracy, height in points[["t", "accuracy", y]].itertuples(index=False):
-            if t in ENDS and (t < 1 or path == table["path"].iloc[0]):
-                ax.annotate(ENDS[t], (accuracy, height), (4, 4), textcoords="offset points", fontsize=8)
+            if t in ENDS and path == table["path"].iloc[0]:  # those of other paths lie beside
+                ax.annotate(ENDS[t], (accuracy, height), (0, -12), textcoords="offset points", fontsize=8)
     if len(paths) > 1:
         ax.legend(loc="best")
     ax.xaxis.set_major_formatter(PERCENT)
