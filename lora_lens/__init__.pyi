@@ -26,6 +26,7 @@ from .adapters import (
     summary as summary,
 )
 from .experiments import Grid as Grid, Sweep as Sweep, advise as advise, sweep as sweep
+from .forgetting import measure as measure, rewind as rewind
 from .spectrum import (
     Spectrum as Spectrum,
     SpectrumSet as SpectrumSet,

@@ -1,3 +1,4 @@
+from .adopting import adopt as adopt
 from .attaching import attach as attach, detach as detach
 from .coverage import coverage as coverage
 from .exactness import function_error as function_error, summary as summary
@@ -8,6 +9,7 @@ from .methods import (
     LoRA as LoRA,
     Method as Method,
 )
+from .model_card import push_to_hub as push_to_hub
 from .peft_methods import PeftMethod as PeftMethod
 from .peft_starts import PEFT_STARTS as PEFT_STARTS
 from .saving import load as load, save as save

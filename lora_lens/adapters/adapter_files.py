@@ -4,6 +4,7 @@ lora_lens.json      which weights the adapter belongs to, by hash, and how it wa
                     "adapter" if it fits these weights as they are, "window" if it fits their residual
 start.safetensors   of a window: the factors that the residual lacks, <layer>.A and <layer>.B
 buffers.safetensors if training moved them: what is no parameter, such as batch norms' statistics
+README.md           of an export: its card, which people may change or remove
 
 PEFT's files of a window lie in the folder "on_residual", where PEFT does not find them by mistake:
 without the residual they would give a wrong function.
@@ -35,6 +36,7 @@ from lora_lens.adapters.peft_names import ADAPTER, PREFIX
 from lora_lens.adapters.replacing import (
     ABOUT,
     BUFFERS,
+    CARD,
     CONFIG,
     FILES,
     ON_RESIDUAL,
@@ -154,7 +156,9 @@ def read_saved(folder: str | Path, checkpoint: str | Path | None) -> Saved:
         window = about["kind"] == "window"
         within = f"{ON_RESIDUAL}/" if window else ""
         theirs = {f"{within}{name}" for name in (CONFIG, WEIGHTS)}
-        changed = changed_files(find, about, folder, but={f"{within}{WEIGHTS}"} if elsewhere else set())
+        changed = changed_files(
+            find, about, folder, but={f"{within}{WEIGHTS}", CARD} if elsewhere else {CARD}
+        )
         if own := changed - theirs:
             raise InputError(f"{folder / min(own)} is not as lora_lens wrote it: save the adapter again")
         config = _config(find(f"{within}{CONFIG}"), folder)

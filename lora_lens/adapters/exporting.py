@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import cast
 
@@ -33,6 +33,7 @@ from lora_lens.adapters.injection import (
     whole_modules,
     without_peft,
 )
+from lora_lens.adapters.model_card import Score, TrainedRun, scores_of, write_card
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, lies_in, rank_settings
 from lora_lens.adapters.plain_peft import for_plain_peft
 from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, write_about
@@ -43,19 +44,33 @@ from lora_lens.spectrum.adaptable_layers import set_weight_matrix, unchangeable,
 from lora_lens.spectrum.stacks import stack_name
 from lora_lens.spectrum.svd import product_norm, product_svd
 from lora_lens.spectrum.window import validate_rank
+from lora_lens.tasks.task import Task
 
 
-def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> pd.DataFrame:
+def export(
+    adapted: nn.Module,
+    folder: str | Path,
+    rank: int | None = None,
+    *,
+    run: TrainedRun | None = None,
+    task: Task | None = None,
+    retain: Task | None = None,
+) -> pd.DataFrame:
     """Write an ordinary LoRA (or DoRA) for the unchanged pretrained model; PEFT alone can load it.
 
     The trained function is W - scaling B_0 A_0 + scaling B A. Seen from W the update has rank 2r:
     scaling (B A - B_0 A_0) = scaling [B - B_0, B_0] [A; A - A_0], and rank r if one of the factors
-    was not trained. A smaller ``rank`` keeps the largest singular components of each update.
+    was not trained. A smaller ``rank`` keeps the largest singular components of each update. README.md is
+    a card in the hub's format: what was trained, and with ``run`` what it learned and forgot (at its last
+    step, at full rank); :func:`lora_lens.adapters.push_to_hub` uploads both.
 
     Args:
         adapted: from :func:`lora_lens.attach`.
         folder: as for :func:`save`.
         rank: the largest rank to write, at least 1; default None, the exact update.
+        run: what :func:`lora_lens.finetune` returned, for the card.
+        task: the task that it learned, for its name.
+        retain: the task that was retained, likewise.
 
     Returns:
         One row per layer: layer, rank (as written), update (Frobenius norm of the whole update),
@@ -82,14 +97,33 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
         >>> written["rank"].tolist(), (written["lost"] > 0).tolist()  # the second layer was not trained
         ([1, 1], [True, False])
     """
+    peft_model, record = attached(adapted)
+    require_unmerged(peft_model)
+    layers = lora_layers(peft_model).items()
+    updates = {name: trained_update(layer, record.starts.get(name)) for name, layer in layers}
+    if run is None:
+        return write_updates(adapted, updates, folder, rank, {}, [])
+    scores, used = scores_of(run, task, retain), run.config
+    training = {"learning rate": used.lr, "steps": used.steps, "batch size": used.batch_size}
+    return write_updates(adapted, updates, folder, rank, training, scores)
+
+
+def write_updates(
+    adapted: nn.Module,
+    updates: Mapping[str, tuple[Tensor, Tensor]],
+    folder: str | Path,
+    rank: int | None,
+    training: Mapping[str, object],
+    scores: Sequence[Score],
+) -> pd.DataFrame:
+    """As :func:`export`, with other updates than those trained: factors (out, R) and (R, in) by layer."""
     most = None if rank is None else validate_rank(rank)
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
-    layers = lora_layers(peft_model)
     state, ranks, rows = adapter_state(peft_model), {}, []
     stacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name, layer in layers.items():
-        b, a, norm, lost = _truncated(*trained_update(layer, record.starts.get(name)), most)
+    for name, layer in lora_layers(peft_model).items():
+        b, a, norm, lost = _truncated(*updates[name], most)
         if not torch.isfinite(norm):
             raise InputError(f"the adapter of {name} holds NaN or infinite values: the training diverged")
         rows.append({"layer": name, "rank": len(a), "update": float(norm), "lost": lost})
@@ -128,6 +162,7 @@ def export(adapted: nn.Module, folder: str | Path, rank: int | None = None) -> p
         write_adapter(new, config, state)
         if moved:
             write_tensors(new / BUFFERS, moved)
+        write_card(new, peft_model, ranks, training, scores)
         write_record(new, "adapter", record, digests)
     return pd.DataFrame(rows)
 

@@ -28,6 +28,8 @@ START_B, START_A = "start_b", "start_a"  # without PEFT's "lora_", which would m
 
 def widened(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of B A - B_0 A_0, of twice the rank: (out, 2r, ...) and (2r, in, ...)."""
+    if b.shape != b0.shape:  # rewound for a while, see lora_lens.rewind
+        return torch.cat([b, -b0], dim=1), torch.cat([a, a0])
     return torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
 
 

@@ -37,6 +37,7 @@ except ImportError:  # on Windows: two processes must not write to one folder at
 
 ABOUT, WEIGHTS, START = "lora_lens.json", "adapter_model.safetensors", "start.safetensors"
 BUFFERS, ON_RESIDUAL, CONFIG = "buffers.safetensors", "on_residual", "adapter_config.json"
+CARD = "README.md"  # of an export; people may change it
 BASE_AND_ADAPTER = "residual base and adapter"
 READY, STAGED = ".lora_lens.ready", re.compile(r"\.lora_lens\.[0-9a-f]{16}")
 ENTRIES = (CONFIG, "config.json")  # without which PEFT and transformers read nothing else
@@ -52,7 +53,7 @@ BASE_FILES = (
     "model.safetensors.index.json",
 )
 FILES = {
-    "adapter": ADAPTER_FILES,
+    "adapter": (*ADAPTER_FILES, CARD),
     "window": (f"{ON_RESIDUAL}/{CONFIG}", f"{ON_RESIDUAL}/{WEIGHTS}", START, BUFFERS, ABOUT),
     BASE_AND_ADAPTER: (
         *(f"base/{name}" for name in BASE_FILES),

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import digest_of
 from lora_lens._base.precision import as_double
-from lora_lens.adapters.offset import added_factors, set_offset, start_in, unmerged_base
+from lora_lens.adapters.offset import added_factors, set_offset, start_in, unmerged_base, widened
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.pretrained import require_same
 from lora_lens.adapters.stacks import StackedLayer
@@ -312,6 +312,9 @@ def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tenso
     if start is None:
         return scaling * b, a
     b0, a0 = (f.cpu().to(exact) for f in start.taken(layer))
+    if b.shape != b0.shape:  # rewound for a while, see lora_lens.rewind
+        b, a = widened(b, a, b0, a0)
+        return scaling * b, a
     if torch.equal(b, b0):
         return scaling * b, a - a0
     if torch.equal(a, a0):

@@ -25,10 +25,19 @@ from .features import (
 )
 from .first_order import foresee as foresee
 from .generations import replies as replies, replies_before_after as replies_before_after
+from .measuring import Measured as Measured, growth as growth, measure as measure
 from .neighbours import neighbour_agreement as neighbour_agreement, neighbour_table as neighbour_table
 from .pareto import dominance as dominance, front_by_method as front_by_method, hypervolume as hypervolume
 from .predictors import by_run as by_run, predict_forgetting as predict_forgetting
 from .rate_ranges import rate_robustness as rate_robustness
 from .representations import feature_change as feature_change
+from .rewind_paths import (
+    FirstComponents as FirstComponents,
+    Intruders as Intruders,
+    MostMoved as MostMoved,
+    SmallValues as SmallValues,
+    WholeUpdate as WholeUpdate,
+)
+from .rewinding import Point as Point, Rewound as Rewound, rewind as rewind
 from .u_shape import UShape as UShape, u_shape_test as u_shape_test
 from .weight_drift import drift as drift

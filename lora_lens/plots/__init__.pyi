@@ -1,4 +1,5 @@
 from ._style import house_style as house_style
+from .after_training import growth as growth, rewinding as rewinding
 from .continual import (
     accuracy_heatmap as accuracy_heatmap,
     accuracy_over_time as accuracy_over_time,

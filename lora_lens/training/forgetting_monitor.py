@@ -16,14 +16,12 @@ from lora_lens._base.precision import PRECISIONS
 from lora_lens._base.validate import choice, instance, number, share, whole_number
 from lora_lens.adapters.injection import (
     attached,
-    factor_matrix,
-    is_dora,
     lora_layers,
     moved_buffers,
     require_unmerged,
-    trained_update,
     whole_modules,
 )
+from lora_lens.adapters.start import factor_matrix, is_dora, trained_update
 from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.evaluation import Answers, evaluate
 from lora_lens.tasks.task import Task

@@ -8,6 +8,7 @@
 - ``comparison_explorer``: forgetting by position, with the learning made equal
 - ``forgotten_explorer``: which examples were forgotten, and what they were taken for
 - ``continual_explorer``: sequences of tasks
+- ``rewind_explorer``: the ways back from a trained adapter
 - ``pages``: several of them under tabs
 
 Each explorer already shows a sensible view. Bad arguments raise at the door; what does not work later,

@@ -4,6 +4,7 @@ from .fair_comparison import comparison_explorer as comparison_explorer
 from .forgotten import forgotten_explorer as forgotten_explorer
 from .live_training import training_explorer as training_explorer
 from .one_window import window_explorer as window_explorer
+from .rewinding import rewind_explorer as rewind_explorer
 from .spectra import spectrum_explorer as spectrum_explorer
 from .trade_off import tradeoff_explorer as tradeoff_explorer
 from .two_windows import pair_explorer as pair_explorer

@@ -51,6 +51,7 @@ def test_an_export_gives_plain_peft_the_trained_function_of_the_original(adapted
     assert ll.function_error(adapted, model, inputs) > 1e-2
     table = ll.export(adapted, tmp_path / "lora")
     assert {f.name for f in (tmp_path / "lora").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "lora_lens.json",

@@ -28,7 +28,8 @@ INSIDE = ("tasks.bundled.PACKAGE",)
 # What functions return: nobody but they makes one, and they hold whatever they are given.
 RESULTS = """
 experiments.Advice forgetting.FeatureEnergies forgetting.FeatureNorms forgetting.FeatureSplit
-forgetting.UShape spectrum.Weight tasks.Answers training.Progress Run Spectrum spectrum.Change
+forgetting.Measured forgetting.Point forgetting.Rewound forgetting.UShape
+spectrum.Weight tasks.Answers training.Progress Run Spectrum spectrum.Change
 Sweep experiments.ContinualSweep
 spectrum.measures.PowerLaw spectrum.measures.MarchenkoPastur
 """.split()  # noqa: SIM905
@@ -38,11 +39,13 @@ LoRA Training Window windows tasks.bundled.vision_architecture tasks.bundled_tex
 training.Orthogonal training.Replay training.KLAnchor training.L2ToInitial spectrum.AfterEnergy
 spectrum.AtEffectiveRank spectrum.HoldingEnergy spectrum.RandomComponents spectrum.SpreadComponents
 tasks.sequences.fashion_digits_corrupted_rotated tasks.sequences.orders tasks.sequences.split_fashion
-forgetting.bootstrap_interval
+forgetting.bootstrap_interval forgetting.FirstComponents forgetting.Intruders forgetting.MostMoved
+forgetting.SmallValues
 """.split()  # noqa: SIM905
 TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
     "Grid": ("[]",),
     "SpectrumSet": ("[]",),
+    "forgetting.WholeUpdate": ("None", "'x'"),
     "forgetting.hypervolume": ("[]",),
     "spectrum.factorize": ("'x'",),
     "spectrum.part_of": ("'x'",),
@@ -135,7 +138,11 @@ def others(empty: Path) -> dict[str, tuple]:
         "compare": (spectra,),
         "experiments.continual_sweep": ([task()] * 2, ll.experiments.continual.Merged(), ll.Grid([window])),
         "tasks.dataset_corpus": (corpus, "name"),
+        "adapters.push_to_hub": ("name/adapter",),
         "forgetting.drift": (spectra,),
+        "forgetting.growth": (narrow_vit(0),),
+        "measure": (narrow_vit(0), task()),
+        "rewind": (task(), task()),
         "evaluate": (task(),),
         "export": (folder,),
         "export_residual": (folder,),

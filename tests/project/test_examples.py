@@ -20,6 +20,8 @@ FILES = sorted((ROOT / "lora_lens").rglob("*.py"))
 RETURNED_BY = {
     "Run": "finetune",
     "training.Run": "finetune",
+    "forgetting.Measured": "measure",
+    "forgetting.Rewound": "rewind",
     "spectrum.Change": "spectrum.change",
     "spectrum.Weight": "spectrum.weights",
 }
