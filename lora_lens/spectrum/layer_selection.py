@@ -1,4 +1,4 @@
-"""Which layers to adapt, by their spectra: ranked by a measure, as names for ``targets=`` and other trainers."""
+"""Which layers to adapt, by their spectra: in the order of a measure, as names for any trainer."""
 
 from __future__ import annotations
 
