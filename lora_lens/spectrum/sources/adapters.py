@@ -127,6 +127,8 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     if not of_products and ("peft_type" in settings or (settings and "lora_parameters" not in settings)):
         _require_plain_lora(path.parent, settings)
     found, others = pairs_among(tensors)
+    if of_products and found:  # which that method has not
+        _require_plain_lora(path.parent, settings)
     products = {layer: kinds for layer, kinds in others.items() if is_product(kinds)}
     if len(names := {pair.adapter for pair in found}) > 1:
         raise InputError(f"{path} holds several adapters, {listed(sorted(names))}; save them one by one")
@@ -200,8 +202,8 @@ def _require_plain_lora(folder: Path, settings: Mapping[str, Any]) -> None:
     kind = next((name for key, name in OTHER_METHODS.items() if settings.get(key)), settings.get("peft_type"))
     if kind == "VERA":
         raise InputError(
-            f"{folder} holds a VeRA adapter, whose matrices are shared and cut to each layer's size, which only "
-            "the base knows: merge it into its model and compare the weights before and after"
+            f"{folder} holds a VeRA adapter, whose matrices are shared and cut to each layer's size, which "
+            "only the base knows: merge it into its model and compare the weights before and after"
         )
     if kind != "LORA":
         raise InputError(

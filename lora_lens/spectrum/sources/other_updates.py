@@ -1,7 +1,7 @@
 """Updates of other methods than LoRA that need no base weight: LoHa and LoKr.
 
-LoHa (Yeh et al. 2024, "Navigating text-to-image customization", LyCORIS) is scaling (A1 B1) * (A2 B2), entry by
-entry; LoKr there is scaling kron(W1, W2), where each may be a product.
+LoHa (Yeh et al. 2024, "Navigating text-to-image customization", LyCORIS) is scaling (A1 B1) * (A2 B2), entry
+by entry; LoKr there is scaling kron(W1, W2), where each may be a product.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_a_file_of_lycoris_is_scaled_by_the_alpha_in_it(tmp_path, kind):
         torch.testing.assert_close(one.load() * (1 if factored else scaling), other.load())
     del tensors["lycoris_1.alpha"]
     save_file(tensors, tmp_path / "lycoris.safetensors")
-    with pytest.raises(ValueError, match="nothing says how .* of lycoris_1 is scaled"):
+    with pytest.raises(ValueError, match=r"nothing says how .* of lycoris_1 is scaled"):
         weights(tmp_path / "lycoris.safetensors")
 
 
