@@ -8,7 +8,7 @@ from lora_lens.spectrum.sources.dequantize.bits_and_bytes import int8_rows, nf4
 from lora_lens.spectrum.sources.dequantize.fp4 import mxfp4, packed_fp4
 from lora_lens.spectrum.sources.dequantize.integers import gptq_or_awq, packed_integers
 from lora_lens.spectrum.sources.dequantize.layer import Layer, Plain
-from lora_lens.spectrum.sources.dequantize.scaled import scaled
+from lora_lens.spectrum.sources.dequantize.one_per_value import scaled
 from lora_lens.spectrum.sources.dequantize.torch_ao import torchao_tensor
 
 FORMATS: tuple[Callable[[Layer], Plain | None], ...] = (
