@@ -20,6 +20,7 @@ from .adapters import (
     detach as detach,
     export as export,
     export_residual as export_residual,
+    extract as extract,
     function_error as function_error,
     load as load,
     save as save,

@@ -3,6 +3,7 @@ from .attaching import attach as attach, detach as detach
 from .coverage import coverage as coverage
 from .exactness import function_error as function_error, summary as summary
 from .exporting import export as export, export_residual as export_residual
+from .extracting import extract as extract
 from .methods import (
     FullFineTuning as FullFineTuning,
     LinearProbe as LinearProbe,

@@ -49,6 +49,7 @@ TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
     "forgetting.hypervolume": ("[]",),
     "spectrum.factorize": ("'x'",),
     "spectrum.part_of": ("'x'",),
+    "spectrum.to_yaml": ("'x'",),  # one name
     "tasks.hub_corpus": ("'x'",),  # a name; that there is no such dataset takes a network to say
     "experiments.continual.Continued": ("None",),
     "experiments.continual.Merged": ("None",),
@@ -146,6 +147,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "evaluate": (task(),),
         "export": (folder,),
         "export_residual": (folder,),
+        "extract": (narrow_vit(0), folder),
         "forgetting.feature_change": (narrow_vit(0), task().test.inputs),
         "forgetting.feature_energies": ("blocks.0.attn.qkv", spectrum(), task().test.inputs),
         "spectrum.factorize": (torch.randn(4, 3),),

@@ -1,7 +1,8 @@
 """The updates in an adapter's file: PEFT's, lora_lens's own, other programs' where the scale is known.
 
-The update of a layer is scaling * B @ A relative to the pretrained weight. Where a file's B @ A is something
-else, because its base is a residual or its method is no LoRA, it is refused with the reason.
+The update of a layer is scaling * B @ A relative to the pretrained weight, or the product that LoHa or LoKr
+forms. Where it is something else, because its base is a residual or its method needs the base weight (DoRA,
+VeRA, OFT, IA3), it is refused with the reason.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lora_lens.spectrum.sources.factor_pairs import (
     pairs_among,
     stored_pair,
 )
+from lora_lens.spectrum.sources.other_updates import Product, is_product, product_of, stored_product
 from lora_lens.spectrum.sources.roles import Stored
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -121,12 +123,16 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
         return saved
     config = path.parent / CONFIG
     settings = read_json(config) if config.is_file() else {}
-    if "peft_type" in settings or (settings and "lora_parameters" not in settings):
+    of_products = settings.get("peft_type") in ("LOHA", "LOKR")
+    if not of_products and ("peft_type" in settings or (settings and "lora_parameters" not in settings)):
         _require_plain_lora(path.parent, settings)
     found, others = pairs_among(tensors)
+    if of_products and found:  # which that method has not
+        _require_plain_lora(path.parent, settings)
+    products = {layer: kinds for layer, kinds in others.items() if is_product(kinds)}
     if len(names := {pair.adapter for pair in found}) > 1:
         raise InputError(f"{path} holds several adapters, {listed(sorted(names))}; save them one by one")
-    if not found:
+    if not found and not products:
         kinds = sorted({kind for kinds in others.values() for kind in kinds} or {k[-40:] for k in tensors})
         what = listed(kinds, most=3)
         raise InputError(
@@ -134,7 +140,9 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
             "is scaling * B @ A; merge it into its model and compare the weights before and after"
         )
     read = partial(read_tensor, path)
-    if settings.get("lora_parameters"):
+    if of_products:
+        scaling = partial(_of_peft, {**settings, "lora_alpha": settings.get("alpha")}, config)
+    elif settings.get("lora_parameters"):
         scaling = partial(_of_mlx, settings["lora_parameters"], config)
     elif settings:
         scaling = partial(_of_peft, settings, config)
@@ -144,7 +152,13 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     else:
         scaling = partial(_of_alpha, tensors, read, path, about)
     stored: dict[str, Stored] = {}
-    for layer in others.keys() - {pair.layer for pair in found}:
+    for layer, kinds in products.items():
+        if layer not in {pair.layer for pair in found}:
+            name = unwrapped(layer.removeprefix(PREFIX).replace(".base_layer", ""))
+            product = product_of(layer, kinds, tensors)
+            factor = scaling(product, name)[0] if product.rank or of_products else 1.0
+            stored[name] = stored_product(layer, name, kinds, tensors, read, factor)
+    for layer in others.keys() - products.keys() - {pair.layer for pair in found}:
         if touched := [what for what in others[layer] if STRONG.search(what) or what == "diff"]:
             problem = f"is adapted by other than B @ A ({listed(touched, most=3)}); merge it into its model"
             stored[layer] = Stored(layer, (1, 1), partial(read, layer), problem=problem)
@@ -186,6 +200,11 @@ def _is_of(name: str, parameters: object, of_one: bool) -> bool:
 
 def _require_plain_lora(folder: Path, settings: Mapping[str, Any]) -> None:
     kind = next((name for key, name in OTHER_METHODS.items() if settings.get(key)), settings.get("peft_type"))
+    if kind == "VERA":
+        raise InputError(
+            f"{folder} holds a VeRA adapter, whose matrices are shared and cut to each layer's size, which "
+            "only the base knows: merge it into its model and compare the weights before and after"
+        )
     if kind != "LORA":
         raise InputError(
             f"{folder} holds a {kind} adapter; only LoRA's update is scaling * B @ A: merge this one into "
@@ -204,7 +223,9 @@ def _require_plain_lora(folder: Path, settings: Mapping[str, Any]) -> None:
 # --- where the scaling is found: each returns it with the rank that it is for ---
 
 
-def _of_peft(settings: Mapping[str, Any], where: Path, pair: Pair, name: str) -> tuple[float, int | None]:
+def _of_peft(
+    settings: Mapping[str, Any], where: Path, pair: Pair | Product, name: str
+) -> tuple[float, int | None]:
     from peft.utils.other import get_pattern_key  # seconds, and no other file needs it
 
     try:
@@ -218,7 +239,9 @@ def _of_peft(settings: Mapping[str, Any], where: Path, pair: Pair, name: str) ->
     return _finite(scaling, where, name), rank
 
 
-def _of_diffusers(packed: Mapping[str, Any], where: Path, pair: Pair, name: str) -> tuple[float, int | None]:
+def _of_diffusers(
+    packed: Mapping[str, Any], where: Path, pair: Pair | Product, name: str
+) -> tuple[float, int | None]:
     """Of the header in which diffusers keeps one LoraConfig for each part of a pipeline, by prefix."""
     prefix = name.partition(".")[0]
     settings = {k.removeprefix(f"{prefix}."): v for k, v in packed.items() if k.startswith(f"{prefix}.")}
@@ -227,7 +250,9 @@ def _of_diffusers(packed: Mapping[str, Any], where: Path, pair: Pair, name: str)
     return _of_peft(settings, where, pair, name.removeprefix(f"{prefix}."))
 
 
-def _of_mlx(parameters: Mapping[str, Any], where: Path, pair: Pair, name: str) -> tuple[float, int | None]:
+def _of_mlx(
+    parameters: Mapping[str, Any], where: Path, pair: Pair | Product, name: str
+) -> tuple[float, int | None]:
     scale = parameters.get("scale") if isinstance(parameters, Mapping) else None
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
         raise InputError(f"{where} gives no scaling of {name}: expected a number scale in lora_parameters")
@@ -239,7 +264,7 @@ def _of_alpha(
     read: Callable[[str], Tensor],
     path: Path,
     about: Mapping[str, str],
-    pair: Pair,
+    pair: Pair | Product,
     name: str,
 ) -> tuple[float, int | None]:
     """Of the number alpha that kohya's and similar programs keep beside each pair: alpha / rank."""

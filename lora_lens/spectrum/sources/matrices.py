@@ -80,9 +80,9 @@ def weights(
               names are llama.cpp's, and q and k of Llama models have their rows permuted;
             - a LoRA adapter: PEFT's folder or file, a folder of :func:`lora_lens.save`, a file of kohya's
               scripts, diffusers, MLX or llama.cpp that says how it is scaled: the update of each adapted
-              layer, scaling * B @ A, relative to the pretrained weight. Adapters whose base is a
-              residual (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, unless converted) and other methods than
-              LoRA are refused.
+              layer, scaling * B @ A, relative to the pretrained weight; also of LoHa and LoKr, by PEFT or
+              LyCORIS. Adapters whose base is a residual (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ, unless
+              converted) and methods that need the base weight (DoRA, VeRA, OFT, IA3) are refused.
         targets: None for the linear layers and experts, without embeddings, output head and
             routers (in files: by their usual names); or patterns and groups as in
             :func:`lora_lens.spectrum.target_layers`, which choose among all of the above.

@@ -1,8 +1,8 @@
 """Signs that a stored tensor is no plain matrix of numbers: what lies beside it, its dtype, the config.
 
 A float8 weight without any sign of a scale is just numbers. What a file holds in a known format is
-dequantized, see :mod:`lora_lens.spectrum.sources.packed`; everything else that is quantized is refused with
-the reason, because the numbers as stored are not the weight.
+dequantized, see :mod:`lora_lens.spectrum.sources.dequantize`; everything else that is quantized is refused
+with the reason, because the numbers as stored are not the weight.
 """
 
 from __future__ import annotations

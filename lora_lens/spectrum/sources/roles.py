@@ -18,7 +18,8 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import unwrapped
 from lora_lens.spectrum.patterns import NAMES, NEW_HEADS, routers
-from lora_lens.spectrum.sources.packed import Layer, Plain, dequantized, library_of
+from lora_lens.spectrum.sources.dequantize.formats import dequantized, library_of
+from lora_lens.spectrum.sources.dequantize.layer import Layer, Plain
 from lora_lens.spectrum.sources.quantized import NARROW, Signs, problem_of
 
 Shapes = Mapping[str, tuple[int, ...]]

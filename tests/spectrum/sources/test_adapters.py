@@ -289,7 +289,7 @@ ALPHA = {"l.alpha": torch.tensor(8.0)}
         (PAIR | {"l.alpha": torch.tensor(float("nan"))}, None, "gives no scaling of l: nan"),
         (PAIR | ALPHA, {"ss_network_args": '{"rs_lora": "True"}'}, "rank-stabilized"),
         ({"l.hada_w1_a": B, "l.hada_w1_b": A} | ALPHA, None, "without LoRA's factors.*hada_w1_a"),
-        ({"l.lokr_w1": A, "l.lokr_w2": B} | ALPHA, None, "without LoRA's factors.*lokr_w1"),
+        ({"l.lokr_w1": A, "l.lokr_w1_a": A, "l.lokr_w2": B}, None, "without LoRA's factors.*lokr_w1"),
         ({"base_model.model.l.oft_R.weight": A}, None, "without LoRA's factors.*oft_R"),
         ({"lora_unet_l.a1.weight": A, "lora_unet_l.b1.weight": B}, None, "without LoRA's factors.*a1"),
         ({"lycoris_l.weight": B, "lycoris_l.on_input": A}, None, "without LoRA's factors"),
@@ -304,12 +304,11 @@ def test_factors_are_never_listed_as_weights(tmp_path: Path, tensors, header, me
         weights(path)
 
 
-def test_a_loha_file_is_refused_with_and_without_its_config(llama, tmp_path):
+def test_a_loha_file_is_refused_without_its_config(llama, tmp_path):
     get_peft_model(fresh(llama), LoHaConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a LOHA adapter"):
-        weights(tmp_path / "adapter_model.safetensors")
+    assert len(weights(tmp_path / "adapter_model.safetensors")) == len(weights(tmp_path)) > 0
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="without LoRA's factors"):
+    with pytest.raises(ValueError, match="nothing says how"):
         weights(tmp_path)
 
 
