@@ -63,9 +63,7 @@ def main() -> None:
     )
     corpus = ll.tasks.bundled_texts.sentiment("movies")
     ids = tokenizer(list(corpus.train.texts[:500]), truncation=True, max_length=64)["input_ids"]
-    data = [
-        {"input_ids": one, "labels": label} for one, label in zip(ids, corpus.train.labels, strict=False)
-    ]
+    data = [{"input_ids": one, "labels": label} for one, label in zip(ids, corpus.train.labels, strict=False)]
     articles = ll.tasks.bundled_texts.articles().test.texts[:100]
     known = ll.tasks.agreement(model, articles, tokenizer=tokenizer, most_tokens=64)
     adapted = ll.attach(model, ll.Window.middle(8), modules_to_save=["classifier"])

@@ -50,8 +50,8 @@ For PEFT's method comparison (`method_comparison/MetaMathQA`), written by lora_l
     import lora_lens as ll
     model = ll.load(base_model, "<this folder>/start")
 
-in the place of `get_peft_model`. The base then holds what is left of the weights without the window, so the loss
-before training must be taken of `base_model`, before that line: `model.disable_adapter()` shows the residual, whose
+in the place of `get_peft_model`. In the residual form the base then lacks the window, so the loss before
+training must be taken of `base_model`, before that line: `model.disable_adapter()` shows the residual, whose
 loss is another one, and what the script calls forgetting would be wrong.
 """
 
@@ -123,7 +123,15 @@ def _row(file: Path) -> dict[str, object]:
         if done and "test accuracy" not in last:
             what = "of image-gen, which measures the drift of images" if "drift" in last else "another one"
             raise InputError(f"{file} is no result of PEFT's MetaMathQA comparison, but {what}")
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        ValueError,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is no result of PEFT's method comparison: {error!r}") from error

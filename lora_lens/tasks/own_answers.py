@@ -53,7 +53,7 @@ class Answered(Labelled):
 
     Attributes:
         asked: the inputs.
-        labels: the model's first choice of each, (n,); of texts that are answered token by token, (n, tokens),
+        labels: the model's first choice of each, (n,); of texts answered token by token, (n, tokens), with
             -100 where a text has no token any more; of features, see :class:`Nearest`, the input's number.
         choices: the likeliest choices of each item, (n, items, kept).
         logs: the logarithms of their probabilities, likewise.
@@ -385,8 +385,9 @@ def _reading(model: nn.Module, examples: Labelled, like: Task | None) -> tuple[s
         return "mean", False, True
     if logits.ndim not in (2, 3) or not logits.is_floating_point():
         raise InputError(
-            f"{type(inner_model(model)).__name__} answers with {logits.dtype} of shape {tuple(logits.shape)}; "
-            "an agreement is read from logits, (batch, classes) or (batch, tokens, choices), or from features"
+            f"{type(inner_model(model)).__name__} answers with {logits.dtype} of shape "
+            f"{tuple(logits.shape)}; an agreement is read from logits, (batch, classes) or (batch, tokens, "
+            "choices), or from features"
         )
     return ("model", False, False) if logits.ndim == 2 else ("mean", True, False)
 

@@ -114,8 +114,8 @@ class ForgettingCallback(TrainerCallback):
             )
         if state.global_step and self._options["before"] is None and not is_attached(model):
             raise InputError(
-                f"training goes on after step {state.global_step}, so the model is not the pretrained one any "
-                f"more; {BEFORE}"
+                f"training goes on after step {state.global_step}, so the model is not the pretrained one "
+                f"any more; {BEFORE}"
             )
         self._stand_first()
         self.monitor, self._measured = ForgettingMonitor(model, self.retain, **self._options), None

@@ -224,7 +224,7 @@ def test_it_is_retained_and_watched_by_a_sweep_and_found_again(images, tmp_path)
     again = ll.sweep(grid, retain=ll.tasks.agreement(model, noise), watch=[more], **given, **TINY)
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert again.table.equals(sweep.table)
-    with pytest.raises(ValueError, match="different experiment|another experiment|retain"):
+    with pytest.raises(ValueError, match="retain"):
         ll.sweep(grid, retain=ll.tasks.agreement(model, noise[:20]), watch=[more], **given, **TINY)
 
 
