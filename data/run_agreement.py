@@ -29,7 +29,7 @@ import lora_lens as ll
 
 STORED = ("digits", "new_classes", "few_digits", "noise", "elsewhere", "minilm", "smollm2")
 GRID = ll.Grid(ll.windows(8, count=3), lr=(2e-3, 5e-3, 1e-2), seed=[0], baselines=[ll.LoRA(8)])
-RESAMPLES = 1000
+RESAMPLES = 500
 
 
 def references(model: torch.nn.Module, fashion: ll.Task, digits: ll.Task) -> list[ll.Task]:
