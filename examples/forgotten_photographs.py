@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="a folder of photographs; default scikit-learn's")
     parser.add_argument("--size", type=int, default=128, help="pixels of a side")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--rate", type=float, default=5e-4)
     arguments = parser.parse_args()
     model, task = pretrained(), digits(arguments.size)
     known = ll.tasks.agreement(model, as_inputs(photographs(arguments.photos), arguments.size))
