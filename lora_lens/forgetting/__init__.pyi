@@ -28,6 +28,10 @@ from .generations import replies as replies, replies_before_after as replies_bef
 from .measuring import Measured as Measured, growth as growth, measure as measure
 from .neighbours import neighbour_agreement as neighbour_agreement, neighbour_table as neighbour_table
 from .pareto import dominance as dominance, front_by_method as front_by_method, hypervolume as hypervolume
+from .peft_comparison import (
+    method_comparison as method_comparison,
+    method_comparison_experiment as method_comparison_experiment,
+)
 from .predictors import by_run as by_run, predict_forgetting as predict_forgetting
 from .rate_ranges import rate_robustness as rate_robustness
 from .representations import feature_change as feature_change

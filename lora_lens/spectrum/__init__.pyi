@@ -10,16 +10,13 @@ from .comparison import (
     principal_angles as principal_angles,
 )
 from .factorizing import factorize as factorize, spectra as spectra
-<<<<<<< HEAD
-from .metric import Metric as Metric
-=======
 from .layer_selection import (
     kappa_targets as kappa_targets,
     rank_layers as rank_layers,
     select_layers as select_layers,
     to_yaml as to_yaml,
 )
->>>>>>> files
+from .metric import Metric as Metric
 from .patterns import part_of as part_of
 from .placement import (
     AfterEnergy as AfterEnergy,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.hashing import Digest, add_tensor
 from lora_lens._base.torch_tools import call, evaluating
-from lora_lens._base.validate import instance, sequence, shown
+from lora_lens._base.validate import instance, shown
 from lora_lens.tasks.batches import in_batches
 from lora_lens.tasks.corpus import Texts
 from lora_lens.tasks.evaluation import example_features
@@ -53,7 +53,7 @@ class Answered(Labelled):
 
     Attributes:
         asked: the inputs.
-        labels: the model's first choice of each, (n,); of texts that are answered token by token, (n, tokens),
+        labels: the model's first choice of each, (n,); of texts answered token by token, (n, tokens), with
             -100 where a text has no token any more; of features, see :class:`Nearest`, the input's number.
         choices: the likeliest choices of each item, (n, items, kept).
         logs: the logarithms of their probabilities, likewise.
@@ -305,67 +305,68 @@ def agreement(
         if train is not None:
             raise InputError("a task has its own training examples; leave train= out")
         inputs, train = inputs.test, inputs.train
-    known = {"tokenizer": tokenizer, "most_tokens": most_tokens}
-    parts = [_examples(part, role, **known) for part, role in ((inputs, "inputs"), (train, "train")) if role]
-    asked = [part for part in parts if part is not None]
+    given = {"inputs": inputs} | ({} if train is None else {"train": train})
+    if texts := {role: found for role, part in given.items() if (found := _texts(role, part)) is not None}:
+        if tokenizer is None or len(texts) < len(given):
+            raise InputError("inputs are texts, so give the model's tokenizer=, and train= as texts, too")
+        asked = tokenized(texts, tokenizer, *whole_texts(tokenizer, most_tokens, texts["inputs"].texts[0]))
+    else:
+        asked = [_examples(role, part) for role, part in given.items()]
     pooling, per_token, index = _reading(model, asked[0], like)
     blank, first = [], 0
     for part in asked:
         part.check_fit(inner_model(model))
         blank.append(_blank(part, per_token, first if index else None))
         first += len(part)
-    common = {"name": name, "pooling": pooling, "like": like, "model": _hash(model, asked if index else ())}
     task = AgreementTask(
+        name,
         classes=(),
         train=blank[-1],
         test=blank[0],
+        pooling=pooling,
         head=None if like is None else like.head,
+        model=_hash(model, blank if index else ()),
+        like=like,
         may_train=len(blank) > 1,
-        **common,
     )
     if index:
-        if (count := sum(map(len, blank))) < LEAST:
+        if first < LEAST:
             raise InputError(
                 f"{type(inner_model(model)).__name__} has no head, so the answer to an input is the nearest "
-                f"of the others; give at least {LEAST} inputs, not {count}"
+                f"of the others; give at least {LEAST} inputs, not {first}"
             )
         features = torch.cat([example_features(model, task, part) for part in blank])
-        task = replace(task, index=Nearest(features, torch.zeros(len(features), dtype=torch.long), pooling))
+        task = replace(task, index=Nearest(features, torch.zeros(first, dtype=torch.long), pooling))
     readout = task.own_readout(model).to(next(model.parameters()).device)
     answered = [_answered(model, readout, part) for part in blank]
     if index:
-        task = replace(
-            task,
-            index=Nearest(features, torch.cat([part.choices[:, 0, 0].long() for part in answered]), pooling),
-        )
+        nearest = torch.cat([part.choices[:, 0, 0] for part in answered]).long()
+        task = replace(task, index=Nearest(features, nearest, pooling))
     classes = () if per_token or index else _classes(model, like, answered[0].among)
     return replace(task, test=answered[0], train=answered[-1], classes=classes)
 
 
-def _examples(
-    inputs: object, name: str, tokenizer: Tokenizer | None, most_tokens: int | None
-) -> Labelled | None:
-    """The inputs as examples, whatever their labels; None for no training inputs."""
-    if inputs is None and name == "train":
+def _texts(name: str, inputs: object) -> Texts | None:
+    """The inputs if they are texts."""
+    if not isinstance(inputs, (list, tuple)) or not all(isinstance(text, str) for text in inputs):
         return None
+    if not inputs:
+        raise InputError(f"{name} hold nothing; give at least one input")
+    return Texts(tuple(inputs), (0,) * len(inputs))
+
+
+def _examples(name: str, inputs: object) -> Labelled:
+    """The inputs as examples, whatever their labels."""
     if isinstance(inputs, Answered):
         return inputs.asked
     if isinstance(inputs, Labelled):
         return inputs
-    if isinstance(inputs, Tensor):
-        if inputs.ndim == 0 or len(inputs) == 0:
-            raise InputError(f"{name} hold no examples; give at least one")
-        return Examples(inputs, torch.zeros(len(inputs), dtype=torch.long))
-    of_inputs = "images as a tensor, texts, or examples such as task.test"
-    if not isinstance(inputs, (list, tuple)) or not all(isinstance(text, str) for text in inputs):
-        raise InputTypeError(f"{name} must be {of_inputs}, not {shown(inputs)}")
-    if tokenizer is None:
-        raise InputError(f"{name} are texts, and only the model's tokenizer makes tokens of them: tokenizer=")
-    texts = sequence(inputs, name, "texts")
-    if not texts:
-        raise InputError(f"{name} hold no texts; give at least one")
-    how = whole_texts(tokenizer, most_tokens, texts[0])
-    return tokenized({name: Texts(texts, [0] * len(texts))}, tokenizer, *how)[0]
+    if not isinstance(inputs, Tensor):
+        expected = "images as a tensor, texts as a list of strings, or examples such as task.test"
+        raise InputTypeError(f"{name} must be {expected}, not {shown(inputs)}")
+    if inputs.ndim == 0 or len(inputs) == 0:
+        raise InputError(f"{name} hold nothing; give at least one input")
+    return Examples(inputs, torch.zeros(len(inputs), dtype=torch.long))
 
 
 def _reading(model: nn.Module, examples: Labelled, like: Task | None) -> tuple[str, bool, bool]:
@@ -384,8 +385,9 @@ def _reading(model: nn.Module, examples: Labelled, like: Task | None) -> tuple[s
         return "mean", False, True
     if logits.ndim not in (2, 3) or not logits.is_floating_point():
         raise InputError(
-            f"{type(inner_model(model)).__name__} answers with {logits.dtype} of shape {tuple(logits.shape)}; "
-            "an agreement is read from logits, (batch, classes) or (batch, tokens, choices), or from features"
+            f"{type(inner_model(model)).__name__} answers with {logits.dtype} of shape "
+            f"{tuple(logits.shape)}; an agreement is read from logits, (batch, classes) or (batch, tokens, "
+            "choices), or from features"
         )
     return ("model", False, False) if logits.ndim == 2 else ("mean", True, False)
 

@@ -97,6 +97,7 @@ class ForgettingCallback(TrainerCallback):
         self.monitor: ForgettingMonitor | None = None
         self._measured: int | None = None  # after how many steps, while the model is still the same
         self._logged = True
+        self._without_score: list[str] | None = None  # the scores of an evaluation that lacks the wanted one
 
     def on_train_begin(
         self,
@@ -114,11 +115,17 @@ class ForgettingCallback(TrainerCallback):
             )
         if state.global_step and self._options["before"] is None and not is_attached(model):
             raise InputError(
-                f"training goes on after step {state.global_step}, so the model is not the pretrained one any "
-                f"more; {BEFORE}"
+                f"training goes on after step {state.global_step}, so the model is not the pretrained one "
+                f"any more; {BEFORE}"
             )
         self._stand_first()
         self.monitor, self._measured = ForgettingMonitor(model, self.retain, **self._options), None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """After an evaluation there must be a score."""
+        self._require_score()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -167,6 +174,14 @@ class ForgettingCallback(TrainerCallback):
     ) -> None:
         """The trainer may have loaded its best checkpoint, which would have to be measured anew."""
         self._measured = None
+        self._require_score()
+
+    def _require_score(self) -> None:
+        if self._without_score is not None:
+            raise InputError(
+                f"the trainer's evaluation has no {self.score!r}, which score= names; it has "
+                f"{', '.join(self._without_score)}"
+            )
 
     def _measure(self, state: TrainerState) -> None:
         if self._measured != state.global_step:
@@ -176,14 +191,12 @@ class ForgettingCallback(TrainerCallback):
     def _evaluated(self, state: TrainerState, metrics: dict[str, float]) -> dict[str, float]:
         """The scores after as many steps, with the trade-off."""
         self._measure(state)
-        if self.score is None:
-            return self._named(self.monitor.table.iloc[-1])
-        if self.score not in metrics:
-            raise InputError(
-                f"the trainer's evaluation has no {self.score!r}, which score= names; it has "
-                f"{', '.join(sorted(metrics))}"
-            )
-        return self._named(self.monitor.complete(metrics[self.score]))
+        if self.score is not None and self.score in metrics:
+            self._without_score = None
+            return self._named(self.monitor.complete(metrics[self.score]))
+        if self.score is not None and math.isnan(self.monitor.table["accuracy"].iloc[-1]):
+            self._without_score = sorted(metrics)  # another of several evaluation sets may have it
+        return self._named(self.monitor.table.iloc[-1])
 
     def _named(self, row: dict[str, float]) -> dict[str, float]:
         return {

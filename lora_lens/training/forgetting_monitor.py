@@ -28,7 +28,7 @@ from lora_lens.tasks.task import Task
 from lora_lens.training.record import Before
 
 SAME = 1e-3  # nats, of losses that should be equal but for rounding
-BEFORE = "pass before=ll.training.Before(retain=ll.evaluate(pretrained, retain)), what the pretrained model answers"
+BEFORE = "pass before=ll.training.Before(retain=ll.evaluate(pretrained, retain)), the pretrained answers"
 
 
 class ForgettingMonitor:
@@ -45,7 +45,7 @@ class ForgettingMonitor:
         weight: of forgetting in ``trade_off`` = accuracy - weight * forgetting, 0 or more.
         at_least: an accuracy in [0, 1]; then ``trade_off`` is -forgetting where it is reached, and below -1
             elsewhere, so that its highest value is the least forgetting at that accuracy.
-        before: what the pretrained model answers, where the model at hand does not tell; its ``retain`` counts.
+        before: the pretrained answers, where the model at hand does not tell; its ``retain`` counts.
         precision: of the evaluations, as of :class:`lora_lens.Training`.
 
     Raises:

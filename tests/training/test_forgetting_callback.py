@@ -192,6 +192,13 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(classification
     watch = ll.training.ForgettingCallback(known, score="eval_f1")
     with pytest.raises(ValueError, match=r"no 'eval_f1'.*eval_accuracy"):
         trained(classification, tmp_path, watch, eval_strategy="steps", eval_steps=2)
+    two = Trainer(
+        ll.attach(model, WINDOW), arguments(tmp_path, eval_strategy="steps", eval_steps=3),
+        train_dataset=data, eval_dataset={"one": data[:4], "two": data[4:8]}, compute_metrics=accuracy,
+        callbacks=[ll.training.ForgettingCallback(known, score="eval_two_accuracy")],
+    )  # fmt: skip
+    two.train()  # the first evaluation set lacks the score, and the second has it
+    assert sum("eval_trade_off" in row for row in two.state.log_history) == 2
     merged = ll.attach(model, WINDOW)
     merged.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
