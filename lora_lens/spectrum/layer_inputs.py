@@ -130,4 +130,5 @@ def _unfolded(layer: _ConvNd, x: Tensor) -> Tensor:
     for axis, (size, step) in enumerate(zip(layer.kernel_size, layer.stride, strict=True), 2):
         x = x.unfold(axis, size, step)
     places = len(layer.kernel_size)
-    return x.movedim(1, places + 1).flatten(places + 1).flatten(1, places)
+    found: Tensor = x.movedim(1, places + 1).flatten(places + 1).flatten(1, places)
+    return found

@@ -224,7 +224,8 @@ def power_of(moment: Tensor, power: float, name: str) -> Tensor:
             f"the inputs of {name} span {rank} of its {len(values)} dimensions on these data, so their "
             f"metric has no inverse without shrinkage: give Metric a number, such as 0.01, or {LEDOIT_WOLF!r}"
         )
-    return vectors * values.pow(power) @ vectors.T
+    found: Tensor = vectors * values.pow(power) @ vectors.T
+    return found
 
 
 def _require_data(data: object, name: str) -> None:
