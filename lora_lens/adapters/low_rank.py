@@ -104,10 +104,14 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     random = len(windows) < len(plan)
     ranks = {name: placement.rank for name, placement in plan.items()}
     config = peft_config(model, ranks, request.alpha, variant, request.modules_to_save, random=random)
+    metric = next((spectra[name].metric for name in windows), None)
+    words = f"{method} in the {metric}" if metric else str(method)
     # All that may fail comes before the first change of a weight.
     factors = {name: _factors(spectra[name], p, request.alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
     _warn_of_zeros({name: spectra[name].singular_values[places] for name, places in components.items()})
+    # The number of a component in a metric means nothing to what asks for those of the plain spectrum.
+    noted = {name: places[:0] if metric else places for name, places in components.items()}
     trainable, buffers = note_pretrained(model)
     originals = {} if request.inplace else {name: weight_of(layer).detach() for name, layer in layers.items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -121,11 +125,7 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     starts = {}
     for name, layer in lora_layers(adapted).items() if windows else ():
         set_start(layer, *factors.pop(name), keep=not request.inplace)
-        plain = spectra[name].metric is None  # of others no number of a component means anything later
-        noted = components[name] if plain else components[name][:0]
-        starts[name] = note_start(layer, noted, digests[name], originals.get(name))
-    metric = request.spectra.metric if windows and request.spectra is not None else None
-    words = f"{method} in the {metric}" if metric else str(method)
+        starts[name] = note_start(layer, noted[name], digests[name], originals.get(name))
     adapted.attachment = Attachment(words, variant, starts, trainable, buffers)
     return adapted
 
