@@ -38,8 +38,8 @@ class Metric:
     inputs do not enter: white inputs have C = I, which is the plain spectrum. Windows on W C^p share one
     axis with the methods that choose components by data: without a metric the first and last window are
     PiSSA and MiLoRA; with power 1 the last is CorDA's mode that preserves knowledge, and the first its
-    other mode; and where the inputs leave directions out, the last window reads from these alone, as LoRA-
-    Null does (Tang et al. 2025, arXiv 2503.02659), whose B differs: it holds all that W makes of these
+    other mode; and where the inputs leave directions out, the last window reads from these alone, as
+    LoRA-Null does (Tang et al. 2025, arXiv 2503.02659), whose B differs: it holds all that W makes of these
     directions, and a window only what no other component makes as well.
 
     Attributes:
