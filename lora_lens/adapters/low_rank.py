@@ -104,6 +104,8 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     random = len(windows) < len(plan)
     ranks = {name: placement.rank for name, placement in plan.items()}
     config = peft_config(model, ranks, request.alpha, variant, request.modules_to_save, random=random)
+    metric = next((spectra[name].metric for name in windows), None)
+    words = f"{method} in the {metric}" if metric else str(method)
     # All that may fail comes before the first change of a weight.
     factors = {name: _factors(spectra[name], p, request.alpha, variant) for name, p in windows.items()}
     components = {name: spectra[name].components_of(placement) for name, placement in windows.items()}
@@ -118,6 +120,8 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
             "in training mode the model does not start from its pretrained function (in eval mode it does)",
             stacklevel=frames_inside(),
         )
+    # The number of a component in a metric means nothing to what asks for those of the plain spectrum.
+    noted = {name: places[:0] if metric else places for name, places in components.items()}
     trainable, buffers = note_pretrained(model)
     kept = {} if request.inplace else {n: layer for n, layer in layers.items() if not quantized_as(layer)}
     originals = {name: weight_of(layer).detach() for name, layer in kept.items()}
@@ -134,11 +138,7 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     for name, layer in lora_layers(adapted).items() if windows else ():
         set_factors(layer, *factors.pop(name))
         forms[name].put(layer, config, keep=not request.inplace)
-        plain = spectra[name].metric is None  # of others no number of a component means anything later
-        noted = components[name] if plain else components[name][:0]
-        starts[name] = forms[name].noted(layer, noted, digests.get(name, ""), originals.get(name))
-    metric = request.spectra.metric if windows and request.spectra is not None else None
-    words = f"{method} in the {metric}" if metric else str(method)
+        starts[name] = forms[name].noted(layer, noted[name], digests.get(name, ""), originals.get(name))
     adapted.attachment = Attachment(words, variant, starts, trainable, buffers)
     return adapted
 

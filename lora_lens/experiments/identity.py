@@ -29,6 +29,7 @@ from lora_lens.spectrum.placement import AtEffectiveRank, RandomComponents, Spre
 from lora_lens.spectrum.window import Window
 from lora_lens.tasks.evaluation import evaluate
 from lora_lens.tasks.task import Task
+from lora_lens.training.regularizers.base import trained_part
 
 METHOD_NAMES = {
     Window: "window",
@@ -39,6 +40,7 @@ METHOD_NAMES = {
 # The table's columns tell these apart to the last digit, so their runs keep the names that earlier versions
 # gave them. The text of any other method is for people, and may be the same for two.
 EXACT_BY_COLUMNS = (*METHOD_NAMES, RandomComponents, SpreadComponents, AtEffectiveRank)
+WITHOUT_SPECTRA = (LoRA, LinearProbe, FullFineTuning, PeftMethod)  # all others may start from given spectra
 MODEL_SETTINGS, ANSWERS = "settings of the model", "loss of the model on the first retained examples"
 OF_NO_MATTER = (  # in a config: where the model came from, and what it returns beside its answers
     "_name_or_path", "transformers_version", "architectures", "use_cache", "return_dict", "output_attentions",
@@ -68,6 +70,11 @@ def named_method(method: MethodLike) -> dict[str, object]:
         "position": getattr(method, "position", None),
         "start": getattr(method, "start", None),
     }
+
+
+def reads_spectra(method: MethodLike) -> bool:
+    """Whether a method, be it under a regularizer, may start from the spectra that it is given."""
+    return type(trained_part(method)) not in WITHOUT_SPECTRA
 
 
 def exact_method(method: MethodLike) -> dict[str, object]:

@@ -15,7 +15,7 @@ from lora_lens._base.errors import LoraLensError
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.methods import MethodLike, as_method
 from lora_lens.adapters.variant import Variant
-from lora_lens.experiments.identity import exact, exact_method, named_method, named_record
+from lora_lens.experiments.identity import exact, exact_method, named_method, named_record, reads_spectra
 from lora_lens.experiments.pretrained import EXAMPLES_OF_FEATURES, Pretrained
 from lora_lens.forgetting.basis_rotation import rotations
 from lora_lens.forgetting.neighbours import neighbour_agreement
@@ -28,7 +28,7 @@ from lora_lens.training.finetuning import finetune
 from lora_lens.training.fused_loop import FusedLoop, factors_of, set_factors
 from lora_lens.training.lean_forward import lean_layers
 from lora_lens.training.record import Record
-from lora_lens.training.regularizers.base import regularizer_of, takes_components
+from lora_lens.training.regularizers.base import regularizer_of
 from lora_lens.training.run import Run
 from lora_lens.training.settings import Training
 
@@ -62,7 +62,7 @@ class Experiment:
     def record(self, method: MethodLike, lr: float, seed: int) -> dict[str, object]:
         """What is known of a run before it runs: its name, and its settings for people and exactly."""
         # A metric changes how a window is built, and nothing of other methods.
-        metric = self.spectra.metric if self.spectra and takes_components(method) else None
+        metric = self.spectra.metric if self.spectra and reads_spectra(method) else None
         built = [*([] if self.variant == Variant() else [str(self.variant)]), *([metric] if metric else [])]
         variant = {"variant": "; ".join(built)} if built else {}
         training = asdict(replace(self.training, lr=lr, seed=seed))

@@ -106,10 +106,6 @@ def spectra(
             meant = suggestion(name, [weight.name for weight in found])
             raise InputError(f"vectors names {name!r}, which is not among the weights{meant}")
     live = isinstance(source, nn.Module)
-    if metric is not None and not live:
-        raise InputError(
-            f"a metric needs a model that can run, and {source} is a file: load the model and give that"
-        )
     for weight in found:  # meet what is wrong before the work starts
         wanted = _wanted(chosen, weight.name)
         for placement in [] if weight.factors or isinstance(wanted, bool) else wanted:
@@ -120,6 +116,10 @@ def spectra(
         kept = SpectrumCache() if cache and chosen else None
         work = partial(_spectrum, vectors=chosen, device=place, cache=kept, checked=live)
         parts = _side_by_side(work, found)
+    elif not isinstance(source, nn.Module):
+        raise InputError(
+            f"a metric needs a model that can run, and {source} is a file: load the model and give that"
+        )
     else:
         parts = _spectra_in_metric(source, found, metric, chosen, place)
     done: dict[str, Spectrum] = {}

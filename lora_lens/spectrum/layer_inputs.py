@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -117,7 +118,7 @@ def _weighted(x: Tensor, real: Tensor | None) -> Tensor:
     """(examples, positions, in) in float64, over the root of how many positions of an example are real."""
     x = x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
     if real is None:
-        return x / x.shape[1] ** 0.5
+        return x / math.sqrt(x.shape[1])
     real = real.to(x.device)
     counts = real.sum(1)
     x = x.masked_fill(~real[..., None], 0) / counts.clamp_min(1).sqrt()[:, None, None]
@@ -130,4 +131,5 @@ def _unfolded(layer: _ConvNd, x: Tensor) -> Tensor:
     for axis, (size, step) in enumerate(zip(layer.kernel_size, layer.stride, strict=True), 2):
         x = x.unfold(axis, size, step)
     places = len(layer.kernel_size)
-    return x.movedim(1, places + 1).flatten(places + 1).flatten(1, places)
+    found: Tensor = x.movedim(1, places + 1).flatten(places + 1).flatten(1, places)
+    return found

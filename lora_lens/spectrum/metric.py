@@ -33,17 +33,18 @@ LEAST = 1e-12  # of the largest eigenvalue: below it an inverse power is roundin
 class Metric:
     """The inputs of layers on some data, as a metric for :func:`lora_lens.spectra`.
 
-    C is the mean over examples of the mean over positions of x x^T, shrunk towards the identity and scaled
-    to a trace of in_features, so that the units of the inputs do not enter: white inputs have C = I, which
-    is the plain spectrum. Windows on W C^p share one axis with the methods that choose components by data:
-    without a metric the first and last window are PiSSA and MiLoRA; with power 1 the last is CorDA's mode
-    that preserves knowledge, and the first its other mode; and where the inputs leave directions out, the
-    last window reads from these alone, as LoRA-Null does (Tang et al. 2025, arXiv 2503.02659), whose B
-    differs: it holds all that W makes of these directions, and a window only what no other component makes
-    as well.
+    C is the mean over examples of the mean over positions of x x^T (but for positions that an attention
+    mask masks), shrunk towards the identity and scaled to a trace of in_features, so that the units of the
+    inputs do not enter: white inputs have C = I, which is the plain spectrum. Windows on W C^p share one
+    axis with the methods that choose components by data: without a metric the first and last window are
+    PiSSA and MiLoRA; with power 1 the last is CorDA's mode that preserves knowledge, and the first its
+    other mode; and where the inputs leave directions out, the last window reads from these alone, as
+    LoRA-Null does (Tang et al. 2025, arXiv 2503.02659), whose B differs: it holds all that W makes of these
+    directions, and a window only what no other component makes as well.
 
     Attributes:
-        data: a task (some of its training examples are drawn), examples, or a batch as the model takes it.
+        data: a task (some of its training examples are drawn), examples, or a batch as the model takes it,
+            which goes through it as a whole.
         relative_to: the same of other data, with second moment R: then R^(-1/2) C R^(-1/2) takes the place
             of C. Up to scale its eigenvalues are those of the generalized problem C v = lambda R v. So the
             first components are those that are large on ``data`` compared to ``relative_to``; where both
@@ -224,7 +225,8 @@ def power_of(moment: Tensor, power: float, name: str) -> Tensor:
             f"the inputs of {name} span {rank} of its {len(values)} dimensions on these data, so their "
             f"metric has no inverse without shrinkage: give Metric a number, such as 0.01, or {LEDOIT_WOLF!r}"
         )
-    return vectors * values.pow(power) @ vectors.T
+    found: Tensor = vectors * values.pow(power) @ vectors.T
+    return found
 
 
 def _require_data(data: object, name: str) -> None:

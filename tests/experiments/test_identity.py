@@ -11,13 +11,24 @@ from small_sequences import SETTINGS, pairs, retained, small_vit
 
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Continued, Merged, exact_strategy
-from lora_lens.experiments.identity import exact, exact_method, named_method, run_name
+from lora_lens.experiments.identity import exact, exact_method, named_method, reads_spectra, run_name
 from lora_lens.spectrum.placement import AfterEnergy, ByLayer, Components, HoldingEnergy, RandomComponents
 from lora_lens.spectrum.window import Placement
 from lora_lens.training import EWC, KLAnchor, L2ToInitial, Regularized, Replay
 
 FEW = {key: value for key, value in SETTINGS.items() if key != "jobs"}
 FIRST, OTHER = Components(range(8)), Components((0, 1, 2, 3, 4, 5, 20, 21))
+
+
+class OwnLoRA(ll.LoRA):
+    """What a method of somebody else does with spectra that it is given, nobody knows."""
+
+
+def test_every_method_that_may_start_from_spectra_is_told_apart_by_their_metric():
+    without = (ll.LoRA(2), ll.LinearProbe(), ll.FullFineTuning(), ll.PeftMethod("pissa", 2))
+    within = (FIRST, ll.Window.first(2), ByLayer({"a": FIRST}), OwnLoRA(2))
+    assert not any(map(reads_spectra, (*without, Regularized(ll.LoRA(2), KLAnchor(1)))))
+    assert all(map(reads_spectra, (*within, Regularized(FIRST, KLAnchor(1)))))
 
 
 def name(method: object) -> str:

@@ -109,6 +109,14 @@ def test_with_nothing_to_choose_from_only_the_final_runs_are_made(quick):
     assert "nothing else to choose from" in advice.words
 
 
+def test_advice_on_spectra_in_a_metric_says_which(quick):
+    found = ll.spectra(quick["model"], metric=quick["task"], progress=False)
+    only = {"windows": [ll.Window.last(4)], "rates": [1e-3], "budget": None}
+    advice = advise(**quick | {"spectra": found}, **SMALL | {"steps": 1}, **only)
+    assert f"position 1 with learning rate 0.001 in the {found.metric}: " in advice.words
+    assert set(advice.evidence["variant"]) == {found.metric}
+
+
 def test_without_a_budget_the_usual_choice_comes_and_the_model_does_not_run(
     experiment, patch_vit, monkeypatch
 ):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
-from lora_lens.adapters.methods import Components, Method, MethodLike, as_method
+from lora_lens.adapters.methods import Method, MethodLike, as_method
 from lora_lens.adapters.requests import Request
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.tasks.scenarios import Scenario, TaskIncremental
@@ -176,11 +176,6 @@ class Regularized(Method):
 def trained_part(method: MethodLike) -> MethodLike:
     """A method without the regularizer that it may be under."""
     return method.method if isinstance(method, Regularized) else method
-
-
-def takes_components(method: MethodLike) -> bool:
-    """Whether a method, with or without a regularizer, trains components of spectra."""
-    return isinstance(as_method(trained_part(method)), Components)
 
 
 def regularizer_of(method: MethodLike) -> Regularizer | None:
