@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -129,13 +130,28 @@ def _require_layout(layer: StackedLayer) -> None:
         )
 
 
+def matrices_of(layer: LoraLayer) -> list[LoraLayer | StackedLayer]:
+    """One of PEFT's layers, or where it is PEFT's adapter of a parameter, those of the matrices in that.
+
+    Raises:
+        ValueError: attach did not make it, so nothing says which way round the matrices are.
+    """
+    if not isinstance(layer, ParamWrapper):
+        return [layer]
+    if not hasattr(layer, "planned_transposed"):
+        raise InputError(
+            f"PEFT adapts the parameter {layer.parameter_name} here: attach with ll.attach instead"
+        )
+    return [StackedLayer(layer, matrix) for matrix in layer_stack(layer).matrices().values()]
+
+
 def expanded(layers: Mapping[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
     """PEFT's layers by name, with its adapters of stacks as one for each expert."""
     found: dict[str, AdaptedLayer] = {}
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
-            for matrix_name, matrix in layer_stack(layer).matrices().items():
-                found[matrix_name] = cast("AdaptedLayer", StackedLayer(layer, matrix))
+            parts = zip(layer_stack(layer).matrices(), matrices_of(layer), strict=True)
+            found |= {part_name: cast("AdaptedLayer", part) for part_name, part in parts}
         else:
             found[name] = layer
     return found
