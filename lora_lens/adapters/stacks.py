@@ -24,7 +24,7 @@ from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.stacks import Stack, StackedMatrix, stack_name, stacked_at
 
 if TYPE_CHECKING:
-    from lora_lens.adapters.adapted import AdaptedLayer
+    from lora_lens.adapters.adapted import AdaptedLayer, AdaptedParameter
 
 
 def is_exchanged(stack: Stack) -> bool:
@@ -159,9 +159,9 @@ def expanded(layers: Mapping[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
 
 def layer_stack(wrapper: ParamWrapper) -> Stack:
     """What a wrapper of PEFT's wraps, as attach noted it."""
-    module = wrapper.get_base_layer()
-    holder = wrapper.planned_name.removesuffix(f".{wrapper.parameter_name}")
-    return Stack(wrapper.planned_name, holder, module, wrapper.parameter_name, wrapper.planned_transposed)
+    noted, key = cast("AdaptedParameter", wrapper), wrapper.parameter_name
+    holder = noted.planned_name.removesuffix(f".{key}")
+    return Stack(noted.planned_name, holder, wrapper.get_base_layer(), key, noted.planned_transposed)
 
 
 def restore_order(wrapper: ParamWrapper) -> None:
@@ -171,7 +171,7 @@ def restore_order(wrapper: ParamWrapper) -> None:
     decides how the wrappers of several parameters lie in each other, and so the keys of a saved adapter.
     """
     parameters = wrapper.get_base_layer()._parameters
-    for key in wrapper.planned_order:
+    for key in cast("AdaptedParameter", wrapper).planned_order:
         parameters[key] = parameters.pop(key)
 
 
@@ -196,7 +196,7 @@ def peft_keys(stacks: Mapping[str, Stack]) -> dict[str, str]:
     by_holder: dict[str, list[str]] = {}
     for name, stack in stacks.items():
         by_holder.setdefault(stack.holder, []).append(name)
-    paths = {}
+    paths: dict[str, str] = {}
     for holder, names in by_holder.items():
         order = list(stacks[names[0]].module._parameters)
         names.sort(key=lambda name: order.index(stacks[name].key), reverse=True)
