@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from lora_lens.adapters import injection
@@ -29,3 +30,12 @@ class AdaptedLayer(nn.Module, LoraLayer):
     planned_name: str
     planned_path: str
     planned_scaling: float
+
+
+class AdaptedParameter(ParamWrapper):
+    """What it put around a module whose parameter it adapts."""
+
+    planned_name: str
+    planned_path: str
+    planned_transposed: bool
+    planned_order: tuple[str, ...]

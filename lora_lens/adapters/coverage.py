@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 from peft import PeftModel
@@ -106,7 +106,7 @@ def in_words(table: pd.DataFrame) -> str:
     lines = []
     for state, group in table.groupby("state", sort=False):
         if state in (ADAPTED, WHOLE):
-            lines.append((state == WHOLE, -group["share"].sum(), f"{_amount(group)} {state}"))
+            lines.append((state == WHOLE, -group["share"].sum(), f"{_amount(group)} {state!s}"))
     for (_, why), group in table[~table["state"].isin([ADAPTED, WHOLE])].groupby(["state", "why"]):
         names = listed(group.sort_values("parameters", ascending=False, kind="stable")["name"], most=3)
         lines.append((2, -group["share"].sum(), f"{_amount(group)} not adapted: {names}: {why}"))
@@ -128,7 +128,7 @@ class Summary(pd.DataFrame):
         return f"{super().__repr__()}\n\n{in_words(self.coverage)}"
 
     def _repr_html_(self) -> str:
-        return f"{super()._repr_html_()}<pre>{html.escape(in_words(self.coverage))}</pre>"
+        return f"{cast(Any, super())._repr_html_()}<pre>{html.escape(in_words(self.coverage))}</pre>"
 
 
 def _amount(group: pd.DataFrame) -> str:

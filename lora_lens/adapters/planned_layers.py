@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,6 +24,9 @@ from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.rollback import undone_on_error
 from lora_lens.adapters.stacks import adapted_parameter
 from lora_lens.spectrum.stacks import Stack, stacks_planned
+
+if TYPE_CHECKING:
+    from lora_lens.adapters.adapted import AdaptedParameter
 
 MATCHING = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
 NOTHING = "(?!)"  # a regular expression
@@ -121,7 +124,8 @@ def _require_plan(
     for path, module in paths.items():
         module.planned_name, module.planned_path = names_of[path], path
         if isinstance(module, ParamWrapper):
-            module.planned_transposed = stacks[names_of[path]].transposed
-            module.planned_order = tuple(module.get_base_layer()._parameters)
+            noted = cast("AdaptedParameter", module)
+            noted.planned_transposed = stacks[names_of[path]].transposed
+            noted.planned_order = tuple(module.get_base_layer()._parameters)
     for name in names:
         found[name].planned_scaling = found[name].scaling[ADAPTER]

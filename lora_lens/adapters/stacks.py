@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.stacks import Stack, StackedMatrix, stack_name, stacked_at
 
 if TYPE_CHECKING:
-    from lora_lens.adapters.adapted import AdaptedLayer
+    from lora_lens.adapters.adapted import AdaptedLayer, AdaptedParameter
 
 
 def is_exchanged(stack: Stack) -> bool:
@@ -131,13 +132,28 @@ def _require_layout(layer: StackedLayer) -> None:
         )
 
 
+def matrices_of(layer: LoraLayer) -> list[LoraLayer | StackedLayer]:
+    """One of PEFT's layers, or where it is PEFT's adapter of a parameter, those of the matrices in that.
+
+    Raises:
+        ValueError: attach did not make it, so nothing says which way round the matrices are.
+    """
+    if not isinstance(layer, ParamWrapper):
+        return [layer]
+    if not hasattr(layer, "planned_transposed"):
+        raise InputError(
+            f"PEFT adapts the parameter {layer.parameter_name} here: attach with ll.attach instead"
+        )
+    return [StackedLayer(layer, matrix) for matrix in layer_stack(layer).matrices().values()]
+
+
 def expanded(layers: Mapping[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
     """PEFT's layers by name, with its adapters of stacks as one for each expert."""
     found: dict[str, AdaptedLayer] = {}
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
-            for matrix_name, matrix in layer_stack(layer).matrices().items():
-                found[matrix_name] = cast("AdaptedLayer", StackedLayer(layer, matrix))
+            parts = zip(layer_stack(layer).matrices(), matrices_of(layer), strict=True)
+            found |= {part_name: cast("AdaptedLayer", part) for part_name, part in parts}
         else:
             found[name] = layer
     return found
@@ -145,9 +161,9 @@ def expanded(layers: Mapping[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
 
 def layer_stack(wrapper: ParamWrapper) -> Stack:
     """What a wrapper of PEFT's wraps, as attach noted it."""
-    module = wrapper.get_base_layer()
-    holder = wrapper.planned_name.removesuffix(f".{wrapper.parameter_name}")
-    return Stack(wrapper.planned_name, holder, module, wrapper.parameter_name, wrapper.planned_transposed)
+    noted, key = cast("AdaptedParameter", wrapper), wrapper.parameter_name
+    holder = noted.planned_name.removesuffix(f".{key}")
+    return Stack(noted.planned_name, holder, wrapper.get_base_layer(), key, noted.planned_transposed)
 
 
 def restore_order(wrapper: ParamWrapper) -> None:
@@ -157,7 +173,7 @@ def restore_order(wrapper: ParamWrapper) -> None:
     decides how the wrappers of several parameters lie in each other, and so the keys of a saved adapter.
     """
     parameters = wrapper.get_base_layer()._parameters
-    for key in wrapper.planned_order:
+    for key in cast("AdaptedParameter", wrapper).planned_order:
         parameters[key] = parameters.pop(key)
 
 
@@ -182,7 +198,7 @@ def peft_keys(stacks: Mapping[str, Stack]) -> dict[str, str]:
     by_holder: dict[str, list[str]] = {}
     for name, stack in stacks.items():
         by_holder.setdefault(stack.holder, []).append(name)
-    paths = {}
+    paths: dict[str, str] = {}
     for holder, names in by_holder.items():
         order = list(stacks[names[0]].module._parameters)
         names.sort(key=lambda name: order.index(stacks[name].key), reverse=True)

@@ -449,7 +449,7 @@ def _empty_group(found: Adaptable, group: str, reasons: Mapping[str, str]) -> st
         "all-experts": "tensor of experts",
     }[group]
     kin = {"all-conv": (_ConvNd,), "all-experts": (Stack,)}.get(group, LINEAR)
-    kinds = dict(named_modules(found.model)) | found.stacks
+    kinds: dict[str, object] = {**dict(named_modules(found.model)), **found.stacks}
     refused = (f"; {n} {why}" for n, why in reasons.items() if isinstance(kinds.get(n), kin))
     return f"{type(found.model).__name__} has no {what} that can be adapted{next(refused, '')}"
 

@@ -87,7 +87,7 @@ def is_expert(name: str) -> bool:
 def stacks_in(model: nn.Module) -> dict[str, Stack]:
     """The stacks of experts of a model, by name; also under PEFT, by the names they have without it."""
     model = inner_model(model)
-    found = {}
+    found: dict[str, Stack] = {}
     for path, module in named_modules(model):
         if not isinstance(module, BaseTunerLayer):
             holder = re.sub(r"(\.base_layer)+$", "", path)
@@ -107,7 +107,7 @@ def stacks_of(module: nn.Module, holder: str, model: nn.Module) -> Iterator[Stac
             if holder and module._parameters.get(key) is not None:
                 yield Stack(f"{holder}.{key}", holder, module, key, transposed=False)
         return
-    found = {}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key, tensor in module._parameters.items():
         name = holder if key == "weight" and holder else f"{holder}.{key}" if holder else key
         if tensor is not None and may_be_stack(module, name, tensor):
@@ -179,12 +179,12 @@ def why_not(stack: Stack, modules: Mapping[str, nn.Module], floats: Iterable[obj
     reads = rf"\.{child}\.weight\b" if stack.key == "weight" else rf"(?<!\bself)\.{stack.key}\b"
     holders = [type(modules[".".join(above[:depth])]) for depth in range(len(above), -1, -1)]
     for holder in holders:
-        if re.search(reads, _code(holder)):
+        if re.search(reads, _code(holder.__mro__)):
             return f"is bypassed: {holder.__name__} reads it without calling {kind}, which PEFT wraps"
     caller = next((h for h in holders if h not in (nn.ModuleList, nn.ModuleDict, nn.Sequential)), nn.Module)
-    if other := [a for a in re.findall(rf"\.{child}\.(\w+)", _code(caller)) if a not in OF_WRAPPERS]:
+    if other := [a for a in re.findall(rf"\.{child}\.(\w+)", _code(caller.__mro__)) if a not in OF_WRAPPERS]:
         return f"is used otherwise: {caller.__name__} reads {kind}.{other[0]}, which PEFT's wrapper lacks"
-    if re.search(rf"\.{child}\(\s*\w+\s*=[^=]", _code(caller)):
+    if re.search(rf"\.{child}\(\s*\w+\s*=[^=]", _code(caller.__mro__)):
         return (
             f"is called by {caller.__name__} with named arguments alone, which PEFT's wrapper does not take"
         )
@@ -192,10 +192,10 @@ def why_not(stack: Stack, modules: Mapping[str, nn.Module], floats: Iterable[obj
 
 
 @lru_cache(maxsize=1024)
-def _code(kind: type[nn.Module]) -> str:
-    """The code of a class and of those that it inherits from, without the methods that set it up."""
-    methods = {}
-    for base in reversed(kind.__mro__):
+def _code(kin: tuple[type, ...]) -> str:
+    """The code of a class, given with those it inherits from, without the methods that set it up."""
+    methods: dict[str, Any] = {}
+    for base in reversed(kin):
         if issubclass(base, nn.Module) and base is not nn.Module:
             methods |= {key: value for key, value in vars(base).items() if inspect.isfunction(value)}
     found = []

@@ -253,3 +253,33 @@ def test_routers_are_no_usual_targets_in_models_as_in_their_files(tmp_path):
     assert not [name for name in target_layers(model) if "gate" in name.split(".")[-1].split("_")[-1:]]
     assert "model.layers.0.mlp.shared_expert_gate" in target_layers(model, "shared_expert_gate")
     assert not [w.name for w in weights(model) if w.name.endswith(("shared_expert_gate", "mlp.gate"))]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kernel_size": 1, "dilation": 2}, {"kernel_size": 3, "padding_mode": "circular"}],
+    ids=["dilation of one point", "mode of no padding"],
+)
+def test_settings_of_convolutions_that_change_nothing_are_no_reason_to_refuse(settings):
+    model, images = nn.Sequential(nn.Conv2d(4, 8, **settings)), torch.randn(2, 4, 7, 7)
+    adapted = ll.attach(model, ll.Window.middle(2), targets="all-conv")
+    assert ll.function_error(adapted, model, images) < 1e-5
+    other = {"kernel_size": 3, "dilation": 2} if "dilation" in settings else settings | {"padding": 1}
+    reason = "dilation" if "dilation" in settings else "padding_mode"
+    with pytest.raises(
+        ValueError, match=f"is a convolution with {reason}=.*, which PEFT's LoRA layer does not"
+    ):
+        ll.attach(nn.Sequential(nn.Conv2d(4, 8, **other)), ll.Window.middle(2), targets="0")
+
+
+def test_a_parameter_that_is_no_layers_weight_is_named_with_the_reason():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed, self.proj = nn.Parameter(torch.zeros(1, 5, 8)), nn.Linear(8, 8)
+
+    with pytest.raises(
+        ValueError, match=r"matches pos_embed, which is a parameter of Positions and no layer's"
+    ):
+        target_layers(Positions(), "pos_embed")
+    assert list(target_layers(Positions(), "*")) == ["proj"]

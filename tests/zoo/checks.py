@@ -18,11 +18,13 @@ from torch import Tensor, nn
 import lora_lens as ll
 from lora_lens._base.errors import LoraLensError
 from lora_lens.adapters.attaching import planned
+from lora_lens.spectrum.adaptable_layers import adaptable
 
 Inputs = Mapping[str, Tensor] | tuple[Tensor, ...]
 RANK, TOLERANCE = 2, 1e-5
 GROUPS = ("all-attention", "all-mlp", "all-conv")  # the default is all-linear
 METHOD = ll.Window(RANK, position=0.5)
+LOST = "on loading, and does not find them"  # in the message where plain PEFT would lose all adapters
 NOTHING = " has no "  # in the message for a group without a layer
 REFUSED = "PEFT cannot adapt these layers"
 
@@ -80,6 +82,7 @@ def check(model: nn.Module, inputs: Inputs) -> Row:
     for group in GROUPS if targets is None else ():
         _check_group(row, group, model, inputs, reference, spectra)
     _check_export(row, model, adapted, inputs)
+    _check_experts(row, model, inputs, reference)
     _check_spectra(row, model, targets)
     return row
 
@@ -175,6 +178,25 @@ def _check_group(
         _check_function(row, group, model, adapted, inputs, reference)
 
 
+def _check_experts(row: Row, model: nn.Module, inputs: Inputs, reference: list[Tensor]) -> None:
+    """Those that lie in one tensor: no family of transformers' may be refused."""
+    stacks = adaptable(model).stacks.values()
+    if not any(stack.parameter.ndim == 3 for stack in stacks):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            adapted = ll.attach(model, METHOD, targets="all-experts")
+        except Exception as error:
+            row.problems.append(f"all-experts: {_said(error)}")
+            return
+    _check_function(row, "all-experts", model, adapted, inputs, reference)
+    try:
+        _check_export(row, model, adapted, inputs)
+    except LoraLensError as error:
+        (row.notes if LOST in str(error) else row.problems).append(f"all-experts: {error}")
+
+
 def _check_export(row: Row, model: nn.Module, adapted: PeftModel, inputs: Inputs) -> None:
     before = outputs(adapted, inputs)
     generator = torch.Generator().manual_seed(2)
@@ -192,9 +214,7 @@ def _check_export(row: Row, model: nn.Module, adapted: PeftModel, inputs: Inputs
         warnings.simplefilter("ignore")
         ll.export(adapted, folder + "/lora")
         plain = PeftModel.from_pretrained(copy.deepcopy(model), folder + "/lora").eval()
-    wanted = set(ll.summary(adapted)["layer"])
-    modules = plain.get_base_model().named_modules()
-    found = {n for n, m in modules if hasattr(m, "lora_A") or isinstance(m, ModulesToSaveWrapper)}
+    wanted, found = _wrapped(adapted), _wrapped(plain)
     if found != wanted:
         row.problems.append(f"export: PEFT adapts {len(found)} layers, {len(wanted)} were trained")
     if whole := plain.peft_config["default"].modules_to_save:
@@ -204,6 +224,13 @@ def _check_export(row: Row, model: nn.Module, adapted: PeftModel, inputs: Inputs
         row.exported = error / change
         if not error <= 1e-6 + change * (1e-3 if change > 1e-2 else 1e-2):
             row.problems.append(f"export: {row.exported:.1e} of the update is lost in plain PEFT")
+
+
+def _wrapped(model: PeftModel) -> set[str]:
+    """What PEFT adapts or trains in full; several tensors of one module count once."""
+    modules = model.get_base_model().named_modules()
+    found = {n for n, m in modules if hasattr(m, "lora_A") or isinstance(m, ModulesToSaveWrapper)}
+    return {name for name in found if name.removesuffix(".base_layer") not in found - {name}}
 
 
 def _check_spectra(row: Row, model: nn.Module, targets: str | None) -> None:

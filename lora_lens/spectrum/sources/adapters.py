@@ -298,7 +298,20 @@ def _of_window(folder: Path) -> list[Stored]:
     taken, stored = headers(start), []
     for pair in pairs_among(tensors)[0]:
         name = pair.layer.removeprefix(PREFIX)
-        if not {f"{name}.A", f"{name}.B"} <= taken.keys():
+        found = {f"{name}.A", f"{name}.B"} <= taken.keys()
+        plain = name.replace(".base_layer", "")
+        if not found and _is_of(plain, settings.get("target_parameters"), of_one=False):
+            problem = (
+                "is adapted as a parameter: load it with ll.load, and take the spectra of what training "
+                "changed from ll.forgetting.drift or from the merged model"
+            )
+            stored.append(
+                replace(
+                    stored_pair(pair, plain, 1.0, partial(read_tensor, path), problem=problem), usual=False
+                )
+            )
+            continue
+        if not found:
             raise InputError(f"{start} lacks the factors of {name}; save the adapter again")
         scaling, rank = _of_peft(settings, path.parent / CONFIG, pair, name)
         read = partial(read_tensor, path)

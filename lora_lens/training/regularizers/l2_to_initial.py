@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance
-from lora_lens.adapters.injection import ADAPTER
+from lora_lens.adapters.peft_names import ADAPTER
+from lora_lens.adapters.stacks import StackedLayer, matrices_of
 from lora_lens.adapters.start import factor_matrix, is_dora
 from lora_lens.training.regularizers.base import LossTerm, Past, Regularizer, check_strength
 from lora_lens.training.settings import Training
@@ -57,14 +58,14 @@ class L2ToInitial(Regularizer):
 
     def begin(self, model: nn.Module, past: Past, config: Training) -> LossTerm:
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        parts = [part for layer in layers for part in matrices_of(layer)]
         if any(is_dora(layer) for layer in layers):
             raise InputError(
                 "L2ToInitial measures the change of B A, and DoRA changes the lengths of the rows as well; "
                 "train without dora, or under another regularizer"
             )
         adapted = [
-            (layer, factor_matrix(layer.lora_B).clone(), factor_matrix(layer.lora_A).clone())
-            for layer in layers
+            (part, factor_matrix(part.lora_B).clone(), factor_matrix(part.lora_A).clone()) for part in parts
         ]
         factors = {id(p) for x in layers for part in (x.lora_A, x.lora_B) for p in part.parameters()}
         others = [
@@ -94,7 +95,7 @@ def squared_change(layer: LoraLayer, b0: Tensor, a0: Tensor) -> Tensor:
     Raises:
         TypeError: ``layer`` is no such layer, or a factor is no tensor.
     """
-    instance(layer, LoraLayer, "layer", "a layer with PEFT's adapter")
+    instance(layer, (LoraLayer, StackedLayer), "layer", "a layer with PEFT's adapter")
     for name, factor in (("b0", b0), ("a0", a0)):
         instance(factor, Tensor, name, "a factor at the start, a tensor")
     b, a = (part[ADAPTER].weight.flatten(1) for part in (layer.lora_B, layer.lora_A))

@@ -50,12 +50,15 @@ class Orthogonal(Regularizer):
                 "has none: give it to the strategy of a sequence, Merged(Orthogonal(...))"
             )
         pairs = [
-            (layer.lora_A[ADAPTER].weight, past.kept[name].to(layer.lora_A[ADAPTER].weight))
+            (layer.lora_A, past.kept[name].to(layer.lora_A[ADAPTER].weight))
             for name, layer in _adapters(model).items()
         ]
 
+        def size(a: Tensor, gram: Tensor) -> Tensor:
+            return ((a @ gram) * a).sum()
+
         def extra() -> Tensor:
-            return self.strength * sum(((a.flatten(1) @ gram) * a.flatten(1)).sum() for a, gram in pairs)
+            return self.strength * sum(size(a[ADAPTER].weight.flatten(1), gram) for a, gram in pairs)
 
         return extra
 

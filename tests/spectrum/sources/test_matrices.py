@@ -111,6 +111,44 @@ def test_experts_stored_as_in_out_are_transposed(gpt_oss):
     assert len(found) == 4
 
 
+def test_gate_and_up_of_experts_apart_lie_in_halves_or_take_turns(mixtral, gpt_oss, tmp_path):
+    experts = mixtral.model.layers[0].mlp.experts
+    found = by_name(weights(mixtral, "all-experts", split_gate_up=True))
+    assert len(found) == 2 * 3 * 3
+    name = "model.layers.0.mlp.experts.gate_up_proj[2]"
+    assert torch.equal(found[f"{name}[gate]"].load(), experts.gate_up_proj[2][:24])
+    assert torch.equal(found[f"{name}[up]"].load(), experts.gate_up_proj[2][24:])
+    assert found["model.layers.1.mlp.experts.down_proj[0]"].shape == (16, 24)
+    gpt_oss.save_pretrained(tmp_path)
+    for source in (gpt_oss, tmp_path):
+        found = by_name(weights(source, "experts.gate_up_proj", split_gate_up=True))
+        whole = gpt_oss.model.layers[0].mlp.experts.gate_up_proj[1]  # (in, out)
+        assert torch.equal(found["model.layers.0.mlp.experts.gate_up_proj[1][gate]"].load(), whole[:, ::2].T)
+        assert torch.equal(found["model.layers.0.mlp.experts.gate_up_proj[1][up]"].load(), whole[:, 1::2].T)
+
+
+def test_all_experts_are_those_of_one_tensor_and_those_that_are_layers(mixtral, tmp_path):
+    mixtral.save_pretrained(tmp_path)  # one tensor each, as the hub has them
+    inside = {w.name for w in weights(tmp_path, "all-experts")}
+    assert inside == {
+        f"model.layers.{i}.block_sparse_moe.experts.{e}.w{k}"
+        for i in (0, 1)
+        for e in range(3)
+        for k in (1, 2, 3)
+    }
+    assert len(weights(mixtral, "all-experts")) == 2 * 2 * 3
+
+
+def test_q_k_and_v_of_multihead_attention_are_read_from_models_and_files(tmp_path):
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "mlp": nn.Linear(8, 8)})
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for source in (model, tmp_path):
+        assert "attn.in_proj_weight" not in by_name(weights(source))
+        found = by_name(weights(source, "in_proj_weight", split_qkv=True))
+        assert list(found) == [f"attn.in_proj_weight[{part}]" for part in "qkv"]
+        assert torch.equal(found["attn.in_proj_weight[k]"].load(), model["attn"].in_proj_weight[8:16])
+
+
 def test_convolutions_are_chosen_by_pattern_as_out_by_everything_else():
     model = ConvNeXt(in_chans=3, num_classes=5, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
     assert [w.name for w in weights(model)] == [
