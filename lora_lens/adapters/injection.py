@@ -85,8 +85,9 @@ def attached(adapted: nn.Module) -> tuple[AdaptedModel, Attachment]:
         inner = inner_model(held)  # in a wrapper that we do not know
     if not isinstance(inner, PeftModel) or not hasattr(inner, "attachment"):
         raise InputError(
-            f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; for an adapter that "
-            "was made elsewhere, or from a config of PEFT's, use PEFT's own functions"
+            f"expected a model from ll.attach or ll.load, not {type(adapted).__name__}; for a LoRA that "
+            "PEFT made, call ll.adapters.adopt first; for another adapter that was made elsewhere, or from a "
+            "config of PEFT's, use PEFT's own functions"
         )
     found = cast("AdaptedModel", inner)
     return found, found.attachment
