@@ -4,7 +4,7 @@
 
 Attaching with given spectra to ViT-B/16 with random weights, on a copy, and how many of its adapted weights
 that copies; and training steps (forward, backward, AdamW) of ViT-S/16 and SmolLM2-135M, one thread, float32:
-by PEFT's own forward pass, as transformers' ``Trainer`` calls it, and by the layers that ``ll.finetune`` uses.
+by the forward pass that PEFT gives ``Trainer``, and by the layers that ``ll.finetune`` uses.
 Forms alternate in one process; read the ratios.
 """
 

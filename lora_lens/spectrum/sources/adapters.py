@@ -123,6 +123,11 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     settings = read_json(config) if config.is_file() else {}
     if "peft_type" in settings or (settings and "lora_parameters" not in settings):
         _require_plain_lora(path.parent, settings)
+    if any(key.endswith(".start_b") for key in tensors):
+        raise InputError(
+            f"{path} is what PEFT writes of an adapter in lora_lens's offset form, whose update is not B A "
+            "alone: give the folder of ll.export or ll.save"
+        )
     found, others = pairs_among(tensors)
     if len(names := {pair.adapter for pair in found}) > 1:
         raise InputError(f"{path} holds several adapters, {listed(sorted(names))}; save them one by one")
