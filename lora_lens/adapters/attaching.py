@@ -47,7 +47,8 @@ def attach(
     PiSSA (Meng et al. 2024, arXiv 2404.02948), for the last MiLoRA (Wang et al. 2024, arXiv 2406.09044).
     The residual is formed from the factors as they are stored, in float32 or
     more, so base plus adapter equals W up to rounding in the base's dtype;
-    :func:`function_error` and :func:`summary` measure it.
+    :func:`function_error` and :func:`summary` measure it. With ``Variant(base="offset")``, and for weights
+    that are quantized or shared, the base stays W and the layer takes the start off instead.
 
     Exactly the planned layers are adapted. If anything is refused, ``model`` stays as it was, in place, too.
 
@@ -69,7 +70,8 @@ def attach(
         modules_to_save: modules by the end of their names, in whole dotted parts, that PEFT trains and
             saves in full, such as a new classifier; no adapters are put into them.
         inplace: adapt ``model`` itself instead of a copy. Without it the copy shares what it can, and
-            keeps the pretrained weights in memory for :func:`detach`.
+            keeps the pretrained weights in memory for :func:`detach`; in the offset form it goes on sharing
+            the adapted weights, so train the given model no further.
         seed: of what is random in the start, such as ordinary LoRA's A, and of the choice of examples.
         task: the new task, for those of PEFT's starts that are computed from its examples.
         retain: the retained task, likewise.

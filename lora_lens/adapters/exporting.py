@@ -177,11 +177,13 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     QPiSSA (Meng et al. 2024).
 
     Args:
-        adapted: from :func:`lora_lens.attach` with a window; what was trained since is left out.
+        adapted: from :func:`lora_lens.attach` with a window, in either form; what was trained since is left
+            out.
         folder: as for :func:`save`.
 
     Raises:
-        ValueError: the base of ``adapted`` is no residual, as under ordinary LoRA; or as :func:`save`.
+        ValueError: there is no residual, as under ordinary LoRA, or for weights that are quantized or shared;
+            or as :func:`save`.
 
     Example:
         >>> from pathlib import Path

@@ -23,7 +23,7 @@ from lora_lens.adapters.peft_names import ADAPTER
 if TYPE_CHECKING:
     from lora_lens.adapters.adapted import AdaptedLayer
 
-START_B, START_A = "start_b", "start_a"  # without PEFT's "lora_", which would make them the adapter's own
+START_B, START_A = "start_b", "start_a"  # PEFT writes them along, and lora_lens checks them
 
 
 def widened(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from lora_lens.adapters.injection import (
     require_unadapted,
     require_unmerged,
 )
+from lora_lens.adapters.offset import START_A, START_B
 from lora_lens.adapters.peft_names import PREFIX, saved_modules, target_settings
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
@@ -218,6 +219,8 @@ def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Modu
         expected |= {f"{PREFIX}{name}.{unwrapped(key)}": tuple(t.shape) for key, t in own.items()}
     found = {}
     for key, tensor in saved.state.items():
+        if _is_start(key, tensor, saved):
+            continue
         if key not in expected and _is_in(model, key.removeprefix(PREFIX), tensor, saved.where):
             continue
         if key not in factors:
@@ -239,6 +242,23 @@ def _fitting(saved: Saved, shapes: Mapping[str, tuple[int, int]], model: nn.Modu
                 f"{saved.where} holds {key} as {saved.state[key].dtype}, expected floating point"
             )
     return {key: saved.state[key] for key in expected}
+
+
+def _is_start(key: str, tensor: Tensor, saved: Saved) -> bool:
+    """Whether it is a start in the offset form, which PEFT writes beside a layer's adapter.
+
+    Raises:
+        ValueError: it is another one than was saved.
+    """
+    name, _, last = key.removeprefix(PREFIX).rpartition(".")
+    if last not in (START_B, START_A) or saved.factors is None:
+        return False
+    own = saved.factors.get(f"{name}.{'B' if last == START_B else 'A'}")
+    if own is None or not torch.equal(own.cpu(), tensor.flatten(1).to(own)):
+        raise InputError(
+            f"{saved.where} started from other factors than were saved: it is of another adapter"
+        )
+    return True
 
 
 def _is_in(model: nn.Module, name: str, tensor: Tensor, where: Path) -> bool:

@@ -225,6 +225,19 @@ def test_a_folder_tells_the_form_and_without_the_field_it_is_the_residual(model,
     torch.testing.assert_close(updates[0], updates[1])
 
 
+def test_what_peft_writes_goes_on_from_the_same_start_alone(model, source, tmp_path):
+    adapted = ll.attach(model, MIDDLE, variant=OFFSET)
+    ll.save(adapted, tmp_path / "start")
+    disturbed(adapted).save_pretrained(tmp_path / "checkpoint")
+    again = ll.load(model, tmp_path / "start", checkpoint=tmp_path / "checkpoint")
+    assert ll.function_error(again, adapted, source.test.inputs[:4]) == 0
+    ll.save(ll.attach(model, ll.Window.last(4), variant=OFFSET), tmp_path / "other")
+    with pytest.raises(ValueError, match="started from other factors"):
+        ll.load(model, tmp_path / "other", checkpoint=tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="offset form, whose update is not B A alone"):
+        ll.spectra(tmp_path / "checkpoint", progress=False)
+
+
 # Training
 
 

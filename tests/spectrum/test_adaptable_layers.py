@@ -11,7 +11,7 @@ from transformers import FalconConfig, FalconForCausalLM, Qwen2MoeConfig, Qwen2M
 
 import lora_lens as ll
 from lora_lens._base.naming import block_and_kind
-from lora_lens.spectrum.adaptable_layers import adaptable, target_layers
+from lora_lens.spectrum.adaptable_layers import adaptable, target_layers, unchangeable
 from lora_lens.spectrum.patterns import part_of
 from lora_lens.spectrum.sources.matrices import weights
 
@@ -225,9 +225,11 @@ def test_weights_that_share_memory_are_tied_whatever_their_names():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = nn.Parameter(model[0].weight.data)
     model.register_parameter("also", model[2].weight)
-    assert not adaptable(model).layers
-    with pytest.raises(ValueError, match="2, which shares its weight with also"):
-        target_layers(model, "2")
+    found = adaptable(model)
+    assert list(found.layers) == ["0", "1", "2"] and not found.groups["all-linear"]  # only by their names
+    assert unchangeable(model, found.layers) == {
+        name: f"shares its weight with {other} (tied weights)" for name, other in ("01", "10", ("2", "also"))
+    }
 
 
 def test_falcon_is_adapted_by_default():

@@ -126,6 +126,11 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
     of_products = settings.get("peft_type") in ("LOHA", "LOKR")
     if not of_products and ("peft_type" in settings or (settings and "lora_parameters" not in settings)):
         _require_plain_lora(path.parent, settings)
+    if any(key.endswith(".start_b") for key in tensors):
+        raise InputError(
+            f"{path} is what PEFT writes of an adapter in lora_lens's offset form, whose update is not B A "
+            "alone: give the folder of ll.export or ll.save"
+        )
     found, others = pairs_among(tensors)
     if of_products and found:  # which that method has not
         _require_plain_lora(path.parent, settings)

@@ -155,21 +155,37 @@ def test_scales_of_experts_are_no_weights_and_scales_of_inputs_change_none(tmp_p
     assert len(weights(saved(plain, tmp_path / "plain.safetensors"))) == 1
 
 
-def test_bitsandbytes_is_refused_live(tmp_path):
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_bitsandbytes_is_read_live_and_where_it_is_saved(tmp_path, storage):
     pytest.importorskip("bitsandbytes")
     config = transformers.LlamaConfig(**TINY, vocab_size=32)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
-    four_bit = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=four_bit, device_map="cpu"
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    four_bit = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage
     )
-    with pytest.raises(ValueError, match="q_proj is a Params4bit of Linear4bit"):
-        weights(model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=four_bit, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "four")
+    plain, saved_ones = (
+        {weight.name: weight for weight in weights(tmp_path / folder)} for folder in ("plain", "four")
+    )
+    assert {weight.name for weight in weights(model)} == plain.keys() == saved_ones.keys()
+    for live in weights(model):
+        matrix, expected = live.load().float(), plain[live.name].load().float()
+        assert live.shape == plain[live.name].shape == matrix.shape
+        assert 1e-3 < float((matrix - expected).norm() / expected.norm()) < 0.2
+        torch.testing.assert_close(saved_ones[live.name].load().float(), matrix, rtol=0.01, atol=1e-6)
 
 
-def test_torchao_is_refused_live():
+def test_torchao_is_read_live_and_where_it_is_saved(tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
     model = nn.Sequential(nn.Linear(32, 16)).bfloat16()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig(version=2))
-    with pytest.raises(ValueError, match=r"^0 is a Int8Tensor of Linear"):
-        weights(model)
+    live = weights(model)[0].load()
+    assert torch.equal(live, model[0].weight.dequantize())
+    tensors, header = flatten_tensor_state_dict(model.state_dict())
+    save_file(tensors, tmp_path / "model.safetensors", metadata=header)
+    torch.testing.assert_close(weights(tmp_path)[0].load().float(), live.float(), rtol=0.01, atol=1e-6)
