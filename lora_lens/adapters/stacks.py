@@ -73,6 +73,10 @@ class StackedLayer:
     def merged(self) -> bool:
         return bool(self.wrapper.merged)
 
+    @property
+    def lora_variant(self) -> Mapping[str, object]:
+        return {}
+
     def get_base_layer(self) -> StackedMatrix:
         return self.matrix
 
@@ -231,6 +235,10 @@ def require_whole_stacks(plan: Mapping[str, Any], layers: Mapping[str, object], 
     for value, why in (
         (variant.dora, "dora=True: PEFT has no DoRA for parameters"),
         (variant.dropout, f"dropout={variant.dropout:g}: PEFT adds B A to a parameter, whose input it lacks"),
+        (
+            variant.base == "offset",
+            'base="offset": PEFT adds B A to a parameter and has no place for a start',
+        ),
     ):
         if value and planned:
             raise InputError(f"{listed(planned, most=2)} takes no {why}; leave it out of the targets")

@@ -19,7 +19,6 @@ from torch import nn
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import Targets, counted, listed
 from lora_lens._base.validate import choice, flag, instance, sequence, whole_number
-from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.attaching import planned
 from lora_lens.adapters.low_rank import chosen_layers
 from lora_lens.adapters.methods import MethodLike
@@ -36,7 +35,7 @@ from lora_lens.experiments.records import with_distinct_names
 from lora_lens.experiments.results import MOST_SHOWN, Kept
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.experiments.sweeps import A_TASK, Grid, require_shared, shared_training
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import layers_at, matrix_shape
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.scenarios import SCENARIOS, all_at_once
 from lora_lens.tasks.task import Task
@@ -282,10 +281,8 @@ def _checked(
         for place in range(len(tasks) if isinstance(strategy, Moving) else 1):
             now = strategy.method_at(method, place)
             plan = planned(model, now, targets=targets, alpha=alpha, spectra=spectra, variant=variant)
-            for name, placement in plan.items():
-                if isinstance(strategy, Moving):
-                    layer = weight_matrix(submodule(model, name))
-                    placement.components(torch.ones(min(layer.shape)), name)
+            for name, layer in layers_at(model, plan).items() if isinstance(strategy, Moving) else ():
+                plan[name].components(torch.ones(min(matrix_shape(layer))), name)
         layers[method] = list(plan) or list(chosen_layers(model, targets, spectra))
     return layers
 

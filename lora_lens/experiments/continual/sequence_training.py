@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
-from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.injection import lora_layer
 from lora_lens.adapters.methods import MethodLike, as_method
@@ -29,7 +28,7 @@ from lora_lens.experiments.identity import exact, exact_method, named_method, na
 from lora_lens.experiments.runs import ended_without_numbers, short
 from lora_lens.forgetting.weight_drift import merged_copy
 from lora_lens.forgetting.window_survival import components_of, survival
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.adaptable_layers import layers_at, weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement
@@ -333,8 +332,7 @@ def _measure_weights(experiment: Sequential, state: State, method: MethodLike) -
     model = state.model if hasattr(state.model, "attachment") else merged_copy(state.model)
     if model is None:
         return
-    for name in names:
-        layer = submodule(experiment.model, name)
+    for name, layer in layers_at(experiment.model, names).items():
         before = weight_matrix(layer).detach().cpu().double()
         now = _matrix(model, name)
         row = {"after": state.after, "layer": name}
@@ -352,4 +350,4 @@ def _matrix(model: nn.Module, name: str) -> Tensor:
     """The weight with its adapter, float64, on the CPU."""
     if isinstance(model, PeftModel):
         return effective_weight(lora_layer(model, name))
-    return weight_matrix(submodule(model, name)).detach().cpu().double()
+    return weight_matrix(layers_at(model, [name])[name]).detach().cpu().double()
