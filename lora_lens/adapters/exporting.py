@@ -204,7 +204,8 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     for name, why in unchangeable(base_of(peft_model), bases).items():
         raise InputError(f"{name.removesuffix('.base_layer')} {why}, so it has no residual; use export")
     state, digests, residuals = adapter_state(peft_model), {}, {}
-    layers, stacked = lora_layers(peft_model), {}
+    layers = lora_layers(peft_model)
+    stacked: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, start in record.starts.items():
         layer = layers[name]
         b, a = start.taken(layer)
@@ -231,9 +232,9 @@ def export_residual(adapted: nn.Module, folder: str | Path) -> None:
     base = without_peft(cast(PeftModel, copied(peft_model, tensors | before)))
     for name, start in record.starts.items():
         if not start.changes_base:
-            layer = submodule(base, name)
-            layer.weight = nn.Parameter(torch.empty_like(weight_of(layer)), requires_grad=False)
-            set_weight_matrix(layer, residuals[name])
+            plain = submodule(base, name)
+            plain.weight = nn.Parameter(torch.empty_like(weight_of(plain)), requires_grad=False)
+            set_weight_matrix(plain, residuals[name])
     with replaced(folder, BASE_AND_ADAPTER) as new:
         (new / "base").mkdir()
         (new / "adapter").mkdir()

@@ -8,8 +8,9 @@ last bit, because in each of its terms one factor is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -19,9 +20,6 @@ from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
 from lora_lens.adapters.peft_names import ADAPTER
-
-if TYPE_CHECKING:
-    from lora_lens.adapters.adapted import AdaptedLayer
 
 START_B, START_A = "start_b", "start_a"  # PEFT writes them along, and lora_lens checks them
 
@@ -41,29 +39,31 @@ class Offset(LoraVariant):
         """Nothing: the start is there already, also for a second adapter with the same config."""
 
     @staticmethod
-    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         to_rank, from_rank = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        b, a = widened(from_rank.weight, to_rank.weight, *start_in(module))
+        b, a = widened(from_rank.weight, to_rank.weight, module.start_b, module.start_a)
         x = module.lora_dropout[active_adapter](x)
         x = getattr(to_rank, "_conv_forward", nn.functional.linear)(x, a, None)
         b = b * module.scaling[active_adapter]
-        return result + getattr(from_rank, "_conv_forward", nn.functional.linear)(x, b, None)
+        added: Tensor = getattr(from_rank, "_conv_forward", nn.functional.linear)(x, b, None)
+        return result + added
 
     @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         if not orig_weight.is_floating_point():
             raise InputError(
                 "PEFT takes this quantized layer for a plain one and would merge into its integers: set "
                 "is_loaded_in_8bit or is_loaded_in_4bit of the model to True, and attach again"
             )
-        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+        merged: Tensor = (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+        return merged
 
     @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         orig_weight.data = Offset.merge_safe(module, active_adapter, orig_weight.data)
 
 
-def set_offset(layer: AdaptedLayer, config: LoraConfig) -> None:
+def set_offset(layer: Any, config: LoraConfig) -> None:
     """Give a layer the offset form, with its factors as they are now as the start.
 
     Args:
@@ -81,30 +81,31 @@ def set_offset(layer: AdaptedLayer, config: LoraConfig) -> None:
         setattr(layer, name, partial(function, layer))
 
 
-def start_in(layer: LoraLayer) -> tuple[Tensor, Tensor] | None:
+def start_in(layer: Any) -> tuple[Tensor, Tensor] | None:
     """B_0 and A_0 of a layer in the offset form, as its B and A lie; None of any other layer."""
     return (layer.start_b, layer.start_a) if START_B in getattr(layer, "_buffers", ()) else None
 
 
-def added_factors(layer: LoraLayer, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
+def added_factors(layer: Any, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
     """What the adapter adds to its base, without scaling: factors (out, R) and (R, in)."""
     b, a = layer.lora_B[adapter].weight.detach(), layer.lora_A[adapter].weight.detach()
     if isinstance(layer.lora_variant.get(adapter), Offset):
-        b, a = widened(b, a, *start_in(layer))
+        b, a = widened(b, a, layer.start_b, layer.start_a)
     return b.flatten(1), a.flatten(1)
 
 
-def _delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
+def _delta_weight(layer: Any, adapter: str) -> Tensor:
     if not isinstance(layer.lora_variant.get(adapter), Offset):
-        return type(layer).get_delta_weight(layer, adapter)
+        own: Tensor = type(layer).get_delta_weight(layer, adapter)
+        return own
     b, a = added_factors(layer, adapter)
     exact = torch.promote_types(b.dtype, torch.float32)
-    delta = torch.mm(b.to(exact), a.to(exact)) * layer.scaling[adapter]
+    delta: Tensor = torch.mm(b.to(exact), a.to(exact)) * layer.scaling[adapter]
     delta = delta.reshape(-1, *layer.lora_A[adapter].weight.shape[1:])
     return delta.T if getattr(layer, "fan_in_fan_out", False) else delta
 
 
-def _merge(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:
+def _merge(layer: Any, *args: Any, **kwargs: Any) -> None:
     """Into a copy of the base, whose weight may be the pretrained model's or another layer's, too."""
     if not layer.merged:
         layer.unmerged_base = [layer.base_layer]  # in a list, which nn.Module does not look into
@@ -112,27 +113,30 @@ def _merge(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:
     type(layer).merge(layer, *args, **kwargs)
 
 
-def _unmerge(layer: LoraLayer) -> None:
+def _unmerge(layer: Any) -> None:
     """The base as it was, bit for bit, also where merging rounded."""
     if not layer.merged:
-        return type(layer).unmerge(layer)
+        type(layer).unmerge(layer)
+        return
     layer.merged_adapters.clear()
     layer.base_layer = layer.unmerged_base.pop().to(layer.base_layer.weight.device)
 
 
-def unmerged_base(layer: LoraLayer) -> nn.Module:
+def unmerged_base(layer: Any) -> nn.Module:
     """The layer that holds the pretrained weight."""
-    return layer.unmerged_base[0] if layer.merged else layer.get_base_layer()
+    base: nn.Module = layer.unmerged_base[0] if layer.merged else layer.get_base_layer()
+    return base
 
 
-def _resolve_variant(layer: LoraLayer, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+def _resolve_variant(layer: Any, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
     """An adapter that is added with the config of the first one is to be a copy of it, start included."""
     if config == layer.planned_config:
         return Offset()
-    return type(layer).resolve_lora_variant(layer, config=config, **kwargs)
+    own: LoraVariant | None = type(layer).resolve_lora_variant(layer, config=config, **kwargs)
+    return own
 
 
-OWN = {
+OWN: dict[str, Callable[..., Any]] = {
     "get_delta_weight": _delta_weight,
     "merge": _merge,
     "unmerge": _unmerge,

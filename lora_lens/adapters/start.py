@@ -298,7 +298,7 @@ def effective_weight(layer: LoraLayer) -> Tensor:
     b, a = (f.to("cpu", torch.float64) for f in added_factors(layer))
     weight = torch.addmm(base_rows(layer), b, a, alpha=layer.scaling[ADAPTER])
     if is_dora(layer):
-        lengths = layer.lora_magnitude_vector[ADAPTER].weight.detach().to("cpu", torch.float64)
+        lengths = weight_of(layer.lora_magnitude_vector[ADAPTER]).detach().to("cpu", torch.float64)
         weight *= lengths.reshape(-1, 1) / torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     return weight
 

@@ -192,7 +192,7 @@ def set_weight_matrix(layer: Layer, matrix: Tensor) -> None:
 
 def matrix_shape(layer: Layer) -> tuple[int, int]:
     """(out_features, in_features) of :func:`weight_matrix`."""
-    if quantized_as(layer):
+    if quantized_as(layer) and isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     weight = weight_of(layer)
     rows, columns = weight.shape[0], weight[0].numel()

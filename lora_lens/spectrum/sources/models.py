@@ -47,7 +47,9 @@ def in_model(model: nn.Module) -> Iterator[Stored]:
             quantized = own == "weight" and bool(quantized_as(module))
             yield Stored(
                 key,
-                (module.out_features, module.in_features) if quantized else tuple(tensor.shape),
+                (module.out_features, module.in_features)
+                if quantized and isinstance(module, nn.Linear)
+                else tuple(tensor.shape),
                 partial(_dequantized, module) if quantized else partial(_of_tensor, tensor),
                 usual=(linear and module not in heads and path not in choosing and not tied)
                 or key in experts,
