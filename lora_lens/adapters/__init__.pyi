@@ -1,6 +1,6 @@
+from .adapted_share import coverage as coverage
 from .adopting import adopt as adopt
 from .attaching import attach as attach, detach as detach
-from .coverage import coverage as coverage
 from .exactness import function_error as function_error, summary as summary
 from .exporting import export as export, export_residual as export_residual
 from .extracting import extract as extract

@@ -12,7 +12,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import block_and_kind
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import call, evaluating
-from lora_lens.adapters.coverage import Summary, coverage
+from lora_lens.adapters.adapted_share import Summary, coverage
 from lora_lens.adapters.injection import attached, lora_layers, require_unmerged
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.uncalled import noting_uncalled

@@ -17,11 +17,10 @@ import torch
 from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
-from lora_lens._base.errors import InputError
+from lora_lens._base.errors import InputError, MissingPackageError
 from lora_lens._base.hashing import digest_of
 from lora_lens._base.random_state import seeded
 from lora_lens._base.torch_tools import call, evaluating
@@ -102,6 +101,7 @@ def attach_start(start: Start, request: Request, plan: Mapping[str, Any]) -> Pef
     Raises:
         ValueError: the task that the start needs is missing, a layer takes no part in the loss (lora_ga), too
             few inputs reach it, or its components do not settle (eva).
+        MissingPackageError: corda's attrs is not installed.
     """
     model, seed = request.model, request.seed
     data = _checked_data(start, request, list(plan)) if start.name in DATA else None
@@ -194,6 +194,12 @@ def _measure_covariances(
                 for sample in samples if len(samples[0]) > 1 else torch.stack(samples).transpose(0, 1):
                     layers[name](sample[None])
 
+    try:
+        from peft.tuners.lora.corda import preprocess_corda
+    except ModuleNotFoundError as error:
+        if error.name != "attr":
+            raise
+        raise MissingPackageError("PEFT's corda needs a package that PEFT does not install: attrs") from None
     preprocess_corda(own, config, run_model=run)
 
 

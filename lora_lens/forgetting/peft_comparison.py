@@ -31,9 +31,9 @@ from lora_lens.adapters.injection import (
     lora_config,
     lora_layers,
     require_unmerged,
-    trained_update,
 )
 from lora_lens.adapters.saving import save
+from lora_lens.adapters.start import trained_update
 from lora_lens.spectrum.svd import product_norm
 
 FIXED = datetime.fromisoformat("2026-07-14T13:22:56+00:00")  # PEFT #3419

@@ -60,7 +60,7 @@ def test_methods_that_differ_have_different_names_whatever_their_texts(one, othe
 
 @pytest.mark.parametrize("field", [f.name for f in fields(ll.Variant)])
 def test_every_field_of_a_variant_tells(field):
-    others = {"split": "A", "train": "A", "dropout": 0.1, "dtype": torch.float64}
+    others = {"split": "A", "train": "A", "dropout": 0.1, "dtype": torch.float64, "base": "offset"}
     assert str(replace(ll.Variant(), **{field: others.get(field, True)})) != str(ll.Variant())
 
 

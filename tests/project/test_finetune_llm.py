@@ -270,6 +270,6 @@ def test_the_page_names_options_that_exist(script, monkeypatch, capsys):
         script.main()
     option = re.compile(r"--[a-z][a-z_-]*")
     known = set(option.findall(capsys.readouterr().out.split("options:")[1]))
-    launchers = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--cpu"}
-    used = set(option.findall((EXAMPLES / "README.md").read_text())) - launchers
+    others = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--cpu", "--photos"}
+    used = set(option.findall((EXAMPLES / "README.md").read_text())) - others
     assert {"--model", "--train", "--output"} <= used <= known

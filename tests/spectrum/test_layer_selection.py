@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -57,7 +59,7 @@ def test_the_names_are_targets_and_yaml(model):
     assert ll.attach(model, ll.Window.first(2), targets=names).peft_config["default"].target_modules
     assert yaml.safe_load(to_yaml(names)) == {"lora_target_modules": names}
     assert yaml.safe_load(to_yaml(["*", "a: b"], "target_modules")) == {"target_modules": ["*", "a: b"]}
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names))
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=names))
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == len(names)
 
 
