@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import pandas as pd
 import pytest
@@ -281,3 +282,11 @@ def test_layers_that_do_not_fit_are_named(vectors):
     with pytest.raises(ValueError, match="batches with at least 16 inputs for each layer; body gets 10"):
         ll.attach(model, PeftMethod("eva", 4), task=vectors.first(10, 10), targets="body")
     assert list(target_layers(model)) == ["body", "spare", "turned"]
+
+
+def test_without_attrs_only_corda_is_refused(monkeypatch, model, source):
+    monkeypatch.setitem(sys.modules, "attr", None)
+    monkeypatch.delitem(sys.modules, "peft.tuners.lora.corda", raising=False)
+    with pytest.raises(ll.errors.MissingPackageError, match=r"PEFT's corda needs .*: attrs"):
+        ll.attach(model, ll.PeftMethod("corda", 4), retain=source.subset(train=20))
+    ll.attach(model, ll.PeftMethod("pissa", 4))

@@ -1,11 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -271,34 +265,6 @@ def test_bad_starts_and_penalties_are_met_before_the_first_run(
     with pytest.raises(ValueError, match=message):
         ll.sweep(grid, **experiment, **SETTINGS | choices, store=tmp_path / "s")
     assert not (tmp_path / "s").exists()
-
-
-def small_sweep(store: Path | None, jobs: int) -> pd.DataFrame:
-    model, source = ll.tasks.bundled.vision()
-    task, retain = ll.tasks.bundled.digits().first(64, 50), source.first(10, 50)
-    settings = SETTINGS | {"model": model, "task": task, "retain": retain}
-    grid = ll.Grid(window=ll.windows(rank=8, count=5), lr=[1e-3, 1e-2])
-    return ll.sweep(grid, **settings, store=store, jobs=jobs).table
-
-
-def test_a_sweep_killed_half_way_goes_on_and_ends_with_the_same_table(tmp_path):
-    store = tmp_path / "killed"
-    script = f"import test_sweeps; test_sweeps.small_sweep({str(store)!r}, 2); raise SystemExit('not killed')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], start_new_session=True, cwd=Path(__file__).parent
-    )
-    while len(list(store.glob("runs/[!.]*.json"))) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = {f: f.stat().st_mtime_ns for f in store.glob("runs/[!.]*.json")}
-    assert 3 <= len(kept) < 10
-    assert all(json.loads(f.read_text())["run"] == f.stem for f in kept)
-
-    resumed = small_sweep(store, jobs=2)
-    assert all(f.stat().st_mtime_ns == t for f, t in kept.items())
-    pd.testing.assert_frame_equal(resumed, small_sweep(None, jobs=1), check_exact=True)
 
 
 def test_each_seed_is_told_when_it_is_through(experiment, tmp_path):
