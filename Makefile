@@ -25,7 +25,7 @@ help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to results/demo
-	@echo "== executing notebooks/03_tradeoff.ipynb (about 5 minutes on 2 cores; finished runs are kept)"
+	@echo "== executing notebooks/03_tradeoff.ipynb (about 4 minutes on 2 cores; finished runs are kept)"
 	@mkdir -p results/demo
 	@LORA_LENS_RESULTS=$(CURDIR)/results/demo TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
 		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
@@ -62,7 +62,7 @@ app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address
 test: lint  ## lint, unit, property and integration tests, every notebook, then the browser tests
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser
-	@echo "== notebooks (03 runs its whole sweep the first time: about 5 minutes on 2 cores)"
+	@echo "== notebooks (03 runs its whole sweep the first time: about 4 minutes on 2 cores)"
 	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -n $(JOBS) --dist worksteal \
 		--nbmake --nbmake-timeout=1800 $(NOTEBOOKS)
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
