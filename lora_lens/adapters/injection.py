@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
-from lora_lens._base.wrappers import inner_model, named_modules, placed, submodule, unwrapped
+from lora_lens._base.wrappers import inner_model, named_modules, placed, unwrapped
 from lora_lens.adapters.offset import start_in
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX, saved_modules
 from lora_lens.adapters.planned_layers import injected
@@ -177,12 +177,6 @@ def base_of(peft_model: PeftModel) -> nn.Module:
 
 def lora_config(peft_model: PeftModel) -> LoraConfig:
     return cast(LoraConfig, peft_model.peft_config[ADAPTER])
-
-
-def lora_layer(peft_model: PeftModel, name: str) -> AdaptedLayer:
-    if name in peft_model.planned_layers:
-        return cast("AdaptedLayer", submodule(base_of(peft_model), name))
-    return planned_layers(cast("AdaptedModel", peft_model))[name]
 
 
 def whole_modules(peft_model: AdaptedModel) -> dict[str, ModulesToSaveWrapper]:

@@ -30,8 +30,8 @@ from lora_lens.adapters.injection import (
     Attachment,
     inject,
     lora_config,
-    lora_layer,
     note_pretrained,
+    planned_layers,
 )
 from lora_lens.adapters.low_rank import plan_layers
 from lora_lens.adapters.peft_names import ADAPTER, peft_config, target_settings
@@ -133,11 +133,11 @@ def attach_start(start: Start, request: Request, plan: Mapping[str, Any]) -> Pef
         for key, value in target_settings(kept, model).items():
             setattr(adapted.peft_config[ADAPTER], key, value)
 
-    starts = {}
+    starts, layers = {}, planned_layers(adapted)
     for name, original in originals.items() if start.name in TAKEN_OUT else ():
         components = torch.arange(start.rank if start.name == "pissa" else 0)
         digest = digest_of(weight_matrix(submodule(model, name)))
-        starts[name] = Residual.noted(lora_layer(adapted, name), components, digest, original)
+        starts[name] = Residual.noted(layers[name], components, digest, original)
     _forget_recipe(lora_config(adapted), start)
     adapted.attachment = Attachment(str(start), Variant(), starts, trainable, buffers)
     return adapted

@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
 from lora_lens.adapters.attaching import attach
-from lora_lens.adapters.injection import lora_layer
+from lora_lens.adapters.injection import planned_layers
 from lora_lens.adapters.methods import MethodLike, as_method
 from lora_lens.adapters.start import effective_weight
 from lora_lens.adapters.variant import Variant
@@ -28,7 +29,7 @@ from lora_lens.experiments.identity import exact, exact_method, named_method, na
 from lora_lens.experiments.runs import ended_without_numbers, short
 from lora_lens.forgetting.weight_drift import merged_copy
 from lora_lens.forgetting.window_survival import components_of, survival
-from lora_lens.spectrum.adaptable_layers import layers_at, weight_matrix
+from lora_lens.spectrum.adaptable_layers import Layer, layers_at, weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement
@@ -332,9 +333,9 @@ def _measure_weights(experiment: Sequential, state: State, method: MethodLike) -
     model = state.model if hasattr(state.model, "attachment") else merged_copy(state.model)
     if model is None:
         return
-    for name, layer in layers_at(experiment.model, names).items():
-        before = weight_matrix(layer).detach().cpu().double()
-        now = _matrix(model, name)
+    layers = planned_layers(model) if isinstance(model, PeftModel) else layers_at(model, names)
+    for name, pretrained in layers_at(experiment.model, names).items():
+        before, now = _matrix(pretrained), _matrix(layers[name])
         row = {"after": state.after, "layer": name}
         row["update"] = float(torch.linalg.norm(now - before) / torch.linalg.norm(before))
         lost = dict.fromkeys(("overlap_left", "overlap_right", "block_change"), float("nan"))
@@ -346,8 +347,8 @@ def _measure_weights(experiment: Sequential, state: State, method: MethodLike) -
         state.drift.append({key: short(value) for key, value in (row | lost).items()})
 
 
-def _matrix(model: nn.Module, name: str) -> Tensor:
-    """The weight with its adapter, float64, on the CPU."""
-    if isinstance(model, PeftModel):
-        return effective_weight(lora_layer(model, name))
-    return weight_matrix(layers_at(model, [name])[name]).detach().cpu().double()
+def _matrix(layer: Layer | LoraLayer) -> Tensor:
+    """The weight, with its adapter if it has one, float64, on the CPU."""
+    if hasattr(layer, "lora_A"):
+        return effective_weight(layer)
+    return weight_matrix(layer).detach().cpu().double()
