@@ -21,6 +21,36 @@ settings.register_profile("no deadline", deadline=None)  # a busy machine makes 
 settings.load_profile("no deadline")
 
 
+def torch_settings() -> dict[str, object]:
+    """What a test may change for itself, and all tests after it would run under."""
+    return {
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "precision of float32 products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "hooks of all modules": [len(hooks) for hooks in GLOBAL_HOOKS],
+    }
+
+
+GLOBAL_HOOKS = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    before = torch_settings()
+    result = yield
+    after = torch_settings()
+    assert after == before, "the test leaves torch otherwise than it found it"
+    return result
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory) -> Iterator[None]:
     """Keep the tests' spectra out of the user's cache folder, in subprocesses, too."""

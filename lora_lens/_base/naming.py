@@ -1,8 +1,7 @@
-"""Names of layers, how they are listed to people, and the line of a caller's code that a warning is about."""
+"""Names of layers, and how they are listed to people."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 
 Targets = str | Sequence[str] | None
@@ -27,12 +26,3 @@ def listed(names: Iterable[str], most: int = 12) -> str:
 def counted(number: int, what: str) -> str:
     """As in "1 seed" and "2 seeds"."""
     return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def frames_inside() -> int:
-    """The stacklevel that shows a warning at the line outside lora_lens that led to it."""
-    level, frame = 0, sys._getframe(1)
-    inside = ("lora_lens.", "contextlib", "torch.")  # context managers and decorators are between
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(inside):
-        level, frame = level + 1, frame.f_back
-    return level + 1

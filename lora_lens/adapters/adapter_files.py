@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 from lora_lens._base.errors import InputError, LoraLensError, MissingFileError
 from lora_lens._base.naming import listed
 from lora_lens._base.validate import choice, flag, number, shown, whole_number
+from lora_lens._base.warning import warn
 from lora_lens._base.wrappers import unwrapped
 from lora_lens.adapters.injection import Attachment
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX
@@ -167,10 +167,9 @@ def read_saved(folder: str | Path, checkpoint: str | Path | None) -> Saved:
         moved = BUFFERS in about["files"] if "files" in about else find(BUFFERS).is_file()
         buffers = read_safetensors(find(BUFFERS)) if moved else {}
     if changed:
-        warnings.warn(
+        warn(
             f"{folder / min(changed)} was changed since lora_lens wrote it, as by a trainer that saves into "
             "the same folder; it is taken as it is",
-            stacklevel=3,
         )
     if elsewhere is not None:
         _require_like(elsewhere.parent, config, about["kind"])
@@ -266,10 +265,9 @@ def _config(path: Path, folder: Path) -> LoraConfig:
                 "PeftModel.from_pretrained"
             )
     if later := [f"{key}={shown(value)}" for key, value in other.items() if key not in default and value]:
-        warnings.warn(
+        warn(
             f"{path} was written by a later version of PEFT, and this one does not know "
             f"{listed(later, most=3)}; it is ignored: update peft if the adapter was trained with it",
-            stacklevel=4,
         )
     return LoraConfig(**kept)
 

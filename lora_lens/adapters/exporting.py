@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import cast
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import digest_of
 from lora_lens._base.naming import listed
+from lora_lens._base.warning import warn
 from lora_lens._base.wrappers import submodule, unwrapped
 from lora_lens.adapters.adapter_files import FORMAT, write_adapter, write_record, write_tensors
 from lora_lens.adapters.copying import copied
@@ -137,10 +137,9 @@ def write_updates(
     ranks |= {name: max(len(a) for _, a in factors) for name, factors in stacked.items()}
     state |= stacked_state(peft_model, stacked)
     if moved := moved_buffers(peft_model, record):
-        warnings.warn(
+        warn(
             f"training moved {listed(moved, most=2)}, which an adapter cannot carry: with plain PEFT the "
             "function differs; use merge_and_unload to keep it all, or train with the norms in eval mode",
-            stacklevel=2,
         )
     old = lora_config(peft_model)
     settings, state, in_full = for_plain_peft(peft_model, state)

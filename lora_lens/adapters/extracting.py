@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +15,7 @@ from lora_lens._base.naming import Targets, listed
 from lora_lens._base.progress import progress_bar
 from lora_lens._base.torch_tools import check_finite
 from lora_lens._base.validate import flag, number
+from lora_lens._base.warning import warn
 from lora_lens.adapters.adapter_files import write_adapter, write_record
 from lora_lens.adapters.injection import Attachment
 from lora_lens.adapters.peft_names import PREFIX, rank_settings
@@ -117,10 +117,9 @@ def _paired(before: Source, after: Source, targets: Targets) -> list[tuple[Weigh
     if targets is None and (experts := [name for name in first if "[" in name]):
         first = {name: weight for name, weight in first.items() if "[" not in name}
         second = {name: weight for name, weight in second.items() if "[" not in name}
-        warnings.warn(
+        warn(
             f"left out {listed(experts, most=2)}: no LoRA is written for experts, which are parameters of "
             "their module",
-            stacklevel=3,
         )
     if alone := sorted(first.keys() ^ second.keys()):
         where = "before" if alone[0] in first else "after"

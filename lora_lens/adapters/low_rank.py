@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import digest_of
-from lora_lens._base.naming import Targets, frames_inside, listed
+from lora_lens._base.naming import Targets, listed
 from lora_lens._base.precision import as_double
 from lora_lens._base.torch_tools import check_finite
+from lora_lens._base.warning import warn
 from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.injection import (
     Attachment,
@@ -115,10 +115,9 @@ def attach_factors(method: object, request: Request, plan: Mapping[str, Any]) ->
     for name in (name for name in fixed if variant.dora):
         raise InputError(f"{name} {fixed[name]}, so its base cannot be the residual of DoRA: leave dora out")
     if variant.dropout and any(form.changes_base for form in forms.values()):
-        warnings.warn(
+        warn(
             f"dropout={variant.dropout:g} also drops inputs of the pretrained components in the windows, so "
             "in training mode the model does not start from its pretrained function (in eval mode it does)",
-            stacklevel=frames_inside(),
         )
     # The number of a component in a metric means nothing to what asks for those of the plain spectrum.
     noted = {name: places[:0] if metric else places for name, places in components.items()}
@@ -188,11 +187,10 @@ def _by_layer(method: Ranked, request: Request, able: Adaptable) -> dict[str, An
 
 def _warn_of_zeros(values: Mapping[str, Tensor]) -> None:
     if still := [name for name, some in values.items() if not some.any()]:
-        warnings.warn(
+        warn(
             f"all components in the window are zero in {listed(still, most=3)}, so A and B start at zero, "
             "where neither has a gradient: these layers will not learn; choose another window or ll.LoRA "
             "for them",
-            stacklevel=frames_inside(),
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -17,9 +16,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError
-from lora_lens._base.naming import frames_inside, listed
+from lora_lens._base.naming import listed
 from lora_lens._base.random_state import seeded
 from lora_lens._base.torch_tools import evaluating
+from lora_lens._base.warning import warn
 from lora_lens._base.wrappers import named_modules, paths_of, submodule
 from lora_lens.adapters.copying import copy_around
 from lora_lens.adapters.low_rank import plan_layers
@@ -249,10 +249,9 @@ def _note_start(
         relative = float(error / torch.linalg.vector_norm(expected))
         if not relative <= MOST_ERROR.get(weight.dtype, 1e-3):
             adapted.start_change = relative
-            warnings.warn(
+            warn(
                 f"{method} changes {name} before the first step (by {relative:.1e} of its output). ll.sweep "
                 "counts what is forgotten from the pretrained model all the same; give ll.finetune "
                 "before=ll.training.Before(retain=ll.evaluate(model, retain)), or choose other settings",
-                stacklevel=frames_inside(),
             )
             return

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_lens._base.naming import frames_inside, listed
+from lora_lens._base.naming import listed
+from lora_lens._base.warning import warn
 
 
 @contextmanager
@@ -37,11 +37,10 @@ def noting_uncalled(adapted: nn.Module) -> Iterator[None]:
     missed = [n for n, layer in layers.items() if id(layer) not in called and id(holders[n]) in called]
     missed = [name.removeprefix("base_model.model.") for name in missed if "expert" not in name]
     if missed:
-        warnings.warn(
+        warn(
             f"{len(missed)} adapted layers were not called, although the modules that hold them ran, so for "
             f"this input their adapters do nothing: {listed(missed, most=4)}; if that is no choice of the "
             "model's, leave them out of targets=, because it uses their residual in place of their weight",
-            stacklevel=frames_inside(),
         )
 
 

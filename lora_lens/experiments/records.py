@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from os import PathLike
@@ -16,6 +15,7 @@ import pandas as pd
 from lora_lens._base.errors import InputError, InputTypeError, MissingFileError
 from lora_lens._base.naming import listed
 from lora_lens._base.validate import shown
+from lora_lens._base.warning import warn
 from lora_lens.experiments.identity import run_name
 
 NEEDED = frozenset(("method", "rank", "position", "start", "lr", "seed", "steps"))
@@ -81,7 +81,7 @@ def read_runs(paths: Iterable[Path], otherwise: str = "run again") -> dict[Path,
         where, are = path.parent, "is" if len(damaged) == 1 else "are"
         files = "1 file" if len(damaged) == 1 else f"{len(damaged)} files"
         text = f"{files} in {where} {are} damaged or no run of a sweep, and {are} {otherwise}: {some}"
-        warnings.warn(text, stacklevel=3)
+        warn(text)
     return found
 
 

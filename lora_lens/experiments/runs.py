@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from lora_lens._base.errors import LoraLensError
+from lora_lens._base.warning import warn
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.methods import MethodLike, as_method
 from lora_lens.adapters.variant import Variant
@@ -112,9 +112,7 @@ def run_together(experiment: Experiment, points: Sequence[Point]) -> list[dict[s
         if len(points) == 1 or not should_reduce_batch_size(error):
             raise
     half = len(points) // 2
-    warnings.warn(
-        f"memory does not hold {len(points)} runs at once; they are trained {half} at a time", stacklevel=2
-    )
+    warn(f"memory does not hold {len(points)} runs at once; they are trained {half} at a time")
     return [*run_together(experiment, points[:half]), *run_together(experiment, points[half:])]
 
 

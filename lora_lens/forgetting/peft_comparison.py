@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version as version_of
@@ -26,6 +25,7 @@ from torch import nn
 from lora_lens._base.errors import InputError, MissingFileError
 from lora_lens._base.naming import counted
 from lora_lens._base.validate import instance, number
+from lora_lens._base.warning import warn
 from lora_lens.adapters.injection import (
     attached,
     lora_config,
@@ -102,10 +102,9 @@ def method_comparison(results: str | Path) -> pd.DataFrame:
         raise InputError(f"{path} holds no results (*.json) of PEFT's method comparison")
     table = pd.DataFrame([_row(file) for file in files])
     if void := int((table["void"] != "").sum()):
-        warnings.warn(
+        warn(
             f"{counted(void, 'row')} of {len(table)} have no loss_rise, because PEFT's script measured it "
             "wrongly; the column void says why",
-            stacklevel=2,
         )
     return table
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError
-from lora_lens._base.naming import GROUPS, Targets, block_and_kind, frames_inside, listed
+from lora_lens._base.naming import GROUPS, Targets, block_and_kind, listed
 from lora_lens._base.random_state import seeded
+from lora_lens._base.warning import warn
 from lora_lens._base.wrappers import inner_model, named_modules, submodule
 from lora_lens.spectrum.heads import head_layers
 from lora_lens.spectrum.patterns import ONE_EXPERT, matching, part_of, routers
@@ -142,9 +142,7 @@ def warn_left_out(left_out: Mapping[str, str]) -> None:
         by_reason.setdefault(why, []).append(name)
     reasons = "; ".join(f"{listed(names, most=3)}: {why}" for why, names in by_reason.items())
     count = f"{len(left_out)} layer{'s' if len(left_out) > 1 else ''}"
-    warnings.warn(
-        f"{count} of the targets left out, which cannot be adapted: {reasons}", stacklevel=frames_inside()
-    )
+    warn(f"{count} of the targets left out, which cannot be adapted: {reasons}")
 
 
 def layers_at(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:

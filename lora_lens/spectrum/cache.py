@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import time
-import warnings
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.hashing import tensor_bytes
+from lora_lens._base.warning import warn
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -141,16 +141,15 @@ class SpectrumCache:
     def _remove(self, path: Path, error: Exception) -> None:
         with suppress(OSError):
             path.unlink()
-        warnings.warn(f"{path} is damaged ({error}); its spectrum is computed again", stacklevel=3)
+        warn(f"{path} is damaged ({error}); its spectrum is computed again")
 
     def _give_up(self, error: OSError) -> None:
         with self._lock:
             first, self._failed = not self._failed, True
         if first:
-            warnings.warn(
+            warn(
                 f"spectra are not kept in {self.folder} ({error.strerror or error}) and have to be computed "
                 "again next time; make room there, or set LORA_LENS_CACHE to a folder that can be written",
-                stacklevel=3,
             )
 
     def _tidy(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import listed
 from lora_lens._base.validate import choice, instance
+from lora_lens._base.warning import warn
 from lora_lens.tasks.corpus import Corpus, Texts, same_text
 
 WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -193,7 +193,6 @@ def corpus_of(
     test: Part,
     conflicts: str,
     left: Counter[str] | None = None,
-    stacklevel: int = 3,
 ) -> Corpus:
     """Every text once, with one of ``classes``; None for those that the training part has.
 
@@ -210,15 +209,14 @@ def corpus_of(
         raise InputError(f"every text of {train.source} is a text of {test.source} as well; give two parts")
     train = once(train.take(kept), conflicts, left)
     if counted := [f"{count} {what}" for what, count in sorted(left.items(), reverse=True) if count]:
-        warnings.warn(f"{name}: left out {' and '.join(counted)}", stacklevel=stacklevel)
+        warn(f"{name}: left out {' and '.join(counted)}")
     if classes is None:
         classes = found_classes(train.labels)
         spelt: dict[str, str] = {}
         if twins := [(a, c) for c in classes if (a := spelt.setdefault(c.casefold(), c)) != c]:
-            warnings.warn(
+            warn(
                 f"{name}: {listed([f'{a!r} and {b!r}' for a, b in twins], most=3)} differ in case only, and "
                 "count as different classes; write them alike if they are one",
-                stacklevel=stacklevel,
             )
     if train.labels is None:
         of_train, of_test = [0] * len(train.texts), [0] * len(test.texts)

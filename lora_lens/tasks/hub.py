@@ -168,7 +168,7 @@ def _corpus(
     (classes, to_train), (_, to_test) = (
         _drawn(part, source, text, label, most, seed) for source, part in sources.items()
     )
-    return corpus_of(name, classes, to_train, to_test, conflicts, stacklevel=4)
+    return corpus_of(name, classes, to_train, to_test, conflicts)
 
 
 def _drawn(

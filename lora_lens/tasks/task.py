@@ -7,7 +7,6 @@ the model can do already. So the same loop serves images, texts and language mod
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -19,6 +18,7 @@ from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.hashing import Digest, add_tensor
 from lora_lens._base.random_state import seeded
 from lora_lens._base.validate import choice, instance, seed_number, shown, whole_number
+from lora_lens._base.warning import warn
 from lora_lens.spectrum.heads import classifier
 from lora_lens.tasks.corpus import class_names
 from lora_lens.tasks.readouts import (
@@ -320,10 +320,9 @@ class Task:
         found, labels = examples.first(count), examples.labels
         lost = len(labels.unique()) - len(found.labels.unique())
         if lost and bool((labels.diff() >= 0).all()):
-            warnings.warn(
+            warn(
                 f"the examples of {self.name} are sorted by class, and the first {count} lack {lost} of the "
                 "classes; subset draws from all",
-                stacklevel=4,
             )
         return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.validate import choice, instance, sequence, whole_number
+from lora_lens._base.warning import warn
 from lora_lens.tasks.corpus import Corpus, Texts
 from lora_lens.tasks.readouts import POOLINGS, LabelWords, NextTokens, Readout, inner_model
 from lora_lens.tasks.task import Task
@@ -326,10 +326,9 @@ def tokenized(
         if longer := [row for row, ids in enumerate(found) if len(ids) > limit]:
             for row, ids in zip(longer, cut([texts.texts[row] for row in longer]), strict=True):
                 found[row] = ids
-            warnings.warn(
+            warn(
                 f"{name}: {len(longer)} of {len(found)} texts have more than {limit} tokens and lost their "
                 "end",
-                stacklevel=3,
             )
         if empty := [row for row, ids in enumerate(found) if not ids]:
             raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.files import write_bytes
+from lora_lens._base.warning import warn
 from lora_lens.forgetting.window_survival import WindowComponents
 from lora_lens.tasks.scenarios import Scenario
 
@@ -94,7 +94,7 @@ def restored(path: Path, fresh: Callable[[], State]) -> State | None:
     try:
         content = _content(path)
     except InputError as error:
-        warnings.warn(f"{path} is damaged ({error}); the sequence starts again", stacklevel=2)
+        warn(f"{path} is damaged ({error}); the sequence starts again")
         return None
     state = fresh()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from lora_lens._base.errors import EngineError, InputError
+from lora_lens._base.warning import warn
 from lora_lens.experiments.engines.attempts import attempt_on_worker
 from lora_lens.experiments.engines.protocol import (
     PACKAGES,
@@ -42,10 +42,9 @@ class DaskWorkers:
             )
         require_same_versions({name: client.run(version, name, on_error="return") for name in PACKAGES})
         if (most := max(threads.values())) > 1:
-            warnings.warn(
+            warn(
                 f"Dask's workers have up to {most} threads each and compute one run at a time: more workers "
                 "with threads_per_worker=1 would be faster",
-                stacklevel=4,
             )
         self.client = client
 

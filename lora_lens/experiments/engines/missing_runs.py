@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from lora_lens._base.errors import StoreError
 from lora_lens._base.files import write_atomically
 from lora_lens._base.naming import listed
 from lora_lens._base.progress import progress_bar
+from lora_lens._base.warning import warn
 from lora_lens.experiments.engines.protocol import Attempt, Call, Engine, Item, Planned, Point, Shared
 from lora_lens.experiments.records import read_runs
 
@@ -112,10 +112,9 @@ def _run_all(
             if attempt.failed and len(item) > 1:
                 alone.extend((one,) for one in item if one[1] in lacking)
                 if attempt.origin:  # no refusal of ours
-                    warnings.warn(
+                    warn(
                         f"{len(item)} runs could not be computed together, and are computed one by one: "
                         f"{attempt.origin}",
-                        stacklevel=6,
                     )
                 continue
             for (_, path), record in zip(item, attempt.records, strict=False):
@@ -169,8 +168,7 @@ def _tell(records: Sequence[dict], failures: Sequence[Attempt]) -> None:
             first.add_note(origin)
         raise first
     several = list(dict.fromkeys(reasons))
-    warnings.warn(
+    warn(
         f"{len(reasons)} of {len(records)} runs failed; their rows have the reason and no results, and the "
         f"next call tries them again: {listed(several, most=REASONS)}{origin and chr(10) + origin}",
-        stacklevel=4,
     )

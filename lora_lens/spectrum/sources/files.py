@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_lens._base.errors import InputError, MissingFileError
-from lora_lens._base.naming import frames_inside, listed
+from lora_lens._base.naming import listed
+from lora_lens._base.warning import warn
 from lora_lens.spectrum.sources.adapters import (
     in_peft_folder,
     is_adapter,
@@ -197,11 +197,10 @@ def _in_files(
     facts = folder.json("config.json") if "config.json" in folder.names else {}
     own = without_adapter(tensors)
     if len(own) < len(tensors):
-        warnings.warn(
+        warn(
             f"{folder.place(file)} holds a model with an adapter in it; what is read are the weights below "
             "the adapter, without its update: for those with it, save the model after PEFT's "
             "merge_and_unload",
-            stacklevel=frames_inside(),
         )
     named = {name: tensors[key] for name, key in own.items()}
     at = {name: places[key] for name, key in own.items()}

@@ -7,7 +7,6 @@ dropped before the next keeps memory flat however large the source is.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import GROUPS, Targets, block_and_kind, listed
+from lora_lens._base.warning import warn
 from lora_lens._base.wrappers import inner_model
 from lora_lens.spectrum.patterns import ONE_EXPERT, matching, part_of
 from lora_lens.spectrum.sources.files import tensors_at
@@ -170,17 +170,15 @@ def weights(
         if tensor.problem or 0 in tensor.shape:
             raise InputError(f"{tensor.name} {tensor.problem or f'is empty: its shape is {tensor.shape}'}")
     if doubtful := {s.name for s, _ in picked if s.doubtful}:
-        warnings.warn(
+        warn(
             f"the experts {listed(sorted(doubtful), most=2)} are read as (experts, out, in): neither a "
             "config with the hidden size nor their shapes say so; if they are (experts, in, out), left and "
             "right singular vectors are exchanged",
-            stacklevel=2,
         )
     left = [s for s in stored if s.factors and s.problem and not s.usual] if patterns is None else []
     if left:
-        warnings.warn(
+        warn(
             f"left out {listed((s.name for s in left), most=3)}: {left[0].name} {left[0].problem}",
-            stacklevel=2,
         )
     return [weight for _, weight in picked]
 
