@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +23,7 @@ from lora_lens.adapters.injection import Attachment
 from lora_lens.adapters.peft_names import PREFIX, rank_settings
 from lora_lens.adapters.replacing import replaced
 from lora_lens.adapters.variant import Variant
+from lora_lens.spectrum.side_by_side import side_by_side
 from lora_lens.spectrum.sources.matrices import Weight, weights
 from lora_lens.spectrum.sources.roles import is_embedding
 from lora_lens.spectrum.svd import some_components
@@ -41,7 +44,8 @@ def extract(
     """Write an ordinary LoRA that takes ``before`` to ``after``, as far as its rank allows; PEFT loads it.
 
     Of each layer's change the largest singular components are kept, the best approximation of that rank
-    (Eckart and Young 1936). Weights are read one pair at a time, so checkpoints may be larger than memory.
+    (Eckart and Young 1936). At most one pair of weights for each thread is read at a time, so checkpoints may
+    be larger than memory.
 
     Args:
         before, after: two states of one model, each a model or what :func:`lora_lens.spectra` reads: a
@@ -84,18 +88,19 @@ def extract(
     share = 1.0 if most else number(rank, "rank", above=0, below=1)
     progress = flag(progress, "progress")
     pairs = _paired(before, after, targets)
-    state: dict[str, Tensor] = {}
-    ranks, digests, rows = {}, {}, []
+    work = partial(_largest, most=most, share=share)
+    found: dict[str, _Part] = {}
     with progress_bar(total=len(pairs), shown=progress, desc="extract", unit="weight", delay=0.5) as bar:
-        for old, new in pairs:
-            start, change = _change(old, new)
-            b, a, norm, lost = _largest(change, most, share)
-            rows.append({"layer": old.name, "rank": len(a), "update": norm, "lost": lost})
-            if len(a):
-                ranks[old.name], digests[old.name] = len(a), digest_of(start)
-                state[f"{PREFIX}{old.name}.lora_B.weight"] = b
-                state[f"{PREFIX}{old.name}.lora_A.weight"] = a
+        for part in side_by_side(work, pairs, lambda pair: pair[0].shape):
+            found[part.layer] = part
             bar.update()
+    parts = [found[old.name] for old, _ in pairs]
+    state = {}
+    for part in (kept := [part for part in parts if len(part.a)]):
+        state[f"{PREFIX}{part.layer}.lora_B.weight"] = part.b
+        state[f"{PREFIX}{part.layer}.lora_A.weight"] = part.a
+    ranks = {part.layer: len(part.a) for part in kept}
+    digests = {part.layer: part.digest for part in kept}
     if not ranks:
         raise InputError(f"none of the {len(pairs)} layers differs between before and after")
     named = (
@@ -108,7 +113,8 @@ def extract(
     with replaced(folder, "adapter") as new_folder:
         write_adapter(new_folder, config, state)
         write_record(new_folder, "adapter", record, digests)
-    return pd.DataFrame(rows)
+    rows = [(part.layer, len(part.a), part.norm, part.lost) for part in parts]
+    return pd.DataFrame(rows, columns=["layer", "rank", "update", "lost"])
 
 
 def _paired(before: Source, after: Source, targets: Targets) -> list[tuple[Weight, Weight]]:
@@ -143,11 +149,26 @@ def _change(old: Weight, new: Weight) -> tuple[Tensor, Tensor]:
     return before, after.to(before.device, dtype) - before.to(dtype)
 
 
-def _largest(change: Tensor, most: int | None, share: float) -> tuple[Tensor, Tensor, float, float]:
+@dataclass(frozen=True)
+class _Part:
+    """A layer's part of the LoRA; ``digest`` is of its weight before."""
+
+    layer: str
+    b: Tensor
+    a: Tensor
+    norm: float
+    lost: float
+    digest: str
+
+
+def _largest(pair: tuple[Weight, Weight], most: int | None, share: float) -> _Part:
     """B and A of the largest components, the norm of the whole, and the share of its energy left out."""
+    before, change = _change(*pair)
+    name, digest = pair[0].name, digest_of(before)
     norm = float(torch.linalg.norm(change.double()))
     if norm == 0:
-        return change.new_empty(len(change), 0), change.new_empty(0, change.shape[1]), 0.0, 0.0
+        b, a = change.new_empty(len(change), 0), change.new_empty(0, change.shape[1])
+        return _Part(name, b, a, 0.0, 0.0, digest)
 
     def choose(values: Tensor) -> Tensor:
         energy = values.square().cumsum(0) / values.square().sum()
@@ -157,4 +178,4 @@ def _largest(change: Tensor, most: int | None, share: float) -> tuple[Tensor, Te
     (left, values, right), kept = some_components(change, choose)
     root, squares = values[kept].sqrt().float(), values.square()
     lost = float(squares[len(kept) :].sum() / squares.sum())
-    return left * root, root[:, None] * right, norm, lost
+    return _Part(name, left * root, root[:, None] * right, norm, lost, digest)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +16,11 @@ from lora_lens._base.devices import checked_device
 from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import Targets
 from lora_lens._base.progress import progress_bar
-from lora_lens._base.threads import limited_threads, thread_count
 from lora_lens._base.torch_tools import check_finite
 from lora_lens._base.validate import flag, instance, sequence, suggestion
 from lora_lens.spectrum.cache import SpectrumCache, weight_key
 from lora_lens.spectrum.metric import Metric, as_metric, power_of
+from lora_lens.spectrum.side_by_side import side_by_side
 from lora_lens.spectrum.sources.matrices import Weight, weights
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.svd import Factors, product_svd, singular_values, some_components, thin_svd
@@ -34,7 +32,6 @@ CACHED_FROM = 256  # smaller matrices are factorized faster than looked up
 WORTH_PICKING = 3  # computing some components pays when there are this many times more
 RELIABLE = 1e-5  # of the longest row: what the rounding of float32 vectors leaves of a row that should be 0
 SUM = 1e-4  # of the weight's norm: how far the sum of all components in a metric may be from it
-SIDE_BY_SIDE = 2**22  # entries from which on a matrix gets all threads, instead of one beside others
 
 
 def spectra(
@@ -115,7 +112,7 @@ def spectra(
     if metric is None:
         kept = SpectrumCache() if cache and chosen else None
         work = partial(_spectrum, vectors=chosen, device=place, cache=kept, checked=live)
-        parts = _side_by_side(work, found)
+        parts = side_by_side(work, found, lambda weight: weight.shape)
     elif not isinstance(source, nn.Module):
         raise InputError(
             f"a metric needs a model that can run, and {source} is a file: load the model and give that"
@@ -200,30 +197,6 @@ def _packed(name: str, factors: Factors, components: Tensor | None = None) -> Sp
     return Spectrum(name, shape, values, left.float().contiguous(), right.float().contiguous(), components)
 
 
-def _side_by_side(work: Callable[[Weight], Spectrum], found: Sequence[Weight]) -> Iterator[Spectrum]:
-    """In the order of completion. LAPACK gains little from threads on small matrices, so each gets one."""
-    threads = thread_count()
-    small = [w for w in found if math.prod(w.shape) < SIDE_BY_SIDE]
-    large = [w for w in found if math.prod(w.shape) >= SIDE_BY_SIDE]
-    yield from _in_workers(work, small, workers=threads, blas=1)
-    yield from _in_workers(work, large, workers=1, blas=threads)
-
-
-def _in_workers(
-    work: Callable[[Weight], Spectrum], found: Sequence[Weight], workers: int, blas: int
-) -> Iterator[Spectrum]:
-    """BLAS shares a matrix among ``blas`` threads; torch's own, which would wait spinning, are off."""
-    if not found:
-        return
-    pool = ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1))
-    with limited_threads(1, blas):
-        try:
-            for finished in as_completed([pool.submit(work, weight) for weight in found]):
-                yield finished.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _spectrum(
     weight: Weight,
     vectors: Vectors,
@@ -271,7 +244,7 @@ def _spectra_in_metric(
         work = partial(
             _in_metric, known=known, power=metric.power, words=words, vectors=vectors, device=device
         )
-        yield from _side_by_side(work, [by_name[name] for name in names])
+        yield from side_by_side(work, [by_name[name] for name in names], lambda weight: weight.shape)
 
 
 def _in_metric(
