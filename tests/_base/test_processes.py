@@ -19,13 +19,18 @@ model = ll.attach(narrow_vit(0), ll.FullFineTuning())
 task = ll.tasks.bundled.digits().subset(64, 10)
 settings = {"steps": 3, "batch_size": 8, "lr": 1e-2, "warmup": 0.0, "evaluations": 2, "progress": False}
 ll.finetune(model, task, weight_decay=0.5, **settings)
+forms = {}
+for form in ("residual", "offset"):
+    forms[form] = ll.attach(narrow_vit(0), ll.Window.middle(4), variant=ll.Variant(base=form))
+    ll.finetune(forms[form], task, **settings)
 if accelerator().is_main_process:
-    torch.save(model.state_dict(), sys.argv[1])
+    merged = {form: adapted.merge_and_unload().state_dict() for form, adapted in forms.items()}
+    torch.save({"full": model.state_dict()} | merged, sys.argv[1])
 """
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def trained(folder: Path, name: str, launcher: list[str]) -> dict[str, torch.Tensor]:
+def trained(folder: Path, name: str, launcher: list[str]) -> dict[str, dict[str, torch.Tensor]]:
     script, output = folder / "train.py", folder / name
     script.write_text(SCRIPT)
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -38,10 +43,22 @@ def trained(folder: Path, name: str, launcher: list[str]) -> dict[str, torch.Ten
     return torch.load(output)
 
 
-def test_two_processes_leave_alone_what_one_leaves_alone(tmp_path):
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> tuple[dict, dict]:
+    """By one process and by two."""
+    folder = tmp_path_factory.mktemp("trained")
+    return trained(folder, "one", []), trained(folder, "two", TWO)
+
+
+def test_two_processes_leave_alone_what_one_leaves_alone(states):
     """The old head of full fine-tuning gets no gradient, so no weight decay either."""
-    one, two = trained(tmp_path, "one", []), trained(tmp_path, "two", TWO)
+    one, two = (state["full"] for state in states)
     assert torch.equal(one["head.weight"], two["head.weight"])
+
+
+@pytest.mark.parametrize("kind", ["full", "residual", "offset"])
+def test_two_processes_train_as_one_does(states, kind):
+    one, two = (state[kind] for state in states)
     for name, weight in one.items():
         assert weight.numpy() == pytest.approx(two[name].numpy(), abs=2e-3), name
     assert any(not torch.equal(one[name], two[name]) for name in one)  # they did share the batches
