@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -21,33 +22,24 @@ settings.register_profile("no deadline", deadline=None)  # a busy machine makes 
 settings.load_profile("no deadline")
 
 
-def torch_settings() -> dict[str, object]:
-    """What a test may change for itself, and all tests after it would run under."""
-    return {
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "default dtype": torch.get_default_dtype(),
-        "gradients": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "precision of float32 products": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "threads": torch.get_num_threads(),
-        "hooks of all modules": [len(hooks) for hooks in GLOBAL_HOOKS],
-    }
-
-
-GLOBAL_HOOKS = (
-    torch.nn.modules.module._global_forward_hooks,
-    torch.nn.modules.module._global_forward_pre_hooks,
-    torch.nn.modules.module._global_backward_hooks,
-)
+# What a test may change for itself, and what all tests after it would run under if it stayed.
+TORCH = {
+    "autocast": (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "float32 products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+}
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    before = torch_settings()
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[bool]:
+    """Put torch back as a test found it, and name the test, so that no other fails for it."""
+    before = {name: get() for name, (get, _) in TORCH.items()}
     result = yield
-    after = torch_settings()
-    assert after == before, "the test leaves torch otherwise than it found it"
+    for name, (get, put) in TORCH.items():
+        if get() != before[name]:
+            item.warn(pytest.PytestWarning(f"{item.nodeid} left torch's {name} at {get()}"))
+            put(before[name])
     return result
 
 
