@@ -178,6 +178,16 @@ def test_the_front_of_notebook_03_is_told_from_end_to_end(told):
     assert ("not in this corner at all" in told.said["notice-plane"]) == inside.empty
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_readers_see_sentences_and_not_what_makes_them(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.search(r"^(say\(|from lora_lens.reports import)", source, re.M):
+            assert cell["metadata"] == {"jupyter": {"source_hidden": True}, "tags": ["hide-input"]}, cell[
+                "id"
+            ]
+
+
 def test_sentences_turn_where_their_comparison_turns(stored, tmp_path):
     two = stored[stored["seed"] < 2]
     assert "avoid the first? Yes at 0.005, 0.01 and 0.02." in Told(two, tmp_path).text
