@@ -162,8 +162,8 @@ def listing(items: Iterable[object]) -> str:
         >>> ll.reports.listing([0.005, 0.01, 0.02]), ll.reports.listing([0.005])
         ('0.005, 0.01 and 0.02', '0.005')
     """
-    *most, last = map(str, items)
-    return f"{', '.join(most)} and {last}" if most else last
+    texts = list(map(str, items))
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
 def say(*lines: str) -> Markdown:
