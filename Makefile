@@ -40,7 +40,8 @@ demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to r
 		if [ -e results/demo/first.png ]; then picture=", first picture in results/demo/first.png"; fi; \
 		printf '\r   %s of $(DEMO_RUNS) runs finished%s%s%s \033[K' "$$runs" "$$failed" "$$left" "$$picture"; sleep 2; \
 	done; echo; wait $$!
-	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR results/demo/03_tradeoff.ipynb
+	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_input_tags=hide-input results/demo/03_tradeoff.ipynb
 	@echo; cat results/demo/table.txt
 	@echo
 	@echo "notebook  results/demo/03_tradeoff.ipynb"

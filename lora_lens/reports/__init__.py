@@ -1,4 +1,4 @@
-"""One page to hand on: a sweep in words, tables and pictures."""
+"""One page to hand on, a sweep in words, tables and pictures; and sentences that follow a table."""
 
 import lazy_loader
 
