@@ -15,12 +15,14 @@ from numpy.typing import ArrayLike
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
+from lora_lens._base.validate import instance, numbers, sequence, shown
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
 from lora_lens.reports.page import decimal
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
+SEEDS_BY_COLUMN = "a table with a row for each seed, such as by_seed(table, 'forgetting')[0.5]"
 WORDS = ("more", "neither clearly more nor less", "less")
 
 
@@ -69,6 +71,9 @@ def points(shares: ArrayLike, digits: int = 1) -> str:
         shares: in [0, 1], one per seed; a table has several columns of them, such as one per rate.
         digits: after the point.
 
+    Raises:
+        ValueError: there are none, or one is not a share: 80% is 0.8.
+
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
@@ -77,7 +82,12 @@ def points(shares: ArrayLike, digits: int = 1) -> str:
         >>> ll.reports.points(pd.DataFrame({0.005: [0.02, 0.03], 0.01: [0.05, 0.07]}))
         '2.5 and 6.0'
     """
-    means = np.atleast_1d(pd.DataFrame(shares).mean() if np.ndim(shares) else shares)
+    found = numbers(shares, "shares")
+    if not found.size or (np.abs(found) > 1).any():
+        raise InputError(
+            f"shares must be in [0, 1], where 80% is 0.8, or differences of such, not {shown(shares)}"
+        )
+    means = pd.DataFrame(np.atleast_1d(found)).mean()  # without the seeds that have none
     return listing(decimal(mean, digits) for mean in np.round(100 * means, digits))
 
 
@@ -87,6 +97,9 @@ def lowest_and_highest(shares: pd.DataFrame) -> pd.DataFrame:
     Args:
         shares: one row per seed, one column per window.
 
+    Raises:
+        ValueError: it has no columns, or one without a value.
+
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
@@ -94,7 +107,11 @@ def lowest_and_highest(shares: pd.DataFrame) -> pd.DataFrame:
         >>> "between " + ll.reports.points(ll.reports.lowest_and_highest(forgetting))
         'between 2.5 and 25.0'
     """
-    means = shares.mean()
+    means = instance(shares, pd.DataFrame, "shares", SEEDS_BY_COLUMN).mean()
+    if means.empty or means.isna().any():
+        raise InputError(
+            f"every column of shares needs a value to be compared, but these are {shown(shares)}"
+        )
     return shares[[means.idxmin(), means.idxmax()]]
 
 
@@ -111,6 +128,9 @@ def more_or_less(one: ArrayLike, other: ArrayLike, words: tuple[str, str, str] =
         other: the same; two Series are paired by their index, anything else by place.
         words: for more, for neither, and for less.
 
+    Raises:
+        ValueError: they are not one value for each seed, or of different seeds.
+
     Example:
         >>> import lora_lens as ll
         >>> ll.reports.more_or_less([0.20, 0.28], [0.02, 0.01])
@@ -119,7 +139,17 @@ def more_or_less(one: ArrayLike, other: ArrayLike, words: tuple[str, str, str] =
         'not clearly'
     """
     more, neither, less = words
-    difference = (pd.Series(one) - pd.Series(other)).dropna()
+    for name, values in {"one": one, "other": other}.items():
+        if (found := numbers(values, name)).ndim != 1 or not found.size:
+            raise InputError(f"{name} must hold a value for each seed, not {shown(values)}")
+    if isinstance(one, pd.Series) and isinstance(other, pd.Series):
+        paired = one.index.isin(other.index).any()
+    else:
+        one, other = numbers(one, "one"), numbers(other, "other")
+        paired = len(one) == len(other)
+    if not paired:
+        raise InputError("one and other make no pairs; give a value of each for the same seeds")
+    difference = pd.Series(one - other).dropna()
     low, high = bootstrap_interval(difference) if len(difference) > 1 else (np.nan, np.nan)
     return more if low > 0 else less if high < 0 else neither
 
@@ -143,6 +173,8 @@ def at_each_rate(one: pd.DataFrame, other: pd.DataFrame, words: tuple[str, str, 
         >>> ll.reports.at_each_rate(first, middle)
         'more at 0.005 and 0.01, neither clearly more nor less at 0.02'
     """
+    for name, values in {"one": one, "other": other}.items():
+        instance(values, pd.DataFrame, name, SEEDS_BY_COLUMN)
     if list(one) != list(other):
         raise InputError(
             f"at the learning rates {list(one)} there is nothing to compare with those at {list(other)}; "
@@ -157,12 +189,17 @@ def at_each_rate(one: pd.DataFrame, other: pd.DataFrame, words: tuple[str, str, 
 def listing(items: Iterable[object]) -> str:
     """As in a sentence, with "and" before the last.
 
+    Raises:
+        ValueError: there are none.
+
     Example:
         >>> import lora_lens as ll
         >>> ll.reports.listing([0.005, 0.01, 0.02]), ll.reports.listing([0.005])
         ('0.005, 0.01 and 0.02', '0.005')
     """
-    texts = list(map(str, items))
+    texts = [str(item) for item in sequence(items, "items", "things to list")]
+    if not texts:
+        raise InputError("there is nothing to list; say so in other words")
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
@@ -174,6 +211,8 @@ def say(*lines: str) -> Markdown:
         >>> ll.reports.say("**What to notice.**", "- PiSSA forgets 23.9 points.").data
         '**What to notice.**\\n- PiSSA forgets 23.9 points.'
     """
-    from IPython.display import Markdown  # only notebooks have it
+    for line in lines:
+        instance(line, str, "a line", "a text")
+    from IPython.display import Markdown  # here, since only notebooks need it
 
     return Markdown("\n".join(lines))

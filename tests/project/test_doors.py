@@ -49,6 +49,7 @@ TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
     "forgetting.hypervolume": ("[]",),
     "spectrum.factorize": ("'x'",),
     "spectrum.part_of": ("'x'",),
+    "reports.say": ("'x'",),  # a line
     "spectrum.to_yaml": ("'x'",),  # one name
     "tasks.hub_corpus": ("'x'",),  # a name; that there is no such dataset takes a network to say
     "experiments.continual.Continued": ("None",),
@@ -165,6 +166,9 @@ def others(empty: Path) -> dict[str, tuple]:
         "tasks.probed": (task(),),
         "forgetting.replies": (str.split,),
         "forgetting.replies_before_after": (pd.DataFrame({"question": ["a"], "reply": ["b"]}),),
+        "reports.at_each_rate": (pd.DataFrame({0.001: [0.1, 0.2]}),),
+        "reports.by_seed": ("forgetting",),
+        "reports.more_or_less": ([0.1, 0.2],),
         "reports.report": (folder / "report.html",),
         "save": (folder,),
         "tasks.text_task": (str.split,),

@@ -216,4 +216,8 @@ def test_seeds_are_paired_by_number_and_one_alone_decides_nothing():
     assert ll.reports.more_or_less(one, one) == "neither clearly more nor less"
     assert ll.reports.more_or_less(one[:1], other[2:]) == "neither clearly more nor less"
     assert ll.reports.more_or_less(one, other[:1]) == "neither clearly more nor less"
+    assert ll.reports.more_or_less(one, list(other[::-1])) == "more"
+    for unpaired in (other.rename({0: 7, 1: 8, 2: 9}), list(other[:2])):
+        with pytest.raises(ValueError, match="no pairs; give a value of each for the same seeds"):
+            ll.reports.more_or_less(one, unpaired)
     assert ll.reports.points([0.92, 0.931]) == str(pd.Series([0.92, 0.931]).mul(100).mean().round(1))
