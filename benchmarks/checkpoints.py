@@ -2,14 +2,15 @@
 
     python benchmarks/checkpoints.py [--gigabytes 2] [--width 4096] [--threads 2] [--out benchmarks/results]
 
-A Llama with random weights in FP8, with a scale for each block of 128 x 128, as DeepSeek and transformers write it:
-the singular values of its linear layers by ``ll.spectra``, and by loading it through transformers, which dequantizes
-it, and ``torch.linalg.svdvals`` in float32 of each layer. Each is measured in a process of its own: seconds, and peak
-memory beyond the libraries over the largest matrix in float64.
+A Llama with random weights in FP8, with a scale for each block of 128 x 128, as DeepSeek and transformers
+write it: the singular values of its linear layers by ``ll.spectra``, and by loading it through transformers,
+which dequantizes it, and ``torch.linalg.svdvals`` in float32 of each layer. Each is measured in a process of
+its own: seconds, and peak memory beyond the libraries over the largest matrix in float64.
 
-The LoRA of rank 16 is extracted from SmolLM2-135M's shapes and a copy that learned an update of rank 8 (and a little
-noise), by ``ll.extract`` and by mergekit-extract-lora, both as commands. The error is that of B A to the whole change,
-in the Frobenius norm over all layers, over that of the best of this rank. Without mergekit this part is left out.
+The LoRA of rank 16 is extracted from SmolLM2-135M's shapes and a copy that learned an update of rank 8 (and
+a little noise), by ``ll.extract`` and by mergekit-extract-lora, both as commands. The error is that of B A
+to the whole change, in the Frobenius norm over all layers, over that of the best of this rank. Without
+mergekit this part is left out.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def of_fp8(folder: Path, arguments: argparse.Namespace) -> str:
     header = ("tool", "matrices", "seconds", "anonymous, MB (x largest)", "resident, MB (x largest)")
     return (
         f"## {size:.1f} GB in FP8, width {arguments.width}\n\n{markdown(header, rows)}\n\n"
-        f"{ratio:.1f} times faster (aim: {AIM['seconds']}x, and at most {AIM['memory']}x the largest matrix in "
-        f"memory). The largest singular values differ by {apart:.0e} at most."
+        f"{ratio:.1f} times faster (aim: {AIM['seconds']}x, and at most {AIM['memory']}x the largest matrix "
+        f"in memory). The largest singular values differ by {apart:.0e} at most."
     )
 
 
@@ -156,7 +157,9 @@ def update(folder: Path) -> dict[str, torch.Tensor]:
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):
             name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            scaling = config.alpha_pattern.get(name, config.lora_alpha) / config.rank_pattern.get(name, config.r)
+            scaling = config.alpha_pattern.get(name, config.lora_alpha) / config.rank_pattern.get(
+                name, config.r
+            )
             found[name] = scaling * tensors[key.replace("lora_A", "lora_B")].double() @ a.double()
     return found
 
@@ -171,7 +174,14 @@ def of_pairs(folder: Path) -> str:
     peer = ["-m", "mergekit.scripts.extract_lora", "--model", str(after), "--base-model", str(before)]
     commands = {
         "ll.extract": ["-c", script, str(before), str(after), str(folder / "ours")],
-        "mergekit-extract-lora": [*peer, "--out-path", str(folder / "peer"), "--max-rank", str(RANK), "--quiet"],
+        "mergekit-extract-lora": [
+            *peer,
+            "--out-path",
+            str(folder / "peer"),
+            "--max-rank",
+            str(RANK),
+            "--quiet",
+        ],
     }
     rows = []
     for (tool, command), written in zip(commands.items(), ("ours", "peer"), strict=True):

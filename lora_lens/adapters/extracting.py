@@ -23,7 +23,7 @@ from lora_lens.adapters.injection import Attachment
 from lora_lens.adapters.peft_names import PREFIX, rank_settings
 from lora_lens.adapters.replacing import replaced
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.side_by_side import side_by_side
+from lora_lens.spectrum.in_parallel import side_by_side
 from lora_lens.spectrum.sources.matrices import Weight, weights
 from lora_lens.spectrum.sources.roles import is_embedding
 from lora_lens.spectrum.svd import some_components

@@ -19,8 +19,8 @@ from lora_lens._base.progress import progress_bar
 from lora_lens._base.torch_tools import check_finite
 from lora_lens._base.validate import flag, instance, sequence, suggestion
 from lora_lens.spectrum.cache import SpectrumCache, weight_key
+from lora_lens.spectrum.in_parallel import side_by_side
 from lora_lens.spectrum.metric import Metric, as_metric, power_of
-from lora_lens.spectrum.side_by_side import side_by_side
 from lora_lens.spectrum.sources.matrices import Weight, weights
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.svd import Factors, product_svd, singular_values, some_components, thin_svd
