@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,7 +23,20 @@ import lora_lens as ll
 from lora_lens.training import Regularizer
 
 FAST = {"steps": 2, "batch_size": 8, "evaluations": 2, "warmup": 0.0, "progress": False}
+WRONG = {  # how a run goes wrong, and the beginning of its reason
+    "a bug": "ZeroDivisionError",
+    "no pickle": "no such luck",
+    "exits": "SystemExit",
+    "killed": "its process was killed, also when it ran alone",
+}
 UNSEEN = "not-on-this-machine"  # in the name of a folder that workers with hide_unseen() do not see
+
+
+class TwoWords(ll.errors.InputError):
+    """Cannot be unpickled, as many exceptions with arguments of their own."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,10 @@ class Goes(Regularizer):
                     raise ZeroDivisionError("division by zero")
                 case "memory":
                     raise torch.OutOfMemoryError("CUDA out of memory")
+                case "no pickle":
+                    raise TwoWords("no such", "luck")
+                case "exits":
+                    sys.exit(3)
                 case "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
         return lambda: 0.0
@@ -64,6 +83,20 @@ class Noting(Regularizer):
         if self.dies_once and first:
             os.kill(os.getpid(), signal.SIGKILL)
         wait_for(lambda: len({line.split()[0] for line in lines_of(Path(self.file))}) >= self.processes)
+        return lambda: 0.0
+
+
+@dataclass(frozen=True)
+class Removes(Regularizer):
+    """Removes what is in the store's folder of runs, or what workers have noted there."""
+
+    store: str = ""
+    what: str = ""
+    strength: float = 0.0
+
+    def begin(self, model, past, config):
+        for path in Path(self.store, "runs").glob(self.what):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return lambda: 0.0
 
 
@@ -122,6 +155,23 @@ def meanwhile(store: Path, runs: int, action: Callable[[], object]) -> threading
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def in_processes(work: Callable[[int], object], count: int) -> list[int]:
+    """The exit codes of ``count`` processes that do ``work(number)`` at the same time."""
+    context = multiprocessing.get_context("fork")  # nothing to import, so that they truly meet
+    barrier = context.Barrier(count)
+
+    def begin(number: int) -> None:
+        barrier.wait()
+        work(number)
+
+    processes = [context.Process(target=begin, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def hide_unseen() -> None:

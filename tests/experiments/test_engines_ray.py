@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from engine_runs import (
     UNSEEN,
+    WRONG,
     Goes,
     Noting,
     finished,
@@ -71,12 +72,10 @@ def test_what_runs_share_is_unpickled_once_in_each_worker(tmp_path):
 
 
 def test_runs_that_fail_or_kill_their_worker_are_rows_with_their_reason(tmp_path):
-    wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in ("a bug", "killed")]
-    with pytest.warns(UserWarning, match="2 of 3 runs failed"):
+    wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in WRONG]
+    with pytest.warns(UserWarning, match="4 of 5 runs failed"):
         table = swept(*wrong, seeds=(1,), engine="ray", store=tmp_path / "s")
-    assert table["reason"].str.split(":").str[0].tolist() == [
-        "", "ZeroDivisionError", "its process was killed, also when it ran alone"
-    ]  # fmt: skip
+    assert table["reason"].str.split(":").str[0].tolist() == ["", *WRONG.values()]
 
 
 def test_a_run_whose_worker_dies_once_is_run_again(tmp_path):

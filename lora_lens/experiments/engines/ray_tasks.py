@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 
-import cloudpickle
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -44,7 +43,7 @@ class RayTasks:
     def attempts(
         self, shared: Shared, call: Call, items: Sequence[Item]
     ) -> Iterator[tuple[Item, Attempt | None]]:
-        whole = ray.put(cloudpickle.dumps(shared))
+        whole = ray.put(packed(shared))
         task = ray.remote(max_retries=0, **self.resources)(_attempt)
         waiting = {task.remote(call, packed(item), [whole]): item for item in items}
         try:
