@@ -155,7 +155,7 @@ def test_what_cannot_travel_or_arrive_is_said(tmp_path, monkeypatch):
     model = copy.deepcopy(small_vit())
     with (
         (tmp_path / "log").open("w") as log,
-        pytest.raises(ValueError, match="cannot travel to .* files .*jobs=1"),
+        pytest.raises(ValueError, match=r"cannot travel to .* files .*jobs=1"),
     ):
         model.register_forward_hook(lambda *_: print("called", file=log))
         swept(model=model, jobs=2, store=tmp_path / "s")
