@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +30,6 @@ WRONG = {  # how a run goes wrong, and the beginning of its reason
     "exits": "SystemExit",
     "killed": "its process was killed, also when it ran alone",
 }
-UNSEEN = "not-on-this-machine"  # in the name of a folder that workers with hide_unseen() do not see
 
 
 class TwoWords(ll.errors.InputError):
@@ -126,6 +126,12 @@ def many(store: Path | None = None, **engine: object) -> pd.DataFrame:
     return swept(ll.Window.middle(2), ll.LoRA(4), seeds=range(4), store=store, steps=20, **engine)
 
 
+@cache
+def many_alone() -> pd.DataFrame:
+    """The table of these runs as this process computes them."""
+    return many(jobs=1)
+
+
 def noting_model(file: Path) -> torch.nn.Module:
     model = copy.deepcopy(small_vit())
     model.notes = NotesUnpickling(file)
@@ -172,13 +178,3 @@ def in_processes(work: Callable[[int], object], count: int) -> list[int]:
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
-
-
-def hide_unseen() -> None:
-    """From now on this process is on a machine without the folders that are called so."""
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.mkdir", "os.rename") and UNSEEN in str(arguments[0]):
-            raise FileNotFoundError(arguments[0])
-
-    sys.addaudithook(hook)

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from clean_processes import started
 
 SCRIPT = """
 import sys
@@ -22,25 +21,27 @@ ll.finetune(model, task, weight_decay=0.5, **settings)
 if accelerator().is_main_process:
     torch.save(model.state_dict(), sys.argv[1])
 """
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def trained(folder: Path, name: str, launcher: list[str]) -> dict[str, torch.Tensor]:
-    script, output = folder / "train.py", folder / name
-    script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(output)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return torch.load(output)
+def trained(folder: Path, name: str, processes: int) -> dict[str, torch.Tensor]:
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    # As torchrun has it; without it, there is one process.
+    launched = [started(SCRIPT, folder / name, **(common | rank if processes > 1 else {})) for rank in each]
+    for process in launched:
+        process.join(600)
+    assert [process.exitcode for process in launched] == [0] * processes
+    return torch.load(folder / name)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_two_processes_leave_alone_what_one_leaves_alone(tmp_path):
     """The old head of full fine-tuning gets no gradient, so no weight decay either."""
-    one, two = trained(tmp_path, "one", []), trained(tmp_path, "two", TWO)
+    one, two = trained(tmp_path, "one", 1), trained(tmp_path, "two", 2)
     assert torch.equal(one["head.weight"], two["head.weight"])
     for name, weight in one.items():
         assert weight.numpy() == pytest.approx(two[name].numpy(), abs=2e-3), name

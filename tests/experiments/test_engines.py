@@ -21,6 +21,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from clean_processes import started
 from engine_runs import (
     FAST,
     WRONG,
@@ -31,6 +32,7 @@ from engine_runs import (
     in_processes,
     lines_of,
     many,
+    many_alone,
     meanwhile,
     noting_model,
     swept,
@@ -291,12 +293,11 @@ def test_a_run_whose_process_is_killed_once_is_run_again_and_the_others_once(tmp
 def test_a_killed_process_or_caller_costs_no_run(tmp_path):
     store = tmp_path / "s"
     script = f"import engine_runs as e, pathlib; e.many(pathlib.Path({str(store)!r}), jobs=2)"
-    tests = Path(__file__).parents[1]
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=tests)
-    wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
+    caller = started(script)
+    wait_for(lambda: len(finished(store)) >= 3 or not caller.is_alive())
     its_own = psutil.Process(caller.pid).children(recursive=True)
     caller.kill()
-    caller.wait()
+    caller.join()
     assert not psutil.wait_procs(its_own, timeout=120)[1]  # they would keep their memory for minutes
     assert 3 <= len(finished(store)) < 12
     kept = {file: file.stat().st_mtime_ns for file in finished(store)}
@@ -308,7 +309,7 @@ def test_a_killed_process_or_caller_costs_no_run(tmp_path):
     killing.join()
     assert not table["failed"].any()
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
-    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
+    pd.testing.assert_frame_equal(table, many_alone(), check_exact=True)
 
 
 def test_each_gpu_has_a_process(monkeypatch, tmp_path):

@@ -12,21 +12,22 @@ from pathlib import Path
 import dask
 import pandas as pd
 import pytest
+from clean_processes import started
 from engine_runs import (
-    UNSEEN,
     WRONG,
     Goes,
     Noting,
     finished,
-    hide_unseen,
     lines_of,
     many,
+    many_alone,
     meanwhile,
     noting_model,
     swept,
     wait_for,
 )
 from small_sequences import learn
+from unseen import UNSEEN, hide_unseen
 
 import lora_lens as ll
 from lora_lens.training import Regularized
@@ -106,17 +107,17 @@ def test_killed_workers_and_callers_cost_no_run(two_workers, tmp_path):
         "import distributed, engine_runs, pathlib;"
         f"engine_runs.many(pathlib.Path({str(store)!r}), engine=distributed.Client({address!r}))"
     )
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS)
-    wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
+    caller = started(script)
+    wait_for(lambda: len(finished(store)) >= 3 or not caller.is_alive())
     caller.kill()
-    caller.wait()
+    caller.join()
     assert 3 <= len(finished(store)) < 12
     pids = list(two_workers.run(os.getpid).values())
     killing = meanwhile(store, 7, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])  # and all data lost
     table = many(store, engine=two_workers)
     killing.join()
     assert not table["failed"].any()
-    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
+    pd.testing.assert_frame_equal(table, many_alone(), check_exact=True)
 
 
 def test_a_killed_scheduler_ends_the_call_and_another_goes_on(two_workers, tmp_path):
@@ -143,7 +144,7 @@ def test_a_killed_scheduler_ends_the_call_and_another_goes_on(two_workers, tmp_p
             process.wait()
     assert 3 <= len(finished(store)) < 12
     table = many(store, engine=two_workers)
-    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
+    pd.testing.assert_frame_equal(table, many_alone(), check_exact=True)
 
 
 def test_clients_that_cannot_run_anything_are_refused(client, tmp_path):

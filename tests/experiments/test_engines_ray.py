@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
+from clean_processes import started
 from engine_runs import (
-    UNSEEN,
     WRONG,
     Goes,
     Noting,
     finished,
     lines_of,
     many,
+    many_alone,
     meanwhile,
     noting_model,
     swept,
     wait_for,
 )
 from small_sequences import learn
+from unseen import UNSEEN
 
 import lora_lens as ll
 from lora_lens.training import Regularized
@@ -37,7 +38,7 @@ TESTS = Path(__file__).parents[1]
 def connect(**where: object) -> None:
     """To a Ray whose workers do not see some folders."""
     environment = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
-    hook = {"worker_process_setup_hook": "engine_runs.hide_unseen", "env_vars": environment}
+    hook = {"worker_process_setup_hook": "unseen.hide_unseen", "env_vars": environment}
     ray.init(log_to_driver=False, logging_level="error", runtime_env=hook, **where)
 
 
@@ -94,6 +95,12 @@ def test_the_caller_writes_for_workers_that_do_not_see_the_store(tmp_path):
     pd.testing.assert_frame_equal(sequences, learn(), check_exact=True)
 
 
+def kill_workers() -> None:
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::_attempt"):
+            process.kill()
+
+
 def test_killed_workers_and_callers_cost_no_run(tmp_path):
     store = tmp_path / "s"
     script = (
@@ -102,16 +109,13 @@ def test_killed_workers_and_callers_cost_no_run(tmp_path):
         f"test_engines_ray.connect(address={ray.get_runtime_context().gcs_address!r})\n"
         f"engine_runs.many(pathlib.Path({str(store)!r}), engine='ray')"
     )
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS)
-    wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
+    caller = started(script)
+    wait_for(lambda: len(finished(store)) >= 3 or not caller.is_alive())
     caller.kill()
-    caller.wait()
+    caller.join()
     assert 3 <= len(finished(store)) < 12
-    noting = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), processes=2))
-    swept(noting, seeds=range(4), engine="ray")
-    pids = {int(line.split()[0]) for line in lines_of(tmp_path / "runs")}
-    killing = meanwhile(store, 7, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    killing = meanwhile(store, 7, kill_workers)
     table = many(store, engine="ray")
     killing.join()
     assert not table["failed"].any()
-    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
+    pd.testing.assert_frame_equal(table, many_alone(), check_exact=True)
