@@ -13,7 +13,12 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-IMPORTED = ["lora_lens.experiments.sweeps", "lora_lens.tasks.bundled", "timm.models.vision_transformer"]
+IMPORTED = [
+    "lora_lens.experiments.sweeps",
+    "lora_lens.tasks.bundled",
+    "timm.models.vision_transformer",
+    "distributed",
+]
 forking = multiprocessing.get_context("forkserver")
 forking.set_forkserver_preload(IMPORTED)
 

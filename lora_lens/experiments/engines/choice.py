@@ -25,9 +25,10 @@ def chosen_engine(engine: object, jobs: int | None) -> Engine:
 
     Raises:
         InputTypeError, InputError: it is none of these; both are given; ``jobs`` is no whole number of at
-            least 1, or above the number of GPUs; the workers are none, or have other versions of lora_lens or
-            torch; or torchrun has started several processes.
+            least 1, above the number of GPUs, or above 1 in a process that may start no others; the workers
+            are none, or have other versions of lora_lens or torch; or torchrun has started several processes.
         MissingPackageError: Ray is not installed.
+        EngineError: it does not start.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise InputError(

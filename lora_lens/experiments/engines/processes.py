@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from itertools import islice, repeat
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -90,16 +91,12 @@ def _waiting_for(gpu: str | None) -> list[ProcessPoolExecutor]:
 
 def _submitted(gpu: str | None, *work: object) -> tuple[ProcessPoolExecutor, Future]:
     """The work in a process that waits for some, or in a new one."""
-    while True:
-        try:
-            pool = _waiting_for(gpu).pop()
-        except IndexError:
-            pool = _new_pool(gpu)
+    while idle := _waiting_for(gpu):
+        with suppress(IndexError, BrokenProcessPool, ShutdownExecutorError):  # another thread's; killed
+            pool = idle.pop()
             return pool, pool.submit(attempt_on_worker, *work)
-        try:
-            return pool, pool.submit(attempt_on_worker, *work)
-        except (BrokenProcessPool, ShutdownExecutorError):  # its process was killed
-            continue
+    pool = _new_pool(gpu)
+    return pool, pool.submit(attempt_on_worker, *work)
 
 
 def _new_pool(gpu: str | None) -> ProcessPoolExecutor:
