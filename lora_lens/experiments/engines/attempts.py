@@ -54,14 +54,17 @@ def attempt_on_worker(call: Call, item: bytes, read: Callable[[], bytes]) -> Att
         item = _unpacked(item)
         begun = call.notes / f"{item[0][1].stem}.{len(item)}{'.again' if call.again else ''}"
         ended_before = begun.with_name(f"{begun.name}.ended")
-        if ended_before.exists():  # and what it returned was lost with its worker
-            return Attempt()
-        try:
-            noted = _sees(call) and begun.touch(exist_ok=False) is None
-        except FileExistsError:
-            return None
-        except OSError:  # it is there to be read alone, or was just removed
-            noted = False
+        noted = False
+        if _sees(call):
+            if ended_before.exists():  # and what it returned was lost with its worker
+                return Attempt()
+            try:
+                begun.touch(exist_ok=False)
+                noted = True
+            except FileExistsError:
+                return None
+            except OSError:  # the folder may only be read, or was just removed
+                pass
         if noted:
             ended = attempt_here(_loaded(call.key, read), item, failures=ON_WORKER)
             with suppress(OSError):  # the notes were removed meanwhile, and the records are there
