@@ -143,6 +143,7 @@ def run_until_killed(name: str, store: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    small_vit(), retained(), pairs(), turned(), small_spectra()  # once for all children
     for name in KILLED:
         child = os.fork()
         if child == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -91,10 +92,15 @@ def test_the_caller_writes_for_workers_that_do_not_see_the_store(tmp_path):
     pd.testing.assert_frame_equal(sequences, learn(), check_exact=True)
 
 
-def kill_workers() -> None:
+def kill_workers() -> list[psutil.Process]:
+    """Those that were computing something."""
+    killed = []
     for process in psutil.Process().children(recursive=True):
-        if process.name().startswith("ray::_attempt"):
-            process.kill()
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if process.name().startswith("ray::_attempt"):
+                process.kill()
+                killed.append(process)
+    return killed
 
 
 def test_killed_workers_and_callers_cost_no_run(tmp_path):
@@ -110,8 +116,9 @@ def test_killed_workers_and_callers_cost_no_run(tmp_path):
     caller.kill()
     caller.join()
     assert 3 <= len(finished(store)) < 12
-    killing = meanwhile(store, 7, kill_workers)
+    killed: list[psutil.Process] = []
+    killing = meanwhile(store, 7, lambda: killed.extend(kill_workers()))
     table = many(store, engine="ray")
     killing.join()
-    assert not table["failed"].any()
+    assert killed and not table["failed"].any()
     pd.testing.assert_frame_equal(table, many_alone(), check_exact=True)
