@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +24,19 @@ import lora_lens as ll
 from lora_lens.training import Regularizer
 
 FAST = {"steps": 2, "batch_size": 8, "evaluations": 2, "warmup": 0.0, "progress": False}
-UNSEEN = "not-on-this-machine"  # in the name of a folder that workers with hide_unseen() do not see
+WRONG = {  # how a run goes wrong, and the beginning of its reason
+    "a bug": "ZeroDivisionError",
+    "no pickle": "no such luck",
+    "exits": "SystemExit",
+    "killed": "its process was killed, also when it ran alone",
+}
+
+
+class TwoWords(ll.errors.InputError):
+    """Cannot be unpickled, as many exceptions with arguments of their own."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,10 @@ class Goes(Regularizer):
                     raise ZeroDivisionError("division by zero")
                 case "memory":
                     raise torch.OutOfMemoryError("CUDA out of memory")
+                case "no pickle":
+                    raise TwoWords("no such", "luck")
+                case "exits":
+                    sys.exit(3)
                 case "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
         return lambda: 0.0
@@ -67,6 +86,20 @@ class Noting(Regularizer):
         return lambda: 0.0
 
 
+@dataclass(frozen=True)
+class Removes(Regularizer):
+    """Removes what is in the store's folder of runs, or what workers have noted there."""
+
+    store: str = ""
+    what: str = ""
+    strength: float = 0.0
+
+    def begin(self, model, past, config):
+        for path in Path(self.store, "runs").glob(self.what):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return lambda: 0.0
+
+
 class NotesUnpickling:
     """Part of a model: tells a file each time that it arrives in a process."""
 
@@ -91,6 +124,12 @@ def swept(*methods: object, seeds=(0, 1), store: Path | None = None, **others: o
 def many(store: Path | None = None, **engine: object) -> pd.DataFrame:
     """Twelve runs, long enough to be killed half way."""
     return swept(ll.Window.middle(2), ll.LoRA(4), seeds=range(4), store=store, steps=20, **engine)
+
+
+@cache
+def many_alone() -> pd.DataFrame:
+    """The table of these runs as this process computes them."""
+    return many(jobs=1)
 
 
 def noting_model(file: Path) -> torch.nn.Module:
@@ -124,11 +163,18 @@ def meanwhile(store: Path, runs: int, action: Callable[[], object]) -> threading
     return thread
 
 
-def hide_unseen() -> None:
-    """From now on this process is on a machine without the folders that are called so."""
+def in_processes(work: Callable[[int], object], count: int) -> list[int]:
+    """The exit codes of ``count`` processes that do ``work(number)`` at the same time."""
+    context = multiprocessing.get_context("fork")  # nothing to import, so that they truly meet
+    barrier = context.Barrier(count)
 
-    def hook(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.mkdir", "os.rename") and UNSEEN in str(arguments[0]):
-            raise FileNotFoundError(arguments[0])
+    def begin(number: int) -> None:
+        barrier.wait()
+        work(number)
 
-    sys.addaudithook(hook)
+    processes = [context.Process(target=begin, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]

@@ -27,6 +27,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         replace_file(path, content)
+    except FileNotFoundError:
+        raise StoreError(
+            f"cannot write {path}: its folder was removed, and with it the runs that had ended; start again "
+            "where nobody removes it"
+        ) from None
     except OSError as error:
         raise StoreError(
             f"cannot write {path}: {error.strerror or error}; the runs that have ended are kept: start again "

@@ -17,7 +17,7 @@ from lora_lens._base.naming import listed
 from lora_lens._base.validate import instance, known_settings, number, seed_number, sequence, whole_number
 from lora_lens.adapters.attaching import planned
 from lora_lens.experiments.advisor import Advice, checked_weight, in_words, value_of
-from lora_lens.experiments.engines.choice import chosen_engine
+from lora_lens.experiments.engines.choice import chosen_engine, require_engine
 from lora_lens.experiments.records import store_path
 from lora_lens.experiments.sweeps import Grid, sweep
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
@@ -145,6 +145,7 @@ def advise(
     for window in windows:
         instance(window, Placement, "each of windows", "a window, such as those of ll.windows(rank=8)")
         planned(model, window, spectra=spectra, **checked)
+    require_engine(settings.get("engine"), settings.get("jobs"))
     if not short:
         return _untrained(usual, windows)
     judged = judged_on_training_examples(task, retain, seed)

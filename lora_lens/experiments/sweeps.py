@@ -23,11 +23,10 @@ from lora_lens.adapters.methods import LinearProbe, LoRA, Method, MethodLike, as
 from lora_lens.adapters.variant import Variant
 from lora_lens.experiments.engines.attempts import by_itself
 from lora_lens.experiments.engines.choice import chosen_engine
-from lora_lens.experiments.engines.missing_runs import missing, run_missing
+from lora_lens.experiments.engines.missing_runs import kept_records, missing, run_missing
 from lora_lens.experiments.engines.protocol import Planned, Shared
 from lora_lens.experiments.identity import exact, experiment_identity
 from lora_lens.experiments.pretrained import ask_pretrained
-from lora_lens.experiments.records import read_runs
 from lora_lens.experiments.results import Sweep
 from lora_lens.experiments.runs import Experiment, Point, groups_of, run_one, run_together
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
@@ -261,8 +260,7 @@ def _by_seed(
     def tell_of_all() -> None:
         through = [path for seed, paths in seeds.items() if not left[seed] for path in paths]
         if through:
-            found = read_runs(through)
-            tell([found[path] for path in through])
+            tell(kept_records(through))
 
     def told(ended: Iterable[Path]) -> None:
         before = sum(map(bool, left.values()))

@@ -30,7 +30,7 @@ from lora_lens.adapters.injection import ADAPTER, attached, lora_layers
 from lora_lens.tasks.readouts import HeadReadout, pooled_features, to_device
 from lora_lens.training.lean_forward import is_plain
 from lora_lens.training.loop import optimizer_and_schedule, set_training_mode
-from lora_lens.training.prefix_cache import frozen_prefix
+from lora_lens.training.prefix_cache import frozen_prefix, random_states
 from lora_lens.training.record import Record
 from lora_lens.training.run import Run
 
@@ -301,21 +301,20 @@ class FusedLoop:
         """
         trained = [p for layer in self.layers.values() for p in (*layer.a, *layer.b)]
         kept = [p.detach().clone() for p in trained]
-        rows = torch.arange(min(2 * len(self.records), len(self.task.train)))
-        rows = rows[: len(rows) // len(self.records) * len(self.records)]
+        rows = torch.arange(2 * len(self.records)) % len(self.task.train)
         try:
             with torch.no_grad(), seeded(0, self.device):
                 for p in trained:
                     p.add_(torch.randn_like(p), alpha=DISTURBANCE)
-                parts = rows.chunk(len(self.records)) if len(rows) else []
-                single = []
-                for run, part in enumerate(parts):
+                drawn, single = random_states(self.device), []
+                for run, part in enumerate(rows.split(2)):
                     with self.alone(run) as model:
                         inputs = to_device(self.task.train.batch(part), self.device)
                         single.append(pooled_features(model, inputs, self.pooling))
                 self._activate(range(len(self.records)))
                 inputs = to_device(self.task.train.batch(rows), self.device)
                 together = pooled_features(self.model, inputs, self.pooling)
+                draws = random_states(self.device) != drawn
         except (RuntimeError, ValueError) as error:
             if should_reduce_batch_size(error):
                 raise
@@ -325,6 +324,8 @@ class FusedLoop:
                 for p, before in zip(trained, kept, strict=True):
                     p.copy_(before)
             self._activate(self.running)
+        if draws:
+            raise CannotFuse("the model draws random numbers, which would be others in each run")
         expected = torch.cat(single)
         if not float((together - expected).norm()) <= AGREEMENT * float(expected.norm()):
             raise CannotFuse("examples of one batch change each other's features")

@@ -80,9 +80,9 @@ class FrozenPrefix:
         rows = torch.arange(min(TRIED, len(self._examples)))
         with seeded(0, self._device), autocast(self._device, precision):
             try:
-                before = _random_states(self._device)
+                before = random_states(self._device)
                 together = self._reached(rows)
-                if together.requires_grad or _random_states(self._device) != before:
+                if together.requires_grad or random_states(self._device) != before:
                     return False
                 with torch.no_grad():
                     alone = [self._by_example(self._reached(row), row)[0] for row in rows.split(1)]
@@ -229,7 +229,7 @@ def _moved(model: nn.Module) -> Iterator[None]:
                 p.copy_(old)
 
 
-def _random_states(device: torch.device) -> list[object]:
+def random_states(device: torch.device) -> list[object]:
     """Of all generators that a model may draw from."""
     there = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
     of_torch = [state.numpy().tobytes() for state in (torch.get_rng_state(), *there)]

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from clean_processes import started
 
 SCRIPT = """
 import sys
@@ -27,27 +26,29 @@ if accelerator().is_main_process:
     merged = {form: adapted.merge_and_unload().state_dict() for form, adapted in forms.items()}
     torch.save({"full": model.state_dict()} | merged, sys.argv[1])
 """
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def trained(folder: Path, name: str, launcher: list[str]) -> dict[str, dict[str, torch.Tensor]]:
-    script, output = folder / "train.py", folder / name
-    script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(output)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return torch.load(output)
+def trained(folder: Path, name: str, processes: int) -> dict[str, dict[str, torch.Tensor]]:
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    # As torchrun has it; without it, there is one process.
+    launched = [started(SCRIPT, folder / name, **(common | rank if processes > 1 else {})) for rank in each]
+    for process in launched:
+        process.join(600)
+    assert [process.exitcode for process in launched] == [0] * processes
+    return torch.load(folder / name)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory) -> tuple[dict, dict]:
     """By one process and by two."""
     folder = tmp_path_factory.mktemp("trained")
-    return trained(folder, "one", []), trained(folder, "two", TWO)
+    return trained(folder, "one", 1), trained(folder, "two", 2)
 
 
 def test_two_processes_leave_alone_what_one_leaves_alone(states):

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import multiprocessing
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import types
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import joblib
 import pandas as pd
+import psutil
 import pytest
 import torch
+from clean_processes import started
 from engine_runs import (
     FAST,
+    WRONG,
     Goes,
     Noting,
+    Removes,
     finished,
+    in_processes,
     lines_of,
     many,
+    many_alone,
     meanwhile,
     noting_model,
     swept,
@@ -29,9 +42,10 @@ from small_sequences import learn, pairs, retained, small_spectra, small_vit
 
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Merged
-from lora_lens.experiments.engines.attempts import LAUNCHED
+from lora_lens.experiments.engines.attempts import LAUNCHED, attempt_on_worker
 from lora_lens.experiments.engines.choice import chosen_engine, visible_gpus
-from lora_lens.experiments.engines.protocol import require_same_versions
+from lora_lens.experiments.engines.processes import Processes
+from lora_lens.experiments.engines.protocol import Attempt, Call, Shared, packed, require_same_versions
 from lora_lens.training import Regularized
 
 
@@ -80,11 +94,117 @@ def test_if_all_runs_fail_the_first_reason_is_raised(tmp_path):
     assert "in begin" in raised.value.__notes__[0]  # where it came from
 
 
-def test_a_run_whose_process_is_killed_does_not_take_the_others_along(tmp_path):
-    with pytest.warns(UserWarning, match="1 of 2 runs failed; .* its process was killed"):
-        table = swept(Regularized(ll.LoRA(2), Goes(wrong="killed")), seeds=(1,), store=tmp_path / "s", jobs=2)
-    assert table["failed"].tolist() == [False, True]
-    assert table["accuracy"].isna().tolist() == [False, True]
+def test_runs_that_fail_or_kill_their_process_are_rows_and_the_others_go_on(tmp_path):
+    wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in WRONG]
+    with pytest.warns(UserWarning, match="4 of 5 runs failed"):
+        table = swept(*wrong, seeds=(1,), store=tmp_path / "s", jobs=2)
+    assert table["reason"].str.split(":").str[0].tolist() == ["", *WRONG.values()]
+    assert table["accuracy"].isna().tolist() == [False, True, True, True, True]
+
+
+def test_a_caller_s_own_exit_ends_a_sweep_in_its_process():
+    with pytest.raises(SystemExit):  # as of a handler of SIGTERM
+        swept(Regularized(ll.LoRA(2), Goes(wrong="exits")), jobs=1)
+
+
+def test_records_that_are_removed_while_others_run_are_missed(tmp_path):
+    removes = Regularized(ll.LoRA(2), Removes(store=str(tmp_path), what="[!.]*.json"))
+    with pytest.raises(ll.errors.StoreError, match=r"1 of 2 runs were written to .* and cannot be read any"):
+        swept(removes, seeds=(0,), jobs=1, store=tmp_path)
+    assert len(swept(ll.LoRA(3), seeds=(0,), jobs=1, store=tmp_path)) == 2
+
+
+def called(folder: Path, *, noted: bool = True, again: bool = False) -> Call:
+    """A call whose store is in this folder."""
+    call = Call(key := secrets.token_hex(4), folder / f".call.{key}", again)
+    if noted:
+        call.notes.mkdir(parents=True)
+        (call.notes / key).write_text(key)
+    return call
+
+
+def worked(call: Call, run) -> Attempt | None:
+    """What a worker returns of one item."""
+    item = (((1,), call.notes.with_name("run.json")),)
+    return attempt_on_worker(call, packed(item), lambda: packed(Shared(run, dict)))
+
+
+def test_a_worker_that_may_only_read_the_store_sends_its_records_back(tmp_path):
+    call = called(tmp_path)
+
+    def read_only(event: str, arguments: tuple) -> None:
+        if event == "open" and arguments[2] & os.O_CREAT and str(arguments[0]).startswith(str(tmp_path)):
+            raise PermissionError(arguments[0])
+
+    def work(_number: int) -> None:
+        sys.addaudithook(read_only)
+        os._exit(3 if worked(call, lambda *_: {"done": True}).records == ({"done": True},) else 1)
+
+    assert in_processes(work, 1) == [3]
+    assert worked(call, lambda *_: {"done": True}).records == ()
+    assert json.loads((tmp_path / "run.json").read_bytes()) == {"done": True}
+
+
+def test_notes_that_are_removed_while_a_worker_runs_cost_nothing(tmp_path):
+    call = called(tmp_path)
+    ended = worked(call, lambda *_: shutil.rmtree(call.notes) or {"done": True})
+    assert not ended.failed and (tmp_path / "run.json").exists()
+    ended = worked(called(tmp_path, noted=False), lambda *_: {"done": True})
+    assert ended.records == ({"done": True},)
+
+
+def test_what_cannot_travel_or_arrive_is_said(tmp_path, monkeypatch):
+    model = copy.deepcopy(small_vit())
+    with (
+        (tmp_path / "log").open("w") as log,
+        pytest.raises(ValueError, match=r"cannot travel to .* files .*jobs=1"),
+    ):
+        model.register_forward_hook(lambda *_: print("called", file=log))
+        swept(model=model, jobs=2, store=tmp_path / "s")
+    module = types.ModuleType("only_here")
+    exec("class Point: pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    item = packed((((module.Point(),), tmp_path / "run.json"),))
+    monkeypatch.delitem(sys.modules, "only_here")
+    with pytest.raises(ll.errors.InputError, match=r"No module named 'only_here'.* must be installed where"):
+        attempt_on_worker(Call("k", tmp_path), item, bytes)
+
+
+def test_calls_in_two_threads_have_processes_of_their_own_which_end_with_the_process_that_has_them(tmp_path):
+    def begun(name: str, run):
+        call = called(tmp_path / name, again=True)  # so that one process is not this one
+        items = [(((number,), tmp_path / name / f"{number}.json"),) for number in range(2)]
+        return Processes(1).attempts(Shared(run, dict), call, items)
+
+    def waits(_point, _path) -> dict:
+        (tmp_path / "begun").touch()
+        wait_for((tmp_path / "closed").exists)
+        return {}
+
+    def work(_number: int) -> None:
+        slow: list[object] = []
+        thread = threading.Thread(target=lambda: slow.extend(begun("slow", waits)))
+        thread.start()
+        wait_for((tmp_path / "begun").exists)
+        quick = begun("quick", lambda *_: {})
+        assert not next(quick)[1].failed  # while the other call's first run is computed
+        quick.close()
+        (tmp_path / "closed").touch()
+        thread.join()
+        assert len(slow) == 2
+
+    assert in_processes(work, 1) == [0]
+
+
+def test_a_process_that_may_start_no_others_computes_all_by_itself():
+    process = multiprocessing.current_process()
+    process._config["daemon"] = True  # as Dask does with its workers
+    try:
+        assert chosen_engine(None, None).jobs == 1
+        with pytest.raises(ValueError, match=r"jobs is 2, and this process, a daemon .* give jobs=1"):
+            chosen_engine(None, 2)
+    finally:
+        process._config["daemon"] = False
 
 
 def test_a_measure_that_cannot_be_had_is_missing_and_no_failure(tmp_path):
@@ -129,6 +249,7 @@ def test_impossible_numbers_of_processes_are_refused(jobs, tmp_path):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="one process on an accelerator")
 def test_by_default_there_is_a_process_for_each_core_that_may_be_used():
     assert chosen_engine(None, None).jobs == joblib.cpu_count()
+    assert chosen_engine(None, 10**12).width() == 10**12  # no more are started than there are runs
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
@@ -172,11 +293,12 @@ def test_a_run_whose_process_is_killed_once_is_run_again_and_the_others_once(tmp
 def test_a_killed_process_or_caller_costs_no_run(tmp_path):
     store = tmp_path / "s"
     script = f"import engine_runs as e, pathlib; e.many(pathlib.Path({str(store)!r}), jobs=2)"
-    tests = Path(__file__).parents[1]
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=tests)
-    wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
+    caller = started(script)
+    wait_for(lambda: len(finished(store)) >= 3 or not caller.is_alive())
+    its_own = psutil.Process(caller.pid).children(recursive=True)
     caller.kill()
-    caller.wait()
+    caller.join()
+    assert not psutil.wait_procs(its_own, timeout=120)[1]  # they would keep their memory for minutes
     assert 3 <= len(finished(store)) < 12
     kept = {file: file.stat().st_mtime_ns for file in finished(store)}
     victim = Noting(str(tmp_path / "pid"))
@@ -187,7 +309,7 @@ def test_a_killed_process_or_caller_costs_no_run(tmp_path):
     killing.join()
     assert not table["failed"].any()
     assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
-    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
+    pd.testing.assert_frame_equal(table, many_alone(), check_exact=True)
 
 
 def test_each_gpu_has_a_process(monkeypatch, tmp_path):
@@ -221,6 +343,8 @@ def test_what_is_no_engine_is_refused(engine, error, message, tmp_path):
         learn(engine=engine, store=tmp_path / "s")  # which gives jobs
     with pytest.raises(error, match=message):
         ll.advise(small_vit(), pairs()[0], retained(), rank=2, budget=None, engine=engine, jobs=2)
+    with pytest.raises(error, match=message):  # although nothing is to be computed
+        ll.advise(small_vit(), pairs()[0], retained(), rank=2, engine=engine, jobs=2)
     assert not (tmp_path / "s").exists()
 
 

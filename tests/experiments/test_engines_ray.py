@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
+from clean_processes import started
 from engine_runs import (
-    UNSEEN,
+    WRONG,
     Goes,
     Noting,
     finished,
     lines_of,
     many,
+    many_alone,
     meanwhile,
     noting_model,
     swept,
     wait_for,
 )
 from small_sequences import learn
+from unseen import UNSEEN
 
 import lora_lens as ll
 from lora_lens.training import Regularized
@@ -36,7 +39,7 @@ TESTS = Path(__file__).parents[1]
 def connect(**where: object) -> None:
     """To a Ray whose workers do not see some folders."""
     environment = {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
-    hook = {"worker_process_setup_hook": "engine_runs.hide_unseen", "env_vars": environment}
+    hook = {"worker_process_setup_hook": "unseen.hide_unseen", "env_vars": environment}
     ray.init(log_to_driver=False, logging_level="error", runtime_env=hook, **where)
 
 
@@ -71,19 +74,13 @@ def test_what_runs_share_is_unpickled_once_in_each_worker(tmp_path):
 
 
 def test_runs_that_fail_or_kill_their_worker_are_rows_with_their_reason(tmp_path):
-    wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in ("a bug", "killed")]
-    with pytest.warns(UserWarning, match="2 of 3 runs failed"):
-        table = swept(*wrong, seeds=(1,), engine="ray", store=tmp_path / "s")
-    assert table["reason"].str.split(":").str[0].tolist() == [
-        "", "ZeroDivisionError", "its process was killed, also when it ran alone"
-    ]  # fmt: skip
-
-
-def test_a_run_whose_worker_dies_once_is_run_again(tmp_path):
     dies = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), dies_once=True))
-    table = swept(dies, seeds=range(4), engine="ray", store=tmp_path / "s")
-    assert not table["failed"].any() and table["accuracy"].notna().all()
-    assert sum(lines_of(tmp_path / "runs").values()) == 4 + 1
+    wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in WRONG]
+    with pytest.warns(UserWarning, match="4 of 6 runs failed"):
+        table = swept(dies, *wrong, seeds=(1,), engine="ray", store=tmp_path / "s")
+    assert table["reason"].str.split(":").str[0].tolist() == ["", "", *WRONG.values()]
+    assert table["accuracy"].notna().tolist() == [True, True, False, False, False, False]
+    assert sum(lines_of(tmp_path / "runs").values()) == 1 + 1  # it was run again
 
 
 def test_the_caller_writes_for_workers_that_do_not_see_the_store(tmp_path):
@@ -95,6 +92,17 @@ def test_the_caller_writes_for_workers_that_do_not_see_the_store(tmp_path):
     pd.testing.assert_frame_equal(sequences, learn(), check_exact=True)
 
 
+def kill_workers() -> list[psutil.Process]:
+    """Those that were computing something."""
+    killed = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if process.name().startswith("ray::_attempt"):
+                process.kill()
+                killed.append(process)
+    return killed
+
+
 def test_killed_workers_and_callers_cost_no_run(tmp_path):
     store = tmp_path / "s"
     script = (
@@ -103,16 +111,14 @@ def test_killed_workers_and_callers_cost_no_run(tmp_path):
         f"test_engines_ray.connect(address={ray.get_runtime_context().gcs_address!r})\n"
         f"engine_runs.many(pathlib.Path({str(store)!r}), engine='ray')"
     )
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=TESTS)
-    wait_for(lambda: len(finished(store)) >= 3 or caller.poll() is not None)
+    caller = started(script)
+    wait_for(lambda: len(finished(store)) >= 3 or not caller.is_alive())
     caller.kill()
-    caller.wait()
+    caller.join()
     assert 3 <= len(finished(store)) < 12
-    noting = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), processes=2))
-    swept(noting, seeds=range(4), engine="ray")
-    pids = {int(line.split()[0]) for line in lines_of(tmp_path / "runs")}
-    killing = meanwhile(store, 7, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    killed: list[psutil.Process] = []
+    killing = meanwhile(store, 7, lambda: killed.extend(kill_workers()))
     table = many(store, engine="ray")
     killing.join()
-    assert not table["failed"].any()
-    pd.testing.assert_frame_equal(table, many(jobs=1), check_exact=True)
+    assert killed and not table["failed"].any()
+    pd.testing.assert_frame_equal(table, many_alone(), check_exact=True)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import json
 import lzma
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from engine_runs import in_processes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -277,23 +277,6 @@ def test_what_is_no_store_is_refused(swept, tmp_path):
     assert packed.read_bytes() == whole
 
 
-def in_processes(work, count: int) -> list[int]:
-    """The exit codes of ``count`` processes that do ``work(number)`` at the same time."""
-    context = multiprocessing.get_context("fork")  # nothing to import, so that they truly meet
-    barrier = context.Barrier(count)
-
-    def begin(number: int) -> None:
-        barrier.wait()
-        work(number)
-
-    processes = [context.Process(target=begin, args=(number,)) for number in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
-
-
 def test_processes_that_start_one_new_store_at_the_same_time_all_may(tmp_path):
     for turn in range(10):
 
@@ -335,6 +318,11 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path):
     assert in_processes(work, 1) == [3]
     assert json.loads(path.read_bytes()) == {"run": "old"}
     assert [f.name for f in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_folder_that_was_removed_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(ll.errors.StoreError, match="its folder was removed, and with it the runs"):
+        write_atomically(tmp_path / "gone" / "runs" / "run.json", {"run": "run"})
 
 
 def test_what_cannot_be_a_store_is_refused_before_anything_runs(tmp_path, model, digits):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,6 +140,38 @@ def test_a_model_that_draws_dropout_is_noticed(tasks):
     model.drop = nn.Dropout(0.1)
     with pytest.raises(CannotFuse, match="draws dropout"):
         together(model, None, tasks, [(ll.LoRA(2), 1e-2, seed) for seed in range(2)])
+
+
+class Drawing(nn.Module):
+    """A classifier of images that is trained on noise now and then, or always."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.body, self.head, self.draw = nn.Linear(784, 24), nn.Linear(24, 10), draw
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.body(images.flatten(1))
+        return self.head(x * self.draw() if self.training else x)
+
+
+@pytest.mark.parametrize("rand", [torch.rand, np.random.rand])
+def test_a_model_that_draws_numbers_is_noticed_even_if_nothing_comes_of_them(rand, tasks):
+    loop = together(
+        Drawing(lambda: bool(rand(1) > 1e-6)), None, tasks, [(ll.LoRA(2), 1e-2, seed) for seed in range(2)]
+    )
+    with pytest.raises(CannotFuse, match="draws random numbers"):
+        loop.require_agreement()
+
+
+def test_runs_are_compared_where_a_task_has_fewer_examples_than_there_are_runs(tasks):
+    few = (tasks[0].first(2, 10), tasks[1])
+    for model, agrees in ((Drawing(lambda: 1.0), True), (Seeing(), False)):
+        loop = together(model, None, few, [(ll.LoRA(2), 1e-2, seed) for seed in range(3)])
+        if agrees:
+            loop.require_agreement()
+        else:
+            with pytest.raises(CannotFuse, match="change each other's features"):
+                loop.require_agreement()
 
 
 class Normed(nn.Module):

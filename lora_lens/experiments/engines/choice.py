@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import joblib
@@ -24,9 +25,10 @@ def chosen_engine(engine: object, jobs: int | None) -> Engine:
 
     Raises:
         InputTypeError, InputError: it is none of these; both are given; ``jobs`` is no whole number of at
-            least 1, or above the number of GPUs; the workers are none, or have other versions of lora_lens or
-            torch; or torchrun has started several processes.
+            least 1, above the number of GPUs, or above 1 in a process that may start no others; the workers
+            are none, or have other versions of lora_lens or torch; or torchrun has started several processes.
         MissingPackageError: Ray is not installed.
+        EngineError: it does not start.
     """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise InputError(
@@ -34,6 +36,23 @@ def chosen_engine(engine: object, jobs: int | None) -> Engine:
             "processes, which would all do the same runs; start this with plain python, jobs= shares out "
             "the runs"
         )
+    if isinstance(engine := require_engine(engine, jobs), Processes):
+        return engine
+    if engine != "ray":
+        from lora_lens.experiments.engines.dask_workers import DaskWorkers
+
+        return DaskWorkers(engine)
+    try:
+        from lora_lens.experiments.engines.ray_tasks import RayTasks
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MissingPackageError("engine='ray' needs Ray: pip install 'lora_lens[cluster]'") from None
+    return RayTasks()
+
+
+def require_engine(engine: object, jobs: int | None) -> object:
+    """The processes, or ``engine`` as it is, after the checks that ask no cluster."""
     if engine is None:
         return _processes(jobs)
     module = type(engine).__module__.split(".")[0]  # so that nobody needs Dask to run without it
@@ -50,29 +69,25 @@ def chosen_engine(engine: object, jobs: int | None) -> Engine:
         raise InputError(
             "jobs are this machine's processes, and with engine= the runs go to its workers: give one of them"
         )
-    if client:
-        from lora_lens.experiments.engines.dask_workers import DaskWorkers
-
-        return DaskWorkers(engine)
-    try:
-        from lora_lens.experiments.engines.ray_tasks import RayTasks
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise MissingPackageError("engine='ray' needs Ray: pip install 'lora_lens[cluster]'") from None
-    return RayTasks()
+    return engine
 
 
 def _processes(jobs: int | None) -> Processes:
     gpus = visible_gpus(torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    childless = multiprocessing.current_process().daemon  # a worker of Dask or of a multiprocessing.Pool
     if jobs is None:
-        usual = 1 if torch.accelerator.is_available() else joblib.cpu_count()
+        usual = 1 if torch.accelerator.is_available() or childless else joblib.cpu_count()
         return Processes(len(gpus) or usual, gpus)
     jobs = whole_number(jobs, "jobs, the number of processes (by default all cores),", least=1)
     if gpus and jobs > len(gpus):
         raise InputError(
             f"jobs is {jobs}, and there is a process for each GPU, of which this one sees {len(gpus)}; "
             "set CUDA_VISIBLE_DEVICES to nothing to compute on the cores"
+        )
+    if childless and jobs > 1:
+        raise InputError(
+            f"jobs is {jobs}, and this process, a daemon such as those of Dask and of multiprocessing.Pool, "
+            "may start no others: give jobs=1"
         )
     return Processes(jobs, gpus)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from importlib.metadata import version
 
-import cloudpickle
 from distributed import Client, as_completed
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
@@ -57,7 +56,7 @@ class DaskWorkers:
     def attempts(
         self, shared: Shared, call: Call, items: Sequence[Item]
     ) -> Iterator[tuple[Item, Attempt | None]]:
-        whole, tries = cloudpickle.dumps(shared), 0
+        whole, tries = packed(shared), 0
         while items:
             try:
                 self.client.wait_for_workers(1)

@@ -67,10 +67,25 @@ def run_missing(
             progress_bar(total=len(plan), initial=len(plan) - len(waiting), **bar) as shown,
         ):
             failures = _run_all(engine, shared, call, items, lacking, told, shown)
-    found = read_runs(path for _, path in plan)
-    records = [found[path] for _, path in plan]
+    records = kept_records([path for _, path in plan])
     _tell(records, failures)
     return records
+
+
+def kept_records(paths: Sequence[Path]) -> list[dict]:
+    """The records of runs that have ended.
+
+    Raises:
+        StoreError: one is not there any more.
+    """
+    found = read_runs(paths)
+    if gone := [path.name for path in paths if path not in found]:
+        raise StoreError(
+            f"{len(gone)} of {len(paths)} runs were written to {paths[0].parent} and cannot be read any more "
+            f"({listed(gone, most=REASONS)}), as if the folder had been changed meanwhile: call this again, "
+            "and only what is missing is run"
+        )
+    return [found[path] for path in paths]
 
 
 def missing(plan: Sequence[Planned]) -> list[Planned]:

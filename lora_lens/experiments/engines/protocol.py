@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,9 +83,25 @@ class Engine(Protocol):
         ...
 
 
-def packed(item: Item) -> bytes:
-    """An item as it travels: with the code of classes from a notebook or script."""
-    return cloudpickle.dumps(item)
+def packed(travelling: Item | Shared) -> bytes:
+    """As it travels: with the code of classes from a notebook or script."""
+    with able_to_travel():
+        return cloudpickle.dumps(travelling)
+
+
+@contextmanager
+def able_to_travel() -> Iterator[None]:
+    """Say what to do where something cannot be pickled."""
+    try:
+        yield
+    except OSError:  # of the disk that it is written to
+        raise
+    except Exception as error:  # pickle has no error of its own for this
+        raise InputError(
+            f"the model, the tasks or the methods cannot travel to other processes ({type(error).__name__}: "
+            f"{error}): take off what they hold of that kind, such as hooks with open files; jobs=1 computes "
+            "all runs in this process"
+        ) from None
 
 
 def require_same_versions(found: Mapping[str, Mapping[str, object]]) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 
-import cloudpickle
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lora_lens._base.errors import InputError
+from lora_lens._base.errors import EngineError, InputError
 from lora_lens.experiments.engines.attempts import attempt_on_worker
 from lora_lens.experiments.engines.protocol import (
     PACKAGES,
@@ -29,7 +28,11 @@ class RayTasks:
 
     def __init__(self) -> None:
         if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+            try:
+                ray.init(log_to_driver=False)
+            except Exception as error:  # Ray has no error of its own for a machine that is too busy
+                ray.shutdown()
+                raise EngineError(f"Ray did not start: {error}") from error
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         if not nodes:
             raise InputError("engine is a Ray whose machines offer no cores: start some with ray start")
@@ -44,7 +47,7 @@ class RayTasks:
     def attempts(
         self, shared: Shared, call: Call, items: Sequence[Item]
     ) -> Iterator[tuple[Item, Attempt | None]]:
-        whole = ray.put(cloudpickle.dumps(shared))
+        whole = ray.put(packed(shared))
         task = ray.remote(max_retries=0, **self.resources)(_attempt)
         waiting = {task.remote(call, packed(item), [whole]): item for item in items}
         try:
