@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
-from lora_lens.forgetting.rewinding import Rewound
+from lora_lens.forgetting.rewound import Rewound
 from lora_lens.plots._scores import PERCENT, require_score, shortened, show_unit, with_unit
 from lora_lens.plots._style import styled
 

@@ -10,7 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from lora_lens import plots
-from lora_lens.forgetting.rewinding import Rewound
+from lora_lens.forgetting.rewound import Rewound
 from lora_lens.plots._scores import LABELS, PERCENT
 from lora_lens.plots.after_training import HEIGHTS, rewound_table
 from lora_lens.plots.single_runs import ALONG
