@@ -5,8 +5,8 @@
 
 Each method is trained at its own best rate of the stored sweep (the largest mean of accuracy - forgetting),
 with seeds that the sweep has not seen. The whole update is then scaled by t; t is chosen by accuracy -
-forgetting on 400 test examples of each task, and scores are measured on others: 1,000 of each, of minilm's
-film reviews 500. Settings and seeds that the file holds already are not run again.
+forgetting on 400 test examples of each task, and scores are measured on others: 1,000 of each, 500 in
+minilm. Settings and seeds that the file holds already are not run again.
 
 One row per measured point. Columns: setting, method, lr, seed; part, "validation" or "test", which
 has the trained model (t = 1) and the chosen t; t, accuracy, forgetting.
@@ -69,7 +69,7 @@ def minilm() -> Setting:
     texts = ll.tasks.bundled_texts
     movies, genres = (ll.tasks.text_task(c, tokenizer) for c in (texts.sentiment("movies"), texts.genres()))
     return Setting(
-        model, movies, ll.tasks.probed(model, genres, examples=2000), (500, 1000), train=None, steps=100
+        model, movies, ll.tasks.probed(model, genres, examples=2000), (500, 500), train=None, steps=100
     )
 
 

@@ -240,3 +240,28 @@ def test_experts_in_one_tensor_are_no_layers():
     ):
         with pytest.raises(ValueError, match=r"gate_up_proj\[0\] is no layer but .* an expert of many"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["torchao", "bitsandbytes"])
+def test_quantized_layers_are_split_as_the_matrix_that_they_multiply_by(kind):
+    pytest.importorskip(kind)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        from bitsandbytes.nn import Linear4bit
+
+        four_bits = Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+        four_bits.load_state_dict(model[0].state_dict())
+        model[0] = four_bits.to("cpu")
+    spectra = ll.spectra(model, "0", progress=False)
+    x, window = torch.randn(5, 64), ll.Window.first(4)
+    split = ll.forgetting.feature_split(model, "0", spectra["0"], window, x)
+    with torch.no_grad():
+        product = model[0](x) - model[0].bias
+    torch.testing.assert_close((split.window + split.residual)[:, 0], product, atol=1e-4, rtol=1e-4)
+    energies = ll.forgetting.feature_energies(model, "0", spectra["0"], x)
+    torch.testing.assert_close(energies.norms(window).shares, split.shares, atol=1e-4, rtol=1e-4)
+    assert splittable(model, ["0"], x) == {"0": 1}
