@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import counted, listed
+from lora_lens._base.schema import is_agreement
 from lora_lens._base.validate import choice, number
 from lora_lens.adapters.exporting import write_updates
 from lora_lens.adapters.model_card import Score
@@ -167,8 +168,9 @@ class Rewound:
         if rows.empty:
             return []
         row = rows.iloc[0]
-        kept = Score(*self.retain, row["retained_accuracy"], row["retained_before"], row["loss_rise"])
-        return [Score(*self.task, row["accuracy"]), kept]
+        measure = "agreement" if is_agreement(self.table) else "accuracy"
+        scores = (row[name] for name in ("retained_accuracy", "retained_before", "loss_rise"))
+        return [Score(*self.task, row["accuracy"]), Score(*self.retain, *scores, measure)]
 
     def _place(self, t: float | Point, path: RewindPath | None) -> tuple[RewindPath, float]:
         if isinstance(t, Point):

@@ -57,7 +57,11 @@ def rewinding(rewound: Rewound | pd.DataFrame, y: str = "retained_accuracy", *, 
     show_unit(ax, y)
     if y == "loss_rise":
         ax.invert_yaxis()
-    ax.set(xlabel=with_unit("accuracy"), ylabel=with_unit(y), title="Ways back from the trained model")
+    ax.set(
+        xlabel=with_unit("accuracy", table),
+        ylabel=with_unit(y, table),
+        title="Ways back from the trained model",
+    )
     return ax
 
 
