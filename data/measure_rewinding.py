@@ -116,6 +116,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     rewound = tested.sort_values("t").drop_duplicates(keys).set_index(keys)["value"]
     rows = []
     for at, values in (("trained", trained), ("rewound", rewound)):
+        values = values.sort_index()
         for (setting, method), group in values.groupby(level=["setting", "method"]):
             own = group.droplevel(["setting", "method"])
             lead = own - values[setting, "LoRA"]
