@@ -1,6 +1,6 @@
 """Does the choice of the window still matter after rewinding? Write ``results/rewinding.csv``.
 
-    python data/measure_rewinding.py                      # what the file lacks; an hour from nothing
+    python data/measure_rewinding.py                      # what the file lacks; 1.5 h from nothing
     python data/measure_rewinding.py digits --seeds 3
 
 Each method is trained at its own best rate of the stored sweep (the largest mean of accuracy - forgetting),
