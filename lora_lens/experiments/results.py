@@ -295,6 +295,7 @@ class Sweep(Kept):
 
     def _repr_html_(self) -> str:
         from lora_lens.plots._image import drawn
+        from lora_lens.plots._scores import in_words
         from lora_lens.plots.sweeps import tradeoff
 
         finished = self._finished()
@@ -302,7 +303,7 @@ class Sweep(Kept):
             return f"<p>{escape(repr(self))}</p><p>All runs failed, see the column reason of its table.</p>"
         picture = drawn(
             lambda figure: tradeoff(finished, ax=figure.subplots()),
-            "accuracy on the retained task against accuracy on the new task, means over seeds",
+            f"{in_words('retained_accuracy', finished)} against accuracy on the new task, means over seeds",
         )
         rate = finished.groupby("lr")["accuracy"].mean().idxmax()
         means = seed_means(finished[finished["lr"] == rate])

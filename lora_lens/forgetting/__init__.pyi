@@ -42,6 +42,7 @@ from .rewind_paths import (
     SmallValues as SmallValues,
     WholeUpdate as WholeUpdate,
 )
-from .rewinding import Point as Point, Rewound as Rewound, rewind as rewind
+from .rewinding import rewind as rewind
+from .rewound import Point as Point, Rewound as Rewound
 from .u_shape import UShape as UShape, u_shape_test as u_shape_test
 from .weight_drift import drift as drift

@@ -13,8 +13,10 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance, whole_number
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.low_rank import check_belongs
-from lora_lens.spectrum.adaptable_layers import LINEAR, weight_matrix
+from lora_lens.spectrum.adaptable_layers import LINEAR, Layer, weight_matrix
+from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.spectrum.spectrum import Spectrum
+from lora_lens.spectrum.stacks import StackedMatrix, stacked_at
 from lora_lens.spectrum.window import Placement, Window
 from lora_lens.tasks.readouts import Inputs, layer_inputs, real_positions, require_batch
 
@@ -142,10 +144,10 @@ def feature_split(
 
     Args:
         model: the pretrained model, not an adapted one; it runs in evaluation mode and is left as it was.
-        layer: name of an ``nn.Linear`` (or GPT-2's ``Conv1D``) whose input is (batch, positions,
-            in_features) or (batch, in_features), which counts as one position. Further dimensions
-            between the first and the last are positions, too. If the model calls the layer several
-            times, the last call counts.
+        layer: name of an ``nn.Linear``, quantized or not, or of GPT-2's ``Conv1D``, whose input is (batch,
+            positions, in_features) or (batch, in_features), which counts as one position. Further
+            dimensions between the first and the last are positions, too. If the model calls the layer
+            several times, the last call counts.
         spectrum: of this layer's weight, with the window's vectors.
         window: a window or any other placement.
         inputs: a batch as the model takes it, or a mapping of keyword arguments; on the model's device.
@@ -231,7 +233,7 @@ def _tokens(model: nn.Module, layer: str, inputs: Inputs) -> Tensor:
 def splittable(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, int]:
     """Those of the named layers that :func:`feature_split` takes, with their number of positions."""
     batch = require_batch(inputs)
-    linear = [name for name in names if type(_module(model, name)) in LINEAR]
+    linear = [name for name, layer in _layers(model, names).items() if _is_linear(layer)]
     given = layer_inputs(model, linear, inputs)
     found = {name: given[name] for name in linear if name in given}
     return {name: x[0].numel() // x.shape[-1] for name, x in found.items() if _is_batch(x, batch)}
@@ -273,22 +275,35 @@ def _share(part: Tensor, rest: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole, torch.zeros_like(whole))
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return submodule(model, name)
-    except AttributeError:
-        raise InputError(f"{type(model).__name__} has no layer {name!r}") from None
+def _layers(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
+    names = list(names)
+    found: dict[str, Layer] = dict(stacked_at(model, names))
+    for name in names:
+        try:
+            found[name] = found.get(name) or submodule(model, name)
+        except AttributeError:
+            raise InputError(f"{type(model).__name__} has no layer {name!r}") from None
+    return found
 
 
 def _linear(model: nn.Module, name: str) -> nn.Module:
-    module = _module(model, name)
-    if type(module) not in LINEAR:
+    module = _layers(model, [name])[name]
+    if isinstance(module, StackedMatrix):
+        raise InputError(
+            f"{name} is no layer but a parameter or a part of one, such as an expert of many, whose inputs "
+            "cannot be seen from outside; features are split for nn.Linear and Conv1D only"
+        )
+    if not _is_linear(module):
         raise InputError(
             f"{name} is a {type(module).__module__.partition('.')[0]} {type(module).__name__}, and features "
             "are split for nn.Linear and Conv1D of a pretrained model only, which multiply every position "
             "by the same matrix"
         )
     return module
+
+
+def _is_linear(layer: Layer) -> bool:
+    return type(layer) in LINEAR or quantized_as(layer) != ""
 
 
 def _is_batch(x: Tensor, batch: int) -> bool:

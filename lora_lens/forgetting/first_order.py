@@ -40,6 +40,7 @@ from lora_lens.forgetting.weight_drift import require_spectra, spectrum_of
 from lora_lens.spectrum.adaptable_layers import LINEAR, weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import Components
+from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Placement
 from lora_lens.tasks.batches import batch_limit
@@ -207,6 +208,11 @@ def _linear_layers(
 ) -> Mapping[str, nn.Module]:
     layers = chosen_layers(model, targets, spectra)
     for name, layer in layers.items():
+        if kind := quantized_as(layer):
+            raise InputError(
+                f"the weight of {name} is quantized ({kind}) and has no gradient, which foresee needs: "
+                "give it the model in floating point"
+            )
         if type(layer) not in LINEAR:
             raise InputError(
                 f"{name} is a {type(layer).__name__}, and what a window promises is computed for linear "

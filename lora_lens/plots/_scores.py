@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from lora_lens._base.errors import InputError
+from lora_lens._base.schema import is_agreement
 from lora_lens._base.validate import choice
 from lora_lens.plots._style import colour_bar, literal
 
@@ -23,6 +24,10 @@ LABELS = {
     "retained_accuracy": "accuracy on the retained task",
     "forgetting": "forgetting",
     "loss_rise": "rise of the retained task's loss",
+}
+OF_AGREEMENT = {  # where what was retained are the pretrained model's own answers
+    "retained_accuracy": "agreement with the pretrained model",
+    "loss_rise": "divergence from the pretrained model",
 }
 UNITS = {"accuracy": "%", "retained_accuracy": "%", "forgetting": "percentage points", "loss_rise": "nats"}
 LOST = ("forgetting", "loss_rise")
@@ -35,9 +40,14 @@ RATE_MARKERS = "osD^vP*X"
 LONGEST_LABEL = 44  # characters
 
 
-def with_unit(score: str) -> str:
+def in_words(score: str, table: pd.DataFrame) -> str:
+    """A score of the runs of a table."""
+    return (OF_AGREEMENT if is_agreement(table) else LABELS).get(score, LABELS[score])
+
+
+def with_unit(score: str, table: pd.DataFrame) -> str:
     """A score in words, with its unit."""
-    return f"{LABELS[score]} ({UNITS[score]})"
+    return f"{in_words(score, table)} ({UNITS[score]})"
 
 
 def show_unit(ax: Axes, score: str) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
-from lora_lens.forgetting.rewinding import Rewound
+from lora_lens.forgetting.rewound import Rewound
 from lora_lens.plots._scores import PERCENT, require_score, shortened, show_unit, with_unit
 from lora_lens.plots._style import styled
 
@@ -57,7 +57,11 @@ def rewinding(rewound: Rewound | pd.DataFrame, y: str = "retained_accuracy", *, 
     show_unit(ax, y)
     if y == "loss_rise":
         ax.invert_yaxis()
-    ax.set(xlabel=with_unit("accuracy"), ylabel=with_unit(y), title="Ways back from the trained model")
+    ax.set(
+        xlabel=with_unit("accuracy", table),
+        ylabel=with_unit(y, table),
+        title="Ways back from the trained model",
+    )
     return ax
 
 

@@ -15,7 +15,7 @@ from lora_lens._base.naming import block_and_kind
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import instance
 from lora_lens.plots._scores import (
-    LABELS,
+    in_words,
     line_in_range,
     placed_windows,
     position_ticks,
@@ -86,8 +86,8 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
     ax.legend(handles=handles, title=words, loc="best")
     position_ticks(ax)
     show_unit(ax, score)
-    title = f"{LABELS[score].capitalize()} by {words}"
-    ax.set(xlabel="position of the window", ylabel=with_unit(score), title=title)
+    title = f"{in_words(score, table).capitalize()} by {words}"
+    ax.set(xlabel="position of the window", ylabel=with_unit(score, table), title=title)
     return ax
 
 

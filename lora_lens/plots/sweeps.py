@@ -17,9 +17,9 @@ from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, sequence, whole_number
 from lora_lens.forgetting.aggregate import pareto_front, seed_means
 from lora_lens.plots._scores import (
-    LABELS,
     LOST,
     PERCENT,
+    in_words,
     line_in_range,
     method_colours,
     placed_windows,
@@ -68,8 +68,8 @@ def forgetting_curve(
     table = _swept(table, score)
     _against_position(table, score, rates, ax)
     _legend_beside(table, ax)
-    what = "forgetting of the retained task" if score == "forgetting" else LABELS[score]
-    ax.set(ylabel=with_unit(score), title=f"What is lost: {what}")
+    what = "forgetting of the retained task" if score == "forgetting" else in_words(score, table)
+    ax.set(ylabel=with_unit(score, table), title=f"What is lost: {what}")
     show_unit(ax, score)
     return ax
 
@@ -289,8 +289,8 @@ def tradeoff(
     if y == "loss_rise":
         ax.invert_yaxis()
     ax.set(
-        xlabel=with_unit("accuracy"),
-        ylabel=with_unit(y),
+        xlabel=with_unit("accuracy", table),
+        ylabel=with_unit(y, table),
         title="The trade-off: up and to the right is better",
     )
     return ax

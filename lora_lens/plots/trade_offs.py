@@ -19,12 +19,12 @@ from lora_lens._base.schema import checked, sweep_table
 from lora_lens.forgetting.aggregate import pareto_front, seed_means
 from lora_lens.forgetting.run_groups import WINDOW, groups, window_columns
 from lora_lens.plots._scores import (
-    LABELS,
     OTHERS,
     PERCENT,
     POSITIONS,
     UNITS,
     WINDOWS,
+    in_words,
     method_name,
     placed_windows,
     position_bar,
@@ -88,11 +88,14 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes | None =
         if ax is None:
             wide, tall = plt.rcParams["figure.figsize"]
             ax = plt.subplots(figsize=(wide, max(tall, 1.2 + ROW * len(grid))))[1]
-        _draw_surface(ax, grid, best, score, _names(means.drop_duplicates("row")))
+        names = _names(means.drop_duplicates("row"))
+        _draw_surface(ax, grid, best, score, names, in_words(score, table))
     return ax
 
 
-def _draw_surface(ax: Axes, grid: pd.DataFrame, best: pd.DataFrame, score: str, names: list[str]) -> None:
+def _draw_surface(
+    ax: Axes, grid: pd.DataFrame, best: pd.DataFrame, score: str, names: list[str], words: str
+) -> None:
     in_nats = UNITS[score] == "nats"
     room = 72 * ax.get_window_extent().height / ax.figure.dpi / len(grid)  # points
     sns.heatmap(
@@ -102,7 +105,7 @@ def _draw_surface(ax: Axes, grid: pd.DataFrame, best: pd.DataFrame, score: str, 
         annot=bool(room >= READABLE),
         fmt=".2f" if in_nats else ".1f",
         annot_kws={"fontsize": min(plt.rcParams["font.size"], 0.8 * room)},
-        cbar_kws={"label": with_unit(score)},
+        cbar_kws={"label": f"{words} ({UNITS[score]})"},
         xticklabels=[f"{rate:g}" for rate in grid.columns],
         yticklabels=names,
     )
@@ -111,7 +114,7 @@ def _draw_surface(ax: Axes, grid: pd.DataFrame, best: pd.DataFrame, score: str, 
         if np.isfinite(accuracies).any():
             place = (int(np.nanargmax(accuracies)), row)
             ax.add_patch(Rectangle(place, 1, 1, **frame))
-    ax.set(xlabel="learning rate", ylabel="window or method", title=LABELS[score].capitalize())
+    ax.set(xlabel="learning rate", ylabel="window or method", title=words.capitalize())
     lines = max(name.count("\n") for name in names) + 1
     size = min(plt.rcParams["font.size"], 0.8 * room / lines)
     ax.tick_params(axis="y", rotation=0, labelsize=size)
@@ -193,8 +196,8 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
         ax.legend()
     ax.set(
         xlabel="position of the window" if len(windows) else "method",
-        ylabel=with_unit(score),
-        title=LABELS[score].capitalize(),
+        ylabel=with_unit(score, result),
+        title=in_words(score, result).capitalize(),
     )
     show_unit(ax, score)
     return ax
@@ -327,8 +330,8 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(PERCENT)
     ax.set(
-        xlabel=with_unit("accuracy"),
-        ylabel=with_unit("retained_accuracy"),
+        xlabel=with_unit("accuracy", table),
+        ylabel=with_unit("retained_accuracy", table),
         title="What each window offers when its rate is chosen",
     )
     return ax

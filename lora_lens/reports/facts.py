@@ -17,6 +17,7 @@ from lora_lens.forgetting.fair_comparison import at_equal_rate
 from lora_lens.forgetting.rate_ranges import rate_robustness
 from lora_lens.forgetting.run_groups import window_columns
 from lora_lens.forgetting.u_shape import LEVEL
+from lora_lens.plots._scores import in_words
 from lora_lens.reports.page import MISSING, Piece, Table, plain, points
 from lora_lens.reports.words import placed, span
 
@@ -27,7 +28,6 @@ TASKS = {"model": "pretrained model", "task": "new task", "retain": "retained ta
 COMMON_NAMES = {
     "targets": "adapted layers",
     "trainable": "adapter parameters trained",
-    "retained_before": "accuracy on the retained task before (%)",
 }
 
 
@@ -96,7 +96,8 @@ def _settings(table: pd.DataFrame) -> tuple[Table, Table]:
     cells = pd.DataFrame(rows, columns=["setting", "count", "values"])
     varied = Table(cells, "What differs between runs.", words=["values"])
     shared = {"rank": ranks} | settings | {c: [_shown(c, v) for v in found] for c, found in measured.items()}
-    rows = [(COMMON_NAMES.get(name, name), v[0]) for name, v in shared.items() if len(v) == 1]
+    before = {"retained_before": f"{in_words('retained_accuracy', table)} before (%)"}
+    rows = [((COMMON_NAMES | before).get(name, name), v[0]) for name, v in shared.items() if len(v) == 1]
     cells = pd.DataFrame(rows, columns=["setting", "value"])
     return varied, Table(cells, "What all runs share.", words=["value"])
 

@@ -9,6 +9,7 @@ import pandas as pd
 from lora_lens._base.errors import LoraLensError
 from lora_lens.forgetting.fair_comparison import at_own_best_rate
 from lora_lens.forgetting.rate_ranges import rate_robustness
+from lora_lens.plots._scores import in_words
 from lora_lens.plots.settings import by_setting
 from lora_lens.plots.sweeps import accuracy_curve, forgetting_curve, tradeoff
 from lora_lens.plots.trade_offs import comparison, fronts_by_method, robustness, surface
@@ -51,8 +52,8 @@ def _by_rank(table: pd.DataFrame) -> list[Piece]:
 def _at_each_rate(table: pd.DataFrame) -> list[Piece]:
     plane = picture(
         partial(tradeoff, table),
-        "Scatter of accuracy on the retained task against accuracy on the new task, one point per window or "
-        "method and learning rate; the numbers are in the tables at equal learning rates.",
+        f"Scatter of {in_words('retained_accuracy', table)} against accuracy on the new task, one point per "
+        "window or method and learning rate; the numbers are in the tables at equal learning rates.",
         "Means over seeds. The line joins the points that no other point beats on both tasks.",
         height=4.8,
     )
@@ -105,8 +106,9 @@ def _over_rates(table: pd.DataFrame) -> list[Piece]:
         ),
         picture(
             partial(fronts_by_method, table),
-            "Lines of accuracy on the retained task against accuracy on the new task, one line per window or "
-            "method from its lowest rate to its highest; the numbers are in the tables at equal rates.",
+            f"Lines of {in_words('retained_accuracy', table)} against accuracy on the new task, one line per "
+            "window or method from its lowest rate to its highest; the numbers are in the tables at equal "
+            "rates.",
             "What each window offers when only its learning rate is chosen.",
             height=4.8,
         ),

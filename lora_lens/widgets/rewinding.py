@@ -10,8 +10,8 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from lora_lens import plots
-from lora_lens.forgetting.rewinding import Rewound
-from lora_lens.plots._scores import LABELS, PERCENT
+from lora_lens.forgetting.rewound import Rewound
+from lora_lens.plots._scores import PERCENT, in_words
 from lora_lens.plots.after_training import HEIGHTS, rewound_table
 from lora_lens.plots.single_runs import ALONG
 from lora_lens.widgets._explorer import (
@@ -70,6 +70,8 @@ def rewind_explorer(rewound: Rewound | pd.DataFrame) -> VBox:
     )
     picture, numbers = HTML(), table_box()
 
+    named = {score: in_words(score, table) for score in ("accuracy", "retained_accuracy")}
+
     @lru_cache(maxsize=8)
     def picture_of(path: str, y: str) -> _Picture:
         return _Picture(table, path, y)
@@ -82,9 +84,7 @@ def rewind_explorer(rewound: Rewound | pd.DataFrame) -> VBox:
             t.options = options
             t.value = near
         row = points[points["t"] == t.value].iloc[0]
-        scores = f"{LABELS['accuracy']} {row['accuracy']:.1%}, {LABELS['retained_accuracy']} " + (
-            f"{row['retained_accuracy']:.1%}"
-        )
+        scores = ", ".join(f"{words} {row[score]:.1%}" for score, words in named.items())
         picture.value = picture_of(path.value, height.value).html(
             row, f"{path.value} at t = {t.value:g}: {scores}"
         )

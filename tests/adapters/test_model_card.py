@@ -55,7 +55,7 @@ def test_the_card_says_what_was_trained_learned_and_forgotten(trained, tasks, tm
         "| rank in this file | 8 |",
         "| learning rate | 0.02 |",
         "| steps | 3 |",
-        f"| {old} | {100 * run.retained_before:.1f}% | {100 * run.retained_accuracy:.1f}% |",
+        f"| {old} | accuracy | {100 * run.retained_before:.1f}% | {100 * run.retained_accuracy:.1f}% |",
         "PeftModel.from_pretrained(model,",
     ):
         assert said in card.text, said
@@ -77,6 +77,22 @@ def test_a_card_without_scores_says_so_and_that_of_a_point_has_its_own(trained, 
     assert values == expected.round(6).tolist()
     back.export(tmp_path / "point", 0.25)  # was not measured
     assert "Not measured" in (tmp_path / "point" / "README.md").read_text()
+
+
+def test_own_answers_are_no_accuracy(trained, narrow, tasks, tmp_path):
+    adapted, run = trained
+    known = ll.tasks.agreement(narrow, tasks[1].test.inputs)
+    left = ll.evaluate(adapted, known)
+    ll.rewind(adapted, tasks[0], known, t=[1], readout=run.head, progress=False).export(tmp_path / "point", 1)
+    settings = {"steps": 1, "batch_size": 16, "progress": False}
+    again = ll.finetune(ll.attach(narrow, ll.LoRA(2)), tasks[0], retain=known, **settings)
+    ll.export(adapted, tmp_path / "run", run=again, task=tasks[0], retain=known)
+    for folder, after in (("point", left.accuracy), ("run", again.retained_accuracy)):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert f"| agreement | agreement | 100.0% | {100 * after:.1f}% |" in card.text
+        told = [r for r in card.data.eval_results if r.dataset_name == "agreement"]
+        measures = {r.metric_type: r.task_type for r in told}
+        assert measures["agreement"] == "image-classification" and "accuracy" not in measures
 
 
 def test_a_local_path_is_no_name_on_the_hub(narrow, tmp_path, monkeypatch):

@@ -205,3 +205,27 @@ class TestContinual(EveryNotebook):
             lambda: explorer.select("order").select_option(label=order),
             lambda view: "Learnt in this order: " in view.text,
         )
+
+
+class TestAfterTraining(EveryNotebook):
+    name = "08_after_training"
+
+    def test_the_point_follows_t_back_from_the_trained_model(self, explorer: Explorer):
+        at_first = explorer.view(lambda view: "whole update at t = 1:" in view.alt)
+        back = explorer.changed(
+            lambda: explorer.press("t", "Home"), lambda view: "whole update at t = 0:" in view.alt
+        )
+        assert back.pictures[0] != at_first.pictures[0]
+        explorer.changed(
+            lambda: explorer.press("t", "ArrowRight"), lambda view: "whole update at t = 0.2:" in view.alt
+        )
+
+    def test_another_path_has_points_of_its_own(self, explorer: Explorer):
+        path = explorer.options("path")[-1]
+        explorer.changed(
+            lambda: explorer.select("path").select_option(label=path),
+            lambda view: view.alt.startswith(f"{path} at t = "),
+        )
+        explorer.changed(
+            lambda: explorer.press("t", "End"), lambda view: view.alt.startswith(f"{path} at t = 1:")
+        )

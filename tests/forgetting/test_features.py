@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from small_language import small
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lora_lens as ll
@@ -217,3 +217,51 @@ def test_tokens_form_a_square_after_those_that_lead():
     for positions, prefix in ((7, None), (16, 1), (1, 1), (0, None)):
         with pytest.raises(ValueError, match=f"{positions} positions are no square"):
             patch_grid(positions, prefix)
+
+
+def test_experts_in_one_tensor_are_no_layers():
+    config = MixtralConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model, texts = MixtralForCausalLM(config).eval(), {"input_ids": torch.randint(20, (2, 5))}
+    spectra = ll.spectra(model, ["q_proj", "all-experts"], progress=False)
+    query, expert = spectra["model.layers.0.self_attn.q_proj"].name, list(spectra)[1]
+    assert expert.endswith("experts.gate_up_proj[0]")
+    assert splittable(model, spectra, texts) == {query: 5}  # so an explorer offers the others
+    for call in (
+        lambda: ll.forgetting.feature_split(model, expert, spectra[expert], ll.Window.first(2), texts),
+        lambda: ll.forgetting.feature_energies(model, expert, spectra[expert], texts),
+    ):
+        with pytest.raises(ValueError, match=r"gate_up_proj\[0\] is no layer but .* an expert of many"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["torchao", "bitsandbytes"])
+def test_quantized_layers_are_split_as_the_matrix_that_they_multiply_by(kind):
+    pytest.importorskip(kind)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        from bitsandbytes.nn import Linear4bit
+
+        four_bits = Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+        four_bits.load_state_dict(model[0].state_dict())
+        model[0] = four_bits.to("cpu")
+    spectra = ll.spectra(model, "0", progress=False)
+    x, window = torch.randn(5, 64), ll.Window.first(4)
+    split = ll.forgetting.feature_split(model, "0", spectra["0"], window, x)
+    with torch.no_grad():
+        product = model[0](x) - model[0].bias
+    torch.testing.assert_close((split.window + split.residual)[:, 0], product, atol=1e-4, rtol=1e-4)
+    energies = ll.forgetting.feature_energies(model, "0", spectra["0"], x)
+    torch.testing.assert_close(energies.norms(window).shares, split.shares, atol=1e-4, rtol=1e-4)
+    assert splittable(model, ["0"], x) == {"0": 1}

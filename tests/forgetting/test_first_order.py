@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import numpy as np
@@ -152,5 +153,10 @@ def test_what_cannot_be_foreseen_is_refused(model, task, source, spectra, patch_
         foresee(model, task, inputs, WINDOWS, spectra=spectra, examples=0)
     with pytest.raises(ValueError, match="rank 97 does not fit"):
         foresee(model, task, inputs, [ll.Window.first(97)], spectra=spectra)
+    quantization = pytest.importorskip("torchao.quantization")
+    quantized = copy.deepcopy(model)
+    quantization.quantize_(quantized, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"qkv is quantized \(.*no gradient, which foresee needs"):
+        foresee(quantized, task, inputs, WINDOWS, targets="qkv")
     with pytest.raises(ValueError, match=r"patch_embed.proj is a Conv2d"):
         foresee(patch_vit, task, inputs, WINDOWS, targets="patch_embed.proj")

