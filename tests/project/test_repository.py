@@ -25,12 +25,10 @@ CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
 
 
 def requirements() -> set[str]:
-    """Of everything but the benchmarks, the reference, other people's trainers and clusters."""
+    """Of everything but the benchmarks, other people's trainers and clusters."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = project["optional-dependencies"].items()
-    extras = [
-        line for name, group in groups if name not in ("bench", "cluster", "docs", "loops") for line in group
-    ]
+    extras = [line for name, group in groups if name not in ("bench", "cluster", "loops") for line in group]
     return {line for line in [*project["dependencies"], *extras] if not line.startswith("lora_lens")}
 
 
