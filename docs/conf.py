@@ -6,7 +6,9 @@ The folder that Sphinx reads is the repository itself, so links between pages ar
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for site_pages
+sys.path.insert(0, str(Path(__file__).parent))
+
+from site_pages import linkcode_resolve as linkcode_resolve
 
 project = "lora_lens"
 html_title = "lora_lens"
@@ -17,7 +19,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
+    "sphinx.ext.linkcode",
     "matplotlib.sphinxext.plot_directive",
     "sphinx_copybutton",
     "site_pages",
@@ -126,5 +128,8 @@ html_context = {
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_search_summary = False  # it would fetch pages, which a browser refuses to a page from disk
+html_use_index = False  # the search finds every name
+html_domain_indices = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True

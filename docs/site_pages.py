@@ -26,6 +26,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 import lora_lens as ll
 
 ROOT = Path(__file__).parents[1]
+SOURCES = set((ROOT / "lora_lens").rglob("*.py"))
 GENERATED = ROOT / "docs" / "generated"
 SHOWN = {".py": "python", ".sh": "bash"}  # files that have a page of their own if a page links to them
 
@@ -93,7 +94,8 @@ def _reference(room: str, module: ModuleType, names: list[str]) -> Iterator[str]
     yield ""
     for name in own:
         if inspect.isclass(things[name]):
-            yield f".. autoclass:: {homes[name]}\n   :members:\n"
+            others = {base.__name__ for base in things[name].__mro__ if "lora_lens" not in base.__module__}
+            yield f".. autoclass:: {homes[name]}\n   :members:\n   :inherited-members: {', '.join(others)}\n"
         else:
             yield f".. auto{'function' if callable(things[name]) else 'data'}:: {homes[name]}\n"
 
@@ -216,10 +218,24 @@ def _path(docname: str, target: str) -> Path:
 
 
 def _pages_of_files(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
-    for file in map(Path, app.env.dlfiles):
+    files = {Path(file) for file in app.env.dlfiles} | {file.relative_to(ROOT) for file in SOURCES}
+    for file in files:
         if file.suffix in SHOWN:
-            text = app.builder.highlighter.highlight_block((ROOT / file).read_text(), SHOWN[file.suffix])
-            yield f"files/{file}", {"title": str(file), "body": f"<h1>{file}</h1>{text}"}, "page.html"
+            text = (ROOT / file).read_text()
+            body = app.builder.highlighter.highlight_block(text, SHOWN[file.suffix], lineanchors="line")
+            yield f"files/{file}", {"title": str(file), "body": f"<h1>{file}</h1>{body}"}, "page.html"
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    """The page of the file that defines a name, seen from a page in ``docs/generated``."""
+    thing = ll
+    for part in f"{info['module']}.{info['fullname']}".split(".")[1:]:
+        thing = getattr(thing, part, None)
+    thing = inspect.unwrap(getattr(thing, "fget", None) or thing)
+    file = Path(getattr(inspect.getmodule(thing), "__file__", ""))
+    if file not in SOURCES:
+        return None  # such as a field
+    return f"../../files/{file.relative_to(ROOT)}.html#line-{inspect.getsourcelines(thing)[1]}"
 
 
 def _add_navigation(app: Sphinx, docname: str, source: list[str]) -> None:
