@@ -103,7 +103,8 @@ def _reference(room: str, module: ModuleType, names: list[str]) -> Iterator[str]
 def _gallery() -> Iterator[str]:
     """The pictures of the examples in the docstrings of all plots, by the module that draws them."""
     yield from _title("Gallery", "=")
-    yield "Each picture is what the lines below it draw. All take ``ax=`` and return matplotlib Axes.\n"
+    yield "Each picture is what the lines above it draw, in the folder of the project. All functions take"
+    yield "``ax=`` or ``axes=``, and return matplotlib Axes.\n"
     things = [getattr(ll.plots, name) for name in ll.plots.__all__]
     for module in dict.fromkeys(thing.__module__ for thing in things if "._" not in thing.__module__):
         yield from _title(module.rpartition(".")[2].replace("_", " ").capitalize(), "-")
