@@ -123,7 +123,7 @@ constraints: $(VENV)/test.installed  ## pin the installed versions in constraint
 clean:  ## remove the virtual environment and test results, not results/demo
 	@# VENV may be set to anything in the environment; only one that this Makefile made is removed.
 	if ls $(VENV)/*.installed > /dev/null 2>&1; then rm -rf "$(VENV)"; fi
-	rm -rf results/test
+	rm -rf results/test docs/generated
 
 $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

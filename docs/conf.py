@@ -34,7 +34,6 @@ include_patterns = [
     *(f"{folder}/README.md" for folder in ("benchmarks", "data", "examples", "findings", "tests/zoo")),
 ]
 exclude_patterns = [".*", "results", "downloads", "lora_lens", "**/node_modules"]
-suppress_warnings = ["config.cache"]  # of functions in the settings of the theme
 
 # Where the pages stand in the sidebar; those that are not named here follow by their own names.
 navigation = """
@@ -122,9 +121,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "footer_content_items": [],
 }
-html_context = {
-    "default_mode": "auto"
-}  # light or dark, as the reader's system has it, until the button is pressed
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False

@@ -28,7 +28,7 @@ import lora_lens as ll
 ROOT = Path(__file__).parents[1]
 SOURCES = set((ROOT / "lora_lens").rglob("*.py"))
 GENERATED = ROOT / "docs" / "generated"
-SHOWN = {".py": "python", ".sh": "bash"}  # files that have a page of their own if a page links to them
+SHOWN = {".py": "python", ".sh": "bash"}  # what gets a page of its own: sources, and what pages link to
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -203,19 +203,16 @@ def _home(name: str) -> str:
 
 
 class LinkedFiles(SphinxPostTransform):
+    """Scripts that a page links to are shown, not downloaded."""
+
     default_priority = 5
 
     def run(self, **_: object) -> None:
         for node in list(self.document.findall(download_reference)):
-            path = _path(self.env.docname, node["reftarget"])
+            path = ((ROOT / self.env.docname).parent / node["reftarget"]).resolve().relative_to(ROOT)
             if path.suffix in SHOWN:
                 uri = self.app.builder.get_relative_uri(self.env.docname, f"files/{path}")
                 node.replace_self(nodes.reference("", "", *node.children, internal=True, refuri=uri))
-
-
-def _path(docname: str, target: str) -> Path:
-    """Of a file that a page links to, in the repository."""
-    return ((ROOT / docname).parent / target).resolve().relative_to(ROOT)
 
 
 def _pages_of_files(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
@@ -264,6 +261,6 @@ def _formula(translator: object, node: nodes.math_block) -> None:
 
 
 def _mathml(formula: str, block: bool) -> str:
-    for ours, known in ((r"\dots", r"\ldots"), (r"\big", r"\bigl"), (r"\Big", r"\Bigl")):
-        formula = formula.replace(ours, known)  # what docutils does not know
+    formula = re.sub(r"\\dots\b", r"\\ldots", formula)  # docutils knows neither this
+    formula = re.sub(r"\\([bB]ig)\b", r"\\\1l", formula)  # nor brackets that are not left or right
     return tex2mathml(formula, as_block=block)
