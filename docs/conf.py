@@ -122,6 +122,7 @@ html_theme_options = {
     "footer_content_items": [],
 }
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
+html_sidebars = {"files/**": []}  # which takes most of the time of a page
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False

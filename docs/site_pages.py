@@ -26,7 +26,6 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 import lora_lens as ll
 
 ROOT = Path(__file__).parents[1]
-SOURCES = set((ROOT / "lora_lens").rglob("*.py"))
 GENERATED = ROOT / "docs" / "generated"
 SHOWN = {".py": "python", ".sh": "bash"}  # what gets a page of its own: sources, and what pages link to
 
@@ -62,11 +61,20 @@ def rooms(name: str = "lora_lens", module: ModuleType = ll) -> Iterator[tuple[st
             yield from rooms(f"{name}.{inner}", getattr(module, inner))
 
 
+def _file(thing: object) -> Path:
+    """Where it is defined."""
+    return Path(getattr(inspect.getmodule(thing), "__file__", None) or "")
+
+
 # The reference has each thing once: where the shortest name for it is.
 HOMES: dict[int, str] = {}
+SOURCES: set[Path] = set()  # the files that define them
 for _room, _module, _names in sorted(rooms(), key=lambda room: room[0].count(".")):
     for _name in _names:
-        HOMES.setdefault(id(getattr(_module, _name)), f"{_room}.{_name}")
+        _thing = getattr(_module, _name)
+        HOMES.setdefault(id(_thing), f"{_room}.{_name}")
+        SOURCES |= {_file(part) for part in getattr(_thing, "__mro__", [_thing])}
+SOURCES = {file for file in SOURCES if file.is_relative_to(ROOT / "lora_lens")}
 
 
 def write_pages() -> None:
@@ -220,8 +228,11 @@ def _pages_of_files(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
     for file in files:
         if file.suffix in SHOWN:
             text = (ROOT / file).read_text()
-            body = app.builder.highlighter.highlight_block(text, SHOWN[file.suffix], lineanchors="line")
-            yield f"files/{file}", {"title": str(file), "body": f"<h1>{file}</h1>{body}"}, "page.html"
+            code = app.builder.highlighter.highlight_block(text, SHOWN[file.suffix], lineanchors="line")
+            back = (
+                f'<p><a href="{"../" * len(file.parts)}index.html">lora_lens</a></p>'  # there is no sidebar
+            )
+            yield f"files/{file}", {"title": str(file), "body": f"{back}<h1>{file}</h1>{code}"}, "page.html"
 
 
 def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
@@ -230,7 +241,7 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
     for part in f"{info['module']}.{info['fullname']}".split(".")[1:]:
         thing = getattr(thing, part, None)
     thing = inspect.unwrap(getattr(thing, "fget", None) or thing)
-    file = Path(getattr(inspect.getmodule(thing), "__file__", ""))
+    file = _file(thing)
     if file not in SOURCES:
         return None  # such as a field
     return f"../../files/{file.relative_to(ROOT)}.html#line-{inspect.getsourcelines(thing)[1]}"
