@@ -111,6 +111,7 @@ def _reference(room: str, module: ModuleType, names: list[str]) -> Iterator[str]
 def _gallery() -> Iterator[str]:
     """The pictures of the examples in the docstrings of all plots, by the module that draws them."""
     yield from _title("Gallery", "=")
+    yield ".. py:currentmodule:: lora_lens.plots\n"
     yield "Each picture is what the lines above it draw, in the folder of the project. All functions take"
     yield "``ax=`` or ``axes=``, and return matplotlib Axes.\n"
     things = [getattr(ll.plots, name) for name in ll.plots.__all__]
@@ -120,7 +121,7 @@ def _gallery() -> Iterator[str]:
             if thing.__module__ == module:
                 yield from _title(thing.__name__, "~")
                 summary = inspect.getdoc(thing).partition("\n\n")[0]
-                yield f":func:`lora_lens.plots.{thing.__name__}`: {_escaped(' '.join(summary.split()))}\n"
+                yield f":func:`{thing.__name__}`: {_escaped(' '.join(summary.split()))}\n"
                 yield ".. plot::\n"
                 yield indent(_example(thing), "   ")
 
