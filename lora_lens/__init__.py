@@ -1,11 +1,13 @@
 """Which part of a pretrained model's spectrum should LoRA train, and what does it cost in forgetting?
 
-import lora_lens as ll
+In five lines::
 
-model, source = ll.tasks.bundled.vision()
-spectra = ll.spectra(model)
-adapted = ll.attach(model, ll.Window(rank=8, position=0.5), spectra=spectra)
-run = ll.finetune(adapted, ll.tasks.bundled.digits(), retain=source)
+    import lora_lens as ll
+
+    model, source = ll.tasks.bundled.vision()
+    spectra = ll.spectra(model)
+    adapted = ll.attach(model, ll.Window(rank=8, position=0.5), spectra=spectra)
+    run = ll.finetune(adapted, ll.tasks.bundled.digits(), retain=source)
 """
 
 import lazy_loader

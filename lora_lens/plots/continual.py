@@ -70,14 +70,11 @@ def accuracy_heatmap(table: pd.DataFrame, run: str | None = None, *, ax: Axes) -
             methods or sets of tasks.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> rows = [(1, 0, "clothes", 0.9), (2, 0, "clothes", 0.7), (2, 1, "digits", 0.8)]
-        >>> table = pd.DataFrame(rows, columns=["after", "place", "task", "accuracy"])
-        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
-        >>> table = table.assign(run="a", order="first", **names)
-        >>> table = table.assign(retained_before=0.9, retained_accuracy=0.8)
-        >>> ll.plots.accuracy_heatmap(table).get_title()
-        'continued: window at 0.5'
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/split_fashion.jsonl.xz")
+        >>> middle = sweep.table.query("strategy == 'merged' and position == 0.5")
+        >>> ll.plots.accuracy_heatmap(middle).get_title()
+        'merged: window at 0.5, mean of 9 runs'
     """
     rows = of_one_method(table, run)
     names = _task_names(rows)
@@ -166,14 +163,11 @@ def accuracy_over_time(table: pd.DataFrame, *, ax: Axes) -> Axes:
             sets of tasks.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> rows = [(1, 0, "clothes", 0.9), (2, 0, "clothes", 0.7), (2, 1, "digits", 0.8)]
-        >>> table = pd.DataFrame(rows, columns=["after", "place", "task", "accuracy"])
-        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
-        >>> table = table.assign(run="a", order="first", **names)
-        >>> table = table.assign(retained_before=0.9, retained_accuracy=0.8)
-        >>> [text.get_text() for text in ll.plots.accuracy_over_time(table).get_legend().get_texts()]
-        ['clothes', 'digits', 'retained task']
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/split_fashion.jsonl.xz")
+        >>> middle = sweep.table.query("strategy == 'merged' and position == 0.5")
+        >>> [text.get_text() for text in ll.plots.accuracy_over_time(middle).get_legend().get_texts()][-1]
+        'retained task'
     """
     rows = of_one_method(table)
     names = _task_names(rows)
@@ -217,12 +211,10 @@ def window_survival(
             the runs of a strategy and method differ in a setting.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
-        >>> table = pd.DataFrame([{"run": "a", **names}])
-        >>> drifts = pd.DataFrame({"run": "a", "after": [1, 2], "layer": "fc", "update": [0.1, 0.2]})
-        >>> drifts = drifts.assign(block_change=[0, 0.3])
-        >>> ll.plots.window_survival(drifts, table).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/split_fashion.jsonl.xz")
+        >>> merged = sweep.only("strategy == 'merged' and method == 'window'")
+        >>> ll.plots.window_survival(merged.drifts(), merged.table).get_ylabel()
         'change of what the first window does'
     """
     choice(measure, "measure", MEASURES)
@@ -253,11 +245,10 @@ def update_over_time(drifts: pd.DataFrame, table: pd.DataFrame, *, ax: Axes) -> 
             differ in a setting.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "position": 0.5, "start": None}
-        >>> table = pd.DataFrame([{"run": "a", **names}])
-        >>> drifts = pd.DataFrame({"run": "a", "after": [1, 2], "layer": "fc", "update": [0.1, 0.2]})
-        >>> ll.plots.update_over_time(drifts, table).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/split_fashion.jsonl.xz")
+        >>> merged = sweep.only("strategy == 'merged' and method == 'window'")
+        >>> ll.plots.update_over_time(merged.drifts(), merged.table).get_ylabel()
         'update, ||dW|| / ||W||'
     """
     runs = drifts_by_run(drifts, table, "update").dropna(subset=["update"])

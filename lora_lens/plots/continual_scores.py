@@ -78,14 +78,10 @@ def continual_tradeoff(
             method differ in a setting.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> from lora_lens.experiments.continual.metrics import SCORES
-        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
-        >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
-        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=SCORES, dtype=float).assign(**names)
-        >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
-        >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
-        >>> ll.plots.continual_tradeoff(scores).get_xlabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/split_fashion.jsonl.xz")
+        >>> windows = sweep.only("strategy in ('continued', 'merged') and method == 'window'")
+        >>> ll.plots.continual_tradeoff(windows.scores()).get_xlabel()
         'average accuracy (%)'
     """
     choice(score, "score", LOST)
@@ -178,14 +174,10 @@ def forgetting_by_position(scores: pd.DataFrame, score: str = "average_forgettin
         ValueError: as :func:`continual_tradeoff`, or no run of a window placed by position.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> from lora_lens.experiments.continual.metrics import SCORES
-        >>> names = {"strategy": "continued", "method": "window", "rank": 8, "start": None}
-        >>> names |= {"setting": "a", "lr": 0.01, "order": "first", "seed": 0, "diverged": False}
-        >>> scores = pd.DataFrame(index=[0, 1, 2], columns=SCORES, dtype=float).assign(**names)
-        >>> scores = scores.assign(run=["a", "b", "c"], position=[0, 0.5, 1])
-        >>> scores = scores.assign(average_accuracy=[0.7, 0.8, 0.7], average_forgetting=[0.2, 0.1, 0.2])
-        >>> ll.plots.forgetting_by_position(scores).get_title()
+        >>> import lora_lens as ll
+        >>> sweep = ll.experiments.ContinualSweep.open("data/results/split_fashion.jsonl.xz")
+        >>> simple = sweep.only("strategy in ('merged', 'continued') and method in ('window', 'LoRA')")
+        >>> ll.plots.forgetting_by_position(simple.scores()).get_title()
         'Average forgetting'
     """
     choice(score, "score", SCORES)

@@ -121,10 +121,10 @@ def shares(drifts: pd.DataFrame, *, ax: Axes) -> Axes:
         ValueError: a column is missing, or no rows are left.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> shares = {"inside": 0.5, "above": 0.2, "below": 0.1, "mixed": 0.1, "outside": 0.1}
-        >>> drifts = pd.DataFrame([{"position": p, "update": 1.0, **shares} for p in (0, 1)])
-        >>> ll.plots.shares(drifts).get_xlabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> runs = sweep.table.query("method == 'window' and lr == 0.005")[["run", "position"]]
+        >>> ll.plots.shares(sweep.drifts().merge(runs, on="run")).get_xlabel()
         'position of the window'
     """
     drifts = checked(drifts, ["position", "update", *SHARES], *DRIFTS)
@@ -218,11 +218,11 @@ def against_forgetting(table: pd.DataFrame, measures: pd.DataFrame, measure: str
         ValueError: a column is missing, or no run of the table has a value of the measure.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> table = pd.DataFrame({"run": ["a", "b"], "method": "window", "position": [0, 1], "lr": 0.01})
-        >>> measures = pd.DataFrame({"run": ["a", "b"], "update": [2.0, 1.0]})
-        >>> ll.plots.against_forgetting(table.assign(forgetting=[0.2, 0.1]), measures, "update").get_xlabel()
-        'update, ||dW||'
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> measures = ll.forgetting.by_run(sweep.drifts())
+        >>> ll.plots.against_forgetting(sweep.table, measures, "relative_change").get_xlabel()
+        'change of the features'
     """
     table = checked(table, ["run", "method", "position", "lr", "forgetting"], once=True)
     instance(measure, str, "measure", "a column of the measures, such as 'relative'")

@@ -44,9 +44,8 @@ def by_setting(table: pd.DataFrame, setting: str, score: str = "forgetting", *, 
             position, or two runs of a seed differ in more than ``setting`` and position.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
-        >>> table = table.assign(rank=8, forgetting=[0.2, 0.1, 0.1])
+        >>> import lora_lens as ll
+        >>> table = ll.Sweep.open("data/results/ranks.jsonl.xz").table
         >>> ll.plots.by_setting(table, "rank").get_title()
         'Forgetting by rank'
     """

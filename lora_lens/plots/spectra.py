@@ -38,11 +38,11 @@ def spectrum(spectra: SpectrumSet | Spectrum, window: Window | None = None, *, a
         ax: to draw on; default a new pyplot figure.
 
     Example:
-        >>> import lora_lens as ll, torch
-        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
-        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
-        >>> ll.plots.spectrum(spectra, ll.Window.first(2)).get_title()
-        'Spectra of 4 weights'
+        >>> import lora_lens as ll
+        >>> model, _ = ll.tasks.bundled.vision()
+        >>> spectra = ll.spectra(model, "attn.*", vectors=False, progress=False)
+        >>> ll.plots.spectrum(spectra, ll.Window.middle(8)).get_title()
+        'Spectra of 12 weights'
     """
     weights = [spectra] if isinstance(spectra, Spectrum) else list(some_spectra(spectra).values())
     if window is not None:
@@ -93,11 +93,11 @@ def small_multiples(
         ValueError: there are fewer ``axes`` than kinds.
 
     Example:
-        >>> import lora_lens as ll, torch
-        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
-        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
+        >>> import lora_lens as ll
+        >>> model, _ = ll.tasks.bundled.vision()
+        >>> spectra = ll.spectra(model, "attn.*", vectors=False, progress=False)
         >>> [ax.get_title() for ax in ll.plots.small_multiples(spectra)]
-        ['fc', 'proj']
+        ['attn.qkv', 'attn.proj']
     """
     columns, relative = whole_number(columns, "columns", least=1), flag(relative, "relative")
     places = {name: block_and_kind(name) for name in some_spectra(spectra)}
@@ -146,11 +146,11 @@ def cumulative_energy(spectra: SpectrumSet | Mapping[str, SpectrumSet], *, ax: A
         ax: to draw on; default a new pyplot figure.
 
     Example:
-        >>> import lora_lens as ll, torch
-        >>> names = ("blocks.0.fc", "blocks.0.proj", "blocks.1.fc", "blocks.1.proj")
-        >>> spectra = ll.SpectrumSet(ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names)
-        >>> [line.get_label() for line in ll.plots.cumulative_energy({"small": spectra}).lines]
-        ['small', 'equal values']
+        >>> import lora_lens as ll
+        >>> model, _ = ll.tasks.bundled.vision()
+        >>> spectra = ll.spectra(model, "attn.*", vectors=False, progress=False)
+        >>> [line.get_label() for line in ll.plots.cumulative_energy({"ViT": spectra}).lines]
+        ['ViT', 'equal values']
     """
     if isinstance(spectra, SpectrumSet):
         some_spectra(spectra)
@@ -207,15 +207,14 @@ def by_depth(
         ValueError: a column is missing, the table is empty, or ``limits`` are not two.
 
     Example:
-        >>> import lora_lens as ll, torch
-        >>> names = ("blocks.0.fc", "blocks.1.fc", "blocks.2.fc")
-        >>> spectra = [ll.spectrum.factorize(name, torch.randn(6, 4)) for name in names]
-        >>> table = ll.SpectrumSet(spectra).table()
-        >>> ll.plots.by_depth(table, "stable_rank").get_ylabel()
+        >>> import lora_lens as ll
+        >>> model, _ = ll.tasks.bundled.vision()
+        >>> spectra = ll.spectra(model, "attn.*", vectors=False, progress=False)
+        >>> ll.plots.by_depth(spectra.table(), "stable_rank").get_ylabel()
         'stable rank'
-        >>> ax = ll.plots.by_depth(table, heat_map=True, share=True, limits=(0, 1))
+        >>> ax = ll.plots.by_depth(spectra.table(), heat_map=True, share=True, limits=(0, 1))
         >>> ax.images[0].get_array().shape
-        (1, 3)
+        (2, 6)
     """
     instance(column, str, "column", "the name of a column, such as 'effective_rank'")
     columns = ["kind", "block", *(["k"] if flag(share, "share") else []), column]

