@@ -42,6 +42,7 @@ from small_sequences import learn, pairs, retained, small_spectra, small_vit
 
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Merged
+from lora_lens.experiments.engines import processes
 from lora_lens.experiments.engines.attempts import LAUNCHED, attempt_on_worker
 from lora_lens.experiments.engines.choice import chosen_engine, visible_gpus
 from lora_lens.experiments.engines.processes import Processes
@@ -288,6 +289,22 @@ def test_a_run_whose_process_is_killed_once_is_run_again_and_the_others_once(tmp
     table = swept(dies, seeds=range(4), jobs=2)
     assert not table["failed"].any() and table["accuracy"].notna().all()
     assert sum(lines_of(tmp_path / "runs").values()) == 4 + 1
+
+
+def test_the_death_of_a_process_is_seen_after_others_ended_of_idleness(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "_idle", {})
+    monkeypatch.setattr(processes, "IDLE", 0.5)
+    monkeypatch.setattr(processes, "REUSED", 0.25)
+    swept(Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"))), jobs=2)
+    pids = {int(line.split()[0]) for line in lines_of(tmp_path / "runs")}
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)))
+    killed = Regularized(ll.LoRA(2), Goes(wrong="killed"))
+    tables = []
+    call = threading.Thread(target=lambda: tables.append(swept(killed, seeds=(1,), jobs=2)), daemon=True)
+    with pytest.warns(UserWarning, match="its process was killed"):
+        call.start()
+        call.join(300)
+    assert [table["failed"].tolist() for table in tables] == [[False, True]]
 
 
 def test_a_killed_process_or_caller_costs_no_run(tmp_path):

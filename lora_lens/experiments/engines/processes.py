@@ -27,13 +27,16 @@ from lora_lens.experiments.engines.attempts import attempt_here, attempt_on_work
 from lora_lens.experiments.engines.protocol import Attempt, Call, Item, Shared, able_to_travel, packed
 
 IDLE = 300  # seconds, after which a process that waits for the next call ends
+# Seconds, after which it is not asked any more: if it has ended, loky starts another in its place, whose
+# death it may not see (joblib 1.6), and the call would wait for ever.
+REUSED = IDLE / 2
 LOOKS = 1  # second between a process's looks for its caller
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 # Pools of one process, so that it is known which run a process died of, and which GPU it has. They stay for
 # the next call, as a process takes seconds to import torch; a call that runs in another thread meanwhile has
-# its own, and a fork of this process does not touch them.
-_idle: dict[tuple[int, str | None], list[ProcessPoolExecutor]] = {}
+# its own, and a fork of this process does not touch them. Each with the time since when it waits.
+_idle: dict[tuple[int, str | None], list[tuple[ProcessPoolExecutor, float]]] = {}
 
 
 class Processes:
@@ -76,7 +79,7 @@ class Processes:
                     except TerminatedWorkerError:
                         ended = None
                     else:
-                        _waiting_for(gpu).append(pool)
+                        _waiting_for(gpu).append((pool, time.monotonic()))
                     del running[future]
                     free.append(gpu)
                     yield item, ended
@@ -85,7 +88,7 @@ class Processes:
                 pool.shutdown(wait=False, kill_workers=True)
 
 
-def _waiting_for(gpu: str | None) -> list[ProcessPoolExecutor]:
+def _waiting_for(gpu: str | None) -> list[tuple[ProcessPoolExecutor, float]]:
     return _idle.setdefault((os.getpid(), gpu), [])
 
 
@@ -93,8 +96,10 @@ def _submitted(gpu: str | None, *work: object) -> tuple[ProcessPoolExecutor, Fut
     """The work in a process that waits for some, or in a new one."""
     while idle := _waiting_for(gpu):
         with suppress(IndexError, BrokenProcessPool, ShutdownExecutorError):  # another thread's; killed
-            pool = idle.pop()
-            return pool, pool.submit(attempt_on_worker, *work)
+            pool, since = idle.pop()
+            if time.monotonic() - since < REUSED:
+                return pool, pool.submit(attempt_on_worker, *work)
+            pool.shutdown(wait=False, kill_workers=True)
     pool = _new_pool(gpu)
     return pool, pool.submit(attempt_on_worker, *work)
 
