@@ -116,7 +116,8 @@ class _Picture:
             along.set(xlabel="t", title="Accuracy along this path (%)")
             along.legend(loc="best")
             ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "black", "linestyle": ""}
-            (self.point,) = plane.plot([0], [0], "o", label="_point", **ring)
+            first = points["accuracy"].iloc[:1], points[y].iloc[:1]  # somewhere inside the plane
+            (self.point,) = plane.plot(*first, "o", label="_point", **ring)
             self.line = along.axvline(1, color="black", linewidth=1.2)
             return [self.point, self.line]
 
