@@ -226,8 +226,3 @@ class TestAfterTraining(EveryNotebook):
             lambda: explorer.select("path").select_option(label=path),
             lambda view: view.alt.startswith(f"{path} at t = "),
         )
-        handle = explorer.slider("t")
-        eventually(lambda: handle.get_attribute("aria-valuemax") == "3.0", "t keeps the other path's points")
-        explorer.changed(
-            lambda: explorer.press("t", "End"), lambda view: view.alt.startswith(f"{path} at t = 1:")
-        )
