@@ -39,7 +39,8 @@ SHOWN = {
 def rewind_explorer(rewound: Rewound | pd.DataFrame) -> VBox:
     """The ways back from a trained adapter: move t, and both scores follow.
 
-    Controls: the path; t, among the points that were measured; and what stands for forgetting in the plane.
+    Controls: the path; t, among the points that were measured on any of them (of a path without a point
+    there, the nearest is shown); and what stands for forgetting in the plane.
     Shown: all paths in the trade-off plane with the point marked, both accuracies of the path against t, and
     the scores of the point in numbers, beside those of the trained model.
 
@@ -62,7 +63,11 @@ def rewind_explorer(rewound: Rewound | pd.DataFrame) -> VBox:
     path = dropdown("path", table["path"].unique())
     path.layout = Layout(width="28em", max_width="98%")
     wide = Layout(width="30em", max_width="98%")
-    t = SelectionSlider(options=[("1", 1.0)], description="t", layout=wide)
+    # Of all paths: a slider whose options change with the path gets moves that were made on the old ones.
+    every = sorted(table["t"].unique())
+    options = [(f"{one:.4g}", one) for one in every]
+    trained = min(every, key=lambda one: abs(one - 1))
+    t = SelectionSlider(options=options, value=trained, description="t", layout=wide)
     height = ToggleButtons(
         options=[("accuracy", HEIGHTS[0]), ("rise of the loss", HEIGHTS[1])],
         description="forgetting as",
@@ -78,18 +83,12 @@ def rewind_explorer(rewound: Rewound | pd.DataFrame) -> VBox:
 
     def draw() -> None:
         points = table[table["path"] == path.value].sort_values("t")
-        options = tuple((f"{one:.4g}", one) for one in points["t"])
-        if t.options != options:
-            near = min(points["t"], key=lambda one: abs(one - t.value))
-            t.options = options
-            t.value = near
-        row = points[points["t"] == t.value].iloc[0]
+        row = points.iloc[(points["t"] - t.value).abs().argmin()]
+        at = f"t = {row['t']:g}" + ("" if row["t"] == t.value else ", the nearest measured")
         scores = ", ".join(f"{words} {row[score]:.1%}" for score, words in named.items())
-        picture.value = picture_of(path.value, height.value).html(
-            row, f"{path.value} at t = {t.value:g}: {scores}"
-        )
-        trained = points[points["t"] == 1]
-        rows = {f"t = {t.value:g}": row} | ({"trained": trained.iloc[0]} if len(trained) else {})
+        picture.value = picture_of(path.value, height.value).html(row, f"{path.value} at {at}: {scores}")
+        end = points[points["t"] == 1]
+        rows = {at: row} | ({"trained": end.iloc[0]} if len(end) else {})
         said = {
             column.replace("_", " "): [form.format(one[column]) for one in rows.values()]
             for column, form in SHOWN.items()

@@ -226,3 +226,4 @@ class TestAfterTraining(EveryNotebook):
             lambda: explorer.select("path").select_option(label=path),
             lambda view: view.alt.startswith(f"{path} at t = "),
         )
+        explorer.changed(lambda: explorer.press("t", "Home"), lambda view: f"{path} at t = 0:" in view.alt)

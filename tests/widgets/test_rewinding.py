@@ -31,12 +31,17 @@ def test_the_trained_model_is_shown_first_and_both_scores_follow_t(table):
     assert (trained["point"], trained["accuracy"]) == ("trained", "90.0%")
 
 
-def test_another_path_has_its_own_points_and_keeps_the_nearest(table):
+def test_a_path_without_a_point_at_t_shows_the_nearest_and_says_so(table):
+    """The slider keeps its options: a move in the browser never means those of the path before."""
     explorer = ll.widgets.rewind_explorer(table)
+    assert [value for _, value in control(explorer, "t").options] == [0, 0.5, 0.75, 1]
     control(explorer, "t").value = 0.5
     control(explorer, "path").value = "update in the first 8 components"
-    assert [value for _, value in control(explorer, "t").options] == [0, 0.75, 1]
-    assert control(explorer, "t").value == 0.75 and numbers(explorer)[0]["accuracy"] == "85.0%"
+    assert control(explorer, "t").value == 0.5
+    here = numbers(explorer)[0]
+    assert (here["point"], here["accuracy"]) == ("t = 0.75, the nearest measured", "85.0%")
+    control(explorer, "t").value = 0.75
+    assert numbers(explorer)[0]["point"] == "t = 0.75"
     before = pictures(explorer)
     control(explorer, "forgetting as").value = "loss_rise"
     assert pictures(explorer) != before
