@@ -1,4 +1,4 @@
-"""Which window, rank and learning rate a finished sweep recommends, and how sure that is.
+"""What a finished sweep recommends to train with, and how sure that is.
 
 What is good is a matter of taste, so it is stated: the value of a run is
 
@@ -9,8 +9,9 @@ both as shares in [0, 1]. Weight 1 counts a point forgotten as much as a point l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -20,27 +21,31 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, shown
+from lora_lens.adapters.methods import MethodLike
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
 from lora_lens.forgetting.run_groups import FEWEST_SEEDS, WINDOW
-from lora_lens.spectrum.window import Window
+from lora_lens.spectrum.window import Placement, Window
 
 SETTINGS = ["alpha", "targets", "variant", "steps", "batch_size", "warmup", "weight_decay"]
 NAMED = 4  # rows that words list; the evidence has them all
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Advice:
     """A recommendation and what it rests on.
 
     Attributes:
-        window: to give to :func:`lora_lens.attach`.
+        method: a window or another method, to give to :func:`lora_lens.attach` or, as one of the
+            baselines, to :class:`lora_lens.Grid`.
         lr: the learning rate to train it with.
-        value: accuracy - weight * forgetting, the mean over the seeds that did not take part in the choice;
-            NaN if nothing was trained.
-        interval: its 95% interval over these seeds, see :func:`lora_lens.forgetting.bootstrap_interval`.
+        value: of a sweep or a pilot, accuracy - weight * forgetting, the mean over the seeds that did not
+            take part in the choice. Where nothing was trained, what the method gained on average over the
+            middle window in the stored sweeps, see :func:`lora_lens.advise`; NaN where these do not tell.
+        interval: its 95% interval, over these seeds by :func:`lora_lens.forgetting.bootstrap_interval`, or
+            over the stored settings and their seeds.
         words: the recommendation, how it was found and how sure it is, in sentences.
         evidence: the table behind it, see the function that gave the advice.
-        rule: "sweep", "pilot", or "fixed" (nothing was trained).
+        rule: "sweep", "pilot", "stored" (by stored sweeps of other tasks), or "fixed" (the usual window).
         spent: optimizer steps that it took to find it.
 
     Example:
@@ -50,19 +55,27 @@ class Advice:
         (8, 'sweep', True)
     """
 
-    window: Window
+    method: MethodLike
     lr: float
     value: float
     interval: tuple[float, float]
     words: str
-    evidence: pd.DataFrame = field(repr=False)
+    evidence: pd.DataFrame
     rule: str
     spent: int = 0
 
     @property
+    def window(self) -> Placement | None:
+        """The method, if it is a window; None where the advice is to use none."""
+        return self.method if isinstance(self.method, Placement) else None
+
+    @property
     def rank(self) -> int:
-        """The rank of the window."""
-        return self.window.rank
+        """The rank of the window or method."""
+        return self.method.rank
+
+    def __repr__(self) -> str:
+        return f"Advice({self.method}, lr={self.lr:g}, rule={self.rule!r})\n{fill(self.words, 100)}"
 
 
 def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:

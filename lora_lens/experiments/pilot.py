@@ -19,6 +19,7 @@ from lora_lens.adapters.attaching import planned
 from lora_lens.experiments.advisor import Advice, checked_weight, in_words, value_of
 from lora_lens.experiments.engines.choice import chosen_engine
 from lora_lens.experiments.records import store_path
+from lora_lens.experiments.stored_advice import by_stored_sweeps
 from lora_lens.experiments.sweeps import Grid, sweep
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
@@ -54,12 +55,13 @@ def advise(
     store: str | Path | None = None,
     **settings: object,
 ) -> Advice:
-    """A window and a rate for this model and task: without training, or with a ``budget`` by a short pilot.
+    """What to train with: by stored sweeps of other tasks, or with a ``budget`` a window by a short pilot.
 
-    What is sought is a high value = accuracy - weight * forgetting. Without training the advice is the
-    usual choice, the middle window at the usual rate. That is the default, because on the embedded tasks the
-    pilot was no better (data/measure_advisor.py; notebook 04 has the numbers). On a model or task unlike
-    these it may be. It doubts window and rate, in three rungs: every rate with
+    Without training the advice is the rule that had the least regret in the stored sweeps
+    (data/compare_rules.py): ordinary LoRA under a small L2, and no window. Where ``windows`` are given it
+    is the usual one of these, at the usual rate. Neither looks at the task. The pilot, which was no better
+    there than the usual window, seeks a high value = accuracy - weight * forgetting among windows alone.
+    It doubts window and rate, in three rungs: every rate with
     the middle window; the other windows at the rate that came out; and three fresh seeds of the choice at
     full length, which choose nothing and give the value and its interval. One coordinate after the
     other costs rates + windows - 1 short runs, where all pairs would cost rates * windows.
@@ -86,7 +88,8 @@ def advise(
         task: what to learn.
         retain: what the model can do and should not forget; its training examples are used.
         rank: of the windows, unless they are given.
-        windows: to choose from; default five of ``rank``. The one in the middle of the list is the usual one.
+        windows: to choose from; default five of ``rank`` for a pilot. The one in the middle of the list is
+            the usual one.
         rates: to choose from; the one closest to 5e-3, by its logarithm, is the usual one.
         steps: of the run that the advice is for.
         budget: optimizer steps for all runs together; 0 for no training. None is the usual pilot: short runs
@@ -102,8 +105,8 @@ def advise(
     Returns:
         Advice whose evidence is, after a pilot, the table of all its runs as from ``sweep``, with rung
         (rates, windows or final), stands_for (the rate at full length; lr is that of the run) and value;
-        without training, the windows: position, start and usual (whether it is the one that is advised).
-        :func:`lora_lens.forgetting.foresee` says what a gradient tells about each of them.
+        without training, rules and their regret in the stored sweeps (the columns of data/results/rules.csv),
+        or of given windows position, start and usual (whether it is the one that is advised).
 
     Raises:
         ValueError: no retained task, a negative ``weight``, nothing to choose from, a rank or window that
@@ -119,8 +122,9 @@ def advise(
         >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
         >>> task = ll.Task("noise", ("even", "odd"), images, images)
         >>> advice = ll.advise(model, task, retain=task, rank=2)
-        >>> print(advice.window, "with learning rate", advice.lr)
-        window of rank 2 at position 0.5 with learning rate 0.005
+        >>> print(advice.method, "with learning rate", advice.lr)
+        LoRA of rank 2, L2 to initial 0.01 with learning rate 0.005
+        >>> adapted = ll.attach(model, advice.method)
     """
     weight = checked_weight(weight)
     known_settings(settings, SETTINGS_OF_ALL, "advise")
@@ -136,7 +140,8 @@ def advise(
         )
     for name, given in (("task", task), ("retain", retain)):
         instance(given, Task, name, "a task, such as from ll.tasks.folder_task or ll.tasks.text_task")
-    windows = evenly_spaced(rank, count=5) if windows is None else sequence(windows, "windows", "windows")
+    of_any = windows is None
+    windows = evenly_spaced(rank, count=5) if of_any else sequence(windows, "windows", "windows")
     rates = [number(rate, "each rate", above=0) for rate in sequence(rates, "rates", "learning rates")]
     usual = _usual(windows, rates)
     short = _short_steps(budget, steps, len(rates) + len(windows) - 1)
@@ -146,7 +151,7 @@ def advise(
         instance(window, Placement, "each of windows", "a window, such as those of ll.windows(rank=8)")
         planned(model, window, spectra=spectra, **checked)
     if not short:
-        return _untrained(usual, windows)
+        return by_stored_sweeps(rank) if of_any else _untrained(usual, windows)
     judged = judged_on_training_examples(task, retain, seed)
     chosen_engine(settings.get("engine"), settings.get("jobs"))  # raises before the spectra are computed
     if spectra is None:

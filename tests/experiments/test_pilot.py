@@ -122,7 +122,9 @@ def test_without_a_budget_the_usual_choice_comes_and_the_model_does_not_run(
 ):
     patch_vit.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     monkeypatch.setattr(pilot, "compute_spectra", lambda *_, **__: pytest.fail("weights were factorized"))
-    advice = advise(**experiment | {"model": patch_vit, "spectra": None}, rank=4)
+    unseen = experiment | {"model": patch_vit, "spectra": None}
+    assert advise(**unseen, rank=4).rule == "stored"
+    advice = advise(**unseen, windows=ll.windows(rank=4, count=5))
     assert (advice.window, advice.lr) == (ll.Window.middle(4), 5e-3)
     assert (advice.rule, advice.spent) == ("fixed", 0)
     assert np.isnan([advice.value, *advice.interval]).all()

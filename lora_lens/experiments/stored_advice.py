@@ -1,0 +1,69 @@
+"""What to train with, without any run of one's own: by the sweeps that are stored in ``data/results``."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from lora_lens.adapters.methods import LoRA
+from lora_lens.experiments.advisor import Advice
+from lora_lens.training.regularizers.base import Regularized
+from lora_lens.training.regularizers.l2_to_initial import L2ToInitial
+
+NAN = float("nan")  # compared with itself
+STRENGTH, RATE = 0.01, 5e-3
+BEST, OWN_RATE = "LoRA, L2 to initial 0.01, 0.005", "own sweep of LoRA, L2 to initial 0.01"
+MIDDLE = "window 0.5, 0.005"  # what the others are compared with
+COLUMNS = (
+    "goal", "rule", "families", "settings", "regret", "better", "difference", "low", "high", "p_holm",
+)  # fmt: skip
+# Rows of data/results/rules.csv; data/compare_rules.py says what they are, and a test that they agree.
+EVIDENCE = (
+    ("kept", "LoRA, L2 to initial 0.01, 0.005", 5, 6, 0.0001, 3, -0.0202, -0.0479, 0.0035, 1.0),
+    ("kept", "LoRA, L2 to initial 0.01, 0.01", 5, 6, 0.0189, 4, -0.0014, -0.0356, 0.0425, 1.0),
+    ("kept", "own sweep of LoRA, L2 to initial 0.01", 5, 6, -0.0089, 5, -0.0292, -0.0563, -0.0067, 0.0174),
+    ("kept", "LoRA, 0.005", 5, 13, 0.0237, 2, 0.0021, -0.0187, 0.0224, 1.0),
+    ("kept", "window 0.5, 0.005", 5, 15, 0.0157, 0, 0.0, 0.0, 0.0, NAN),
+    ("kept", "own sweep of windows", 5, 15, 0.0076, 4, -0.0081, -0.0213, 0.0028, 1.0),
+    ("kept", "window 1, 0.005", 5, 15, 0.0305, 1, 0.0149, -0.0006, 0.0334, 1.0),
+    ("kept", "window 0, 0.005", 5, 13, 0.2554, 0, 0.2338, 0.1223, 0.3502, 0.0174),
+    ("kept", "ridge on rate and position", 5, 15, 0.0125, 3, -0.0032, -0.0192, 0.0084, 1.0),
+    ("area", "LoRA, L2 to initial 0.01, 0.005", 5, 6, -0.006, 4, -0.0094, -0.02, 0.0009, 1.0),
+    ("area", "own sweep of LoRA, L2 to initial 0.01", 5, 6, -0.006, 4, -0.0094, -0.02, 0.0009, 1.0),
+    ("area", "LoRA, 0.005", 5, 13, 0.009, 1, 0.0027, -0.0091, 0.0141, 1.0),
+    ("area", "window 0.5, 0.005", 5, 15, 0.0083, 0, 0.0, 0.0, 0.0, NAN),
+    ("area", "own sweep of windows", 5, 15, 0.0114, 1, 0.0031, -0.0035, 0.0091, 1.0),
+    ("area", "window 1, 0.005", 5, 15, 0.0308, 1, 0.0225, 0.0047, 0.0422, 0.315),
+    ("area", "window 0, 0.005", 5, 13, 0.1976, 0, 0.1912, 0.1001, 0.2881, 0.0082),
+    ("area", "ridge on rate and position", 5, 15, 0.0122, 2, 0.0039, -0.0099, 0.0176, 1.0),
+)  # fmt: skip
+
+
+def evidence() -> pd.DataFrame:
+    """Some rules of ``data/results/rules.csv``, in shares: a negative difference is less regret."""
+    return pd.DataFrame(EVIDENCE, columns=COLUMNS)
+
+
+def by_stored_sweeps(rank: int = 8) -> Advice:
+    """LoRA under a small L2, and how much more than the middle window that gave in the stored sweeps."""
+    method = Regularized(LoRA(rank), L2ToInitial(STRENGTH))
+    table = evidence()
+    by_goal = table.set_index(["goal", "rule"])
+    kept, own = by_goal.loc["kept", BEST], by_goal.loc["kept", OWN_RATE]
+    words = (
+        f"Take {method} with learning rate {RATE:g}, and no window. Nothing was trained, and your task was "
+        f"not looked at: in stored sweeps of {kept['families']} pairs of model and task it was worth "
+        f"{_gain(kept)} more than the middle window, where accuracy counts less what is forgotten beyond 2 "
+        f"points; better in {kept['better']} of {kept['families']}, {_sure(kept)}. Its own best rate (try "
+        f"0.002 to 0.02) was worth {_gain(own)} more, in {own['better']} of {own['families']}, {_sure(own)}."
+    )
+    interval = -float(kept["high"]), -float(kept["low"])
+    return Advice(method, RATE, -float(kept["difference"]), interval, words, table, "stored")
+
+
+def _gain(row: pd.Series) -> str:
+    low, gain, high = (-100 * row[name] for name in ("high", "difference", "low"))
+    return f"{gain:.1f} points (95% interval {low:.1f} to {high:.1f})"
+
+
+def _sure(row: pd.Series) -> str:
+    return f"p = {row['p_holm']:.2g} after Holm"
