@@ -47,8 +47,8 @@ def by_stored_sweeps(rank: int = 8) -> Advice:
     """LoRA under a small L2, and how much more than the middle window that gave in the stored sweeps."""
     method = Regularized(LoRA(rank), L2ToInitial(STRENGTH))
     table = evidence()
-    by_goal = table.set_index(["goal", "rule"])
-    kept, own = by_goal.loc["kept", BEST], by_goal.loc["kept", OWN_RATE]
+    of_goal = table[table["goal"] == "kept"]
+    kept, own = (of_goal[of_goal["rule"] == rule].iloc[0] for rule in (BEST, OWN_RATE))
     words = (
         f"Take {method} with learning rate {RATE:g}, and no window. Nothing was trained, and your task was "
         f"not looked at: in stored sweeps of {kept['families']} pairs of model and task it was worth "

@@ -43,7 +43,7 @@ def test_it_fits_on_a_few_lines_and_says_how_sure_it_is():
     lines = shown.splitlines()
     assert len(lines) <= 8 and max(map(len, lines)) <= 110
     assert lines[0] == "Advice(LoRA of rank 8, L2 to initial 0.01, lr=0.005, rule='stored')"
-    for part in ("no window", "95% interval", "Holm", "Nothing was trained"):
+    for part in ("no window", "95% interval", " of 5, p = ", "after Holm", "Nothing was trained"):
         assert part in shown.replace("\n", " ")
 
 
