@@ -22,7 +22,7 @@ Rules, by what they need:
   the rate that suits other families ("rate of others"), or the best of all these in the others; where a
   setting lacks the rate, at the nearest it has. "ridge on rate and position" predicts the value.
 - a gradient: foreseen, by ``ll.forgetting.foresee``; some short runs: pilot and rate pilot. What they said
-  for three other seeds is in ``results/advisor.csv``.
+  for three other seeds is in ``results/advisor.csv``, from before they were deleted because they lost.
 - a run of every window at one rate: the least or most of a measure of ``ll.forgetting.by_run``.
 - all runs: the most accurate of the windows and LoRA whose measure is below or above a threshold; "ridge on
   measures"; and own sweep, the best on the setting's other seeds. They see other seeds than the measured one.

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import pandas as pd
+from torch import nn
 
+from lora_lens._base.errors import InputError
+from lora_lens._base.naming import Targets
+from lora_lens._base.validate import instance
+from lora_lens.adapters.attaching import planned
 from lora_lens.adapters.methods import LoRA
 from lora_lens.experiments.advisor import Advice
+from lora_lens.tasks.task import Task
 from lora_lens.training.regularizers.base import Regularized
 from lora_lens.training.regularizers.l2_to_initial import L2ToInitial
 
@@ -43,9 +49,54 @@ def evidence() -> pd.DataFrame:
     return pd.DataFrame(EVIDENCE, columns=COLUMNS)
 
 
-def by_stored_sweeps(rank: int = 8) -> Advice:
-    """LoRA under a small L2, and how much more than the middle window that gave in the stored sweeps."""
+def advise(model: nn.Module, task: Task, retain: Task, *, rank: int = 8, targets: Targets = None) -> Advice:
+    """What to train with, by stored sweeps of other tasks: nothing is trained, and the task is not looked at.
+
+    Of the rules that need no run it had the least regret in these sweeps, for accuracy with at most 2 points
+    forgotten and for the area under the trade-off: ordinary LoRA under a small L2 (Li, Grandvalet and Davoine
+    2018, arXiv 1802.01483), and no window. ``data/compare_rules.py`` has the rules and how they are judged;
+    the evidence says how sure that is. A sweep of its rates says more, see :meth:`lora_lens.Sweep.best` of
+    windows and ``docs/sweeps.md``.
+
+    Args:
+        model: the pretrained model; it is left as it was.
+        task: what to learn.
+        retain: what the model can do and should not forget.
+        rank: of LoRA, at least 1.
+        targets: the layers to adapt, as for :func:`lora_lens.attach`.
+
+    Returns:
+        Advice whose evidence has some rows of ``data/results/rules.csv``, one per goal and rule. Columns:
+        goal (kept, area), rule; families (pairs of model and task) and settings that it was judged in;
+        regret; better (families where it has less than the middle window at 0.005), difference (of the two,
+        in shares; negative is less regret), low and high (its 95% interval over families and seeds) and
+        p_holm.
+
+    Raises:
+        ValueError: no retained task, or the method does not fit the model.
+        TypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> from timm.models import VisionTransformer
+        >>> import lora_lens as ll
+        >>> shape = {"img_size": 28, "patch_size": 14, "in_chans": 1, "num_classes": 2}
+        >>> model = VisionTransformer(**shape, embed_dim=16, depth=1, num_heads=2)  # random weights
+        >>> images = ll.Examples(torch.randn(20, 1, 28, 28), torch.arange(20) % 2)
+        >>> task = ll.Task("noise", ("even", "odd"), images, images)
+        >>> advice = ll.advise(model, task, retain=task, rank=2)
+        >>> print(advice.method, "with learning rate", advice.lr)
+        LoRA of rank 2, L2 to initial 0.01 with learning rate 0.005
+        >>> grid = ll.Grid(lr=[2e-3, advice.lr, 1e-2], baselines=[advice.method])
+    """
+    if retain is None:
+        raise InputError(
+            "advice needs the task that the model knows: its forgetting is half of what is weighed"
+        )
+    for name, given in (("task", task), ("retain", retain)):
+        instance(given, Task, name, "a task, such as from ll.tasks.folder_task or ll.tasks.text_task")
     method = Regularized(LoRA(rank), L2ToInitial(STRENGTH))
+    planned(model, method, targets=targets)  # raises where it does not fit
     table = evidence()
     of_goal = table[table["goal"] == "kept"]
     kept, own = (of_goal[of_goal["rule"] == rule].iloc[0] for rule in (BEST, OWN_RATE))

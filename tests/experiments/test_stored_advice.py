@@ -6,12 +6,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import lora_lens as ll
-from lora_lens.experiments.stored_advice import BEST, MIDDLE, OWN_RATE, by_stored_sweeps, evidence
+from lora_lens.experiments.stored_advice import BEST, MIDDLE, OWN_RATE, evidence
 
 ROOT = Path(__file__).parents[2]
 RULES = pd.read_csv(ROOT / "data" / "results" / "rules.csv")
+
+
+def advised(**named: object) -> ll.experiments.Advice:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8))
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    examples = ll.Examples(torch.randn(4, 16), torch.arange(4) % 2)
+    task = ll.Task("noise", ("even", "odd"), examples, examples)
+    return ll.advise(**{"model": model, "task": task, "retain": task} | named)
 
 
 def test_the_evidence_is_what_the_comparison_of_rules_found():
@@ -29,17 +38,17 @@ def test_no_rule_that_needs_no_run_has_less_regret_than_the_advice():
 
 
 def test_its_value_is_the_gain_over_the_middle_window():
-    advice = by_stored_sweeps(rank=4)
+    advice = advised(rank=4)
     kept = RULES[(RULES["goal"] == "kept") & (RULES["rule"] == BEST)].iloc[0]
     assert advice.value == pytest.approx(-kept["difference"], abs=5e-5)
     assert advice.interval == pytest.approx((-kept["high"], -kept["low"]), abs=5e-5)
     assert advice.interval[0] <= advice.value <= advice.interval[1]
-    assert (advice.rank, advice.rule, advice.spent, advice.window) == (4, "stored", 0, None)
+    assert (advice.rank, advice.rule, advice.window) == (4, "stored", None)
     assert {BEST, MIDDLE, OWN_RATE} <= set(advice.evidence["rule"])
 
 
 def test_it_fits_on_a_few_lines_and_says_how_sure_it_is():
-    shown = repr(by_stored_sweeps())
+    shown = repr(advised())
     lines = shown.splitlines()
     assert len(lines) <= 8 and max(map(len, lines)) <= 110
     assert lines[0] == "Advice(LoRA of rank 8, L2 to initial 0.01, lr=0.005, rule='stored')"
@@ -55,6 +64,17 @@ def test_the_advice_can_be_attached_and_swept_as_it_is(patch_vit, source, digits
     short = {"steps": 1, "batch_size": 8, "jobs": 1, "progress": False}
     swept = ll.sweep(grid, model=patch_vit, task=task, retain=retain, **short)
     assert swept.table["method"].tolist() == [str(advice.method)]
+
+
+def test_what_cannot_be_advised_is_refused():
+    with pytest.raises(ValueError, match="advice needs the task that the model knows"):
+        advised(retain=None)
+    with pytest.raises(TypeError, match="retain must be a task"):
+        advised(retain=[1])
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        advised(rank=0)
+    with pytest.raises(ValueError, match="nothing"):
+        advised(targets="nothing")
 
 
 # data/compare_rules.py
