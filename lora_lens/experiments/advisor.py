@@ -1,4 +1,4 @@
-"""Which window, rank and learning rate a finished sweep recommends, and how sure that is.
+"""What a finished sweep recommends to train with, and how sure that is.
 
 What is good is a matter of taste, so it is stated: the value of a run is
 
@@ -9,8 +9,9 @@ both as shares in [0, 1]. Weight 1 counts a point forgotten as much as a point l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -20,28 +21,31 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, shown
+from lora_lens.adapters.methods import MethodLike
 from lora_lens.forgetting.fair_comparison import bootstrap_interval
 from lora_lens.forgetting.run_groups import FEWEST_SEEDS, WINDOW
-from lora_lens.spectrum.window import Window
+from lora_lens.spectrum.window import Placement, Window
 
 SETTINGS = ["alpha", "targets", "variant", "steps", "batch_size", "warmup", "weight_decay"]
 NAMED = 4  # rows that words list; the evidence has them all
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Advice:
     """A recommendation and what it rests on.
 
     Attributes:
-        window: to give to :func:`lora_lens.attach`.
+        method: a window or another method, to give to :func:`lora_lens.attach` or, as one of the
+            baselines, to :class:`lora_lens.Grid`.
         lr: the learning rate to train it with.
-        value: accuracy - weight * forgetting, the mean over the seeds that did not take part in the choice;
-            NaN if nothing was trained.
-        interval: its 95% interval over these seeds, see :func:`lora_lens.forgetting.bootstrap_interval`.
+        value: of a sweep, accuracy - weight * forgetting, the mean over the seeds that did not take part in
+            the choice. Where nothing was trained, what the method gained on average over the middle window
+            in the stored sweeps, see :func:`lora_lens.advise`.
+        interval: its 95% interval, over these seeds by :func:`lora_lens.forgetting.bootstrap_interval`, or
+            over the stored settings and their seeds.
         words: the recommendation, how it was found and how sure it is, in sentences.
         evidence: the table behind it, see the function that gave the advice.
-        rule: "sweep", "pilot", or "fixed" (nothing was trained).
-        spent: optimizer steps that it took to find it.
+        rule: "sweep", or "stored" (by stored sweeps of other tasks).
 
     Example:
         >>> import lora_lens as ll
@@ -50,19 +54,26 @@ class Advice:
         (8, 'sweep', True)
     """
 
-    window: Window
+    method: MethodLike
     lr: float
     value: float
     interval: tuple[float, float]
     words: str
-    evidence: pd.DataFrame = field(repr=False)
+    evidence: pd.DataFrame
     rule: str
-    spent: int = 0
+
+    @property
+    def window(self) -> Placement | None:
+        """The method, if it is a window; None where the advice is to use none."""
+        return self.method if isinstance(self.method, Placement) else None
 
     @property
     def rank(self) -> int:
-        """The rank of the window."""
-        return self.window.rank
+        """The rank of the window or method."""
+        return self.method.rank
+
+    def __repr__(self) -> str:
+        return f"Advice({self.method}, lr={self.lr:g}, rule={self.rule!r})\n{fill(self.words, 100)}"
 
 
 def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
@@ -104,7 +115,7 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
         >>> print(advice.window, round(advice.value, 2))
         window of rank 8 at position 0.5 0.81
     """
-    weight = checked_weight(weight)
+    weight = _checked_weight(weight)
     table = checked(table, [*WINDOW, "lr", "seed", "accuracy", "forgetting"])
     if not (table["method"] == "window").any():
         raise InputError("the table has no windows to recommend; sweep some, such as ll.windows(rank=8)")
@@ -116,13 +127,13 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     interval = bootstrap_interval(values.loc[seeds, best])
     how = "chosen on other seeds" if others else "chosen on the same seeds, so the value leans upwards"
     words = (
-        f"Take {_named(row)}: {in_words(row['value'], interval, len(seeds), weight)}. It is the best of "
+        f"Take {_named(row)}: {_in_words(row['value'], interval, len(seeds), weight)}. It is the best of "
         f"{choosing.shape[1]} windows and rates, {how}. {_rivals(evidence, len(seeds))}"
     )
     return Advice(_window(row), float(row["lr"]), float(row["value"]), interval, words, evidence, "sweep")
 
 
-def checked_weight(weight: object) -> float:
+def _checked_weight(weight: object) -> float:
     """``weight`` as a float; raises TypeError where it is no number, ValueError where it is negative."""
     try:
         return number(weight, "weight", least=0)
@@ -131,12 +142,12 @@ def checked_weight(weight: object) -> float:
         raise InputError(f"weight must be 0 or more, not {shown(weight)}: {costs}") from None
 
 
-def value_of(table: pd.DataFrame, weight: float) -> pd.Series:
+def _value_of(table: pd.DataFrame, weight: float) -> pd.Series:
     """accuracy - weight * forgetting of every row."""
     return table["accuracy"] - weight * table["forgetting"]
 
 
-def in_words(value: float, interval: tuple[float, float], seeds: int, weight: float) -> str:
+def _in_words(value: float, interval: tuple[float, float], seeds: int, weight: float) -> str:
     low, high = interval
     sure = "1 seed, so there is no interval"
     if seeds > 1:
@@ -152,7 +163,7 @@ def _cells(table: pd.DataFrame, weight: float) -> tuple[pd.DataFrame, pd.DataFra
         raise InputError(f"the windows differ in {setting} ({found}); pass the rows with one value of it")
     keys = [*WINDOW, *(["variant"] if "variant" in table else []), "lr"]
     cell = table.groupby(keys, dropna=False, sort=False).ngroup()
-    runs = table.assign(cell=cell, value=value_of(table, weight))
+    runs = table.assign(cell=cell, value=_value_of(table, weight))
     if (twice := runs.duplicated(["cell", "seed"])).any():
         row = runs[twice].iloc[0]
         raise InputError(

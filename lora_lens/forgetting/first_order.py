@@ -15,8 +15,8 @@ are +lr or -lr, independently of each other and of x, change the layer's output 
 
 E[dB^T dB] = lr^2 out I gives the first term, E[dA x x^T dA^T] = lr^2 ||x||^2 I the second, and the mixed
 term vanishes. Real steps are neither independent nor one alone, and the product dB dA of many of them, which
-is left out, disturbs about as much in every window. :func:`lora_lens.advise` shows these numbers and does not
-choose by them: ``docs/measures.md`` says what they predicted on digits.
+is left out, disturbs about as much in every window. :func:`lora_lens.advise` does not choose by these
+numbers: ``docs/measures.md`` says what they predicted on digits.
 """
 
 from __future__ import annotations

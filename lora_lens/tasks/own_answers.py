@@ -66,8 +66,8 @@ def agreement(
             as ``task.test``; or a task.
         tokenizer: the model's.
         most_tokens: longer texts lose their end, with a warning; default what the tokenizer allows.
-        train: other inputs, for regularizers that train on what is retained (Replay, KLAnchor, EWC) and for
-            :func:`lora_lens.advise`; default none for regularizers, and ``inputs`` for advice.
+        train: other inputs, for regularizers that train on what is retained (Replay, KLAnchor, EWC); default
+            none for these.
         name: what the task is called.
 
     Raises:

@@ -358,10 +358,6 @@ def test_what_is_no_engine_is_refused(engine, error, message, tmp_path):
         swept(engine=engine, jobs=2, store=tmp_path / "s")
     with pytest.raises(error, match=message):
         learn(engine=engine, store=tmp_path / "s")  # which gives jobs
-    with pytest.raises(error, match=message):
-        ll.advise(small_vit(), pairs()[0], retained(), rank=2, budget=None, engine=engine, jobs=2)
-    with pytest.raises(error, match=message):  # although nothing is to be computed
-        ll.advise(small_vit(), pairs()[0], retained(), rank=2, engine=engine, jobs=2)
     assert not (tmp_path / "s").exists()
 
 

@@ -367,9 +367,8 @@ LATER = {
     "change layers": (lambda: changed(3), "layers must be a sequence of names"),
     "change no layers": (lambda: changed([]), "layers is empty"),
     "change a number": (lambda: changed([3]), "each of layers must be a module's name"),
-    "advise weight": (lambda: advised(weight="x"), "weight must be a number"),
-    "advise store": (lambda: advised(store=3, budget=0), "store must be the folder"),
-    "advise a setting": (lambda: advised(batch_size="x", budget=0), "batch_size must be a whole number"),
+    "advise rank": (lambda: advised(rank="x"), "rank must be a whole number"),
+    "advise layers": (lambda: advised(targets="nothing"), "nothing"),
     "advise_from weight": (lambda: ll.experiments.advise_from(table(), "x"), "weight must be a number"),
     "advise_from no number": (
         lambda: ll.experiments.advise_from(table(), float("nan")),
@@ -411,7 +410,6 @@ LATER = {
     "orders": (lambda: ll.tasks.sequences.orders(HUGE, 2), "count must be at most 1000"),
     "confusion": (lambda: ll.forgetting.confusion(answers(), HUGE), "classes must be at most"),
     "classes of a model": (lambda: ll.tasks.bundled.vision_architecture(HUGE), "num_classes must be at most"),
-    "advised steps": (lambda: advised(steps=HUGE, budget=0), "steps must be at most"),
     "change under no layer": (
         lambda: squared_change(None, None, None),
         "layer must be a layer",
