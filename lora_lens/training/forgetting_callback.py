@@ -202,7 +202,7 @@ class ForgettingCallback(TrainerCallback):
             return self._named(self.monitor.complete(metrics[self.score]))
         if self.score is not None and math.isnan(self.monitor.table["accuracy"].iloc[-1]):
             own = self._named(self.monitor.table.iloc[-1])
-            self._without_score = sorted(set(metrics) - set(own))  # another of several evaluation sets may have it
+            self._without_score = sorted(set(metrics) - set(own))  # another evaluation set may have it
         return self._named(self.monitor.table.iloc[-1])
 
     def _named(self, row: dict[str, float]) -> dict[str, float]:

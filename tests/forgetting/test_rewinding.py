@@ -351,10 +351,10 @@ def test_a_merged_model_and_a_missing_task_are_refused(narrow, tasks):
         rewound(adapted, tasks, readout=nn.ReLU())
     with pytest.raises(ValueError, match="t must be in"), back.at(2):
         pass
-    with pytest.raises(TypeError, match="path must be one such as .* not 'whole update'"):
+    with pytest.raises(TypeError, match=r"path must be one such as .* not 'whole update'"):
         back.best(path="whole update")
     others = ll.tasks.agreement(narrow_vit(1), tasks[1].test.inputs)
-    with pytest.raises(ValueError, match="the pretrained model gives only .* another model's"):
+    with pytest.raises(ValueError, match=r"the pretrained model gives only .* another model's"):
         rewound(adapted, (tasks[0], others))
     adapted.merge_adapter()
     with pytest.raises(ValueError, match="is merged into its base"):
