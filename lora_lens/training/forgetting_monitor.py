@@ -52,8 +52,8 @@ class ForgettingMonitor:
     Raises:
         ValueError: the task does not fit the model, or retains another model's own answers; a number is out
             of its range, the adapter is merged, or "before" is unknown: an adapter from elsewhere does not
-            start as the identity, or was trained already; an adapter with DoRA, or with modules that PEFT trains
-            in full, was trained already.
+            start as the identity, or was trained already; an adapter with DoRA, or with modules that PEFT
+            trains in full, was trained already.
         TypeError: an argument of another type; there is no retained task.
 
     Example:
