@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError, InputTypeError, MissingFileError
@@ -32,6 +33,7 @@ from lora_lens.spectrum.sources.matrices import weights
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.evaluation import evaluate
+from lora_lens.tasks.own_answers import require_own_answers
 from lora_lens.tasks.task import Task
 
 STEP = re.compile(r"checkpoint-(\d+)")
@@ -115,6 +117,7 @@ def measure(
     rows = []
     for task in tasks:
         old = evaluate(before, task, task.own_readout(before), precision=precision)
+        require_own_answers(task, old)
         new = evaluate(after, task, task.own_readout(after), precision=precision)
         rows.append(
             {
@@ -183,6 +186,8 @@ def growth(
     steps = _checkpoints(folder)
     readout = None if retain is None else retain.own_readout(model)
     old = None if retain is None else evaluate(model, retain, readout, precision=precision)
+    if retain is not None and old is not None:
+        require_own_answers(retain, old)
     first: dict[str, object] = {"step": 0, "update": 0.0, "relative": 0.0}
     if spectra is not None:
         first["rotation"] = 0.0
@@ -217,6 +222,7 @@ def trained_model(
         ValueError, FileNotFoundError, TypeError: as :func:`lora_lens.measure`.
     """
     if not isinstance(after, nn.Module):
+        instance(after, (str, Path), "after", "a model, or the path of one or of an adapter")
         folder = place_of(after, "after")
         if start is not None:
             return load(before, start, checkpoint=folder)
@@ -325,8 +331,10 @@ def _with_adapter(before: nn.Module, folder: Path) -> nn.Module:
     base = copy_around(before, before.parameters())
     try:
         adapted = PeftModel.from_pretrained(base, str(folder))
+    except SafetensorError as error:
+        raise InputError(f"{folder} holds a damaged adapter file: {error}; copy or save it again") from error
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise InputError(f"{folder} holds an adapter of another model: {reason}") from error
     return adopt(adapted)
 
@@ -343,6 +351,11 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def _tasks(retain: object) -> tuple[Task, ...]:
+    if retain is None:
+        raise InputTypeError(
+            "retain must be a task that the model could do before, or several, not None; without labels, "
+            "ll.tasks.agreement(model, inputs) makes one"
+        )
     tasks = sequence(retain, "retain", "tasks", one=Task)
     for task in tasks:
         instance(task, Task, "each of retain", "a task, such as from ll.tasks.folder_task")

@@ -203,6 +203,11 @@ class SmallValues:
         return f"update but its {self.keep} largest components"
 
     def parts(self, layers: Mapping[str, Moved]) -> dict[str, Part]:
+        most = max(min(layer.b.shape[1], layer.b.shape[0], layer.a.shape[1]) for layer in layers.values())
+        if self.keep >= most:
+            raise InputError(
+                f"keep must be below {most}, the rank of the updates, not {self.keep}: t would scale nothing"
+            )
         found = {}
         for name, layer in layers.items():
             left, values, right = product_svd(layer.b.double(), layer.a.double())

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import pandas as pd
+import torch
 from torch import nn
 
 from lora_lens._base.errors import InputError
@@ -19,7 +20,8 @@ from lora_lens.forgetting.temporary_factors import Factors, factors_in, require_
 from lora_lens.forgetting.weight_drift import require_spectra
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.svd import product_norm
-from lora_lens.tasks.evaluation import Answers, evaluate
+from lora_lens.tasks.evaluation import Answers, evaluate, example_features
+from lora_lens.tasks.own_answers import require_own_answers
 from lora_lens.tasks.readouts import HeadReadout, Readout
 from lora_lens.tasks.task import Task
 
@@ -141,6 +143,7 @@ def rewind(
     count = len(ways) * (len(set(places)) + refine)
     with progress_bar(shown=progress, total=count, desc="rewind", unit="point") as bar:
         before = ends(0.0)[1]
+        require_own_answers(retain, before)
         tables = []
         for path in ways:
             rows = [row(path, one) for one in sorted(set(places))]
@@ -161,7 +164,7 @@ def task_readout(adapted: nn.Module, task: Task, readout: nn.Module | None) -> R
     """What reads the new task's answers.
 
     Raises:
-        ValueError: nothing says what, or a head has another number of classes.
+        ValueError: nothing says what, or a head has another number of classes or of features.
         TypeError: ``readout`` is something else.
     """
     expected = "the trained head, run.head, or what task.own_readout(adapted) gives"
@@ -171,6 +174,12 @@ def task_readout(adapted: nn.Module, task: Task, readout: nn.Module | None) -> R
             raise InputError(
                 f"{task.name} has {len(task.classes)} classes, and the head has {readout.out_features}: give "
                 "the head that was trained for this task"
+            )
+        one = task.test.take(torch.arange(1))
+        if (width := example_features(adapted, task, one).shape[-1]) != readout.in_features:
+            raise InputError(
+                f"the head reads {readout.in_features} features, and this model gives {width}: give the head "
+                "that was trained beside it"
             )
         return HeadReadout(readout, task.pooling)
     if readout is not None:

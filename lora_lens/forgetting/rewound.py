@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from lora_lens._base.errors import InputError
+from lora_lens._base.errors import InputError, InputTypeError
 from lora_lens._base.naming import counted, listed
 from lora_lens._base.schema import is_agreement
 from lora_lens._base.validate import choice, number
@@ -179,6 +179,8 @@ class Rewound:
         return path, number(t, "t", least=0, most=FARTHEST)
 
     def _known(self, path: RewindPath) -> RewindPath:
+        if not hasattr(path, "parts"):
+            raise InputTypeError(f"path must be one such as ll.forgetting.WholeUpdate(), not {path!r}")
         if path not in self._parts:
             raise InputError(f"{path} was not measured; there are {listed(map(str, self._parts))}")
         return path

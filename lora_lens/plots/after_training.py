@@ -50,7 +50,9 @@ def rewinding(rewound: Rewound | pd.DataFrame, y: str = "retained_accuracy", *, 
         ax.plot(points["accuracy"], points[y], "o-", color=colour, markersize=4, label=shortened(path))
         for t, accuracy, height in points[["t", "accuracy", y]].itertuples(index=False):
             if t in ENDS and path == table["path"].iloc[0]:  # those of other paths lie beside
-                ax.annotate(ENDS[t], (accuracy, height), (0, -12), textcoords="offset points", fontsize=8)
+                place = {"xytext": (0, -12), "textcoords": "offset points", "fontsize": 8}
+                lines_below = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}
+                ax.annotate(ENDS[t], (accuracy, height), **place, bbox=lines_below, zorder=5)
     if len(paths) > 1:
         ax.legend(loc="best")
     ax.xaxis.set_major_formatter(PERCENT)

@@ -18,7 +18,7 @@ from lora_lens._base.validate import instance, shown
 from lora_lens.tasks.agreement_task import AgreementTask, Answered, Nearest
 from lora_lens.tasks.batches import in_batches
 from lora_lens.tasks.corpus import Texts
-from lora_lens.tasks.evaluation import example_features
+from lora_lens.tasks.evaluation import Answers, example_features
 from lora_lens.tasks.readouts import Readout, ask, inner_model, logits_of, own_padding, taking, to_device
 from lora_lens.tasks.task import Examples, Labelled, Task
 from lora_lens.tasks.text import LanguageTask, tokenized, whole_texts
@@ -27,6 +27,7 @@ from lora_lens.tasks.tokenizing import Tokenizer
 ALL_KEPT = 1024  # choices; where there are more, as in a vocabulary,
 KEPT = 256  # the likeliest are kept of each answer, and the others as one
 LEAST = 3  # inputs, of which one may be nearer than the other
+LEAST_OWN = 0.5  # of the answers that a model gives again
 NO_ITEM = -100
 FITTING = "give inputs as this model takes them: images of its size, texts with its own tokenizer"
 
@@ -138,6 +139,18 @@ def agreement(
     return replace(task, test=answered[0], train=answered[-1], classes=classes)
 
 
+def require_own_answers(task: Task, before: Answers) -> None:
+    """Raise a ValueError where a task retains the answers of another model than the pretrained one.
+
+    Rounding, or a base that was quantized meanwhile, changes some of the first choices, but not most.
+    """
+    if isinstance(task, AgreementTask) and before.accuracy < LEAST_OWN:
+        raise InputError(
+            f"the pretrained model gives only {before.accuracy:.0%} of the answers that {task.name} retains, "
+            "so they are another model's: make the agreement with the model that is trained"
+        )
+
+
 def _texts(name: str, inputs: object) -> Texts | None:
     """The inputs if they are texts."""
     if not isinstance(inputs, (list, tuple)) or not all(isinstance(text, str) for text in inputs):
@@ -158,6 +171,11 @@ def _examples(name: str, inputs: object) -> Labelled:
         raise InputTypeError(f"{name} must be {expected}, not {shown(inputs)}")
     if inputs.ndim == 0 or len(inputs) == 0:
         raise InputError(f"{name} hold nothing; give at least one input")
+    if not inputs.is_floating_point():
+        raise InputError(
+            f"{name} are {inputs.dtype}; give images as the floating-point numbers that the model takes, and "
+            "texts as strings with tokenizer=, not as numbers of tokens"
+        )
     return Examples(inputs, torch.zeros(len(inputs), dtype=torch.long))
 
 

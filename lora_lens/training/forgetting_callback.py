@@ -113,6 +113,11 @@ class ForgettingCallback(TrainerCallback):
                 "this trainer never evaluates, so forgetting would never be measured: give "
                 "ForgettingCallback every=, or the trainer eval_strategy and an eval_dataset"
             )
+        if self.score is None and str(args.metric_for_best_model).removeprefix(PREFIX) == "trade_off":
+            raise InputError(
+                'metric_for_best_model="trade_off" needs the trainer\'s own score of the new task: give '
+                'ForgettingCallback score=, such as "eval_accuracy"'
+            )
         if state.global_step and self._options["before"] is None and not is_attached(model):
             raise InputError(
                 f"training goes on after step {state.global_step}, so the model is not the pretrained one "
@@ -180,7 +185,8 @@ class ForgettingCallback(TrainerCallback):
         if self._without_score is not None:
             raise InputError(
                 f"the trainer's evaluation has no {self.score!r}, which score= names; it has "
-                f"{', '.join(self._without_score)}"
+                f"{', '.join(self._without_score)}; what the trainer's compute_metrics= returns, it has with "
+                f"{PREFIX!r} before its name"
             )
 
     def _measure(self, state: TrainerState) -> None:
@@ -195,7 +201,8 @@ class ForgettingCallback(TrainerCallback):
             self._without_score = None
             return self._named(self.monitor.complete(metrics[self.score]))
         if self.score is not None and math.isnan(self.monitor.table["accuracy"].iloc[-1]):
-            self._without_score = sorted(metrics)  # another of several evaluation sets may have it
+            own = self._named(self.monitor.table.iloc[-1])
+            self._without_score = sorted(set(metrics) - set(own))  # another evaluation set may have it
         return self._named(self.monitor.table.iloc[-1])
 
     def _named(self, row: dict[str, float]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from lora_lens.adapters.injection import (
 from lora_lens.adapters.start import factor_matrix, is_dora, trained_update
 from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.evaluation import Answers, evaluate
+from lora_lens.tasks.own_answers import require_own_answers
 from lora_lens.tasks.task import Task
 from lora_lens.training.record import Before
 
@@ -49,9 +50,10 @@ class ForgettingMonitor:
         precision: of the evaluations, as of :class:`lora_lens.Training`.
 
     Raises:
-        ValueError: the task does not fit the model, a number is out of its range, the adapter is merged, or
-            "before" is unknown: an adapter from elsewhere does not start as the identity, or was trained
-            already; an adapter with DoRA, or with modules that PEFT trains in full, was trained already.
+        ValueError: the task does not fit the model, or retains another model's own answers; a number is out
+            of its range, the adapter is merged, or "before" is unknown: an adapter from elsewhere does not
+            start as the identity, or was trained already; an adapter with DoRA, or with modules that PEFT
+            trains in full, was trained already.
         TypeError: an argument of another type; there is no retained task.
 
     Example:
@@ -90,6 +92,7 @@ class ForgettingMonitor:
         instance(before, (Before, type(None)), "before", "an ll.training.Before, or None")
         self.model, self.readout = model, retain.own_readout(model)
         self.before = (before and before.retain) or self._pretrained_answers()
+        require_own_answers(retain, self.before)
         self._rows = [self._row(0, self.before) | dict.fromkeys(self._drift(), 0.0)]
 
     @property

@@ -9,6 +9,7 @@ from explored import narrow_vit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from small_language import byte_tokenizer, part_of, small
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lora_lens as ll
@@ -122,6 +123,12 @@ def test_what_would_measure_against_the_wrong_model_is_refused(narrow, clothes, 
         ll.measure(narrow, narrow, ["clothes"])
     with pytest.raises(ValueError, match="retain is empty"):
         ll.measure(narrow, narrow, [])
+    with pytest.raises(TypeError, match=r"retain must be a task.*ll\.tasks\.agreement"):
+        ll.measure(narrow, narrow, None)
+    with pytest.raises(TypeError, match="after must be a model, or the path of one"):
+        ll.measure(narrow, None, clothes)
+    with pytest.raises(ValueError, match=r"only \d+% of the answers that agreement retains"):
+        ll.measure(narrow, narrow, ll.tasks.agreement(narrow_vit(1), clothes.test.inputs))
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Trainer"]}))
     with pytest.raises(ValueError, match="names Trainer, which is no model of transformers"):
         ll.measure(tmp_path, narrow, clothes)
@@ -168,3 +175,16 @@ def test_folders_that_are_no_trainers_are_refused(narrow, tmp_path):
     other.save_pretrained(tmp_path / "checkpoint-5")
     with pytest.raises(ValueError, match="holds an adapter of another model"):
         ll.forgetting.growth(tmp_path, nn.Sequential(nn.Linear(4, 4)))
+    wider = VisionTransformer(img_size=28, patch_size=14, in_chans=1, embed_dim=64, depth=2, num_heads=2)
+    with pytest.raises(ValueError, match=r"of another model: .*size mismatch for .*qkv"):
+        ll.forgetting.growth(tmp_path, wider)
+    file = tmp_path / "checkpoint-5" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="checkpoint-5 holds a damaged adapter file"):
+        ll.forgetting.growth(tmp_path, narrow)
+
+
+def test_growth_of_another_models_own_answers_is_refused(narrow, clothes, tmp_path):
+    ll.attach(narrow, ll.LoRA(4)).save_pretrained(tmp_path / "checkpoint-5")
+    with pytest.raises(ValueError, match="so they are another model's"):
+        ll.forgetting.growth(tmp_path, narrow, ll.tasks.agreement(narrow_vit(1), clothes.test.inputs))

@@ -318,6 +318,7 @@ def with_moved_norms() -> nn.Module:
             "pass readout=run.head, or readout=task.own_read",
         ),
         (lambda m: moved(m, METHODS[0]), {"readout": nn.Linear(32, 3)}, "has 10 classes, and the head has 3"),
+        (lambda m: moved(m, METHODS[0]), {"readout": nn.Linear(64, 10)}, r"reads 64 features.*gives 32"),
         (lambda m: moved(m, METHODS[0]), {"t": []}, "t is empty"),
         (lambda m: moved(m, METHODS[0]), {"t": [0, 1.3]}, r"each of t must be in \[0, 1.2\], not 1.3"),
         (lambda m: moved(m, METHODS[0]), {"t": -0.1}, r"each of t must be in \[0, 1.2\], not -0.1"),
@@ -326,6 +327,7 @@ def with_moved_norms() -> nn.Module:
         (lambda m: moved(m, METHODS[0]), {"paths": F.WholeUpdate}, "must be one such as"),
         (lambda m: moved(m, METHODS[0]), {"paths": F.MostMoved(99)}, "count must be at most 8, the adapted"),
         (lambda m: moved(m, METHODS[0]), {"paths": F.FirstComponents(99)}, "rank 99 does not fit"),
+        (lambda m: moved(m, METHODS[2]), {"paths": F.SmallValues(4)}, "keep must be below 4, the rank"),
         (
             lambda m: moved(m, METHODS[0]),
             {"paths": F.FirstComponents(4), "spectra": ll.spectra(narrow_vit(1), progress=False)},
@@ -349,6 +351,11 @@ def test_a_merged_model_and_a_missing_task_are_refused(narrow, tasks):
         rewound(adapted, tasks, readout=nn.ReLU())
     with pytest.raises(ValueError, match="t must be in"), back.at(2):
         pass
+    with pytest.raises(TypeError, match=r"path must be one such as .* not 'whole update'"):
+        back.best(path="whole update")
+    others = ll.tasks.agreement(narrow_vit(1), tasks[1].test.inputs)
+    with pytest.raises(ValueError, match=r"the pretrained model gives only .* another model's"):
+        rewound(adapted, (tasks[0], others))
     adapted.merge_adapter()
     with pytest.raises(ValueError, match="is merged into its base"):
         rewound(adapted, tasks)

@@ -276,6 +276,8 @@ def test_what_cannot_be_answered_is_refused(images):
         ll.tasks.agreement(model, "one text")
     with pytest.raises(ValueError, match="does not take"):
         ll.tasks.agreement(model, torch.zeros(2, 3, 28, 28))
+    with pytest.raises(ValueError, match=r"inputs are torch.int64.*not as numbers of tokens"):
+        ll.tasks.agreement(small("llama"), torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="token"):
         ll.tasks.agreement(small("llama", vocabulary=20), TEXTS, tokenizer=byte_tokenizer())
     with pytest.raises(ValueError, match="inputs hold nothing"):

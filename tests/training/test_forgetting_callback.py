@@ -190,8 +190,15 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(classification
     with pytest.raises(ValueError, match="never evaluates"):
         trainer.train()
     watch = ll.training.ForgettingCallback(known, score="eval_f1")
-    with pytest.raises(ValueError, match=r"no 'eval_f1'.*eval_accuracy"):
+    with pytest.raises(ValueError, match=r"no 'eval_f1'.*eval_accuracy.*compute_metrics=") as refused:
         trained(classification, tmp_path, watch, eval_strategy="steps", eval_steps=2)
+    assert "eval_forgetting" not in str(refused.value)
+    steps = {"eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(ValueError, match=r"give ForgettingCallback score="):
+        trained(
+            classification, tmp_path, ll.training.ForgettingCallback(known), **steps,
+            metric_for_best_model="trade_off",
+        )  # fmt: skip
     two = Trainer(
         ll.attach(model, WINDOW), arguments(tmp_path, eval_strategy="steps", eval_steps=3),
         train_dataset=data, eval_dataset={"one": data[:4], "two": data[4:8]}, compute_metrics=accuracy,
