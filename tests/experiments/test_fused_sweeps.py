@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -53,7 +54,7 @@ def test_an_interrupted_sweep_forms_the_same_groups_and_ends_with_the_same_table
 
 
 def test_what_cannot_be_fused_is_trained_one_by_one():
-    drawing = small_vit()
+    drawing = copy.deepcopy(small_vit())
     drawing.pos_drop = nn.Dropout(0.1)
     grid = ll.Grid(window=ll.windows(rank=4, count=2), lr=1e-2)
     pd.testing.assert_frame_equal(swept(grid, drawing, fuse=2), swept(grid, drawing))
