@@ -111,7 +111,8 @@ def test_killed_workers_and_callers_cost_no_run(tmp_path):
         f"test_engines_ray.connect(address={ray.get_runtime_context().gcs_address!r})\n"
         f"engine_runs.many(pathlib.Path({str(store)!r}), engine='ray')"
     )
-    caller = started(script)
+    token = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}  # to be let in
+    caller = started(script, **token)
     wait_for(lambda: len(finished(store)) >= 3 or not caller.is_alive())
     caller.kill()
     caller.join()
