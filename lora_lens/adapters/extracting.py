@@ -151,7 +151,7 @@ def _change(old: Weight, new: Weight) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A layer's part of the LoRA; ``digest`` is of its weight before."""
+    """A layer's part of the LoRA; ``digest`` is of its weight before, empty where nothing changed."""
 
     layer: str
     b: Tensor
@@ -164,11 +164,10 @@ class _Part:
 def _largest(pair: tuple[Weight, Weight], most: int | None, share: float) -> _Part:
     """B and A of the largest components, the norm of the whole, and the share of its energy left out."""
     before, change = _change(*pair)
-    name, digest = pair[0].name, digest_of(before)
-    norm = float(torch.linalg.norm(change.double()))
+    name, norm = pair[0].name, float(torch.linalg.norm(change.double()))
     if norm == 0:
         b, a = change.new_empty(len(change), 0), change.new_empty(0, change.shape[1])
-        return _Part(name, b, a, 0.0, 0.0, digest)
+        return _Part(name, b, a, 0.0, 0.0, "")
 
     def choose(values: Tensor) -> Tensor:
         energy = values.square().cumsum(0) / values.square().sum()
@@ -178,4 +177,4 @@ def _largest(pair: tuple[Weight, Weight], most: int | None, share: float) -> _Pa
     (left, values, right), kept = some_components(change, choose)
     root, squares = values[kept].sqrt().float(), values.square()
     lost = float(squares[len(kept) :].sum() / squares.sum())
-    return _Part(name, left * root, root[:, None] * right, norm, lost, digest)
+    return _Part(name, left * root, root[:, None] * right, norm, lost, digest_of(before))

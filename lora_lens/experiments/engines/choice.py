@@ -36,23 +36,6 @@ def chosen_engine(engine: object, jobs: int | None) -> Engine:
             "processes, which would all do the same runs; start this with plain python, jobs= shares out "
             "the runs"
         )
-    if isinstance(engine := require_engine(engine, jobs), Processes):
-        return engine
-    if engine != "ray":
-        from lora_lens.experiments.engines.dask_workers import DaskWorkers
-
-        return DaskWorkers(engine)
-    try:
-        from lora_lens.experiments.engines.ray_tasks import RayTasks
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise MissingPackageError("engine='ray' needs Ray: pip install 'lora_lens[cluster]'") from None
-    return RayTasks()
-
-
-def require_engine(engine: object, jobs: int | None) -> object:
-    """The processes, or ``engine`` as it is, after the checks that ask no cluster."""
     if engine is None:
         return _processes(jobs)
     module = type(engine).__module__.split(".")[0]  # so that nobody needs Dask to run without it
@@ -69,7 +52,17 @@ def require_engine(engine: object, jobs: int | None) -> object:
         raise InputError(
             "jobs are this machine's processes, and with engine= the runs go to its workers: give one of them"
         )
-    return engine
+    if client:
+        from lora_lens.experiments.engines.dask_workers import DaskWorkers
+
+        return DaskWorkers(engine)
+    try:
+        from lora_lens.experiments.engines.ray_tasks import RayTasks
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MissingPackageError("engine='ray' needs Ray: pip install 'lora_lens[cluster]'") from None
+    return RayTasks()
 
 
 def _processes(jobs: int | None) -> Processes:
