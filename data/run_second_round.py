@@ -1,8 +1,8 @@
 """Run the sweeps of the second round and pack each into one file under ``results``.
 
-    python data/run_second_round.py                        # all of them, in the order of the table
-    python data/run_second_round.py new_classes_opponents  # one
-    python data/run_second_round.py --store FOLDER         # keep the runs there; finished runs are not run again
+    python data/run_second_round.py                    # all, the most decisive first, see below for hours
+    python data/run_second_round.py digits_opponents   # one
+    python data/run_second_round.py --store FOLDER     # keep the runs there; finished ones are not run again
 
 - opponents: windows, LoRA, its variants, penalties, PEFT's starts and methods and full fine-tuning, at rank 8
   or with about as many trained numbers, each at four rates around the one where it learns most.
@@ -30,7 +30,7 @@ from peft.tuners.lora.config import KasaConfig
 from run_language_sweeps import minilm
 from run_sweeps import BATCH, STEPS, after_fashion, digits, few_digits, known_classes, noisy
 from sklearn.datasets import load_sample_images
-from sweeping import HERE, main
+from sweeping import main
 from torch import Tensor
 from torch.nn.functional import interpolate
 
