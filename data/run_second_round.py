@@ -133,10 +133,9 @@ def metrics_of(setting: Setting) -> list[ll.spectrum.Metric]:
 
 def photographs(generator: torch.Generator, count: int, *, left: bool) -> Tensor:
     """Square parts of scikit-learn's two photographs, of one half each, as EfficientNet takes them."""
-    found = []
+    found, both = [], [torch.from_numpy(image).permute(2, 0, 1) for image in load_sample_images().images]
     for number in range(count):
-        photograph = torch.from_numpy(load_sample_images().images[number % 2]).permute(2, 0, 1)
-        half = photograph[..., :320] if left else photograph[..., 320:]
+        half = both[number % 2][..., :320] if left else both[number % 2][..., 320:]
         side = int(torch.randint(SIZE, 321, (), generator=generator))
         top, start = (
             int(torch.randint(length - side + 1, (), generator=generator)) for length in half.shape[1:]
@@ -159,8 +158,8 @@ def coloured(examples: ll.Examples, colours: bool) -> ll.Examples:
 
 def efficientnet(task: ll.Task, colours: bool = False) -> Setting:
     model, generator = ll.tasks.bundled.efficientnet(), torch.Generator().manual_seed(0)
-    known, other = (photographs(generator, 400, left=left) for left in (True, False))
-    task = task.first(train=1000, test=400)
+    known, other = (photographs(generator, 300, left=left) for left in (True, False))
+    task = task.first(train=1000, test=300)
     return {
         "model": model,
         "task": ll.Task(
@@ -180,7 +179,7 @@ def minilm_long() -> Setting:
 
 
 def of_efficientnet() -> Grids:
-    rates = (5e-4, 1e-3, 2e-3)
+    rates = (2.5e-4, 5e-4, 1e-3, 2e-3)
     methods = [LORA, penalized(), penalized(0.1), anchored(LORA), OFT]
     usual = ll.Grid(ll.windows(rank=RANK, count=5), lr=rates, seed=range(3), baselines=methods)
     full = ll.Grid(lr=(5e-5, 1e-4, 2e-4), seed=range(3), baselines=[ll.FullFineTuning()])
