@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ import lora_lens as ll
 RANK = 8
 AROUND = (0.25, 0.5, 1.0, 2.0)  # of the rate where a method learns most
 SIZE = 48  # pixels a side of EfficientNet's images
+CURVES = {"steps": STEPS, "batch_size": BATCH, "evaluations": 3}
+ENDS = {**CURVES, "evaluations": 2}  # where the comparison is of what is learned at the end
 LORA = ll.LoRA(RANK)
 OFT = ll.PeftMethod(OFTConfig())  # whose usual blocks train nearly as much as LoRA of rank 8
 OSF = ll.PeftMethod(OSFConfig(effective_rank=96 - RANK))  # trains what the first 88 components leave of 96
@@ -55,16 +57,14 @@ class Sweep:
     Attributes:
         drift: whether every run's is measured, which makes most of a file.
         metrics: of the setting, each for all grids; without any the plain spectra.
+        usual: what the grids' runs are trained with where they say nothing else.
     """
 
     setting: Callable[[], Setting]
     grids: Grids
     drift: bool = False
     metrics: Callable[[Setting], list[ll.spectrum.Metric]] | None = None
-    usual: Mapping[str, object] = field(default_factory=lambda: IMAGES)
-
-
-IMAGES = {"steps": STEPS, "batch_size": BATCH, "evaluations": 3}
+    usual: dict[str, object] = field(default_factory=lambda: CURVES)
 
 
 def vision(setting: Callable[[], tuple]) -> Setting:
@@ -182,7 +182,7 @@ def of_efficientnet() -> Grids:
     rates = (2.5e-4, 5e-4, 1e-3, 2e-3)
     methods = [LORA, penalized(), penalized(0.1), anchored(LORA), OFT]
     usual = ll.Grid(ll.windows(rank=RANK, count=5), lr=rates, seed=range(3), baselines=methods)
-    full = ll.Grid(lr=(5e-5, 1e-4, 2e-4), seed=range(3), baselines=[ll.FullFineTuning()])
+    full = ll.Grid(lr=(1e-5, 3e-5, 1e-4), seed=range(3), baselines=[ll.FullFineTuning()])
     refused = ll.Grid(lr=1e-3, baselines=[LORA, KASA, OSF, SHIRA])  # rows with PEFT's reasons
     return [(usual, {}), (full, {}), (refused, {})]
 
@@ -213,17 +213,17 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
         name: ll.Grid(ll.windows(rank=RANK, count=5), lr=rates[name][1:3], seed=range(5)) for name in all_four
     }
     for name in decisive:
-        yield f"{name}_metric", Sweep(SETTINGS[name], [(windows[name], {})], metrics=metrics_of)
+        yield f"{name}_metric", Sweep(SETTINGS[name], [(windows[name], {})], metrics=metrics_of, usual=ENDS)
     yield from opposed(("noise", "few_digits"))
     for name in ("noise", "few_digits"):
-        yield f"{name}_metric", Sweep(SETTINGS[name], [(windows[name], {})], metrics=metrics_of)
+        yield f"{name}_metric", Sweep(SETTINGS[name], [(windows[name], {})], metrics=metrics_of, usual=ENDS)
     for name in decisive:
-        grids = [(few(rates[name][:3], 4, rank), {}) for rank in (4, 32, 64)]
-        yield f"{name}_ranks", Sweep(SETTINGS[name], grids)
+        grids = [(few(rates[name][:3], 3, rank), {}) for rank in (4, 32, 64)]
+        yield f"{name}_ranks", Sweep(SETTINGS[name], grids, usual=ENDS)
         grids = [(few(rates[name][:3], 3), {"alpha": alpha}) for alpha in (2.0 * RANK, RANK / 4)]
-        yield f"{name}_alpha", Sweep(SETTINGS[name], grids)
+        yield f"{name}_alpha", Sweep(SETTINGS[name], grids, usual=ENDS)
     for name in decisive:
-        long, longest = few(rates[name][:2], 5), few(rates[name][:2], 3)
+        long, longest = few(rates[name][:2], 5), few(rates[name][:1], 3)
         grids = [(long, {"steps": 4 * STEPS}), (longest, {"steps": 16 * STEPS})]
         yield f"{name}_lengths", Sweep(SETTINGS[name], grids)
     usual = {"steps": 40, "batch_size": 16, "evaluations": 2}
@@ -247,7 +247,7 @@ def run(name: str, store: Path, jobs: int | None) -> None:
         ]
     for known in spectra:
         for grid, settings in sweep.grids:
-            arguments = setting | dict(sweep.usual) | settings
+            arguments = setting | sweep.usual | settings
             ll.sweep(grid, spectra=known, store=store, jobs=jobs, **arguments)
 
 
