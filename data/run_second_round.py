@@ -5,8 +5,8 @@
     python data/run_second_round.py --store FOLDER     # keep the runs there; finished ones are not run again
 
 In the order in which they run, with hours of one core (a usual run of 120 steps took 7.5 to 8.5 s of a core
-that was shared, one of EfficientNet about 10 s, one of MiniLM about 5 minutes). What was stopped goes on where
-it was.
+that was shared, one of EfficientNet about 10 s, one of MiniLM about 5 minutes). What was stopped goes on
+where it was.
 
 | sweep | runs | hours |
 |---|---|---|
