@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,26 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
     """Keep the tests' spectra out of the user's cache folder, in subprocesses, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gguf_files_are_read_once() -> Iterator[None]:
+    """Spare the tests what costs transformers most of the time that it takes to load SmolLM2.
+
+    It has gguf read the file's vocabulary for the configuration, the weights and the tokenizer each, and list
+    all names of tensors once for each of the 397 modules.
+    """
+    try:
+        import gguf
+    except ImportError:
+        yield
+        return
+    read = cache(lambda path, changed: gguf_reader(path))
+    gguf_reader = gguf.GGUFReader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: read(path, Path(path).stat().st_mtime_ns))
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
         yield
 
 
