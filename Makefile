@@ -78,14 +78,18 @@ app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address
 
 test: lint  ## lint, unit, property and integration tests, every notebook, then the browser tests
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser
-	@echo "== notebooks (03 runs its whole sweep the first time: about 4 minutes on 2 cores)"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/browser
+	@echo "== notebooks that no test below opens; all of them, if there is no browser"
 	@# Again those that failed: two kernels that start at once may choose the same port. A wrong cell fails twice.
 	export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
-	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@" $(NOTEBOOKS); }; \
-	run || run --last-failed
+	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@"; }; \
+	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
+	run $$notebooks || run --last-failed $$notebooks
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
-	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/pytest -n $(JOBS) --dist loadfile -rs tests/browser
+	@echo "   (03 runs its whole sweep the first time: about 4 minutes on 2 cores)"
+	@# One more at a time, as somebody who looks at a page is waited for: it must have been still for a while.
+	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) \
+		$(BIN)/pytest -n $$(($(JOBS) + 1)) --dist loadscope -rs tests/browser
 
 lint: $(VENV)/test.installed  ## check style, spelling, imports, types, and that notebooks hold no outputs
 	@echo "== lint"

@@ -8,8 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 import traceback
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 
@@ -30,7 +32,20 @@ def started(script: str, *arguments: object, **environment: str) -> BaseProcess:
     return process
 
 
-def _run(script: str, arguments: list[str], environment: dict[str, str]) -> None:
+def printed(script: str, *arguments: object) -> str:
+    """What a script prints, which must come to its end without an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = forking.Process(target=_run, args=(script, list(map(str, arguments)), {}, folder))
+        process.start()
+        process.join(600)
+        output, errors = Path(folder, "1").read_text(), Path(folder, "2").read_text()
+    assert process.exitcode == 0, errors[-3000:]
+    return output
+
+
+def _run(script: str, arguments: list[str], environment: dict[str, str], folder: str | None = None) -> None:
+    for stream in (1, 2) if folder else ():
+        os.dup2(os.open(Path(folder, str(stream)), os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(environment)
     sys.argv[1:] = arguments
     torch.set_num_threads(1)

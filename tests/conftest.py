@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,22 @@ TORCH = {
 }
 
 
+# Begun first, so that processes that share the files end at the same time: the slowest, those that start
+# processes of their own beside those that only compute.
+SLOWEST = """
+experiments/test_engines adapters/test_other_loops training/test_language_models experiments/test_engines_ray
+adapters/test_compatibility experiments/test_sweeps experiments/test_engines_dask adapters/test_replacing
+project/test_repository experiments/continual/test_sequence_sweeps reports/test_sweep_report
+experiments/test_fused_sweeps widgets/test_continual project/test_finetune_llm widgets/test_all_explorers
+project/test_examples experiments/continual/test_store tasks/test_bundled adapters/test_saving
+""".split()  # noqa: SIM905
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[bool]:
     """Put torch back as a test found it, and name the test, so that no other fails for it."""
@@ -48,6 +65,26 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
     """Keep the tests' spectra out of the user's cache folder, in subprocesses, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_LENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gguf_files_are_read_once() -> Iterator[None]:
+    """Spare the tests what costs transformers most of the time that it takes to load SmolLM2.
+
+    It has gguf read the file's vocabulary for the configuration, the weights and the tokenizer each, and list
+    all names of tensors once for each of the 397 modules.
+    """
+    try:
+        import gguf
+    except ImportError:
+        yield
+        return
+    read = cache(lambda path, changed: gguf_reader(path))
+    gguf_reader = gguf.GGUFReader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: read(path, Path(path).stat().st_mtime_ns))
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
         yield
 
 

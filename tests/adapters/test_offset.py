@@ -244,7 +244,8 @@ def test_what_peft_writes_goes_on_from_the_same_start_alone(model, source, tmp_p
 @pytest.mark.parametrize("fuse", [1, 2])
 def test_a_sweep_gives_the_numbers_of_the_residual_alone_and_together(fuse, model, spectra, source, digits):
     tasks = {"task": digits.first(64, 50), "retain": source.first(50, 50)}
-    settings = {"steps": 4, "batch_size": 16, "progress": False, "spectra": spectra, "fuse": fuse, "jobs": 1}
+    settings = {"steps": 4, "batch_size": 16, "evaluations": 2, "progress": False}
+    settings |= {"spectra": spectra, "fuse": fuse, "jobs": 1}
     grid = ll.Grid([ll.Window.first(4), ll.LoRA(4)], lr=[1e-2])
     residual, offset = (
         ll.sweep(grid, model=model, **tasks, variant=ll.Variant(base=base), **settings).table

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from clean_processes import printed
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -208,12 +207,14 @@ def test_two_processes_train_as_one_does_on_both_their_batches(tmp_path):
     one.mkdir(), two.mkdir()
     # Processes are forked by a fresh one: here, after other tests, threads run that a fork would lack.
     code = f"""
+import sys
 from pathlib import Path
 from accelerate import debug_launcher
+sys.path.append({str(Path(__file__).parent)!r})
 from test_other_loops import train_with_accelerate
 debug_launcher(train_with_accelerate, (Path({str(two)!r}), 4), num_processes=2)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, timeout=300)
+    printed(code)
     train_with_accelerate(one, 8)
 
     alone, *both = (torch.load(f) for f in (one / "rank0.pt", two / "rank0.pt", two / "rank1.pt"))

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from clean_processes import printed
 from peft import PeftModel
 from torch import nn
 
@@ -40,15 +40,6 @@ def trained(seed, method=ll.Window(rank=3, start=0)):
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
     return adapted
 """
-
-
-def run_script(text: str, *arguments: object) -> str:
-    """What a script prints. Its import costs more than its cases, so each runs all of its own."""
-    command = [sys.executable, "-c", SHARED + text, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def small_model() -> nn.Module:
@@ -305,7 +296,7 @@ for write, over_old in CASES:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_a_kill_at_any_step_leaves_all_of_the_old_or_all_of_the_new(tmp_path):
-    cases = run_script(KILLED, tmp_path).splitlines()
+    cases = printed(SHARED + KILLED, tmp_path).splitlines()
     assert len(cases) == 4
     for case in cases:
         _, over_old, *seen = case.split()
@@ -368,7 +359,7 @@ for write in (ll.save, ll.export, ll.export_residual):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
 def test_a_disk_that_is_full_at_any_byte_changes_nothing(tmp_path):
-    refused = run_script(FULL, tmp_path).split()
+    refused = printed(SHARED + FULL, tmp_path).split()
     assert len(refused) == 3 and min(map(int, refused)) > 3
 
 
@@ -404,6 +395,6 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two forked processes")
 def test_two_processes_that_save_and_load_at_once_never_read_a_mixture(tmp_path):
-    run_script(TWO, tmp_path)
+    printed(SHARED + TWO, tmp_path)
     assert {p.name for p in tmp_path.iterdir() if p.suffix != ".seen"} == {"run"}
     assert not list((tmp_path / "run").glob(".lora_lens*"))

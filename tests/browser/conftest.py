@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def own_cache() -> None:
-    """None of their own, as the other tests have: the notebooks under test have just filled the user's."""
+    """None of their own, as the other tests have: one notebook finds what another has left in the user's."""
 
 
 @pytest.fixture(scope="session")

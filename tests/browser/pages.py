@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # without playwright these tests are skipped, and for that th
 KINDS = ("select", "input", "button", '[role="slider"]', '[contenteditable="true"]', "[tabindex]")
 CONTROLS = ", ".join(f'{kind}:not([tabindex="-1"])' for kind in KINDS)
 QUIET = 0.4  # seconds without a change after which a view counts as ready; slow parts pause 0.15 s
-RUN_SECONDS = 1200  # of a whole notebook; 03 without its finished runs takes minutes
+RUN_SECONDS = 1800  # of a whole notebook; 03 without its finished runs takes minutes
 PATIENCE = 120  # seconds; nothing here is a measurement, and test machines are slow and busy
 
 STATE = """root => {

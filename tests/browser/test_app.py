@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WIDTHS = {"phone": 390, "laptop": 1280, "projector": 1920}
 THEMES = ("light", "dark")
+ONCE = pytest.mark.parametrize("page", ["light"], indirect=True)  # colours change neither names nor controls
 # By how many pixels the page, what an explorer lies in or one of its controls is too wide. A wide picture or
 # table may be scrolled for itself.
 BEYOND = """explorer => {
@@ -74,12 +75,14 @@ def test_every_page_shows_a_picture_and_fits_every_width(page: Page, screenshots
     assert not too_wide
 
 
+@ONCE
 def test_a_control_moves_the_picture(page: Page):
     page.locator(TABS, has_text="Spectrum").click()
     explorer = Explorer(page, 0)
     explorer.changed(lambda: explorer.press("position", "End"), lambda view: "position 1 " in view.alt)
 
 
+@ONCE
 def test_every_control_has_a_name_for_screen_readers(page: Page):
     for number, tab in enumerate(page.locator(TABS).all()):
         tab.click()

@@ -214,7 +214,7 @@ def test_a_sweep_keeps_the_answers_of_every_run(patch_vit, digits, source, tmp_p
     retain = source.first(1, 30)
     grid = ll.Grid(window=ll.windows(2, 2), lr=[1e-2])
     settings = {"model": patch_vit, "task": digits.first(64, 20), "retain": retain, "store": tmp_path / "s"}
-    table = ll.sweep(grid, steps=4, evaluations=2, progress=False, **settings).table
+    table = ll.sweep(grid, steps=4, evaluations=2, jobs=1, progress=False, **settings).table
     items = ll.Sweep.open(tmp_path / "s").only(table).answers()
     assert len(items) == 2 * 30
     assert (items["label"].to_numpy().reshape(2, 30) == retain.test.labels.numpy()).all()

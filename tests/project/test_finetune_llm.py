@@ -192,17 +192,21 @@ def test_processes_without_a_gpu_find_each_other(tmp_path):
     )
 
 
-def test_a_missing_file_is_one_line_and_status_2(folder, tmp_path):
-    finished = python(SCRIPT, *options(folder, tmp_path / "out", {"train": tmp_path / "nothing.jsonl"}))
-    assert finished.returncode == 2 and finished.stdout == "" and "Traceback" not in finished.stderr
-    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("finetune_llm.py")]
-    assert line == f"finetune_llm.py: error: there is no file {tmp_path / 'nothing.jsonl'}"
-
-
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("finetune_llm")
+
+
+def test_a_missing_file_is_one_line_and_status_2(script, folder, tmp_path, monkeypatch, capsys):
+    missing = options(folder, tmp_path / "out", {"train": tmp_path / "nothing.jsonl"})
+    monkeypatch.setattr(sys, "argv", ["finetune_llm.py", *missing])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == "" and "Traceback" not in said.err
+    (line,) = [line for line in said.err.splitlines() if line.startswith("finetune_llm.py")]
+    assert line == f"finetune_llm.py: error: there is no file {tmp_path / 'nothing.jsonl'}"
 
 
 @pytest.mark.parametrize(

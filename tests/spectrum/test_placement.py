@@ -198,6 +198,7 @@ def test_a_sweep_runs_other_placements_beside_windows(patch_vit, digits, source)
         retain=retain,
         steps=2,
         evaluations=2,
+        jobs=1,
         progress=False,
         variant=ll.Variant(split="A"),
     ).table

@@ -24,6 +24,12 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 @pytest.fixture(scope="module")
+def as_it_was(smollm2, articles) -> tuple[ll.tasks.Answers, pd.DataFrame]:
+    """What it answers without a window, and what it says."""
+    return ll.evaluate(smollm2[0], articles), ll.forgetting.replies(*smollm2, QUESTIONS, 12)
+
+
+@pytest.fixture(scope="module")
 def articles(smollm2) -> ll.Task:
     return ll.tasks.language_task(ll.tasks.bundled_texts.articles(), smollm2[1], block=64).first(
         train=8, test=6
@@ -56,15 +62,14 @@ def same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
 # SmolLM2 itself
 
 
-def test_smollm2_is_the_same_model_under_every_window(smollm2, articles):
-    model, tokenizer = smollm2
+def test_smollm2_is_the_same_model_under_every_window(smollm2, articles, as_it_was):
+    (model, tokenizer), (before, said) = smollm2, as_it_was
     targets = "layers.[0-2].*"
     spectra = ll.spectra(model, targets, progress=False)
     assert len(spectra) == 3 * 7
-    before, said = ll.evaluate(model, articles), ll.forgetting.replies(model, tokenizer, QUESTIONS, 12)
     assert before.loss == pytest.approx(plain_loss(model, articles), abs=1e-5)
     assert said["reply"].tolist()[0] == "The capital of France is Paris."
-    for window in ll.windows(rank=8, count=5):
+    for window in ll.windows(rank=8, count=3):
         adapted = ll.attach(model, window, targets=targets, spectra=spectra)
         now = ll.evaluate(adapted, articles)
         assert now.loss == pytest.approx(before.loss, abs=1e-6)
@@ -73,9 +78,8 @@ def test_smollm2_is_the_same_model_under_every_window(smollm2, articles):
         pd.testing.assert_frame_equal(ll.forgetting.replies(adapted, tokenizer, QUESTIONS, 12), said)
 
 
-def test_smollm2_is_the_same_model_with_a_window_on_every_layer(smollm2, articles):
-    model, tokenizer = smollm2
-    before, said = ll.evaluate(model, articles), ll.forgetting.replies(model, tokenizer, QUESTIONS, 12)
+def test_smollm2_is_the_same_model_with_a_window_on_every_layer(smollm2, articles, as_it_was):
+    (model, tokenizer), (before, said) = smollm2, as_it_was
     adapted = ll.attach(model, ll.Window.first(8))
     assert len(ll.summary(adapted)) == 30 * 7
     now = ll.evaluate(adapted, articles)
