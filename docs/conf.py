@@ -123,8 +123,9 @@ html_theme_options = {
 }
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system has it
 html_sidebars = {"files/**": []}  # which takes most of the time of a page
-html_static_path = ["site.css"]
+html_static_path = ["site.css", "site.js"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_copy_source = False
 html_show_search_summary = False  # it would fetch pages, which a browser refuses to a page from disk
 html_use_index = False  # the search finds every name

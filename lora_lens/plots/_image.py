@@ -39,5 +39,7 @@ def as_html(canvas: FigureCanvasAgg, alt: str) -> str:
     # Speed counts: a picture lives until the next move.
     pixels.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
     source = b64encode(png.getvalue()).decode()
-    wide = ' class="ll-wide"' if pixels.width > WIDE else ""
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{source}" style="max-width: 100%"{wide}>'
+    images = any(ax.images for ax in canvas.figure.axes)  # whose colours stay the same in the dark
+    kind = ("ll-images" if images else "ll-chart") + " ll-wide" * (pixels.width > WIDE)
+    data = f"data:image/png;base64,{source}"
+    return f'<img alt="{escape(alt)}" src="{data}" style="max-width: 100%" class="{kind}">'

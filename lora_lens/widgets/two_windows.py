@@ -143,7 +143,7 @@ def _numbers(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     differences = _differences(a, b)
     rows = []
     for score, words in SCORES.items():
-        row = {"": f"{words} (%)"}
+        row = {"score": f"{words} (%)"}
         row |= {side: f"{100 * runs[score].mean():.1f}" for side, runs in zip(SIDES, (a, b), strict=True)}
         row["A - B (points) [95% interval]"] = _points(differences[score])
         rows.append(row)
