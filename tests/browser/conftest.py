@@ -24,8 +24,8 @@ ABSENT = [
     *(["Chromium (apt-get install chromium)"] if CHROMIUM is None else []),
     *(
         f"{name} (pip install {name})"
-        for name in ("playwright", "jupyterlab", "voila")
-        if find_spec(name) is None
+        for name in ("playwright", "axe-playwright-python", "jupyterlab", "voila")
+        if find_spec(name.replace("-", "_")) is None
     ),
 ]
 LAPTOP = {"width": 1360, "height": 900}

@@ -291,6 +291,16 @@ class Notebook:
         printed = [o["text"] for cell in self.outputs() for o in cell if o.get("name") == "stdout"]
         return int("".join("".join(text) for text in printed))
 
+    @contextmanager
+    def dark(self) -> Iterator[None]:
+        """JupyterLab in its dark theme meanwhile."""
+        for theme, light in (("Dark", "false"), ("Light", "true")):
+            change = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
+            self.page.evaluate(change, f"JupyterLab {theme}")
+            self.page.locator(f'body[data-jp-theme-light="{light}"]').wait_for()
+            if theme == "Dark":
+                yield
+
     def close(self) -> None:
         """With its kernel."""
         self.page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.shutdown()")
@@ -312,6 +322,15 @@ def watched_page(browser: Browser, **context: object) -> Iterator[Page]:
         assert not problems, "\n".join(problems)
     finally:
         opened.close()
+
+
+def barriers(page: Page, within: str | None = None) -> list[str]:
+    """What axe-core's rules find on the page, or in the elements that a selector names."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, {"include": [[within]]} if within else None).response["violations"]
+    nodes = [(rule["id"], node) for rule in found for node in rule["nodes"]]
+    return [f"{rule}: {node['html']}: {node['failureSummary']}" for rule, node in nodes]
 
 
 def _complaint(message: ConsoleMessage) -> list[str]:

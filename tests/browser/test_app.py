@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
-from pages import Explorer, eventually, watched_page
+from firefox import ABSENT, FIREFOX, firefox
+from pages import Explorer, barriers, eventually, watched_page
 from servers import Server, web_page
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ BEYOND = """explorer => {
   const controls = [...explorer.querySelectorAll('select, input, button, .widget-readout')];
   return Math.max(beyond, ...controls.filter(c => c.checkVisibility() && !c.matches('.ll-spot')).map(right));
 }"""
+END = "\ue010"  # the key, as WebDriver has it
 TABS = ".jupyter-widget-tab .lm-TabBar-tab"
 
 
@@ -57,7 +59,7 @@ def test_it_refuses_whoever_has_no_token(app: Server, query: str):
 
 def test_every_page_shows_a_picture_and_fits_every_width(page: Page, screenshots: Path):
     eventually(lambda: page.locator(TABS).count() >= 6, "there are no six tabs")
-    too_wide = []
+    too_wide, barred = [], []
     for number, tab in enumerate(page.locator(TABS).all()):
         name = tab.inner_text()
         tab.click()
@@ -72,7 +74,17 @@ def test_every_page_shows_a_picture_and_fits_every_width(page: Page, screenshots
             page.screenshot(path=screenshots / shot)
             if beyond > 0:
                 too_wide.append(f"{name} is {beyond:.0f} pixels too wide for {width}")
-    assert not too_wide
+        barred += [f"{name}: {barrier}" for barrier in barriers(page)]
+    assert not too_wide and not barred
+
+
+@ONCE
+def test_pages_are_opened_by_keyboard(page: Page):
+    tabs = page.locator(TABS)
+    tabs.first.click()
+    tabs.first.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert tabs.nth(1).get_attribute("aria-selected") == "true"
 
 
 @ONCE
@@ -91,3 +103,16 @@ def test_every_control_has_a_name_for_screen_readers(page: Page):
         explorer.view()
         told = explorer.names()
         assert told and all(name for _, name in told), told
+
+
+@pytest.mark.skipif(FIREFOX is None, reason=ABSENT)
+def test_in_firefox_an_explorer_follows_its_slider(app: Server, screenshots: Path):
+    position = "document.querySelector('.ll-explorer .noUi-handle[aria-label=position]')"
+    alt = "document.querySelector('.ll-explorer img')?.alt ?? ''"
+    with firefox() as page:
+        page.open(app.address("", theme="light"))
+        page.wait_for(f"Boolean({position}) && {alt}.includes('position 0.5')")
+        page.evaluate(f"{position}.focus()")
+        page.press(END)
+        page.wait_for(f"{alt}.includes('position 1 ')")
+        page.screenshot(screenshots / "app_spectrum_firefox.png")
