@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from pages import Notebook
+from pages import Notebook, barriers
 
 
 class EveryNotebook:
@@ -35,6 +35,22 @@ class EveryNotebook:
             explorer.view()
             told = explorer.names()
             assert told and all(name for _, name in told), told
+
+    def test_nothing_bars_the_way_in_light_or_dark(self, notebook: Notebook):
+        for explorer in notebook.explorers(self.explorers):
+            explorer.view()
+        with notebook.dark():
+            assert barriers(notebook.page, ".ll-explorer") == []
+        assert barriers(notebook.page, ".ll-explorer") == []
+
+    def test_nothing_turns_for_whoever_wants_less_motion(self, notebook: Notebook):
+        notebook.page.emulate_media(reduced_motion="reduce")
+        turns = """root => { root.classList.add('ll-working');
+          const moving = root.getAnimations({subtree: true}).filter(a => a.animationName === 'll-turn');
+          root.classList.remove('ll-working'); return moving.length }"""
+        still = notebook.explorers(self.explorers)[0].root.evaluate(turns)
+        notebook.page.emulate_media(reduced_motion="no-preference")
+        assert (still, notebook.explorers(self.explorers)[0].root.evaluate(turns)) == (0, 1)
 
     def test_tab_reaches_every_control_in_the_order_of_the_page(self, notebook: Notebook):
         for explorer in notebook.explorers(self.explorers):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from pages import write_notebook
+from pages import barriers, write_notebook
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -50,6 +50,7 @@ def test_pictures_and_numbers_of_the_first_view_are_shown(page: Page, screenshot
     assert all(p.is_visible() for p in pictures)
     assert "rank 8 at position 0.5 " in pictures[0].get_attribute("alt")
     assert "[44, 52) of 96" in still.locator("table").inner_text()
+    assert barriers(page, ".ll-still") == []
 
 
 def test_what_the_controls_said_is_told(page: Page):

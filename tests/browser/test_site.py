@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from pages import watched_page
+from firefox import ABSENT, FIREFOX, firefox
+from pages import barriers, watched_page
 from servers import REPOSITORY
 
 import lora_lens as ll
@@ -33,6 +34,13 @@ PAGES = (
     "tests/zoo/README",
     "files/findings/peft_needs_attrs_for_corda.sh",
 )
+
+
+MOVING = """[...document.querySelectorAll('*')].filter(element => {
+  const style = getComputedStyle(element);
+  const lasts = style.transitionDuration.split(', ').some(duration => parseFloat(duration) > 0);
+  return lasts || style.animationName !== 'none' || style.scrollBehavior === 'smooth';
+}).map(element => element.outerHTML.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +109,29 @@ def test_pages_fit_and_ask_nothing_of_the_network(
     browser: Browser, site: Path, screenshots: Path, width: str, theme: str
 ):
     view = {"viewport": {"width": WIDTHS[width], "height": 900}, "color_scheme": theme, "offline": True}
-    with watched_page(browser, **view) as page:
+    with watched_page(browser, reduced_motion="reduce", **view) as page:
         asked: list[str] = []
+        barred: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         for name in PAGES:
             page.goto((site / f"{name}.html").as_uri())
             page.screenshot(path=screenshots / f"site_{name.replace('/', '_')}_{width}_{theme}.png")
             assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0, name
             assert page.evaluate("document.documentElement.dataset.theme") == theme
+            if width == "laptop":
+                assert page.evaluate(MOVING) == [], name
+                barred += [f"{name}: {barrier}" for barrier in barriers(page)]
         assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
+        assert barred == []
+
+
+@pytest.mark.skipif(FIREFOX is None, reason=ABSENT)
+def test_firefox_opens_it(site: Path, screenshots: Path):
+    with firefox() as page:
+        page.open((site / "index.html").as_uri())
+        page.screenshot(screenshots / "site_index_firefox.png")
+        assert page.evaluate("document.title").endswith("lora_lens")
+        assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
 
 
 def test_the_search_finds_functions_and_prose(browser: Browser, site: Path):
