@@ -15,7 +15,7 @@ from lora_lens.forgetting.examples import (
     forgotten_by_one,
     transitions,
 )
-from lora_lens.forgetting.fair_comparison import bootstrap_interval
+from lora_lens.forgetting.fair_comparison import seed_interval
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_with_one_seed_the_interval_is_over_examples_and_with_equal_examples_ove
     )
     equal = np.tile([[0], [0], [1], [1], [1], [0]], 20)
     row = forgetting_interval(*answered(equal)).iloc[0]
-    expected = bootstrap_interval(equal.mean(1))
+    expected = seed_interval(equal.mean(1))
     assert (row["forgetting_low"], row["forgetting_high"]) == pytest.approx(expected)
 
 
@@ -144,7 +144,7 @@ def test_it_holds_for_other_examples_of_the_kind_where_the_interval_over_seeds_d
         row = forgetting_interval(*answered(lost), resamples=300).iloc[0]
         truth = 0.9 / 3 + 0.05 * 2 / 3
         both.append(row["forgetting_low"] <= truth <= row["forgetting_high"])
-        low, high = bootstrap_interval(lost.mean(1), resamples=300)
+        low, high = seed_interval(lost.mean(1), resamples=300)
         over_seeds.append(low <= truth <= high)
     assert 0.9 <= np.mean(both) <= 1
     assert np.mean(over_seeds) < 0.6

@@ -18,37 +18,37 @@ unit = st.floats(0, 1, allow_nan=False)
 
 @given(st.lists(unit, min_size=2, max_size=12))
 def test_an_interval_lies_within_the_values_and_is_the_same_every_time(values):
-    low, high = fair_comparison.bootstrap_interval(values)
+    low, high = fair_comparison.seed_interval(values)
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
-    assert (low, high) == fair_comparison.bootstrap_interval(values)
+    assert (low, high) == fair_comparison.seed_interval(values)
 
 
 def test_an_interval_of_many_values_is_that_of_the_standard_error():
     values = np.random.default_rng(0).normal(size=400)
-    low, high = fair_comparison.bootstrap_interval(values)
+    low, high = fair_comparison.seed_interval(values)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.01)
-    narrow = fair_comparison.bootstrap_interval(values, level=0.5)
+    narrow = fair_comparison.seed_interval(values, level=0.5)
     assert low < narrow[0] < narrow[1] < high
-    assert (low, high) != fair_comparison.bootstrap_interval(values, seed=1)
+    assert (low, high) != fair_comparison.seed_interval(values, seed=1)
 
 
 def test_an_interval_is_scipy_s_to_the_last_digit():
     values = np.random.default_rng(0).random(7)
     theirs = bootstrap((values,), np.mean, n_resamples=300, confidence_level=0.9, method="percentile", rng=5)
-    ours = fair_comparison.bootstrap_interval(values, level=0.9, resamples=300, seed=5)
+    ours = fair_comparison.seed_interval(values, level=0.9, resamples=300, seed=5)
     assert ours == tuple(theirs.confidence_interval)
 
 
 def test_one_value_has_no_interval_and_none_or_missing_ones_are_refused():
-    assert np.isnan(fair_comparison.bootstrap_interval([0.3])).all()
+    assert np.isnan(fair_comparison.seed_interval([0.3])).all()
     for values in ([], [0.1, np.nan]):
         with pytest.raises(ValueError, match="none of them missing"):
-            fair_comparison.bootstrap_interval(values)
+            fair_comparison.seed_interval(values)
     with pytest.raises(ValueError, match=r"level must be in \(0, 1\), not 95"):
-        fair_comparison.bootstrap_interval([1, 2], level=95)
+        fair_comparison.seed_interval([1, 2], level=95)
     with pytest.raises(ValueError, match="resamples must be at least 1"):
-        fair_comparison.bootstrap_interval([1, 2], resamples=0)
+        fair_comparison.seed_interval([1, 2], resamples=0)
 
 
 # at equal and at the best rates

@@ -91,7 +91,7 @@ def test_a_front_of_known_rates_and_the_area_it_covers():
 def test_the_interval_of_one_rate_is_that_of_its_mean():
     accuracy = np.random.default_rng(0).uniform(0.5, 0.7, 8)
     row = pareto.front_by_method(forgetting_nothing({(0.5, 0.1): accuracy.tolist()})).iloc[0]
-    expected = 0.8 * np.array(fair_comparison.bootstrap_interval(accuracy))  # all retain 0.8
+    expected = 0.8 * np.array(fair_comparison.seed_interval(accuracy))  # all retain 0.8
     assert row[["hypervolume_low", "hypervolume_high"]].tolist() == pytest.approx(expected.tolist())
 
 

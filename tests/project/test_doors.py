@@ -39,7 +39,7 @@ LoRA Training Window windows tasks.bundled.vision_architecture tasks.bundled_tex
 training.Orthogonal training.Replay training.KLAnchor training.L2ToInitial spectrum.AfterEnergy
 spectrum.AtEffectiveRank spectrum.HoldingEnergy spectrum.RandomComponents spectrum.SpreadComponents
 tasks.sequences.fashion_digits_corrupted_rotated tasks.sequences.orders tasks.sequences.split_fashion
-forgetting.bootstrap_interval forgetting.FirstComponents forgetting.Intruders forgetting.MostMoved
+forgetting.seed_interval forgetting.FirstComponents forgetting.Intruders forgetting.MostMoved
 forgetting.SmallValues
 """.split()  # noqa: SIM905
 TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
@@ -427,11 +427,11 @@ LATER = {
         "prefix must be a whole number",
     ),
     "resamples": (
-        lambda: ll.forgetting.bootstrap_interval([1, 2], resamples=HUGE),
+        lambda: ll.forgetting.seed_interval([1, 2], resamples=HUGE),
         "at most 100000, not 10",
     ),
     "seed": (
-        lambda: ll.forgetting.bootstrap_interval([1, 2], seed=HUGE),
+        lambda: ll.forgetting.seed_interval([1, 2], seed=HUGE),
         "seed must be at most 92",
     ),
     "subset seed": (lambda: task().subset(2, 2, seed=HUGE), "seed must be at most"),

@@ -15,9 +15,10 @@ from hypothesis import given, strategies as st
 import lora_lens as ll
 from lora_lens.experiments.store import experiment
 from lora_lens.forgetting import fair_comparison, pareto
+from lora_lens.forgetting.run_groups import holm
 from lora_lens.reports.page import decimal, html_page, plain, points, with_interval
 from lora_lens.reports.tables import dominance_section, matched_accuracy
-from lora_lens.reports.words import holm, u_shape_section
+from lora_lens.reports.words import u_shape_section
 
 VOID = {"meta", "img", "br"}
 WINDOWS_AND_LORA = [("window", p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("LoRA", np.nan)]
