@@ -166,8 +166,8 @@ class Sweep(Kept):
 
         Returns:
             One row per run and evaluation: run, step, loss, accuracy, test_loss, retained_accuracy,
-            retained_loss, as in :class:`lora_lens.Run`; without the two test losses where an earlier version
-            kept the runs.
+            retained_loss, update, as in :class:`lora_lens.Run`; without the two test losses and the update
+            where an earlier version kept the runs.
         """
         return self._rows("curve")
 

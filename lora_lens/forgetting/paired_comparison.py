@@ -48,8 +48,8 @@ def against_baseline(
     Student's, and allow for the number of comparisons: together all intervals hold the truth in ``level`` of
     cases (Bonferroni; Dunn 1961, "Multiple comparisons among means"), and p is adjusted after Holm 1979, "A
     simple sequentially rejective multiple test procedure". Holm's is the sharper: wherever an interval leaves
-    out 0, p is at most 1 - ``level``, but not the other way round. ``docs/measures.md`` has how often both err
-    in simulated tables, and how few differences they find with few seeds.
+    out 0, p is at most 1 - ``level``, but not the other way round. ``docs/measures.md`` has how often both
+    err in simulated tables, and how few differences they find with few seeds.
 
     Three comparisons are possible, of which the first is the default:
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
+from scipy.stats import t as student, ttest_1samp
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
@@ -104,8 +104,9 @@ def student_p(values: ArrayLike) -> float:
     values = np.asarray(values, float)
     if len(values) < 2:
         return float("nan")
-    mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
-    return float(2 * student.sf(abs(mean) / error, len(values) - 1)) if error else float(mean == 0)
+    if not np.ptp(values):  # also where the rounding of their mean would make a deviation
+        return float(values[0] == 0)
+    return float(ttest_1samp(values, 0).pvalue)
 
 
 def resampled_interval(

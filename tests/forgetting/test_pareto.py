@@ -80,12 +80,12 @@ def test_a_front_of_known_rates_and_the_area_it_covers():
     row = pareto.front_by_method(runs(accuracy, lost)).iloc[0]
     assert (row["seeds"], row["rates"], row["on_front"]) == (2, 3, 2)
     assert row["hypervolume"] == pytest.approx(0.5 * 0.8 + 0.1 * 0.6)
-    # a quarter of all resamples draw one seed twice
-    assert row["hypervolume_low"] == pytest.approx(0.4 * 0.8 + 0.2 * 0.6)
-    assert row["hypervolume_high"] == pytest.approx(0.6 * 0.8)
+    # each seed alone covers 0.4 * 0.8 + 0.2 * 0.6 = 0.44 or 0.6 * 0.8 = 0.48; t is 12.7 with one degree
+    assert row["hypervolume_high"] - row["hypervolume"] == pytest.approx(12.7062 * 0.02, rel=1e-5)
+    assert row["hypervolume"] - row["hypervolume_low"] == pytest.approx(12.7062 * 0.02, rel=1e-5)
     guessing = pareto.front_by_method(runs(accuracy, lost), reference=(0.1, 0.1)).iloc[0]
     assert guessing["hypervolume"] == pytest.approx(0.4 * 0.7 + 0.1 * 0.5)
-    assert guessing["hypervolume_high"] == pytest.approx(0.5 * 0.7)
+    assert guessing["hypervolume_high"] == pytest.approx(0.33 + 12.7062 * 0.01, rel=1e-5)
 
 
 def test_the_interval_of_one_rate_is_that_of_its_mean():

@@ -427,11 +427,11 @@ LATER = {
         "prefix must be a whole number",
     ),
     "resamples": (
-        lambda: ll.forgetting.seed_interval([1, 2], resamples=HUGE),
+        lambda: ll.forgetting.u_shape_test(None, 1e-3, resamples=HUGE),
         "at most 100000, not 10",
     ),
     "seed": (
-        lambda: ll.forgetting.seed_interval([1, 2], seed=HUGE),
+        lambda: ll.forgetting.u_shape_test(None, 1e-3, seed=HUGE),
         "seed must be at most 92",
     ),
     "subset seed": (lambda: task().subset(2, 2, seed=HUGE), "seed must be at most"),
