@@ -1,11 +1,11 @@
 """How often intervals over few seeds hold the truth, and what the correction for many comparisons costs.
 
-    python benchmarks/intervals.py          # about a minute of one core; docs/measures.md has what it prints
+    python benchmarks/intervals.py          # half a minute of one core; docs/measures.md has what it says
 
-Simulated is a sweep: methods at four rates, of which the best is 2 points better than the next; what a seed
-does to all (2 points), to each method (0.7) and to each run (0.7). Noise is normal, skewed (exponential) or
-heavy-tailed (t with 3 degrees of freedom); "one wild" has a method whose noise is five times as large. Each
-seed is judged at the rate that is best by the others, and paired with the baseline.
+Simulated is a sweep: methods at four rates, of which the best is better than the next by 2 points ("clear")
+or by nothing ("flat"); what a seed does to all (2 points), to each method (0.7) and to each run (0.7). Noise
+is normal, skewed (exponential) or heavy-tailed (t with 3 degrees of freedom); "wild" has a method whose noise
+is five times as large. Each seed is judged at the rate that is best by the others, and paired with the baseline.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ NOISES = {
 }
 
 
-def differences(n: int, means: np.ndarray, kind: str, wild: float = 1.0, tables: int = TABLES) -> np.ndarray:
-    """(tables, n seeds, methods): each minus the first, at the rates that the other seeds choose."""
+def differences(
+    n: int, means: np.ndarray, kind: str, gap: float = 0.02, wild: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each method minus the first (tables, n, methods), and what they gain by choosing for themselves."""
     draw, m = NOISES[kind], len(means)
     scale = np.where(np.arange(m) == 1, wild, 1.0)[:, None] * 0.007
-    noise = (draw((tables, n, m, 1)) + draw((tables, n, m, RATES))) * scale
-    values = means[:, None] - 0.02 * (np.arange(RATES) - 2) ** 2 + noise
-    values += 0.02 * RANDOM.normal(size=(tables, n, 1, 1))
-    others = values.sum(1, keepdims=True) - values
-    chosen = np.take_along_axis(values, others.argmax(-1)[..., None], -1)[..., 0]
-    return chosen[..., 1:] - chosen[..., :1]
+    noise = (draw((TABLES, n, m, 1)) + draw((TABLES, n, m, RATES))) * scale
+    values = means[:, None] - gap * (np.arange(RATES) - 2) ** 2 + noise
+    values += 0.02 * RANDOM.normal(size=(TABLES, n, 1, 1))
+    sums = values.sum(1, keepdims=True)
+    places = (sums - values).argmax(-1), np.broadcast_to(sums.argmax(-1), values.shape[:-1])
+    chosen, settled = (np.take_along_axis(values, p[..., None], -1)[..., 0] for p in places)
+    found = chosen[..., 1:] - chosen[..., :1]
+    return found, (settled[..., 1:] - settled[..., :1]).mean(1) - found.mean(1)
 
 
 def covering(samples: np.ndarray) -> dict[str, float]:
@@ -57,32 +61,39 @@ def holm(p: np.ndarray) -> np.ndarray:
     return np.take_along_axis(adjusted, order.argsort(1), 1)
 
 
-def corrected(n: int, count: int, kind: str, wild: float) -> dict[str, float]:
+def p_values(found: np.ndarray, gain: np.ndarray | float, truth: np.ndarray | float = 0.0) -> np.ndarray:
+    """Student's (tables, methods), with the gain's square as variance, as ``at_rates_of_others`` says."""
+    n = found.shape[1]
+    error = np.sqrt(found.var(1, ddof=1) / n + np.square(gain))
+    return 2 * stats.t.sf(abs(found.mean(1) - truth) / error, n - 1)
+
+
+def corrected(n: int, count: int, kind: str, gap: float, wild: float) -> dict[str, float]:
     """Of ``count`` comparisons: how often any is wrong, and how many of those 3 points apart are found."""
-    row: dict[str, float] = {"any wrong, uncorrected": 0, "any wrong": 0, "interval misses": 0}
-    for effect in (0.0, 0.03):
-        means = np.where(np.arange(count + 1) % 2, effect, 0.0)
-        apart = means[1:] > 0
-        found = differences(n, means, kind, wild)
-        p = stats.ttest_1samp(found, 0, axis=1).pvalue
-        off = stats.ttest_1samp(found, means[1:], axis=1).pvalue
-        row["interval misses"] = max(row["interval misses"], (off.min(1) * count < 0.05).mean())
-        for name, adjusted in (("any wrong, uncorrected", p), ("any wrong", holm(p))):
-            row[name] = max(row[name], (adjusted[:, ~apart] <= 0.05).any(1).mean())
-    return row | {
-        "found": (holm(p)[:, apart] <= 0.05).mean(),
-        "by intervals": (p[:, apart] * count <= 0.05).mean(),
+    nothing = differences(n, np.zeros(count + 1), kind, gap, wild)
+    p, without = p_values(*nothing), p_values(nothing[0], 0.0)
+    means = np.where(np.arange(count + 1) % 2, 0.03, 0.0)
+    found, gain = differences(n, means, kind, gap, wild)
+    apart = means[1:] > 0
+    return {
+        "wrong, uncorrected": (p <= 0.05).any(1).mean(),
+        "wrong, choice ignored": (holm(without) <= 0.05).any(1).mean(),
+        "wrong": (holm(p) <= 0.05).any(1).mean(),
+        "intervals miss": (p_values(found, gain, means[1:]).min(1) * count < 0.05).mean(),
+        "found": (holm(p_values(found, gain))[:, apart] <= 0.05).mean(),
     }
 
 
 def main() -> None:
-    two = np.zeros(2)
-    coverage = {(kind, n): covering(differences(n, two, kind)[..., 0]) for kind in NOISES for n in SEEDS}
+    coverage = {
+        (kind, n): covering(differences(n, np.zeros(2), kind)[0][..., 0]) for kind in NOISES for n in SEEDS
+    }
     print(pd.DataFrame(coverage).T.round(3).to_string())
     cases = {
-        (kind, wild, count, n): corrected(n, count, kind, wild)
+        (kind, rates, noise, count, n): corrected(n, count, kind, gap, wild)
         for kind in NOISES
-        for wild in (1.0, 5.0)
+        for rates, gap in (("clear", 0.02), ("flat", 0.0))
+        for noise, wild in (("alike", 1.0), ("wild", 5.0))
         for count in (5, 20)
         for n in SEEDS
     }

@@ -22,9 +22,9 @@ from lora_lens.forgetting.run_groups import (
     DRIFTS,
     LEVEL,
     WINDOW,
+    at_rates_of_others,
     groups,
     mean_and_interval,
-    rates_of_others,
     seeds_by_rate,
     student_interval,
     window_columns,
@@ -126,8 +126,11 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
     rows = []
     for names, group in groups(table, [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
-        chosen = group[group["lr"] == group["seed"].map(rates_of_others(by_seed))]
-        row = {"lr": by_seed.mean().round(12).idxmax(), **_summary(chosen), "rates": by_seed.shape[1]}
+        places, best = at_rates_of_others(by_seed)
+        rates = pd.Series(by_seed.columns[places], by_seed.index)
+        chosen = group[group["lr"] == group["seed"].map(rates)]
+        settled = group[(group["lr"] == by_seed.columns[best]) & group["seed"].isin(rates.index)]
+        row = {"lr": by_seed.columns[best], **_summary(chosen, settled), "rates": by_seed.shape[1]}
         row["selected_on"] = "other seeds" if len(by_seed) > 1 else "same seeds"
         rows.append({**names, **row})
     return pd.DataFrame(rows)
@@ -328,10 +331,16 @@ def score_at_size(runs: pd.DataFrame, update: float, names: list[str]) -> list[f
     return PchipInterpolator(sizes, scores.to_numpy(float))(np.log(update)).tolist()
 
 
-def _summary(group: pd.DataFrame) -> dict[str, float]:
-    """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate."""
+def _summary(group: pd.DataFrame, settled: pd.DataFrame | None = None) -> dict[str, float]:
+    """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate.
+
+    Args:
+        settled: the same seeds' runs at the rate that is best over all of them, where the group's are at
+            those that others chose.
+    """
     scored = group.dropna(subset=SCORES)
     row = {"seeds": len(scored), "diverged": int(scored["diverged"].sum())}
     for score in SCORES:
-        row |= mean_and_interval(score, scored[score])
+        moved = 0.0 if settled is None else settled[score].mean() - scored[score].mean()
+        row |= mean_and_interval(score, scored[score], extra=moved**2)
     return row

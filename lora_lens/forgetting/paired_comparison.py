@@ -15,11 +15,11 @@ from lora_lens.forgetting.fair_comparison import SCORES, first_crossings, score_
 from lora_lens.forgetting.run_groups import (
     LEVEL,
     WINDOW,
+    at_rates_of_others,
     groups,
     holm,
     named,
     named_interval,
-    rates_of_others,
     seeds_by_rate,
     student_interval,
     student_p,
@@ -44,12 +44,15 @@ def against_baseline(
 
     Each is taken at its own best rate. The best of several noisy means is higher than it ought to be, so each
     seed is judged at the rate with the best mean value over the *other* seeds. The differences from the
-    baseline are those of equal seeds; what a seed does to both cancels. Their intervals and p values are
-    Student's, and allow for the number of comparisons: together all intervals hold the truth in ``level`` of
-    cases (Bonferroni; Dunn 1961, "Multiple comparisons among means"), and p is adjusted after Holm 1979, "A
-    simple sequentially rejective multiple test procedure". Holm's is the sharper: wherever an interval leaves
-    out 0, p is at most 1 - ``level``, but not the other way round. ``docs/measures.md`` has how often both
-    err in simulated tables, and how few differences they find with few seeds.
+    baseline are those of equal seeds; what a seed does to both cancels.
+
+    Their intervals and p values are Student's, wider where the rate is an open choice: its variance is
+    increased by the square of what the difference gains if each seed takes part in its own choice. Both allow
+    for the number of comparisons: together all intervals hold the truth in ``level`` of cases (Bonferroni;
+    Dunn 1961, "Multiple comparisons among means"), and p is adjusted after Holm 1979, "A simple sequentially
+    rejective multiple test procedure". Holm's is the sharper: wherever an interval leaves out 0, p is at most
+    1 - ``level``, but not the other way round. ``docs/measures.md`` has how often both err in simulated
+    tables, and how few differences they find with few seeds.
 
     Three comparisons are possible, of which the first is the default:
 
@@ -118,29 +121,31 @@ def against_baseline(
     _require_rates(found)
     reached = update is None and accuracy is not None
     read = [_read(names, group, update, reached=reached) for names, group in found]
-    base = read[place][0]
-    rows = []
+    base = read[place][0].add_prefix("baseline_")
+    rows, pairs = [], []
     for (names, _), (own, lr, rates) in zip(found, read, strict=True):
         if len(shared := own.index.intersection(base.index)) < 2:
             raise InputError(
                 f"{named(names)} and the baseline have {len(shared)} seeds in common, at least 2 are needed; "
                 "run both with the same seeds, or drop the rows"
             )
-        pairs = pd.DataFrame({"value": own, "baseline_value": base}).dropna()
-        rows.append({**names, "seeds": len(pairs), "rates": rates, "lr": lr, **pairs.mean(), "pairs": pairs})
-    del rows[place]
+        pairs.append(own.join(base).dropna())
+        means = pairs[-1].mean()[["value", "baseline_value"]]
+        rows.append({**names, "seeds": len(pairs[-1]), "rates": rates, "lr": lr, **means})
+    del rows[place], pairs[place]
     if not rows:
         raise InputError("there is nothing but the baseline; sweep some windows or methods")
-    result = pd.DataFrame(rows)
-    pairs = result.pop("pairs")
     differences = [(p["value"] - p["baseline_value"]).round(12) for p in pairs]  # 0.3 - 0.1 is not 0.2
+    settled = [(p["settled"] - p["baseline_settled"]).mean() for p in pairs]
+    extra = [(after - d.mean()) ** 2 for after, d in zip(settled, differences, strict=True)]
     made = max(sum(len(d) > 1 for d in differences), 1)
     if comparisons is not None:
         made = whole_number(comparisons, "comparisons", least=made, most=MOST_COMPARISONS)
-    intervals = [student_interval(d, level=1 - (1 - level) / made) for d in differences]
-    p = np.array([student_p(d) for d in differences])
+    told = list(zip(differences, extra, strict=True))
+    intervals = [student_interval(d, extra=more, level=1 - (1 - level) / made) for d, more in told]
+    p = np.array([student_p(d, more) for d, more in told])
     unknown = np.ones(made - int((~np.isnan(p)).sum()))  # of the other tables: as if none differed
-    return result.assign(
+    return pd.DataFrame(rows).assign(
         difference=[d.mean() for d in differences],
         **pd.DataFrame([named_interval("difference", interval) for interval in intervals]),
         p=holm(np.append(p, unknown))[: len(p)],
@@ -214,23 +219,24 @@ def _require_rates(found: list[tuple[dict[str, object], pd.DataFrame]]) -> None:
 
 def _read(
     names: dict[str, object], group: pd.DataFrame, update: float | None, *, reached: bool
-) -> tuple[pd.Series, float, int]:
-    """(value by seed, best rate by all seeds, how many rates) of one window or method."""
+) -> tuple[pd.DataFrame, float, int]:
+    """(by seed value and settled, best rate by all seeds, how many rates) of one window or method.
+
+    Value is that at the rate which the other seeds choose, settled that at the one which all do.
+    """
     if update is not None:
         seeds = {seed: runs[runs["size"] > 0] for seed, runs in group.groupby("seed")}
         at = {s: score_at_size(runs, update, ["value"]) if len(runs) else None for s, runs in seeds.items()}
-        return (
-            pd.Series({s: np.nan if v is None else v[0] for s, v in at.items()}),
-            np.nan,
-            group["lr"].nunique(),
-        )
+        values = pd.Series({seed: np.nan if one is None else one[0] for seed, one in at.items()})
+        return pd.DataFrame({"value": values, "settled": values}), np.nan, group["lr"].nunique()
     by_seed = seeds_by_rate(group, "retained_before" if reached else "value", names)
     rates = by_seed.shape[1]
     if reached:
         values = group.pivot(index="seed", columns="lr", values="value")
         by_seed = values.loc[by_seed.index, by_seed.columns].dropna(axis=1)
         if by_seed.empty:
-            return pd.Series(np.nan, by_seed.index), np.nan, rates
-    chosen = rates_of_others(by_seed)
-    own = pd.Series({seed: by_seed.at[seed, rate] for seed, rate in chosen.items()})
-    return own, float(by_seed.mean().round(12).idxmax()), rates
+            return pd.DataFrame(np.nan, by_seed.index, ["value", "settled"]), np.nan, rates
+    places, best = at_rates_of_others(by_seed)
+    values = by_seed.to_numpy(float)
+    both = {"value": values[np.arange(len(values)), places], "settled": values[:, best]}
+    return pd.DataFrame(both, by_seed.index), float(by_seed.columns[best]), rates

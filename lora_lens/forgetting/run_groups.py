@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import t as student, ttest_1samp
+from scipy.stats import t as student
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
@@ -70,17 +70,26 @@ def rates_in(table: pd.DataFrame) -> str:
     return ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))
 
 
-def rates_of_others(by_seed: pd.DataFrame) -> pd.Series:
-    """For each seed the rate with the best mean over the *other* seeds, of scores (seeds, rates).
+def at_rates_of_others(by_seed: pd.DataFrame) -> tuple[np.ndarray, int]:
+    """(for each seed the place of the rate with the best mean over the *other* seeds, that over all).
 
     Of equals it is the lowest. A lone seed has no others, so it chooses for itself.
+
+    Where rates are nearly as good as each other, seeds choose different ones, and Student's t of what each
+    has there is too narrow: a seed is high where the others are not, so such values hang together, and all
+    of them move if one seed does. What the mean would be if each seed took part in its own choice tells how
+    much; its squared distance is the ``extra`` variance to add. ``docs/measures.md`` has the simulation.
+
+    Args:
+        by_seed: scores (seeds, rates).
     """
-    others = by_seed.sum() - by_seed if len(by_seed) > 1 else by_seed
-    return others.round(12).idxmax(axis=1)  # equals differ by rounding
+    scores = by_seed.to_numpy(float)
+    others = scores.sum(0) - scores if len(scores) > 1 else scores
+    return others.round(12).argmax(1), int(scores.sum(0).round(12).argmax())  # equals differ by rounding
 
 
-def student_interval(*samples: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
-    """(low, high) of the mean by Student's t; NaN where no sample has two values.
+def student_interval(*samples: ArrayLike, level: float = LEVEL, extra: float = 0.0) -> tuple[float, float]:
+    """(low, high) of a mean by Student's t; NaN where no sample has two values.
 
     Args:
         samples: values whose mean is wanted, one per seed. Several samples of one mean are its means over
@@ -88,25 +97,30 @@ def student_interval(*samples: ArrayLike, level: float = LEVEL) -> tuple[float, 
             freedom of Welch and Satterthwaite (Satterthwaite 1946, "An approximate distribution of estimates
             of variance components").
         level: of the interval.
+        extra: variance of the mean that the samples do not show, see :func:`at_rates_of_others`.
     """
-    arrays = [np.asarray(sample, float) for sample in samples]
-    spread = [(a.var(ddof=1) / len(a), len(a) - 1) for a in arrays if len(a) > 1]
-    if not spread:
-        return float("nan"), float("nan")
-    variance = sum(v for v, _ in spread)
-    freedom = variance**2 / sum(v**2 / n for v, n in spread) if variance else 1.0
-    mean, half = arrays[0].mean(), student.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
+    mean, error, freedom = _student(samples, extra)
+    half = error * student.ppf((1 + level) / 2, freedom)
     return float(mean - half), float(mean + half)
 
 
-def student_p(values: ArrayLike) -> float:
-    """The two-sided p value of a mean of 0 by Student's t; NaN for fewer than two values."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float("nan")
-    if not np.ptp(values):  # also where the rounding of their mean would make a deviation
-        return float(values[0] == 0)
-    return float(ttest_1samp(values, 0).pvalue)
+def student_p(values: ArrayLike, extra: float = 0.0) -> float:
+    """The two-sided p value of a mean of 0, of the same t; NaN for fewer than two values."""
+    mean, error, freedom = _student([values], extra)
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * student.sf(abs(mean) / error, freedom))
+
+
+def _student(samples: Sequence[ArrayLike], extra: float) -> tuple[float, float, float]:
+    """(mean, its standard error, degrees of freedom)."""
+    arrays = [np.asarray(sample, float) for sample in samples]
+    spread = [(a.var(ddof=1) / len(a), len(a) - 1) for a in arrays if len(a) > 1]
+    if not spread:
+        return (float("nan"),) * 3
+    variance = sum(v for v, _ in spread)
+    freedom = variance**2 / sum(v**2 / n for v, n in spread) if variance else spread[0][1]
+    return arrays[0].mean(), np.sqrt(variance + extra), freedom
 
 
 def resampled_interval(
@@ -130,11 +144,11 @@ def resampled_interval(
     return float(low), float(high)
 
 
-def mean_and_interval(name: str, values: ArrayLike) -> dict[str, float]:
+def mean_and_interval(name: str, values: ArrayLike, extra: float = 0.0) -> dict[str, float]:
     """The mean over seeds and its interval, named; NaN where there are no values."""
     values = np.asarray(values, float)
     mean = float(values.mean()) if len(values) else np.nan
-    return {name: mean} | named_interval(name, student_interval(values))
+    return {name: mean} | named_interval(name, student_interval(values, extra=extra))
 
 
 def named_interval(name: str, interval: tuple[float, float]) -> dict[str, float]:

@@ -52,7 +52,7 @@ def test_all_intervals_together_hold_the_truth_and_few_differences_are_invented(
     random, effects = np.random.default_rng(0), np.array([0.0, 0.0, 0.0, 0.03, 0.03, 0.03])
     one, of_six = student.ppf([0.975, 1 - 0.025 / 6], seeds - 1)
     held, alone, invented, found = [], [], [], []
-    for _ in range(70):
+    for _ in range(60):
         result = against_baseline(simulated(effects, seeds, random, noise), "m0")
         low, high, called = result["difference_low"], result["difference_high"], result["p"] <= 0.05
         off, half = (result["difference"] - effects).abs(), (high - low) / 2
@@ -66,12 +66,13 @@ def test_all_intervals_together_hold_the_truth_and_few_differences_are_invented(
     assert np.mean(found) > {3: 0.05, 7: 0.7}[seeds]
 
 
-def test_little_is_invented_where_nothing_differs_and_many_are_compared():
+def test_little_is_invented_where_all_rates_are_equally_good():
     random = np.random.default_rng(1)
-    found = [against_baseline(simulated(np.zeros(20), 5, random), "m0") for _ in range(20)]
-    assert np.mean([(result["p"] <= 0.05).any() for result in found]) <= 0.15
-    one_by_one = [(result["difference"].abs() > 0.01).any() for result in found]
-    assert np.mean(one_by_one) > 0.3  # about two standard errors
+    swept = [table(random.normal(0.5, 0.05, (7, 4, 7))) for _ in range(40)]
+    found = [against_baseline(runs, "m0", "accuracy") for runs in swept]
+    assert np.mean([(result["p"] <= 0.05).any() for result in found]) <= 0.1
+    uncorrected = [against_baseline(runs[runs["method"].isin(["m0", "m1"])], "m0") for runs in swept]
+    assert np.mean([result["p"].item() <= 0.05 for result in uncorrected]) <= 0.15
 
 
 def test_a_choice_among_rates_flatters_neither():
@@ -105,6 +106,11 @@ def test_each_seed_is_judged_at_the_rate_that_is_best_by_the_others():
     accuracy |= {(0.0, 0.1): [0.9, 0.7, 0.5], (0.0, 0.2): [0.6, 0.7, 0.7]}
     row = against_baseline(runs(accuracy), MIDDLE, "accuracy").iloc[0]
     assert row["value"] == pytest.approx((0.6 + 0.7 + 0.5) / 3) and row["lr"] == 0.1
+    # at 0.1, which all seeds together would take, it is 0.7: the choice is open, and the interval wider
+    half = student.ppf(0.975, 2) * (np.var([0.1, 0.2, 0.0], ddof=1) / 3 + 0.1**2) ** 0.5
+    assert row["difference_high"] - row["difference"] == pytest.approx(half)
+    t = row["difference"] / half * student.ppf(0.975, 2)
+    assert row["p"] == pytest.approx(2 * student.sf(t, 2))
 
 
 def test_more_comparisons_widen_the_intervals_and_raise_p():
@@ -129,7 +135,9 @@ def test_more_comparisons_widen_the_intervals_and_raise_p():
 def test_equal_methods_do_not_differ_by_rounding():
     values = np.array([[0.1 + 0.2, 0.7, 0.6], [0.3, 0.7, 0.6], [0.5, 0.9, 0.8]])[:, None]
     result = against_baseline(table(values), "m0")
-    assert result["p"].tolist() == [1, 0] and result["difference"].tolist() == pytest.approx([0, 0.2])
+    assert result["p"].tolist() == pytest.approx([1, 0]) and result["difference"].tolist() == pytest.approx(
+        [0, 0.2]
+    )
 
 
 def test_at_equal_accuracy_runs_are_read_where_they_first_reach_it():

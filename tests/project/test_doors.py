@@ -209,6 +209,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "tasks.only_classes": ([0, 1],),
         "tasks.permuted": (0,),
         "tasks.rotated": (10,),
+        "forgetting.against_baseline": ("LoRA",),
         "forgetting.at_matched_accuracy": (drifts(), 0.5),
         "forgetting.at_matched_update": (drifts(), 0.5),
         "widgets.forgotten_explorer": (task(),),
