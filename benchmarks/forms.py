@@ -3,8 +3,9 @@
     python benchmarks/forms.py [--out benchmarks/results]
 
 Attaching with given spectra to ViT-B/16 with random weights, on a copy, and how many of its adapted weights
-that copies; and training steps (forward, backward, AdamW) of ViT-S/16 and SmolLM2-135M, one thread, float32:
-by the forward pass that PEFT gives ``Trainer``, and by the layers that ``ll.finetune`` uses.
+that copies; and training steps (forward, backward, AdamW) of ViT-S/16 and SmolLM2-135M, one thread, in
+float32 and bfloat16: by the forward pass that PEFT gives ``Trainer``, and by the layers that ``ll.finetune``
+uses.
 Forms alternate in one process, in processor seconds, so that other work on the machine matters little: read
 the ratios.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
+from itertools import product
 
 import timm
 import torch
@@ -25,7 +28,8 @@ from lora_lens.training.lean_forward import lean_layers
 
 FORMS = ("residual", "offset")
 RANKS = (8, 16)
-REPEATS, STEPS = 7, 7
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REPEATS, STEPS = 7, 5
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -84,20 +88,23 @@ def main() -> None:
     images = torch.randn(4, 3, 224, 224)
     words = torch.randint(0, 1000, (2, 128))
     with threads(1):
-        for label, model, batch in (("ViT-S/16", small, images), ("SmolLM2", smol, words)):
-            for rank in RANKS:
-                window = ll.Window.middle(rank)
-                own = ll.spectra(model, vectors=[window], progress=False)
-                both = {
-                    form: ll.attach(model, window, spectra=own, variant=ll.Variant(base=form)).train()
-                    for form in FORMS
-                }
-                for path, lean in (("PEFT's layers", False), ("ll.finetune's layers", True)):
-                    name = f"step, {label}, rank {rank}, {path}"
-                    times = alternating({f: step(a, batch, lean) for f, a in both.items()}, STEPS, name)
-                    pairs = zip(*times.values(), strict=True)
-                    ratio = statistics.median(offset / residual for residual, offset in pairs)
-                    rows.append([name, *(spread(times[form]) for form in FORMS), f"{ratio:.2f}"])
+        todo = product((("ViT-S/16", small, images), ("SmolLM2", smol, words)), PRECISIONS, RANKS)
+        for (label, model, batch), precision, rank in todo:
+            dtype = PRECISIONS[precision]
+            model = deepcopy(model).to(dtype)
+            batch = batch.to(dtype) if batch.is_floating_point() else batch
+            window = ll.Window.middle(rank)
+            own = ll.spectra(model, vectors=[window], progress=False)
+            both = {
+                form: ll.attach(model, window, spectra=own, variant=ll.Variant(base=form)).train()
+                for form in FORMS
+            }
+            for path, lean in (("PEFT's layers", False), ("ll.finetune's layers", True)):
+                name = f"step, {label}, {precision}, rank {rank}, {path}"
+                times = alternating({f: step(a, batch, lean) for f, a in both.items()}, STEPS, name)
+                pairs = zip(*times.values(), strict=True)
+                ratio = statistics.median(offset / residual for residual, offset in pairs)
+                rows.append([name, *(spread(times[form]) for form in FORMS), f"{ratio:.2f}"])
     text = f"Two forms of one start: processor seconds, median and range. {machine()}.\n\n"
     publish(arguments.out, "forms", text + markdown(["", *FORMS, "offset / residual"], rows))
 

@@ -6,7 +6,8 @@
 Each method is trained at its own best rate of the stored sweep (the largest mean of accuracy - forgetting),
 with seeds that the sweep has not seen. The whole update is then scaled by t; t is chosen by accuracy -
 forgetting on 400 test examples of each task, and scores are measured on others: 1,000 of each, 500 in
-minilm. Settings and seeds that the file holds already are not run again.
+minilm. In smollm2, which was trained at one rate, t is chosen on 150 film reviews and 30 newspaper texts, and
+measured on 300 and 60. Settings and seeds that the file holds already are not run again.
 
 One row per measured point. Columns: setting, method, lr, seed; part, "validation" or "test", which
 has the trained model (t = 1) and the chosen t; t, accuracy, forgetting.
@@ -27,7 +28,6 @@ from run_sweeps import BATCH, EXAMPLES, STEPS
 from sweeping import HERE
 
 import lora_lens as ll
-from lora_lens.experiments.advisor import value_of
 
 METHODS = {
     "first": ll.Window.first(8),
@@ -36,13 +36,15 @@ METHODS = {
     "LoRA": ll.LoRA(8),
 }
 POINTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-CHOOSING = torch.arange(1000, 1400)  # test examples that no score is taken from
 FIRST_SEED = 100
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """A model, what it learns, what it knew, how many test examples give scores, and how it is trained."""
+    """A model, what it learns, what it knew, how many test examples give scores, and how it is trained.
+
+    ``chosen_on`` are the test examples of each task that t is chosen on, from ``points``.
+    """
 
     model: torch.nn.Module
     task: ll.Task
@@ -50,6 +52,9 @@ class Setting:
     tested: tuple[int, int] = (EXAMPLES["test"], EXAMPLES["test"])
     train: int | None = EXAMPLES["train"]
     steps: int = STEPS
+    batch: int = BATCH
+    chosen_on: tuple[range, range] = (range(1000, 1400), range(1000, 1400))
+    points: tuple[float, ...] = POINTS
 
 
 def digits() -> Setting:
@@ -73,13 +78,31 @@ def minilm() -> Setting:
     )
 
 
-SETTINGS = {"digits": digits, "new_classes": new_classes, "minilm": minilm}
+@cache
+def smollm2() -> Setting:
+    """As in run_language_sweeps.py, but in float32."""
+    model, tokenizer = ll.tasks.bundled.smollm2(), ll.tasks.bundled.smollm2_tokenizer()
+    texts = ll.tasks.bundled_texts
+    return Setting(
+        model,
+        ll.tasks.label_word_task(texts.sentiment("movies"), tokenizer),
+        ll.tasks.language_task(texts.articles(), tokenizer),
+        tested=(300, 60),
+        train=None,
+        steps=60,
+        batch=16,
+        chosen_on=(range(1000, 1150), range(100, 130)),
+        points=(0.4, 0.55, 0.7, 0.85, 1.0),
+    )
+
+
+SETTINGS = {"digits": digits, "new_classes": new_classes, "minilm": minilm, "smollm2": smollm2}
 
 
 def best_rates(setting: str, folder: Path) -> dict[str, float]:
     """Of each method, by the stored sweep."""
     table = ll.Sweep.open(folder / f"{setting}.jsonl.xz").table
-    table = table.assign(value=value_of(table, 1.0))
+    table = table.assign(value=table["accuracy"] - table["forgetting"])
     places = {"first": 0.0, "middle": 0.5, "last": 1.0}
     found = {}
     for name in METHODS:
@@ -92,15 +115,24 @@ def best_rates(setting: str, folder: Path) -> dict[str, float]:
 def points(name: str, seed: int, folder: Path) -> Iterator[dict[str, object]]:
     setting = SETTINGS[name]()
     model, tasks = setting.model, (setting.task, setting.retain)
-    choosing = [replace(one, test=one.test.take(CHOOSING)) for one in tasks]
+    choosing = [
+        replace(one, test=one.test.take(torch.tensor(part)))
+        for one, part in zip(tasks, setting.chosen_on, strict=True)
+    ]
     testing = [one.first(test=count) for one, count in zip(tasks, setting.tested, strict=True)]
     task = setting.task.first(setting.train, test=50)
     for method, lr in best_rates(name, folder).items():
         adapted = ll.attach(model, METHODS[method], seed=seed)
-        settings = {"steps": setting.steps, "batch_size": BATCH, "lr": lr, "seed": seed, "evaluations": 2}
+        settings = {
+            "steps": setting.steps,
+            "batch_size": setting.batch,
+            "lr": lr,
+            "seed": seed,
+            "evaluations": 2,
+        }
         run = ll.finetune(adapted, task, progress=False, **settings)
         shared = {"readout": run.head, "progress": False}
-        chosen = ll.rewind(adapted, *choosing, t=POINTS, **shared)
+        chosen = ll.rewind(adapted, *choosing, t=setting.points, **shared)
         measured = ll.rewind(adapted, *testing, t=[chosen.best().t, 1], **shared)
         about = {"setting": name, "method": method, "lr": lr, "seed": seed}
         for part, rewound in (("validation", chosen), ("test", measured)):

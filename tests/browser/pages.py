@@ -96,7 +96,8 @@ class Explorer:
         return self._labelled(label).locator("select")
 
     def options(self, label: str) -> list[str]:
-        return self.select(label).locator("option").all_inner_texts()
+        """As they are written in Python: ipywidgets shows their spaces as no-break spaces."""
+        return [text.replace("\xa0", " ") for text in self.select(label).locator("option").all_inner_texts()]
 
     def button(self, label: str) -> Locator:
         return self.root.locator("button").filter(has_text=re.compile(f"^{re.escape(label)}$"))

@@ -219,3 +219,11 @@ class TestAfterTraining(EveryNotebook):
         explorer.changed(
             lambda: explorer.press("t", "ArrowRight"), lambda view: "whole update at t = 0.2:" in view.alt
         )
+
+    def test_another_path_has_points_of_its_own(self, explorer: Explorer):
+        path = explorer.options("path")[-1]
+        explorer.changed(
+            lambda: explorer.select("path").select_option(label=path),
+            lambda view: view.alt.startswith(f"{path} at t = "),
+        )
+        explorer.changed(lambda: explorer.press("t", "Home"), lambda view: f"{path} at t = 0:" in view.alt)
