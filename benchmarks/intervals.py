@@ -5,7 +5,8 @@
 Simulated is a sweep: methods at four rates, of which the best is better than the next by 2 points ("clear")
 or by nothing ("flat"); what a seed does to all (2 points), to each method (0.7) and to each run (0.7). Noise
 is normal, skewed (exponential) or heavy-tailed (t with 3 degrees of freedom); "wild" has a method whose noise
-is five times as large. Each seed is judged at the rate that is best by the others, and paired with the baseline.
+is five times as large. Each seed is judged at the rate that is best by the others, and paired with the
+baseline.
 """
 
 from __future__ import annotations

@@ -425,7 +425,8 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def test_the_pages_have_blocks_to_run():
-    assert {page for page, _ in BLOCKS} == {"after_training.md", "loops.md", "measures.md", "models.md", "texts.md"}
+    pages = {"after_training.md", "loops.md", "measures.md", "models.md", "texts.md"}
+    assert {page for page, _ in BLOCKS} == pages
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page} {i}" for i, (page, _) in enumerate(BLOCKS)])

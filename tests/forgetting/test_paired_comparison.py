@@ -191,7 +191,7 @@ def test_what_cannot_be_compared_is_refused_in_words():
     for given, options, message in (
         (swept, {"baseline": "LoRA"}, r"'LoRA' fits 0 of the 2 .*: window \(rank 8, position 0.0\), window"),
         (swept, {"baseline": "window"}, "'window' fits 2 of the 2"),
-        (swept, {"value": "acuracy"}, "not 'acuracy': .* there are rank, position"),
+        (swept, {"value": "correct"}, "not 'correct': .* there are rank, position"),
         (swept, {"value": "method"}, "a column of numbers"),
         (swept, {"value": "accuracy +"}, "expression"),
         (swept[swept["seed"] == 0], {}, "have 1 seeds in common, at least 2"),
