@@ -391,7 +391,7 @@ def test_without_windows_the_question_is_not_asked(tmp_path):
 def test_without_windows_no_test_is_among_the_limits(tmp_path):
     methods = [("LoRA", np.nan), ("full fine-tuning", np.nan)]
     text = Page(ll.reports.report(made_up(methods, (0.005,), seeds=3), tmp_path / "p.html")).text
-    assert "Intervals resample 3 seeds" in text and "A single test of a U-shape" not in text
+    assert "Intervals are Student's, over 3 seeds" in text and "A single test of a U-shape" not in text
 
 
 def test_one_seed_has_no_test_and_no_intervals(tmp_path):
