@@ -168,9 +168,9 @@ def early_updates(curves: pd.DataFrame) -> pd.Series:
         >>> ll.forgetting.early_updates(curves).to_dict()
         {'a': 0.3}
     """
-    if isinstance(curves, pd.DataFrame) and "update" not in curves:
+    if isinstance(curves, pd.DataFrame) and curves.get("update", pd.Series(dtype=float)).isna().all():
         raise InputError(
-            "these runs were kept without the size of their update at the evaluations; sweep again, or "
+            "these runs were kept without the size of their update at the evaluations; sweep again, with fuse=1, or "
             "compare at its size at the end, ll.forgetting.relative_updates(sweep.drifts())"
         )
     curves = checked(curves, ["run", "step", "update"], "the table of curves", "sweep.curves()")
