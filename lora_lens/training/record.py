@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lora_lens.tasks.readouts import HeadReadout, Readout
 from lora_lens.tasks.task import Task
 from lora_lens.training.run import Run
 from lora_lens.training.settings import Training
+from lora_lens.training.update_norms import update_norms
 
 Test = tuple[Task, Readout]
 
@@ -93,6 +95,7 @@ class Record:
         """Test the new and the retained task: one row more."""
         known = self.before if step == 0 else Before()
         new = known.task or self._ask(model, self.new)
+        norms = update_norms(model)
         row = {
             "step": step,
             "loss": float(np.mean(self.losses)) if self.losses else float("nan"),
@@ -100,6 +103,7 @@ class Record:
             "test_loss": new.loss,
             "retained_accuracy": float("nan"),
             "retained_loss": float("nan"),
+            "update": math.hypot(*norms.values()) if norms else float("nan"),
         }
         if self.retained is not None:
             self._answers.append(known.retain or self._ask(model, self.retained))
