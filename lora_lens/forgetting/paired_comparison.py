@@ -170,8 +170,8 @@ def early_updates(curves: pd.DataFrame) -> pd.Series:
     """
     if isinstance(curves, pd.DataFrame) and curves.get("update", pd.Series(dtype=float)).isna().all():
         raise InputError(
-            "these runs were kept without the size of their update at the evaluations; sweep again, with "
-            "fuse=1, or compare at its size at the end, ll.forgetting.relative_updates(sweep.drifts())"
+            "these runs were kept without the size of their update at the evaluations; sweep again, "
+            "or compare at its size at the end, ll.forgetting.relative_updates(sweep.drifts())"
         )
     curves = checked(curves, ["run", "step", "update"], "the table of curves", "sweep.curves()")
     return curves[curves["step"] > 0].sort_values("step").groupby("run", sort=False)["update"].first()
