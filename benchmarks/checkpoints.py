@@ -43,7 +43,7 @@ RANK = 16
 
 
 def write_fp8(folder: Path, width: int, gigabytes: float) -> None:
-    hidden = round(width * 11008 / 4096)
+    hidden = max(1, round(width * 11008 / 4096 / BLOCK)) * BLOCK
     blocks = max(1, round(gigabytes * 1e9 / (4 * width * width + 3 * width * hidden)))
     config = LlamaConfig(
         hidden_size=width,
@@ -113,7 +113,7 @@ def measure(tool: str, folder: Path, count: int) -> None:
 def of_fp8(folder: Path, arguments: argparse.Namespace) -> str:
     write_fp8(folder, arguments.width, arguments.gigabytes)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
-    matrix = 8 * arguments.width * round(arguments.width * 11008 / 4096)
+    matrix = 8 * arguments.width * max(1, round(arguments.width * 11008 / 4096 / BLOCK)) * BLOCK
     rows, seconds, values = [], {}, {}
     for tool in TOOLS:
         command = [sys.executable, __file__, "--measure", tool, str(folder)]

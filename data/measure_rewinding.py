@@ -154,7 +154,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             lead = own - values[setting, "LoRA"]
             row = {"setting": setting, "at": at, "method": method, "value": own.mean(), "lead": lead.mean()}
             if method != "LoRA":
-                row["low"], row["high"] = ll.forgetting.bootstrap_interval(lead.to_numpy())
+                row["low"], row["high"] = ll.forgetting.seed_interval(lead.to_numpy())
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -315,8 +315,14 @@ def trained_update(layer: LoraLayer, start: Start | None) -> tuple[Tensor, Tenso
     if b.shape != b0.shape:  # rewound for a while, see lora_lens.rewind
         b, a = widened(b, a, b0, a0)
         return scaling * b, a
+    b, a = product_change(b, a, b0, a0)
+    return scaling * b, a
+
+
+def product_change(b: Tensor, a: Tensor, b0: Tensor, a0: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of B A - B_0 A_0, which lose nothing where it is small; all are (out, r) or (r, in)."""
     if torch.equal(b, b0):
-        return scaling * b, a - a0
+        return b, a - a0
     if torch.equal(a, a0):
-        return scaling * (b - b0), a
-    return scaling * torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
+        return b - b0, a
+    return torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])

@@ -10,20 +10,16 @@ both as shares in [0, 1]. Weight 1 counts a point forgotten as much as a point l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from textwrap import fill
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, shown
 from lora_lens.adapters.methods import MethodLike
-from lora_lens.forgetting.fair_comparison import bootstrap_interval
-from lora_lens.forgetting.run_groups import FEWEST_SEEDS, WINDOW
+from lora_lens.forgetting.run_groups import FEWEST_SEEDS, WINDOW, student_interval
 from lora_lens.spectrum.window import Placement, Window
 
 SETTINGS = ["alpha", "targets", "variant", "steps", "batch_size", "warmup", "weight_decay"]
@@ -41,7 +37,7 @@ class Advice:
         value: of a sweep, accuracy - weight * forgetting, the mean over the seeds that did not take part in
             the choice. Where nothing was trained, what the method gained on average over the middle window
             in the stored sweeps, see :func:`lora_lens.advise`.
-        interval: its 95% interval, over these seeds by :func:`lora_lens.forgetting.bootstrap_interval`, or
+        interval: its 95% interval, over these seeds by :func:`lora_lens.forgetting.seed_interval`, or
             over the stored settings and their seeds.
         words: the recommendation, how it was found and how sure it is, in sentences.
         evidence: the table behind it, see the function that gave the advice.
@@ -80,14 +76,13 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     """The window and rate of a finished sweep with the highest mean value, and which others may be as good.
 
     The best of many noisy means is higher than it ought to be. With at least 4 seeds the choice is made on
-    the lower half of them (by number), and all reported numbers come from the other half, as in
-    :func:`lora_lens.forgetting.at_own_best_rate`. Only windows are recommended, on the seeds that were run
-    with every one of them at every rate; other methods take part in the comparison.
+    the lower half of them (by number), and all reported numbers come from the other half. Only windows are
+    recommended, on the seeds that were run with every one of them at every rate; other methods take part in
+    the comparison.
 
     Another row differs from the recommended one if Student's 95% interval of their differences at equal
-    seeds excludes 0; the bootstrap's interval is too narrow for the few seeds that are left. With one seed
-    no rows differ. The interval is not corrected for the number of rows, so among many a few differ by
-    chance.
+    seeds excludes 0. With one seed no rows differ. The interval is not corrected for the number of rows, so
+    among many a few differ by chance; :func:`lora_lens.forgetting.against_baseline` corrects.
 
     Args:
         table: from :func:`lora_lens.sweep`, or that of :meth:`lora_lens.Sweep.open`.
@@ -124,7 +119,7 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     best = choosing.mean().idxmax()
     evidence = _compared(cells, values, best, seeds)
     row = evidence[evidence["recommended"]].iloc[0]
-    interval = bootstrap_interval(values.loc[seeds, best])
+    interval = student_interval(values.loc[seeds, best])
     how = "chosen on other seeds" if others else "chosen on the same seeds, so the value leans upwards"
     words = (
         f"Take {_named(row)}: {_in_words(row['value'], interval, len(seeds), weight)}. It is the best of "
@@ -191,19 +186,11 @@ def _compared(cells: pd.DataFrame, values: pd.DataFrame, best: int, seeds: pd.In
     for cell, names in cells.iterrows():
         own = values.loc[seeds, cell].dropna()
         difference = own - values.loc[own.index, best]
-        low, high = _student_interval(difference.to_numpy())
+        low, high = student_interval(difference)
         row = {"seeds": len(own), "value": own.mean(), "difference": difference.mean()}
         row |= {"difference_low": low, "difference_high": high, "apart": bool(low > 0 or high < 0)}
         rows.append({**names, **row, "recommended": cell == best})
     return pd.DataFrame(rows).sort_values("value", ascending=False, kind="stable", ignore_index=True)
-
-
-def _student_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """mean -+ t s / sqrt(n); NaN for fewer than two values."""
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
 
 
 def _rivals(evidence: pd.DataFrame, seeds: int) -> str:

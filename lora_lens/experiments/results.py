@@ -24,7 +24,9 @@ from lora_lens.forgetting.fair_comparison import (
     at_matched_accuracy,
     at_matched_update,
     at_own_best_rate,
+    relative_updates,
 )
+from lora_lens.forgetting.paired_comparison import against_baseline, early_updates
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -164,8 +166,8 @@ class Sweep(Kept):
 
         Returns:
             One row per run and evaluation: run, step, loss, accuracy, test_loss, retained_accuracy,
-            retained_loss, as in :class:`lora_lens.Run`; without the two test losses where an earlier version
-            kept the runs.
+            retained_loss, update, as in :class:`lora_lens.Run`; without the two test losses and the update
+            where an earlier version kept the runs.
         """
         return self._rows("curve")
 
@@ -264,6 +266,43 @@ class Sweep(Kept):
         if update is not None:
             return at_matched_update(self.table, self.drifts(), update)
         return at_own_best_rate(self.table)
+
+    def against(
+        self,
+        baseline: str | Mapping[str, object],
+        value: str = "accuracy - forgetting",
+        *,
+        accuracy: float | None = None,
+        update: float | None = None,
+        early_update: float | None = None,
+        comparisons: int | None = None,
+    ) -> pd.DataFrame:
+        """How much better than a baseline all others are, and what of it is more than chance.
+
+        As :func:`lora_lens.forgetting.against_baseline`, with the sweep's own curves and drifts.
+
+        Args:
+            baseline: its name in the column method, or its columns.
+            value: what is compared, larger being better: a column, or an expression of several.
+            accuracy: where they first reach this accuracy on the new task, in [0, 1].
+            update: at this size of the update at the end, relative to the weights.
+            early_update: at this size of the update at the first evaluation after the start.
+            comparisons: how many are made in all, where this sweep is one of several.
+
+        Without any of the three each at its own best rate.
+
+        Raises:
+            ValueError: several are given, or as that function.
+        """
+        at = {"accuracy": accuracy, "update": update, "early_update": early_update}
+        if len(given := [name for name, one in at.items() if one is not None]) > 1:
+            raise InputError(f"compare at one of accuracy, update and early_update, not at {listed(given)}")
+        sizes = None if update is None else relative_updates(self.drifts())
+        if early_update is not None:
+            update, sizes = early_update, early_updates(self.curves())
+        curves = None if accuracy is None else self.curves()
+        at = {"accuracy": accuracy, "curves": curves, "update": update, "sizes": sizes}
+        return against_baseline(self.table, baseline, value, **at, comparisons=comparisons)
 
     def report(self, path: str | Path, **options: object) -> Path:
         """A report on the sweep, on one page; as :func:`lora_lens.reports.report`."""

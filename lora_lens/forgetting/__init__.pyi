@@ -12,8 +12,8 @@ from .fair_comparison import (
     at_matched_accuracy as at_matched_accuracy,
     at_matched_update as at_matched_update,
     at_own_best_rate as at_own_best_rate,
-    bootstrap_interval as bootstrap_interval,
     relative_updates as relative_updates,
+    seed_interval as seed_interval,
 )
 from .features import (
     FeatureEnergies as FeatureEnergies,
@@ -27,6 +27,7 @@ from .first_order import foresee as foresee
 from .generations import replies as replies, replies_before_after as replies_before_after
 from .measuring import Measured as Measured, growth as growth, measure as measure
 from .neighbours import neighbour_agreement as neighbour_agreement, neighbour_table as neighbour_table
+from .paired_comparison import against_baseline as against_baseline, early_updates as early_updates
 from .pareto import dominance as dominance, front_by_method as front_by_method, hypervolume as hypervolume
 from .peft_comparison import (
     method_comparison as method_comparison,

@@ -20,48 +20,43 @@ from lora_lens._base.schema import checked
 from lora_lens._base.validate import choice, number, numbers, share
 from lora_lens.forgetting.run_groups import (
     DRIFTS,
-    FEWEST_SEEDS,
+    LEVEL,
     WINDOW,
+    at_rates_of_others,
     groups,
-    interval,
     mean_and_interval,
     seeds_by_rate,
+    student_interval,
     window_columns,
 )
 
 SCORES = ["accuracy", "forgetting"]
 
 
-def bootstrap_interval(
-    values: ArrayLike, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """(low, high) of the mean of ``values``, one per seed, by the percentile bootstrap.
+def seed_interval(values: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
+    """(low, high) of the mean of ``values``, one per seed: mean -+ t s / sqrt(n).
 
-    Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13. The same arguments give the
-    same interval. One value has no interval: (NaN, NaN). With few seeds the interval is too narrow (for n
-    values its width is about sqrt((n - 1) / n) of that from the standard error, before any correction for
-    few seeds), so read it as a lower bound of the uncertainty.
+    Student 1908, "The probable error of a mean". It is what all intervals over seeds in this package are,
+    since it covers the truth as often as it says with 3 seeds, too, where bootstraps are far too narrow;
+    ``docs/measures.md`` has the simulation. One value has no interval: (NaN, NaN).
 
     Args:
-        values: one number per seed, shape (n,).
+        values: one number per seed, or one difference per pair, shape (n,).
         level: the interval's, in (0, 1).
-        resamples: how many, at most 100,000.
-        seed: of the resampling.
 
     Raises:
-        ValueError: no values or a missing one, or ``level`` or ``resamples`` out of range.
+        ValueError: no values or a missing one, or ``level`` out of range.
 
     Example:
         >>> import lora_lens as ll
-        >>> low, high = ll.forgetting.bootstrap_interval([0.30, 0.20, 0.25, 0.27])
-        >>> 0.20 < low < high < 0.30
-        True
+        >>> low, high = ll.forgetting.seed_interval([0.30, 0.20, 0.25])
+        >>> round(low, 3), round(high, 3)
+        (0.126, 0.374)
     """
     values = numbers(values, "values").ravel()
     if values.size == 0 or np.isnan(values).any():
         raise InputError(f"an interval needs values, none of them missing, not {values}; drop those runs")
-    level = number(level, "level", above=0, below=1)
-    return interval(lambda rows: values[rows].mean(1), len(values), level, resamples, seed)
+    return student_interval(values, level=number(level, "level", above=0, below=1))
 
 
 def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
@@ -74,7 +69,7 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
         One row per window and rate. Columns: method, rank, position, start, lr; seeds (those with both
         scores: a run that failed has none) and diverged (how many of them did); accuracy and forgetting
         (means over seeds), and each of the two with the suffixes ``_low`` and ``_high``, its 95% interval
-        (see :func:`bootstrap_interval`).
+        (see :func:`seed_interval`).
 
     Raises:
         ValueError: a column is missing, or two runs share window, rate and seed.
@@ -88,8 +83,8 @@ def at_equal_rate(table: pd.DataFrame) -> pd.DataFrame:
         >>> fair = ll.forgetting.at_equal_rate(runs.assign(diverged=False))
         >>> fair[["position", "seeds", "accuracy", "forgetting", "forgetting_low"]].round(2)
            position  seeds  accuracy  forgetting  forgetting_low
-        0       0.0      2      0.91        0.25            0.20
-        1       0.5      2      0.89        0.08            0.06
+        0       0.0      2      0.91        0.25           -0.39
+        1       0.5      2      0.89        0.08           -0.17
     """
     runs = groups(table, [*SCORES, "diverged"], by_rate=True)
     return pd.DataFrame([{**names, **_summary(group)} for names, group in runs])
@@ -99,18 +94,18 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
     """What every window gained and lost at the learning rate that suits it best.
 
     The best rate has the highest mean of ``score`` over seeds; of equals, the lowest. The best of several
-    noisy means is higher than it ought to be, the more so the more rates were tried. Where a window has at
-    least 4 seeds, its rate is therefore chosen on the lower half of them (by number), and all numbers in the
-    row come from the other half. Only the seeds that were run at every rate of the window take part.
+    noisy means is higher than it ought to be, the more so the more rates were tried. So each seed is judged
+    at the rate that is best by the *other* seeds, which may be another one for one seed than for the rest.
+    Only the seeds that were run at every rate of the window take part.
 
     Args:
         table: from :func:`lora_lens.sweep`.
         score: accuracy or retained_accuracy.
 
     Returns:
-        One row per window with the columns of :func:`at_equal_rate` (lr is the chosen rate, seeds those
-        that the means are of), and rates (how many it was chosen from) and selected_on ("other seeds", or
-        "same seeds" where there were fewer than 4: then the score leans upwards).
+        One row per window with the columns of :func:`at_equal_rate` (lr is the best rate by all seeds, the
+        one to use), and rates (how many it was chosen from) and selected_on ("other seeds", or "same seeds"
+        where there is one alone: then the score leans upwards).
 
     Raises:
         ValueError: ``score`` is not accuracy or retained_accuracy, a column is missing, two runs share
@@ -131,12 +126,12 @@ def at_own_best_rate(table: pd.DataFrame, score: str = "accuracy") -> pd.DataFra
     rows = []
     for names, group in groups(table, [score, *SCORES, "diverged"]):
         by_seed = seeds_by_rate(group, score, names)
-        half = len(by_seed) // 2 if len(by_seed) >= FEWEST_SEEDS else 0
-        choosing, measured = by_seed.iloc[: half or None], by_seed.index[half:]
-        rate = choosing.mean().idxmax()  # the first of equals, and the rates ascend
-        chosen = group[(group["lr"] == rate) & group["seed"].isin(measured)]
-        selected_on = "other seeds" if half else "same seeds"
-        row = {"lr": rate, **_summary(chosen), "rates": by_seed.shape[1], "selected_on": selected_on}
+        places, best = at_rates_of_others(by_seed)
+        rates = pd.Series(by_seed.columns[places], by_seed.index)
+        chosen = group[group["lr"] == group["seed"].map(rates)]
+        settled = group[(group["lr"] == by_seed.columns[best]) & group["seed"].isin(rates.index)]
+        row = {"lr": by_seed.columns[best], **_summary(chosen, settled), "rates": by_seed.shape[1]}
+        row["selected_on"] = "other seeds" if len(by_seed) > 1 else "same seeds"
         rows.append({**names, **row})
     return pd.DataFrame(rows)
 
@@ -178,6 +173,26 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
            seeds  reached  step  forgetting
         0      2        2  75.0        0.12
     """
+    table = first_crossings(table, curves, accuracy)
+    rows = []
+    for names, group in groups(table, ["retained_before"], by_rate=True):
+        there = group.dropna(subset="step")
+        row = {"seeds": len(group), "reached": len(there)}
+        row |= mean_and_interval("step", there["step"]) | mean_and_interval("forgetting", there["forgetting"])
+        rows.append(names | row)
+    result = pd.DataFrame(rows)
+    order = result.assign(share=result["reached"] / result["seeds"]).sort_values(
+        ["share", "lr"], ascending=[False, True], kind="stable"
+    )
+    first = ~order.duplicated(window_columns(table))
+    return result.assign(most_reached=first.reindex(result.index))
+
+
+def first_crossings(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) -> pd.DataFrame:
+    """The runs with what :func:`at_matched_accuracy` reads off each: NaN where it never got there.
+
+    Columns step, accuracy, retained_accuracy and forgetting are those of the first crossing.
+    """
     accuracy = share(accuracy, "accuracy")
     table = checked(table, [*WINDOW, "lr", "seed", "run", "retained_before"])
     curves = checked(
@@ -193,21 +208,14 @@ def at_matched_accuracy(table: pd.DataFrame, curves: pd.DataFrame, accuracy: flo
         raise InputError(
             f"no curves of {len(without)} runs, such as {without[0]}; pass those of the same table"
         )
-    rows = []
-    for names, group in groups(table, ["retained_before"], by_rate=True):
-        found = [_first_crossing(by_run.get(run, curves[:0]), accuracy) for run in group["run"]]
-        step, retained = np.array(found, float).T
-        there = ~np.isnan(step)
-        forgotten = group["retained_before"].to_numpy(float) - retained
-        row = {"seeds": len(group), "reached": int(there.sum())}
-        row |= mean_and_interval("step", step[there]) | mean_and_interval("forgetting", forgotten[there])
-        rows.append(names | row)
-    result = pd.DataFrame(rows)
-    order = result.assign(share=result["reached"] / result["seeds"]).sort_values(
-        ["share", "lr"], ascending=[False, True], kind="stable"
+    found = [_first_crossing(by_run.get(run, curves[:0]), accuracy) for run in table["run"]]
+    step, retained = np.array(found, float).T
+    return table.assign(
+        step=step,
+        accuracy=np.where(np.isnan(step), np.nan, accuracy),
+        retained_accuracy=retained,
+        forgetting=table["retained_before"].to_numpy(float) - retained,
     )
-    first = ~order.duplicated(window_columns(table))
-    return result.assign(most_reached=first.reindex(result.index))
 
 
 def relative_updates(drifts: pd.DataFrame) -> pd.Series:
@@ -289,7 +297,7 @@ def at_matched_update(table: pd.DataFrame, drifts: pd.DataFrame, update: float) 
     sized = table.assign(size=table["run"].map(relative_updates(drifts)))
     rows = []
     for names, group in groups(sized, SCORES):
-        found = [_at_size(runs, update) for _, runs in group[group["size"] > 0].groupby("seed")]
+        found = [score_at_size(runs, update, SCORES) for _, runs in group[group["size"] > 0].groupby("seed")]
         found = np.array([f for f in found if f is not None], float).reshape(-1, len(SCORES))
         row = {"seeds": group["seed"].nunique(), "reached": len(found)}
         for score, values in zip(SCORES, found.T, strict=True):
@@ -312,9 +320,9 @@ def _first_crossing(curve: pd.DataFrame, accuracy: float) -> tuple[float, float]
     return tuple(v[i - 1] + share * (v[i] - v[i - 1]) for v in (steps, retained))
 
 
-def _at_size(runs: pd.DataFrame, update: float) -> list[float] | None:
+def score_at_size(runs: pd.DataFrame, update: float, names: list[str]) -> list[float] | None:
     """The scores of one window and seed at this size of the update; None where its runs do not span it."""
-    scores = runs.groupby("size")[SCORES].mean()  # ascending, runs of equal size as one
+    scores = runs.groupby("size")[names].mean()  # ascending, runs of equal size as one
     sizes = np.log(scores.index.to_numpy(float))
     if not sizes[0] <= np.log(update) <= sizes[-1]:
         return None
@@ -323,10 +331,16 @@ def _at_size(runs: pd.DataFrame, update: float) -> list[float] | None:
     return PchipInterpolator(sizes, scores.to_numpy(float))(np.log(update)).tolist()
 
 
-def _summary(group: pd.DataFrame) -> dict[str, float]:
-    """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate."""
+def _summary(group: pd.DataFrame, settled: pd.DataFrame | None = None) -> dict[str, float]:
+    """Seeds, how many diverged, and the scores with their intervals, of the runs of one window and rate.
+
+    Args:
+        settled: the same seeds' runs at the rate that is best over all of them, where the group's are at
+            those that others chose.
+    """
     scored = group.dropna(subset=SCORES)
     row = {"seeds": len(scored), "diverged": int(scored["diverged"].sum())}
     for score in SCORES:
-        row |= mean_and_interval(score, scored[score])
+        moved = 0.0 if settled is None else settled[score].mean() - scored[score].mean()
+        row |= mean_and_interval(score, scored[score], extra=moved**2)
     return row

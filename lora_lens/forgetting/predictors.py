@@ -11,7 +11,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import whole_number
 from lora_lens.forgetting.fair_comparison import relative_updates
-from lora_lens.forgetting.run_groups import DRIFTS, WINDOW, named_interval, window_columns
+from lora_lens.forgetting.run_groups import DRIFTS, WINDOW, named_interval, resampled_interval, window_columns
 
 WEIGHTED = (
     "inside", "above", "below", "mixed", "outside", "left_inside", "right_inside", "diagonal",
@@ -176,7 +176,7 @@ def _held_out_r2(
         return 1 - residual[draws].sum(1)[some] / wholes[some]
 
     found = float(1 - residual.sum() / whole.sum())
-    return {"r2": found} | named_interval("r2", r2, len(cells), resamples, seed)
+    return {"r2": found} | named_interval("r2", resampled_interval(r2, len(cells), resamples, seed))
 
 
 def _monotone(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -195,4 +195,4 @@ def _rank_correlations(
         return [_spearman(x[rows], y[rows]) for rows in found if np.ptp(x[rows]) > 0 and np.ptp(y[rows]) > 0]
 
     found = {"spearman": _spearman(x, y)}
-    return found | named_interval("spearman", spearmans, len(cells), resamples, seed)
+    return found | named_interval("spearman", resampled_interval(spearmans, len(cells), resamples, seed))

@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 
 from lora_lens._base.validate import number
-from lora_lens.forgetting.run_groups import groups, mean_and_interval, named_interval, seeds_by_rate
+from lora_lens.forgetting.run_groups import (
+    groups,
+    mean_and_interval,
+    named_interval,
+    resampled_interval,
+    seeds_by_rate,
+)
 
 
 def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFrame:
@@ -49,6 +55,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
         rates, scores = by_seed.columns.to_numpy(float), by_seed.to_numpy(float)
         means = scores.mean(0)
         low, best, high = _plateau(means, tolerance)
+        widths = partial(_widths, scores, rates, tolerance)
         too_high = rates[best + 1 :][means[best + 1 :] < means[best] / 2]
         rows.append(
             {
@@ -60,7 +67,7 @@ def rate_robustness(table: pd.DataFrame, tolerance: float = 0.02) -> pd.DataFram
                 "lowest": rates[low],
                 "highest": rates[high],
                 "octaves": np.log2(rates[high] / rates[low]),
-                **named_interval("octaves", partial(_widths, scores, rates, tolerance), len(scores)),
+                **named_interval("octaves", resampled_interval(widths, len(scores))),
                 "at_grid_end": low == 0 or high == len(rates) - 1,
                 "collapse": too_high[0] if len(too_high) else np.nan,
             }

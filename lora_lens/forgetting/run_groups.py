@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.stats import t as student
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
@@ -18,6 +19,7 @@ from lora_lens._base.validate import resample_count, seed_number
 WINDOW = ["method", "rank", "position", "start"]
 DRIFTS = ("the table of drifts", "sweep.drifts()")
 FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
+LEVEL = 0.95  # of all intervals, unless a caller says otherwise
 
 
 def window_columns(table: pd.DataFrame) -> list[str]:
@@ -42,7 +44,7 @@ def groups(
         # Two runs of one seed are not two seeds: their interval would be too narrow.
         row = table[twice].iloc[0]
         raise InputError(
-            f"two runs of {_named(row[windows].to_dict())} share learning rate {row['lr']:g} "
+            f"two runs of {named(row[windows].to_dict())} share learning rate {row['lr']:g} "
             f"and seed {row['seed']}; pass the runs of one sweep, with one value of every other setting"
         )
     keys = [*windows, "lr"] if by_rate else windows
@@ -58,7 +60,7 @@ def seeds_by_rate(group: pd.DataFrame, score: str, names: dict[str, object]) -> 
     by_seed = group.pivot(index="seed", columns="lr", values=score).dropna(axis=1, how="all").dropna()
     if by_seed.empty:
         raise InputError(
-            f"no seed of {_named(names)} was run at all its rates {rates_in(group)}; "
+            f"no seed of {named(names)} was run at all its rates {rates_in(group)}; "
             "run the missing ones or drop a rate"
         )
     return by_seed
@@ -68,44 +70,106 @@ def rates_in(table: pd.DataFrame) -> str:
     return ", ".join(f"{rate:g}" for rate in sorted(table["lr"].unique()))
 
 
-def interval(
-    statistic: Callable[[np.ndarray], ArrayLike],
-    n: int,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """(low, high) of a statistic of n seeds by the percentile bootstrap; NaN for fewer than two.
+def at_rates_of_others(by_seed: pd.DataFrame) -> tuple[np.ndarray, int]:
+    """(for each seed the place of the rate with the best mean over the *other* seeds, that over all).
 
-    scipy.stats.bootstrap draws the same seeds and gives the same numbers, at three times the cost.
+    Of equals it is the lowest. A lone seed has no others, so it chooses for itself.
+
+    Where rates are nearly as good as each other, seeds choose different ones, and Student's t of what each
+    has there is too narrow: a seed is high where the others are not, so such values hang together, and all
+    of them move if one seed does. What the mean would be if each seed took part in its own choice tells how
+    much; its squared distance is the ``extra`` variance to add. ``docs/measures.md`` has the simulation.
 
     Args:
-        statistic: of places of seeds, drawn with replacement, (resamples, n): its value for each row that
+        by_seed: scores (seeds, rates).
+    """
+    scores = by_seed.to_numpy(float)
+    others = scores.sum(0) - scores if len(scores) > 1 else scores
+    return others.round(12).argmax(1), int(scores.sum(0).round(12).argmax())  # equals differ by rounding
+
+
+def student_interval(*samples: ArrayLike, level: float = LEVEL, extra: float = 0.0) -> tuple[float, float]:
+    """(low, high) of a mean by Student's t; NaN where no sample has two values.
+
+    Args:
+        samples: values whose mean is wanted, one per seed. Several samples of one mean are its means over
+            seeds and over examples, both drawn at random: their variances add up, with the degrees of
+            freedom of Welch and Satterthwaite (Satterthwaite 1946, "An approximate distribution of estimates
+            of variance components").
+        level: of the interval.
+        extra: variance of the mean that the samples do not show, see :func:`at_rates_of_others`.
+    """
+    mean, error, freedom = _student(samples, extra)
+    half = error * student.ppf((1 + level) / 2, freedom)
+    return float(mean - half), float(mean + half)
+
+
+def student_p(values: ArrayLike, extra: float = 0.0) -> float:
+    """The two-sided p value of a mean of 0, of the same t; NaN for fewer than two values."""
+    mean, error, freedom = _student([values], extra)
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * student.sf(abs(mean) / error, freedom))
+
+
+def _student(samples: Sequence[ArrayLike], extra: float) -> tuple[float, float, float]:
+    """(mean, its standard error, degrees of freedom)."""
+    arrays = [np.asarray(sample, float) for sample in samples]
+    spread = [(a.var(ddof=1) / len(a), len(a) - 1) for a in arrays if len(a) > 1]
+    if not spread:
+        return (float("nan"),) * 3
+    variance = sum(v for v, _ in spread)
+    freedom = variance**2 / sum(v**2 / n for v, n in spread) if variance else spread[0][1]
+    return arrays[0].mean(), np.sqrt(variance + extra), freedom
+
+
+def resampled_interval(
+    statistic: Callable[[np.ndarray], ArrayLike], n: int, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95% interval of what is no mean, by the percentile bootstrap; NaN for fewer than two.
+
+    It is for dozens of cells, and for counts of steps on a grid; of a mean over few seeds it is too narrow,
+    see :func:`student_interval`. scipy.stats.bootstrap draws the same and gives the same numbers, at three
+    times the cost.
+
+    Args:
+        statistic: of places drawn with replacement from n, (resamples, n): its value for each row that
             has one.
     """
     resamples, seed = resample_count(resamples), seed_number(seed)
     if n < 2:
         return float("nan"), float("nan")
     found = statistic(np.random.default_rng(seed).integers(n, size=(resamples, n)))
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2]) if len(found) else (np.nan, np.nan)
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(found) else (np.nan, np.nan)
     return float(low), float(high)
 
 
-def mean_and_interval(name: str, values: ArrayLike) -> dict[str, float]:
+def mean_and_interval(name: str, values: ArrayLike, extra: float = 0.0) -> dict[str, float]:
     """The mean over seeds and its interval, named; NaN where there are no values."""
     values = np.asarray(values, float)
     mean = float(values.mean()) if len(values) else np.nan
-    return {name: mean} | named_interval(name, lambda rows: values[rows].mean(1), len(values))
+    return {name: mean} | named_interval(name, student_interval(values, extra=extra))
 
 
-def named_interval(
-    name: str, statistic: Callable[[np.ndarray], ArrayLike], n: int, resamples: int = 2000, seed: int = 0
-) -> dict[str, float]:
-    """The 95% :func:`interval`, by the names of its ends."""
-    low, high = interval(statistic, n, resamples=resamples, seed=seed)
-    return {f"{name}_low": low, f"{name}_high": high}
+def named_interval(name: str, interval: tuple[float, float]) -> dict[str, float]:
+    """An interval by the names of its ends."""
+    return {f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
-def _named(names: dict[str, object]) -> str:
+def holm(p: ArrayLike) -> np.ndarray:
+    """p values adjusted for their number; NaN are no tests and stay.
+
+    Holm 1979, "A simple sequentially rejective multiple test procedure": of m values in ascending order,
+    the i-th (from 0) is multiplied by m - i, and none becomes smaller than the one before or larger than 1.
+    """
+    p = np.asarray(p, float)
+    adjusted = np.full(len(p), np.nan)
+    order = np.argsort(p)[: int((~np.isnan(p)).sum())]  # NaN come last
+    factors = len(order) - np.arange(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1)
+    return adjusted
+
+
+def named(names: dict[str, object]) -> str:
     details = [f"{name} {value}" for name, value in names.items() if name != "method" and pd.notna(value)]
     return f"{names['method']} ({', '.join(details)})" if details else str(names["method"])

@@ -11,7 +11,7 @@ from scipy.stats import permutation_test
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, resample_count, seed_number
-from lora_lens.forgetting.run_groups import FEWEST_SEEDS, interval, rates_in
+from lora_lens.forgetting.run_groups import FEWEST_SEEDS, rates_in, student_interval
 
 LEVEL = 0.05  # below this p value a U-shape is called one
 
@@ -71,8 +71,8 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     Args:
         table: with method, position, lr, seed, forgetting, and one rank and variant at this rate.
         lr: a learning rate of the table.
-        resamples: of the intervals, and of the sign patterns where there are too many for all.
-        seed: of both.
+        resamples: of the sign patterns, where there are too many for all.
+        seed: of these.
 
     Raises:
         ValueError: a column is missing, no windows at this rate, none at an end or between the ends, two
@@ -101,9 +101,7 @@ def u_shape_test(table: pd.DataFrame, lr: float, resamples: int = 2000, seed: in
     for name, end in ends.items():
         excess = _excess(end, between)
         result[f"{name}_excess"] = float(excess.mean())
-        result[f"{name}_interval"] = interval(
-            lambda rows, excess=excess: excess[rows].mean(1), len(excess), resamples=resamples, seed=seed
-        )
+        result[f"{name}_interval"] = student_interval(excess)
     return UShape(**result, words=_in_words(result))
 
 

@@ -1,7 +1,7 @@
 """Pictures of continual learning along its tasks: what is kept of each while others are learnt after it.
 
 Tables are those of :func:`lora_lens.experiments.continual_sweep`. Bands are 95% intervals of means over runs
-(orders and seeds) by :func:`lora_lens.forgetting.bootstrap_interval`; a single run has none.
+(orders and seeds) by :func:`lora_lens.forgetting.seed_interval`; a single run has none.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from lora_lens.plots._scores import in_words
 from lora_lens.reports.page import MISSING, Piece, Table, plain, points
 from lora_lens.reports.words import placed, span
 
-MANY_SEEDS = 20  # from here on the bootstrap is hardly too narrow
 PACKAGES = ("lora_lens", "torch", "peft", "timm", "accelerate")
 IDENTITY = ("method", "rank", "position", "start", "lr", "seed")
 TASKS = {"model": "pretrained model", "task": "new task", "retain": "retained task"}
@@ -131,8 +130,7 @@ def _of_seeds(table: pd.DataFrame) -> list[str]:
     seeds = at_equal_rate(table)["seeds"]
     if seeds.max() == 1:
         return ["There is one seed, so nothing distinguishes a difference between windows from chance."]
-    few = "; with so few they are too narrow rather than too wide" if seeds.min() < MANY_SEEDS else ""
-    sentences = [f"Intervals resample {span(seeds)}{few}."]
+    sentences = [f"Intervals are Student's, over {span(seeds)}, each for itself."]
     if (fewer := int((seeds < seeds.max()).sum())) > 0:
         sentences.append(
             f"{fewer} of {len(seeds)} cells of window and rate have fewer seeds than the others."
@@ -166,6 +164,6 @@ def _of_examples(table: pd.DataFrame, answers: pd.DataFrame) -> str:
     instead = "" if over_seeds == MISSING else f" instead of {over_seeds}"
     return (
         f"The retained task has {answers['item'].nunique()} test examples, which intervals take as fixed. "
-        f"Resampling them, too, the median 95% interval of forgetting at one rate is {over_both} points "
-        f"wide{instead}."
+        f"With the variance over examples added, the median 95% interval of forgetting at one rate is "
+        f"{over_both} points wide{instead}."
     )

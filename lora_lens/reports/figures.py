@@ -115,7 +115,7 @@ def _over_rates(table: pd.DataFrame) -> list[Piece]:
         _compared(
             own,
             "Forgetting at each window's own best rate",
-            "At the rate of each window with the highest accuracy; 95% bootstrap intervals over seeds.",
+            "Each seed at the rate with the highest accuracy over the others; 95% intervals over seeds.",
         ),
         picture(
             partial(robustness, robust),

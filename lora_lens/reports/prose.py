@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import instance, numbers, sequence, shown
-from lora_lens.forgetting.fair_comparison import bootstrap_interval
+from lora_lens.forgetting.fair_comparison import seed_interval
 from lora_lens.reports.page import decimal
 
 if TYPE_CHECKING:
@@ -119,9 +119,9 @@ def more_or_less(one: ArrayLike, other: ArrayLike, words: tuple[str, str, str] =
     """The word for a comparison: the first if ``one`` is clearly more than ``other``, the last if less.
 
     Clearly means that the 95% interval of the difference's mean, seed by seed, leaves out 0 (see
-    :func:`lora_lens.forgetting.bootstrap_interval`). With two or three seeds it reaches from the least
-    difference to the greatest, so it leaves out 0 if all seeds go the same way, which is no test. A single
-    seed has no interval and gets the word between, which should not say that the two are equal.
+    :func:`lora_lens.forgetting.seed_interval`). A single seed has no interval and gets the word
+    between, which should not say that the two are equal; with two seeds, whose intervals are wide, that is
+    the word for most.
 
     Args:
         one: a value for each seed.
@@ -150,7 +150,7 @@ def more_or_less(one: ArrayLike, other: ArrayLike, words: tuple[str, str, str] =
     if not paired:
         raise InputError("one and other make no pairs; give a value of each for the same seeds")
     difference = pd.Series(one - other).dropna()
-    low, high = bootstrap_interval(difference) if len(difference) > 1 else (np.nan, np.nan)
+    low, high = seed_interval(difference) if len(difference) > 1 else (np.nan, np.nan)
     return more if low > 0 else less if high < 0 else neither
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
 from lora_lens._base.errors import LoraLensError
+from lora_lens.forgetting.run_groups import holm
 from lora_lens.forgetting.u_shape import LEVEL, UShape, u_shape_test
 from lora_lens.reports.page import Piece, Table, decimal, plain, with_interval
 
@@ -88,20 +89,6 @@ def u_shape_section(table: pd.DataFrame) -> list[Piece]:
         return [answers]
     adjusted = holm([test.p for _, test in found])
     return [_verdict(found, adjusted), answers, _u_shape_table(found, adjusted)]
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """p values adjusted for their number; NaN are no tests and stay.
-
-    Holm 1979, "A simple sequentially rejective multiple test procedure": of m values in ascending order,
-    the i-th (from 0) is multiplied by m - i, and none becomes smaller than the one before or larger than 1.
-    """
-    p = np.asarray(p, float)
-    adjusted = np.full(len(p), np.nan)
-    order = np.argsort(p)[: int((~np.isnan(p)).sum())]  # NaN come last
-    factors = len(order) - np.arange(len(order))
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * factors), 1)
-    return adjusted
 
 
 def _verdict(found: list[tuple[str, UShape]], adjusted: np.ndarray) -> str:

@@ -15,8 +15,9 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.precision import PRECISIONS
 from lora_lens._base.validate import choice, flag, instance, number, share, whole_number
 from lora_lens.tasks.task import Task
-from lora_lens.training.forgetting_monitor import BEFORE, ForgettingMonitor, checked_retain, is_attached
+from lora_lens.training.forgetting_monitor import BEFORE, ForgettingMonitor, checked_retain
 from lora_lens.training.record import Before
+from lora_lens.training.update_norms import is_attached
 
 PREFIX = "eval_"  # without it a trainer takes no score for the best model's
 

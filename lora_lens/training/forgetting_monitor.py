@@ -21,12 +21,12 @@ from lora_lens.adapters.injection import (
     require_unmerged,
     whole_modules,
 )
-from lora_lens.adapters.start import factor_matrix, is_dora, trained_update
-from lora_lens.spectrum.svd import product_norm
+from lora_lens.adapters.start import factor_matrix, is_dora
 from lora_lens.tasks.evaluation import Answers, evaluate
 from lora_lens.tasks.own_answers import require_own_answers
 from lora_lens.tasks.task import Task
 from lora_lens.training.record import Before
+from lora_lens.training.update_norms import is_attached, update_norms
 
 SAME = 1e-3  # nats, of losses that should be equal but for rounding
 BEFORE = "pass before=ll.training.Before(retain=ll.evaluate(pretrained, retain)), the pretrained answers"
@@ -187,29 +187,6 @@ def checked_retain(retain: object) -> Task:
     return instance(
         retain, Task, "retain", "a task, such as ll.tasks.agreement(model, inputs), which needs no labels"
     )
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether it comes from attach, as an adapter of two factors in each of its layers."""
-    try:
-        attached(model)
-    except InputError:
-        return False
-    return True
-
-
-def update_norms(model: nn.Module) -> dict[str, float]:
-    """||dW||_F of each adapted layer, by name; nothing of a model that is not from attach, or with DoRA."""
-    if not is_attached(model):
-        return {}
-    peft_model, record = attached(model)
-    layers = lora_layers(peft_model)
-    if any(map(is_dora, layers.values())):
-        return {}
-    return {
-        name: float(product_norm(*trained_update(layer, record.starts.get(name))))
-        for name, layer in layers.items()
-    }
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from lora_lens._base.random_state import seeded
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.copying import copied
 from lora_lens.adapters.injection import ADAPTER, attached, lora_layers
+from lora_lens.adapters.start import product_change
+from lora_lens.spectrum.svd import product_norm
 from lora_lens.tasks.readouts import HeadReadout, pooled_features, to_device
 from lora_lens.training.lean_forward import is_plain
 from lora_lens.training.loop import optimizer_and_schedule, set_training_mode
@@ -163,6 +165,13 @@ class SharedLinear(nn.Module):
             trained_a = torch.cat([trained_a, self.fixed_a[list(self.active)]], dim=1)
         return _LowRankUpdates.apply(x, self.base.weight, self.base.bias, trained_b, trained_a, rank)
 
+    def norm(self, run: int) -> float:
+        """||dW||_F of what a run has learnt."""
+        b, a = self.b[run].detach(), self.a[run].detach()
+        if self.starts[run] is not None:
+            b, a = product_change(b, a, *(f.to(b) for f in self.starts[run]))
+        return float(product_norm(self.scalings[run] * b, a))
+
 
 class FusedLoop:
     """Runs that are trained together: one model, one new task that a head reads, one number of steps.
@@ -225,7 +234,7 @@ class FusedLoop:
         optimizer, schedule = optimizer_and_schedule(map(self.parameters_of, range(count)), rates, config)
         for run in range(count):
             with self.alone(run) as model:
-                self.records[run].begin(model)
+                self.records[run].begin(model, self.norms(run))
         with seeded(config.seed, self.device):
             batches = [
                 self.task.train.shuffled(config.batch_size, record.config.seed) for record in self.records
@@ -251,7 +260,7 @@ class FusedLoop:
                 if self.step in config.evaluation_steps:
                     for run in self.running:
                         with self.alone(run) as model:
-                            self.records[run].evaluate(model, self.step)
+                            self.records[run].evaluate(model, self.step, self.norms(run))
         runs = []
         for run, record in enumerate(self.records):
             with self.alone(run) as model:
@@ -292,6 +301,10 @@ class FusedLoop:
             yield self.model
         finally:
             self._activate(self.running)
+
+    def norms(self, run: int) -> dict[str, float]:
+        """||dW||_F of each layer's update of one run."""
+        return {name: layer.norm(run) for name, layer in self.layers.items()}
 
     def require_agreement(self) -> None:
         """Raise if a run's features are others than by itself, with all factors a little off their start.

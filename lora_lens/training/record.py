@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from lora_lens.tasks.readouts import HeadReadout, Readout
 from lora_lens.tasks.task import Task
 from lora_lens.training.run import Run
 from lora_lens.training.settings import Training
+from lora_lens.training.update_norms import update_norms
 
 Test = tuple[Task, Readout]
 
@@ -83,16 +85,23 @@ class Record:
         self._answers: list[Answers] = []  # to the retained task's test examples, one per evaluation
         self._watched_before: Sequence[Answers] = ()
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module, norms: Mapping[str, float] | None = None) -> None:
         """All tests before the first step."""
-        self.evaluate(model, 0)
+        self.evaluate(model, 0, norms)
         known = self.before.watch
         self._watched_before = [self._ask(model, test) for test in self.watched] if known is None else known
 
-    def evaluate(self, model: nn.Module, step: int) -> None:
-        """Test the new and the retained task: one row more."""
+    def evaluate(self, model: nn.Module, step: int, norms: Mapping[str, float] | None = None) -> None:
+        """Test the new and the retained task: one row more.
+
+        Args:
+            model: as it is now.
+            step: that it has done.
+            norms: of its updates by layer, where the model cannot tell them.
+        """
         known = self.before if step == 0 else Before()
         new = known.task or self._ask(model, self.new)
+        norms = update_norms(model) if norms is None else norms
         row = {
             "step": step,
             "loss": float(np.mean(self.losses)) if self.losses else float("nan"),
@@ -100,6 +109,7 @@ class Record:
             "test_loss": new.loss,
             "retained_accuracy": float("nan"),
             "retained_loss": float("nan"),
+            "update": math.hypot(*norms.values()) if norms else float("nan"),
         }
         if self.retained is not None:
             self._answers.append(known.retain or self._ask(model, self.retained))

@@ -19,8 +19,9 @@ class Run:
         config: the settings of the run.
         curve: one row per evaluation: step, loss (mean training loss since the row before, in nats, without
             a regularizer; NaN at step 0), accuracy and test_loss (of the new task's test set),
-            retained_accuracy and retained_loss (of the retained task's; NaN without one). Losses of a
-            language task are in nats per token, others in nats per example.
+            retained_accuracy and retained_loss (of the retained task's; NaN without one), update (how far the
+            adapted weights have moved, sqrt(sum ||dW||_F^2) over layers; NaN of what is no LoRA from attach,
+            or has DoRA). Losses of a language task are in nats per token, others in nats per example.
         diverged: True when the loss became NaN or infinite; the run stopped there.
         seconds: wall-clock time in seconds, evaluations included.
         head: the new task's trained classifier; None where the task is read from the model's own words.

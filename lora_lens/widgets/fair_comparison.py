@@ -190,7 +190,7 @@ def _in_words(result: pd.DataFrame, runs: pd.DataFrame, comparison: str) -> str:
     if comparison == OWN_BEST_RATE:
         same = int((result["selected_on"] == "same seeds").sum())
         if not same:
-            return "Every rate was chosen on half of the seeds; the numbers come from the other half."
+            return "Each seed is judged at the rate that is best over the other seeds."
         return (
             f"For {same} of {len(result)} windows and methods the rate was chosen on the seeds that the "
             "numbers come from, so their accuracy leans upwards."

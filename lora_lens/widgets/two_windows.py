@@ -40,7 +40,7 @@ def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
 
     Controls: window or method A and B, and a learning rate for each; at first the first and the middle
     window. Shown: the means of both and their difference, paired by seed, with its 95% interval
-    (:func:`lora_lens.forgetting.bootstrap_interval`); the learning curves, means over seeds in a band from
+    (:func:`lora_lens.forgetting.seed_interval`); the learning curves, means over seeds in a band from
     the lowest to the highest; how far each moved every weight; and of the retained task which examples more
     than half of the runs of A, of B or of both forgot.
 

@@ -426,12 +426,14 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def test_the_pages_have_blocks_to_run():
-    assert {page for page, _ in BLOCKS} == {"after_training.md", "loops.md", "models.md", "texts.md"}
+    pages = {"after_training.md", "loops.md", "measures.md", "models.md", "texts.md"}
+    assert {page for page, _ in BLOCKS} == pages
 
 
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page} {i}" for i, (page, _) in enumerate(BLOCKS)])
 def test_every_block_of_the_pages_runs_as_it_stands(page, block, tmp_path, monkeypatch):
     for package in re.findall(r"^from (trl|datasets|torchao)\b", block, re.MULTILINE):
         pytest.importorskip(package)
+    (tmp_path / "data").symlink_to(HERE.parent / "data")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, page, "exec"), {"__name__": page})

@@ -27,7 +27,7 @@ def test_the_highest_mean_value_is_recommended():
     advice = advise_from(table)
     assert (advice.window, advice.rank, advice.lr) == (ll.Window.middle(8), 8, 1e-2)
     assert advice.value == pytest.approx(0.85)
-    assert advice.interval == (0.8, 0.9)
+    assert advice.interval == pytest.approx(ll.forgetting.seed_interval([0.8, 0.9]))
     assert advice.rule == "sweep"
     assert "window of rank 8 at position 0.5 with learning rate 0.01: value 0.850" in advice.words
     assert "accuracy - 1 * forgetting" in advice.words

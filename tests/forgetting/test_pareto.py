@@ -37,7 +37,8 @@ def test_wins_in_both_scores_are_counted_over_equal_seeds_and_rates():
     row = pareto.dominance(runs(accuracy, lost)).iloc[0]
     assert (row["position_a"], row["position_b"], row["pairs"], row["seeds"]) == (0.0, 1.0, 4, 2)
     assert row["a_beats_b"] == 0.25 and row["b_beats_a"] == 0.5  # the fourth is a tie in accuracy
-    assert (row["a_beats_b_low"], row["a_beats_b_high"]) == (0, 0.5)
+    of_each_seed = fair_comparison.seed_interval([0.5, 0.0])
+    assert (row["a_beats_b_low"], row["a_beats_b_high"]) == pytest.approx(of_each_seed)
     assert (row["b_beats_a_low"], row["b_beats_a_high"]) == (0.5, 0.5)
 
 
@@ -80,18 +81,18 @@ def test_a_front_of_known_rates_and_the_area_it_covers():
     row = pareto.front_by_method(runs(accuracy, lost)).iloc[0]
     assert (row["seeds"], row["rates"], row["on_front"]) == (2, 3, 2)
     assert row["hypervolume"] == pytest.approx(0.5 * 0.8 + 0.1 * 0.6)
-    # a quarter of all resamples draw one seed twice
-    assert row["hypervolume_low"] == pytest.approx(0.4 * 0.8 + 0.2 * 0.6)
-    assert row["hypervolume_high"] == pytest.approx(0.6 * 0.8)
+    # each seed alone covers 0.4 * 0.8 + 0.2 * 0.6 = 0.44 or 0.6 * 0.8 = 0.48; t is 12.7 with one degree
+    assert row["hypervolume_high"] - row["hypervolume"] == pytest.approx(12.7062 * 0.02, rel=1e-5)
+    assert row["hypervolume"] - row["hypervolume_low"] == pytest.approx(12.7062 * 0.02, rel=1e-5)
     guessing = pareto.front_by_method(runs(accuracy, lost), reference=(0.1, 0.1)).iloc[0]
     assert guessing["hypervolume"] == pytest.approx(0.4 * 0.7 + 0.1 * 0.5)
-    assert guessing["hypervolume_high"] == pytest.approx(0.5 * 0.7)
+    assert guessing["hypervolume_high"] == pytest.approx(0.33 + 12.7062 * 0.02, rel=1e-5)  # 0.31 and 0.35
 
 
 def test_the_interval_of_one_rate_is_that_of_its_mean():
     accuracy = np.random.default_rng(0).uniform(0.5, 0.7, 8)
     row = pareto.front_by_method(forgetting_nothing({(0.5, 0.1): accuracy.tolist()})).iloc[0]
-    expected = 0.8 * np.array(fair_comparison.bootstrap_interval(accuracy))  # all retain 0.8
+    expected = 0.8 * np.array(fair_comparison.seed_interval(accuracy))  # all retain 0.8
     assert row[["hypervolume_low", "hypervolume_high"]].tolist() == pytest.approx(expected.tolist())
 
 

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 import lora_lens as ll
 from lora_lens.experiments.continual.sequence_sweeps import continual_sweep
 from lora_lens.experiments.continual.strategies import Merged
-from lora_lens.forgetting.fair_comparison import bootstrap_interval
+from lora_lens.forgetting.fair_comparison import seed_interval
 from lora_lens.plots.continual import accuracy_heatmap, accuracy_over_time, update_over_time, window_survival
 
 NAN = np.nan
@@ -171,7 +171,7 @@ def test_a_task_starts_where_its_colour_stands_upright(table):
 def test_bands_are_the_intervals_over_runs_and_one_run_has_none(table):
     ax = accuracy_over_time(table)
     first = ax.collections[0].get_paths()[0].vertices
-    low, high = bootstrap_interval([0.6, 0.5])
+    low, high = seed_interval([0.6, 0.5])
     at_end = first[first[:, 0] == 3][:, 1]
     assert (at_end.min(), at_end.max()) == (pytest.approx(low), pytest.approx(high)) and low < high
     assert not accuracy_over_time(table[table["seed"] == 0]).collections
@@ -254,7 +254,7 @@ def test_survival_is_the_mean_over_layers_and_runs_by_position(runs, drifts):
     assert ax.figure.axes[1].get_ylabel() == "position of the window"
     band = ax.collections[0].get_paths()[0].vertices
     at_end = band[band[:, 0] == 3][:, 1]
-    low, high = bootstrap_interval([0.3, 0.4])  # of the runs, not of their layers
+    low, high = seed_interval([0.3, 0.4])  # of the runs, not of their layers
     assert (at_end.min(), at_end.max()) == (pytest.approx(low), pytest.approx(high))
     assert len(ax.collections) == 1  # a single run has no band
 

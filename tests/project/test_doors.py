@@ -39,7 +39,7 @@ LoRA Training Window windows tasks.bundled.vision_architecture tasks.bundled_tex
 training.Orthogonal training.Replay training.KLAnchor training.L2ToInitial spectrum.AfterEnergy
 spectrum.AtEffectiveRank spectrum.HoldingEnergy spectrum.RandomComponents spectrum.SpreadComponents
 tasks.sequences.fashion_digits_corrupted_rotated tasks.sequences.orders tasks.sequences.split_fashion
-forgetting.bootstrap_interval forgetting.FirstComponents forgetting.Intruders forgetting.MostMoved
+forgetting.seed_interval forgetting.FirstComponents forgetting.Intruders forgetting.MostMoved
 forgetting.SmallValues
 """.split()  # noqa: SIM905
 TAKEN = dict.fromkeys(TAKES_3, ("3",)) | {
@@ -209,6 +209,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "tasks.only_classes": ([0, 1],),
         "tasks.permuted": (0,),
         "tasks.rotated": (10,),
+        "forgetting.against_baseline": ("LoRA",),
         "forgetting.at_matched_accuracy": (drifts(), 0.5),
         "forgetting.at_matched_update": (drifts(), 0.5),
         "widgets.forgotten_explorer": (task(),),
@@ -427,11 +428,11 @@ LATER = {
         "prefix must be a whole number",
     ),
     "resamples": (
-        lambda: ll.forgetting.bootstrap_interval([1, 2], resamples=HUGE),
+        lambda: ll.forgetting.u_shape_test(None, 1e-3, resamples=HUGE),
         "at most 100000, not 10",
     ),
     "seed": (
-        lambda: ll.forgetting.bootstrap_interval([1, 2], seed=HUGE),
+        lambda: ll.forgetting.u_shape_test(None, 1e-3, seed=HUGE),
         "seed must be at most 92",
     ),
     "subset seed": (lambda: task().subset(2, 2, seed=HUGE), "seed must be at most"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 
 import lora_lens as ll
 
@@ -140,13 +141,11 @@ def test_the_words_of_notebook_03_agree_with_its_table(told):
 
 
 def agrees(word: str, seeds: pd.Series) -> None:
-    """Of up to three seeds all must go the way that the word says; of more their mean."""
-    signs = set(np.sign(seeds if len(seeds) < 4 else [seeds.mean()]))
-    if len(seeds) == 1 or word.strip().lower() in ("neither clearly more nor less", "not clearly"):
-        assert word.strip().lower() in ("neither clearly more nor less", "not clearly")
-        assert len(seeds) != 2 or len(signs) == 2 or signs == {0}
-    else:
-        assert signs == {{"more": 1, "yes": 1, "less": -1, "no": -1}[word.strip().lower()]}
+    """The word is that of the t test of the seeds' differences; a single seed has none."""
+    sign = {"more": 1, "yes": 1, "less": -1, "no": -1}.get(word.strip().lower(), 0)
+    assert sign or word.strip().lower() in ("neither clearly more nor less", "not clearly")
+    clear = len(seeds) > 1 and ttest_1samp(seeds, 0).pvalue < 0.05
+    assert sign == (np.sign(seeds.mean()) if clear else 0)
 
 
 def test_each_u_of_notebook_03_is_one(told):
@@ -189,9 +188,8 @@ def test_readers_see_sentences_and_not_what_makes_them(path):
 
 
 def test_sentences_turn_where_their_comparison_turns(stored, tmp_path):
-    two = stored[stored["seed"] < 2]
-    assert "avoid the first? Yes at 0.005, 0.01 and 0.02." in Told(two, tmp_path).text
-    turned = Told(mirrored(two), tmp_path).text
+    assert "avoid the first? Yes at 0.005, 0.01 and 0.02." in Told(stored, tmp_path).text
+    turned = Told(mirrored(stored), tmp_path).text
     assert "And the last? Yes at 0.005, 0.01 and 0.02." in turned
     assert "avoid the first? Yes" not in turned
 

@@ -15,9 +15,10 @@ from hypothesis import given, strategies as st
 import lora_lens as ll
 from lora_lens.experiments.store import experiment
 from lora_lens.forgetting import fair_comparison, pareto
+from lora_lens.forgetting.run_groups import holm
 from lora_lens.reports.page import decimal, html_page, plain, points, with_interval
 from lora_lens.reports.tables import dominance_section, matched_accuracy
-from lora_lens.reports.words import holm, u_shape_section
+from lora_lens.reports.words import u_shape_section
 
 VOID = {"meta", "img", "br"}
 WINDOWS_AND_LORA = [("window", p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)] + [("LoRA", np.nan)]
@@ -390,7 +391,7 @@ def test_without_windows_the_question_is_not_asked(tmp_path):
 def test_without_windows_no_test_is_among_the_limits(tmp_path):
     methods = [("LoRA", np.nan), ("full fine-tuning", np.nan)]
     text = Page(ll.reports.report(made_up(methods, (0.005,), seeds=3), tmp_path / "p.html")).text
-    assert "Intervals resample 3 seeds" in text and "A single test of a U-shape" not in text
+    assert "Intervals are Student's, over 3 seeds" in text and "A single test of a U-shape" not in text
 
 
 def test_one_seed_has_no_test_and_no_intervals(tmp_path):

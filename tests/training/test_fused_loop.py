@@ -53,10 +53,11 @@ def test_the_numbers_are_those_of_single_runs(model, spectra, tasks):
     loop.require_agreement()
     found = loop.run()
     for number, (adapted, run) in enumerate(singles(model, spectra, tasks, watch=watch)):
-        for column in ("loss", "test_loss", "retained_loss"):
+        for column in ("loss", "test_loss", "retained_loss", "update"):
             assert found[number].curve[column].tolist()[1:] == pytest.approx(
                 run.curve[column].tolist()[1:], rel=2e-4
             )
+        assert found[number].curve["update"][0] == 0
         assert found[number].watched["loss_after"].tolist() == pytest.approx(
             run.watched["loss_after"].tolist(), rel=2e-4
         )

@@ -99,7 +99,7 @@ def test_the_difference_is_paired_by_seed_with_its_interval(explorer, table):
     a, b = (of(table, *which).set_index("seed") for which in ((0, 0.005), (0.5, 0.01)))
     for score, told in zip(SCORES, rows(explorer).values(), strict=True):
         difference = 100 * (a[score] - b[score])
-        low, high = ll.forgetting.bootstrap_interval(difference)
+        low, high = ll.forgetting.seed_interval(difference)
         assert told[:2] == [f"{100 * a[score].mean():.1f}", f"{100 * b[score].mean():.1f}"]
         assert told[2] == f"{difference.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
     assert "The difference is that of 3 seeds which both have" in text(explorer)

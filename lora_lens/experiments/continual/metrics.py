@@ -127,7 +127,7 @@ def continual_scores(table: pd.DataFrame) -> pd.DataFrame:
 def score_means(scores: pd.DataFrame) -> pd.DataFrame:
     """The scores of each strategy and method, on average over orders and seeds.
 
-    Intervals are those of :func:`lora_lens.forgetting.bootstrap_interval` and take every run as a sample of
+    Intervals are those of :func:`lora_lens.forgetting.seed_interval` and take every run as a sample of
     its own. Runs of one order share that order, so with few orders they are too narrow for other orders. A
     score that some runs lack is the mean of the others.
 

@@ -183,7 +183,7 @@ def test_means_over_orders_and_seeds_come_with_intervals():
     ]
     assert windows["average_accuracy"] == pytest.approx(2.2 / 3 * 0.85)
     assert windows["retained_forgetting"] == pytest.approx(0.25)  # 0.1 to 0.4
-    low, high = fair_comparison.bootstrap_interval(scores["average_accuracy"][:4])
+    low, high = fair_comparison.seed_interval(scores["average_accuracy"][:4])
     assert (windows["average_accuracy_low"], windows["average_accuracy_high"]) == (low, high) and low < high
     assert joint["runs"] == 1 and joint["average_accuracy"] == pytest.approx(0.8)
     assert np.isnan(joint["average_accuracy_low"]) and np.isnan(joint["average_forgetting"])
