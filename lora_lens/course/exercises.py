@@ -16,8 +16,8 @@ from torch import nn
 from lora_lens._base.errors import InputTypeError, MissingFileError
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import instance, number, shown
-from lora_lens.adapters.injection import lora_layers
 from lora_lens.adapters.exactness import function_error, summary
+from lora_lens.adapters.injection import lora_layers
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.features import feature_split

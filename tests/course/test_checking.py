@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_each_exercise_has_one_cell_in_its_notebook_and_is_named_in_the_text_abo
     checked = []
     for path in sorted(NOTEBOOKS.glob("0*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
-        for above, cell in zip(cells, cells[1:], strict=False):
+        for above, cell in pairwise(cells):
             source = "".join(cell["source"])
             for exercise in (
                 re.findall(r'll\.course\.check\("(.*?)"', source) if "answer = ..." in source else ()

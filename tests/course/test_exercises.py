@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,18 @@ import lora_lens as ll
 from lora_lens.course.exercises import EXERCISES
 
 RESULTS = Path(__file__).parents[2] / "data" / "results"
+
+
+@cache
+def vision() -> tuple[torch.nn.Module, ll.Task, ll.SpectrumSet]:
+    model, source = ll.tasks.bundled.vision()
+    return model, source, ll.spectra(model, progress=False)
+
+
+@cache
+def encoder() -> tuple[torch.nn.Module, ll.SpectrumSet]:
+    model = ll.tasks.bundled.minilm()
+    return model, ll.spectra(model, "encoder.*", progress=False)
 
 
 def effective_rank(s: torch.Tensor) -> float:
@@ -32,15 +46,14 @@ def ranks() -> pd.DataFrame:
 
 
 def share_of_features(placement: object) -> float:
-    model, source = ll.tasks.bundled.vision()
-    layer = "blocks.2.mlp.fc1"
-    spectrum = ll.spectra(model, layer, progress=False)[layer]
-    images = source.test.inputs[:64]
-    return float(ll.forgetting.feature_split(model, layer, spectrum, placement, images).shares.mean())
+    model, source, spectra = vision()
+    layer, images = "blocks.2.mlp.fc1", source.test.inputs[:64]
+    return float(ll.forgetting.feature_split(model, layer, spectra[layer], placement, images).shares.mean())
 
 
 def scaled(**how: object) -> torch.nn.Module:
-    return ll.attach(ll.tasks.bundled.vision()[0], ll.Window.middle(8), **how)
+    model, _, spectra = vision()
+    return ll.attach(model, ll.Window.middle(8), spectra=spectra, **how)
 
 
 def flattery(part: str = "validation") -> float:
@@ -58,19 +71,20 @@ def flattery(part: str = "validation") -> float:
 
 
 def one_factor(**variant: str) -> torch.nn.Module:
-    encoder = ll.tasks.bundled.minilm()
+    model, spectra = encoder()
     how = {"targets": "encoder.*", "variant": ll.Variant(**variant)}
-    return ll.attach(encoder, ll.Window.middle(8), **how)
+    return ll.attach(model, ll.Window.middle(8), spectra=spectra, **how)
 
 
-def mixed(*order: str, targets: str = "encoder.layer.[0-4].*") -> torch.nn.Module:
+def mixed(*order: str) -> torch.nn.Module:
+    model, spectra = encoder()
     rules = {"all-attention": ll.Window.middle(8), "all-linear": ll.spectrum.AfterEnergy(8, 0.9)}
-    return ll.attach(ll.tasks.bundled.minilm(), {name: rules[name] for name in order}, targets=targets)
+    plan = {name: rules[name] for name in order}
+    return ll.attach(model, plan, targets="encoder.layer.[0-4].*", spectra=spectra)
 
 
 def half_of(power: int) -> int:
-    found = ll.spectra(ll.tasks.bundled.vision()[0], progress=False)["blocks.0.attn.qkv"]
-    values = found.singular_values**power
+    values = vision()[2]["blocks.0.attn.qkv"].singular_values ** power
     return int((values.cumsum(0) < values.sum() / 2).sum()) + 1
 
 
@@ -129,12 +143,11 @@ def test_a_plausible_wrong_answer_gets_the_hints_in_turn(exercise, monkeypatch):
         assert "\n" not in text
 
 
-@pytest.mark.parametrize("exercise", EXERCISES)
-def test_no_hint_and_no_complaint_tells_a_number_that_is_asked_for(exercise):
+@pytest.mark.parametrize("exercise", ["01-2", "02-1", "02-4", "03-1", "08-2"])
+def test_no_hint_and_no_complaint_tells_the_number_that_is_asked_for(exercise):
     right = RIGHT[exercise]()
-    if isinstance(right, (int, float)):
-        said = ll.course.check(exercise, right + 1).text + " ".join(EXERCISES[exercise].hints)
-        assert f"{right:g}" not in said and f"{right:.1f}" not in said
+    said = ll.course.check(exercise, right + 1).text + " ".join(EXERCISES[exercise].hints)
+    assert not {f"{right:g}", *(f"{right:.{digits}f}" for digits in (1, 2, 3))} & set(re.findall(r"\d+\.?\d*", said))
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
@@ -144,9 +157,8 @@ def test_an_answer_of_another_kind_is_refused_in_words(exercise):
 
 
 def test_a_function_that_fails_is_told_how():
-    assert (
-        "five equal values the function raises NameError" in ll.course.check("01-1", lambda s: sqrt(s)).text
-    )  # noqa: F821
+    verdict = ll.course.check("01-1", lambda s: s.entropy())
+    assert "five equal values the function raises AttributeError" in verdict.text
     assert "the function returns None, which is no number" in ll.course.check("01-1", lambda s: None).text
 
 
@@ -171,7 +183,7 @@ def test_a_grouped_table_keeps_its_index():
 
 def test_without_the_stored_runs_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("lora_lens.course.exercises.RESULTS", tmp_path)
-    with pytest.raises(ll.errors.MissingFileError, match="ranks.jsonl.xz"):
+    with pytest.raises(ll.errors.MissingFileError, match="stored runs in ranks"):
         ll.course.check("03-2", pd.DataFrame({"rank": [4], "position": [0.0], "forgetting": [0.1]}))
 
 
