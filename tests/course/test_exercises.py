@@ -147,7 +147,8 @@ def test_a_plausible_wrong_answer_gets_the_hints_in_turn(exercise, monkeypatch):
 def test_no_hint_and_no_complaint_tells_the_number_that_is_asked_for(exercise):
     right = RIGHT[exercise]()
     said = ll.course.check(exercise, right + 1).text + " ".join(EXERCISES[exercise].hints)
-    assert not {f"{right:g}", *(f"{right:.{digits}f}" for digits in (1, 2, 3))} & set(re.findall(r"\d+\.?\d*", said))
+    telling = {f"{right:g}", *(f"{right:.{digits}f}" for digits in (1, 2, 3))}
+    assert not telling & set(re.findall(r"\d+\.?\d*", said))
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
