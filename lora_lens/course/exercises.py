@@ -170,6 +170,8 @@ def _by_rank(answer: object) -> str:
     keys = ["rank", "position"]
     answer = answer.reset_index([name for name in answer.index.names if name in keys])
     answer = checked(answer, [*keys, "forgetting"], "the answer", "groupby(...).mean()")
+    if (percent := answer["forgetting"][answer["forgetting"].abs() > 1]).size:
+        return f"The column forgetting holds {percent.iloc[0]:g}, which is no share; 80% is 0.8"
     right = Sweep.open(_stored("ranks.jsonl.xz")).table.groupby(keys)["forgetting"].mean()
     found = answer.groupby(keys)["forgetting"].agg(["mean", "size"]).reindex(right.index)
     if len(answer) != len(right) or (found["size"] != 1).any():

@@ -169,13 +169,14 @@ def test_a_model_that_was_trained_no_longer_answers_as_before(digits):
     assert "differ from the pretrained model's by" in ll.course.check("02-2", trained).text
 
 
-def test_a_table_without_a_column_or_in_percent_is_refused():
+def test_a_table_without_a_column_is_refused():
     with pytest.raises(ll.errors.InputError, match="position"):
         ll.course.check("03-2", by_rank("forgetting").drop(columns="position"))
-    with pytest.raises(ll.errors.InputError, match="forgetting"):
-        ll.course.check(
-            "03-2", by_rank("forgetting").assign(forgetting=lambda table: 100 * table["forgetting"])
-        )
+
+
+def test_a_table_in_percent_is_told_so():
+    percent = by_rank("forgetting").assign(forgetting=lambda table: 100 * table["forgetting"])
+    assert "which is no share; 80% is 0.8" in ll.course.check("03-2", percent).text
 
 
 def test_a_grouped_table_keeps_its_index():
