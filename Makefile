@@ -67,7 +67,7 @@ $(DEMO)/stored.png: $(VENV)/lab.installed data/results/digits.jsonl.xz
 		ll.plots.tradeoff(sweep.table).figure.savefig("$@")'
 
 lab: $(VENV)/lab.installed  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_spectra.ipynb
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
 
 app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address that it prints
 	@# A page that shows nobody anything for an hour loses its kernel.

@@ -1,5 +1,6 @@
 from . import (
     adapters as adapters,
+    course as course,
     experiments as experiments,
     forgetting as forgetting,
     plots as plots,

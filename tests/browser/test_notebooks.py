@@ -21,6 +21,26 @@ def follow_the_sliders(explorer: Explorer) -> View:
     return last
 
 
+class TestTour(EveryNotebook):
+    name = "00_tour"
+    explorers = 2
+
+    def test_the_window_follows_the_sliders(self, explorer: Explorer):
+        assert "rank 8 at position 0.5 " in explorer.view().alt
+        follow_the_sliders(explorer)
+
+    def test_the_stored_runs_are_shown_by_another_score(self, notebook: Notebook):
+        tradeoff = notebook.explorers(self.explorers)[1]
+        assert tradeoff.view().alt.startswith("forgetting against the position")
+        tradeoff.changed(
+            lambda: tradeoff.button("accuracy").click(),
+            lambda view: view.alt.startswith("accuracy against the position"),
+        )
+
+    def test_what_was_found_is_said_from_the_stored_runs(self, notebook: Notebook):
+        assert "From the table of these 220 runs" in str(notebook.outputs()[-1])
+
+
 class TestSpectra(EveryNotebook):
     name = "01_spectra"
 

@@ -31,6 +31,7 @@ experiments.Advice forgetting.FeatureEnergies forgetting.FeatureNorms forgetting
 forgetting.Measured forgetting.Point forgetting.Rewound forgetting.UShape
 spectrum.Weight tasks.Answers training.Progress Run Spectrum spectrum.Change
 Sweep experiments.ContinualSweep
+course.Verdict
 spectrum.measures.PowerLaw spectrum.measures.MarchenkoPastur
 """.split()  # noqa: SIM905
 # Bad for most, good for these: a rank, a number of classes or of examples, an accuracy.
@@ -138,6 +139,7 @@ def others(empty: Path) -> dict[str, tuple]:
         "advise": (task(), task()),
         "attach": (window,),
         "compare": (spectra,),
+        "course.check": (1,),
         "experiments.continual_sweep": ([task()] * 2, ll.experiments.continual.Merged(), ll.Grid([window])),
         "tasks.dataset_corpus": (corpus, "name"),
         "adapters.push_to_hub": ("name/adapter",),

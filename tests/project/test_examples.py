@@ -19,6 +19,7 @@ FILES = sorted((ROOT / "lora_lens").rglob("*.py"))
 # Results: nobody makes one by hand, so the examples of the functions that return them show them.
 RETURNED_BY = {
     "Run": "finetune",
+    "course.Verdict": "course.check",
     "training.Run": "finetune",
     "forgetting.Measured": "measure",
     "forgetting.Rewound": "rewind",

@@ -1,0 +1,194 @@
+"""Every exercise's right answer passes, and plausible wrong ones get its hints."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lora_lens as ll
+from lora_lens.course.exercises import EXERCISES
+
+RESULTS = Path(__file__).parents[2] / "data" / "results"
+
+
+@cache
+def vision() -> tuple[torch.nn.Module, ll.Task, ll.SpectrumSet]:
+    model, source = ll.tasks.bundled.vision()
+    return model, source, ll.spectra(model, progress=False)
+
+
+@cache
+def encoder() -> tuple[torch.nn.Module, ll.SpectrumSet]:
+    model = ll.tasks.bundled.minilm()
+    return model, ll.spectra(model, "encoder.*", progress=False)
+
+
+def effective_rank(s: torch.Tensor) -> float:
+    q = s[s > 0] / s.sum()
+    return float(torch.exp(-(q * q.log()).sum()))
+
+
+def least_forgetting(table: pd.DataFrame, accuracy: float) -> float:
+    reached = table[table["accuracy"] >= accuracy].sort_values(["forgetting", "t"], ascending=[True, False])
+    return reached["t"].iloc[0]
+
+
+def ranks() -> pd.DataFrame:
+    return ll.Sweep.open(RESULTS / "ranks.jsonl.xz").table
+
+
+def share_of_features(placement: object) -> float:
+    model, source, spectra = vision()
+    layer, images = "blocks.2.mlp.fc1", source.test.inputs[:64]
+    return float(ll.forgetting.feature_split(model, layer, spectra[layer], placement, images).shares.mean())
+
+
+def scaled(**how: object) -> torch.nn.Module:
+    model, _, spectra = vision()
+    return ll.attach(model, ll.Window.middle(8), spectra=spectra, **how)
+
+
+def flattery(part: str = "validation") -> float:
+    points = pd.read_csv(RESULTS / "rewinding.csv")
+    points["value"] = 100 * (points["accuracy"] - points["forgetting"])
+    keys = ["setting", "method", "seed"]
+    chosen = points[points["part"] == "test"].groupby(keys, as_index=False)["t"].min()
+
+    def gain(part: str) -> pd.Series:
+        rows = points[points["part"] == part]
+        trained = rows[rows["t"] == 1].set_index(keys)["value"]
+        return chosen.merge(rows, on=[*keys, "t"]).set_index(keys)["value"] - trained
+
+    return float((gain(part) - gain("test")).mean())
+
+
+def one_factor(**variant: str) -> torch.nn.Module:
+    model, spectra = encoder()
+    how = {"targets": "encoder.*", "variant": ll.Variant(**variant)}
+    return ll.attach(model, ll.Window.middle(8), spectra=spectra, **how)
+
+
+def mixed(*order: str) -> torch.nn.Module:
+    model, spectra = encoder()
+    rules = {"all-attention": ll.Window.middle(8), "all-linear": ll.spectrum.AfterEnergy(8, 0.9)}
+    plan = {name: rules[name] for name in order}
+    return ll.attach(model, plan, targets="encoder.layer.[0-4].*", spectra=spectra)
+
+
+def half_of(power: int) -> int:
+    values = vision()[2]["blocks.0.attn.qkv"].singular_values ** power
+    return int((values.cumsum(0) < values.sum() / 2).sum()) + 1
+
+
+def by_rank(score: str) -> pd.DataFrame:
+    return ranks().groupby(["rank", "position"], as_index=False)[[score]].mean()
+
+
+# An exercise, and what makes an answer to it: the right one, and a wrong one that somebody might give.
+RIGHT: dict[str, Callable[[], object]] = {
+    "01-1": lambda: effective_rank,
+    "01-2": lambda: half_of(2),
+    "02-1": lambda: sum(p.numel() for p in scaled().parameters() if p.requires_grad),
+    "02-2": lambda: scaled(alpha=32),
+    "02-4": lambda: share_of_features(ll.spectrum.SpreadComponents(8)),
+    "03-1": lambda: 6.3,  # 8.9 - 2.6, as the notebook's solution has it
+    "03-2": lambda: by_rank("forgetting"),
+    "06-2": lambda: one_factor(split="A", train="A"),
+    "06-3": lambda: mixed("all-attention", "all-linear"),
+    "08-2": lambda: flattery(),
+    "08-6": lambda: least_forgetting,
+}
+WRONG: dict[str, Callable[[], object]] = {
+    "01-1": lambda: lambda s: torch.exp(-(s / s.sum() * (s / s.sum()).log()).sum()),
+    "01-2": lambda: half_of(1),
+    "02-1": lambda: sum(p.numel() for n, p in scaled().named_parameters() if "lora_A" in n),
+    "02-2": lambda: scaled(),
+    "02-4": lambda: share_of_features(ll.Window.middle(8)),
+    "03-1": lambda: 19.4,  # at equal rates: 22.0 - 2.6
+    "03-2": lambda: ranks()[["rank", "position", "forgetting"]],
+    "06-2": lambda: one_factor(train="A"),
+    "06-3": lambda: mixed("all-linear", "all-attention"),
+    "08-2": lambda: flattery("test"),
+    "08-6": lambda: lambda table, accuracy: table.loc[table["forgetting"].idxmin(), "t"],
+}
+
+
+def test_all_exercises_are_tried():
+    assert list(EXERCISES) == list(RIGHT) == list(WRONG)
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_the_right_answer_passes(exercise):
+    verdict = ll.course.check(exercise, RIGHT[exercise]())
+    assert verdict, verdict
+    assert verdict.text.startswith(f"{exercise}: right")
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_a_plausible_wrong_answer_gets_the_hints_in_turn(exercise, monkeypatch):
+    monkeypatch.setattr("lora_lens.course.checking._wrong", Counter())
+    wrong = WRONG[exercise]()
+    texts = [ll.course.check(exercise, wrong).text for _ in range(3)]
+    for text, number in zip(texts, (1, 2, 2), strict=True):
+        assert text.startswith(f"{exercise}: not yet. ")
+        assert text.endswith(ll.course.hint(exercise, number))
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize("exercise", ["01-2", "02-1", "02-4", "03-1", "08-2"])
+def test_no_hint_and_no_complaint_tells_the_number_that_is_asked_for(exercise):
+    right = RIGHT[exercise]()
+    said = ll.course.check(exercise, right + 1).text + " ".join(EXERCISES[exercise].hints)
+    telling = {f"{right:g}", *(f"{right:.{digits}f}" for digits in (1, 2, 3))}
+    assert not telling & set(re.findall(r"\d+\.?\d*", said))
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_an_answer_of_another_kind_is_refused_in_words(exercise):
+    with pytest.raises(ll.errors.InputTypeError, match="must be"):
+        ll.course.check(exercise, "it depends")
+
+
+def test_a_function_that_fails_is_told_how():
+    verdict = ll.course.check("01-1", lambda s: s.entropy())
+    assert "five equal values the function raises AttributeError" in verdict.text
+    assert "the function returns None, which is no number" in ll.course.check("01-1", lambda s: None).text
+
+
+def test_a_model_that_was_trained_no_longer_answers_as_before(digits):
+    trained = scaled(alpha=32)
+    ll.finetune(trained, digits.first(train=64, test=8), lr=0.01, steps=2, evaluations=2, progress=False)
+    assert "differ from the pretrained model's by" in ll.course.check("02-2", trained).text
+
+
+def test_a_table_without_a_column_is_refused():
+    with pytest.raises(ll.errors.InputError, match="position"):
+        ll.course.check("03-2", by_rank("forgetting").drop(columns="position"))
+
+
+def test_a_table_in_percent_is_told_so():
+    percent = by_rank("forgetting").assign(forgetting=lambda table: 100 * table["forgetting"])
+    assert "which is no share; 80% is 0.8" in ll.course.check("03-2", percent).text
+
+
+def test_a_grouped_table_keeps_its_index():
+    assert ll.course.check("03-2", ranks().groupby(["rank", "position"])[["forgetting"]].mean())
+
+
+def test_without_the_stored_runs_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("lora_lens.course.exercises.RESULTS", tmp_path)
+    with pytest.raises(ll.errors.MissingFileError, match="stored runs in ranks"):
+        ll.course.check("03-2", pd.DataFrame({"rank": [4], "position": [0.0], "forgetting": [0.1]}))
+
+
+def test_numbers_may_come_from_numpy_or_torch():
+    right = half_of(2)
+    assert ll.course.check("01-2", np.int64(right)) and ll.course.check("01-2", torch.tensor(right))
