@@ -229,7 +229,7 @@ def _pages_of_files(app: Sphinx) -> Iterator[tuple[str, dict[str, str], str]]:
     for file in files:
         if file.suffix in SHOWN:
             text = (ROOT / file).read_text()
-            code = app.builder.highlighter.highlight_block(text, SHOWN[file.suffix], lineanchors="line")
+            code = app.builder.highlighter.highlight_block(text, SHOWN[file.suffix], linespans="line")
             back = (
                 f'<p><a href="{"../" * len(file.parts)}index.html">lora_lens</a></p>'  # there is no sidebar
             )

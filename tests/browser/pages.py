@@ -328,7 +328,8 @@ def barriers(page: Page, within: str | None = None) -> list[str]:
     """What axe-core's rules find on the page, or in the elements that a selector names."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page, {"include": [[within]]} if within else None).response["violations"]
+    part = {"include": [[within]]} if within else None
+    found = Axe().run(page, part, {"preload": False}).response["violations"]  # no file may ask for another
     nodes = [(rule["id"], node) for rule in found for node in rule["nodes"]]
     return [f"{rule}: {node['html']}: {node['failureSummary']}" for rule, node in nodes]
 

@@ -108,7 +108,7 @@ def test_every_control_has_a_name_for_screen_readers(page: Page):
 @pytest.mark.skipif(FIREFOX is None, reason=ABSENT)
 def test_in_firefox_an_explorer_follows_its_slider(app: Server, screenshots: Path):
     position = "document.querySelector('.ll-explorer .noUi-handle[aria-label=position]')"
-    alt = "document.querySelector('.ll-explorer img')?.alt ?? ''"
+    alt = "(document.querySelector('.ll-explorer img')?.alt ?? '')"
     with firefox() as page:
         page.open(app.address("", theme="light"))
         page.wait_for(f"Boolean({position}) && {alt}.includes('position 0.5')")
