@@ -17,7 +17,7 @@ from lora_lens._base.validate import choice, flag, instance, number, share, whol
 from lora_lens.tasks.task import Task
 from lora_lens.training.forgetting_monitor import BEFORE, ForgettingMonitor, checked_retain
 from lora_lens.training.record import Before
-from lora_lens.training.update_norms import is_attached
+from lora_lens.training.updates import is_attached
 
 PREFIX = "eval_"  # without it a trainer takes no score for the best model's
 

@@ -26,7 +26,7 @@ from lora_lens.tasks.evaluation import Answers, evaluate
 from lora_lens.tasks.own_answers import require_own_answers
 from lora_lens.tasks.task import Task
 from lora_lens.training.record import Before
-from lora_lens.training.update_norms import is_attached, update_norms
+from lora_lens.training.updates import is_attached, update_norms
 
 SAME = 1e-3  # nats, of losses that should be equal but for rounding
 BEFORE = "pass before=ll.training.Before(retain=ll.evaluate(pretrained, retain)), the pretrained answers"

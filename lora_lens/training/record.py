@@ -17,7 +17,7 @@ from lora_lens.tasks.readouts import HeadReadout, Readout
 from lora_lens.tasks.task import Task
 from lora_lens.training.run import Run
 from lora_lens.training.settings import Training
-from lora_lens.training.update_norms import update_norms
+from lora_lens.training.updates import update_norms
 
 Test = tuple[Task, Readout]
 
