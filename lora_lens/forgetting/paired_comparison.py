@@ -95,10 +95,12 @@ def against_baseline(
         >>> import lora_lens as ll
         >>> sweep = ll.Sweep.open("data/results/digits.jsonl.xz")
         >>> found = ll.forgetting.against_baseline(sweep, "LoRA").set_index("position")
-        >>> found.loc[[0.5], ["seeds", "rates", "lr", "difference", "difference_low", "difference_high", "p"]]
-                  seeds  rates     lr  difference  difference_low  difference_high         p
-        position
-        0.5           5      4  0.005      0.0086       -0.024023         0.041223  0.624487
+        >>> found.loc[0.5, ["lr", "difference", "difference_low", "difference_high"]].astype(float).round(3)
+        lr                 0.005
+        difference         0.009
+        difference_low    -0.024
+        difference_high    0.041
+        Name: 0.5, dtype: float64
     """
     level = number(level, "level", above=0, below=1)
     for name, at, needs, given in (

@@ -133,7 +133,7 @@ def more_or_less(one: ArrayLike, other: ArrayLike, words: tuple[str, str, str] =
 
     Example:
         >>> import lora_lens as ll
-        >>> ll.reports.more_or_less([0.20, 0.28], [0.02, 0.01])
+        >>> ll.reports.more_or_less([0.20, 0.28, 0.25], [0.02, 0.01, 0.03])
         'more'
         >>> ll.reports.more_or_less([0.03, 0.01], [0.02, 0.02], ("yes", "not clearly", "no"))
         'not clearly'
@@ -168,8 +168,8 @@ def at_each_rate(one: pd.DataFrame, other: pd.DataFrame, words: tuple[str, str, 
     Example:
         >>> import pandas as pd
         >>> import lora_lens as ll
-        >>> first = pd.DataFrame({0.005: [0.20, 0.28], 0.01: [0.5, 0.6], 0.02: [0.7, 0.8]})
-        >>> middle = pd.DataFrame({0.005: [0.02, 0.01], 0.01: [0.1, 0.1], 0.02: [0.6, 0.9]})
+        >>> first = pd.DataFrame({0.005: [0.20, 0.28, 0.25], 0.01: [0.5, 0.6, 0.6], 0.02: [0.7, 0.8, 0.9]})
+        >>> middle = pd.DataFrame({0.005: [0.02, 0.01, 0.03], 0.01: [0.1, 0.1, 0.1], 0.02: [0.6, 0.9, 0.8]})
         >>> ll.reports.at_each_rate(first, middle)
         'more at 0.005 and 0.01, neither clearly more nor less at 0.02'
     """
