@@ -297,7 +297,7 @@ class Notebook:
         for theme, light in (("Dark", "false"), ("Light", "true")):
             change = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
             self.page.evaluate(change, f"JupyterLab {theme}")
-            self.page.locator(f'body[data-jp-theme-light="{light}"]').wait_for()
+            self.page.locator(f'body[data-jp-theme-light="{light}"]').wait_for(state="attached")
             if theme == "Dark":
                 yield
 
