@@ -42,8 +42,13 @@ RANK = 16
 # --- a checkpoint in FP8 ---
 
 
+def inner_width(width: int) -> int:
+    """Of the MLPs, as Llama 7B has it, in whole blocks: transformers dequantizes no others."""
+    return max(1, round(width * 11008 / 4096 / BLOCK)) * BLOCK
+
+
 def write_fp8(folder: Path, width: int, gigabytes: float) -> None:
-    hidden = max(1, round(width * 11008 / 4096 / BLOCK)) * BLOCK
+    hidden = inner_width(width)
     blocks = max(1, round(gigabytes * 1e9 / (4 * width * width + 3 * width * hidden)))
     config = LlamaConfig(
         hidden_size=width,
@@ -113,7 +118,7 @@ def measure(tool: str, folder: Path, count: int) -> None:
 def of_fp8(folder: Path, arguments: argparse.Namespace) -> str:
     write_fp8(folder, arguments.width, arguments.gigabytes)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
-    matrix = 8 * arguments.width * max(1, round(arguments.width * 11008 / 4096 / BLOCK)) * BLOCK
+    matrix = 8 * arguments.width * inner_width(arguments.width)
     rows, seconds, values = [], {}, {}
     for tool in TOOLS:
         command = [sys.executable, __file__, "--measure", tool, str(folder)]

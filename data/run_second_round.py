@@ -56,6 +56,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 import lora_lens as ll
+from lora_lens._base.files import write_atomically
 
 RANK = 8
 AROUND = (0.25, 0.5, 1.0, 2.0)  # of the rate where a method learns most
@@ -285,7 +286,7 @@ def leave_out_drift(path: Path) -> None:
     record = json.loads(path.read_text())
     if "drift" in record:
         del record["drift"], record["features"]
-        path.write_text(json.dumps(record))
+        write_atomically(path, record)
 
 
 if __name__ == "__main__":
