@@ -39,7 +39,6 @@ where it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,7 +55,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 import lora_lens as ll
-from lora_lens._base.files import write_atomically
 
 RANK = 8
 AROUND = (0.25, 0.5, 1.0, 2.0)  # of the rate where a method learns most
@@ -267,7 +265,7 @@ def run(name: str, store: Path, jobs: int | None) -> None:
     sweep = dict(sweeps())[name]
     setting = sweep.setting()
     model, targets = setting["model"], setting.get("targets")
-    spectra = [ll.spectra(model, targets, progress=False)] if sweep.drift else [None]
+    spectra = [None]
     if sweep.metrics is not None:
         spectra = [
             ll.spectra(model, targets, metric=metric, progress=False) for metric in sweep.metrics(setting)
@@ -275,18 +273,7 @@ def run(name: str, store: Path, jobs: int | None) -> None:
     for known in spectra:
         for grid, settings in sweep.grids:
             arguments = setting | sweep.usual | settings
-            ll.sweep(grid, spectra=known, store=store, jobs=jobs, **arguments)
-    if not sweep.drift:
-        for path in (store / "runs").glob("*.json"):
-            leave_out_drift(path)
-
-
-def leave_out_drift(path: Path) -> None:
-    """Of a run; ll.sweep measures it wherever it has all vectors, as it has of small weights."""
-    record = json.loads(path.read_text())
-    if "drift" in record:
-        del record["drift"], record["features"]
-        write_atomically(path, record)
+            ll.sweep(grid, spectra=known, drift=sweep.drift, store=store, jobs=jobs, **arguments)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ class Sweep(Kept):
         if found.empty:
             raise InputError(
                 f"no run in {self.path or 'this sweep'} was kept with its drift; sweep measures it when "
-                "it is given spectra=ll.spectra(model), with all vectors"
+                "it is given drift=True, or spectra=ll.spectra(model) with all vectors"
             )
         features = {r["run"]: r["features"] for r in records_in(columns) if "features" in r}
         return found.join(pd.DataFrame.from_dict(features, orient="index"), on="run")

@@ -51,13 +51,9 @@ class Experiment:
     alpha: float | None
     variant: Variant
     spectra: SpectrumSet | None
+    drifts_by: SpectrumSet | None  # plain, with all vectors; None where no drift is measured
     training: Training
     pretrained: Pretrained | None = None
-    plain: SpectrumSet | None = None  # what drifts are measured by: ``spectra``, unless those are in a metric
-
-    def __post_init__(self) -> None:
-        if self.plain is None:
-            object.__setattr__(self, "plain", self.spectra)
 
     def record(self, method: MethodLike, lr: float, seed: int) -> dict[str, object]:
         """What is known of a run before it runs: its name, and its settings for people and exactly."""
@@ -217,12 +213,10 @@ def ended_without_numbers(run: Run) -> bool:
 
 
 def _mechanism(experiment: Experiment, method: MethodLike, adapted: nn.Module) -> dict[str, object]:
-    """What the run did to weights and features, if the spectra tell; nothing for a linear probe."""
-    known = experiment.plain or {}
-    names = experiment.layers[method]
-    if not all(name in known and known[name].has_all_vectors for name in names):
+    """What the run did to weights and features, if that is asked; nothing for a linear probe."""
+    if experiment.drifts_by is None:
         return {}
-    spectra = SpectrumSet([known[name] for name in names])
+    spectra = SpectrumSet([experiment.drifts_by[name] for name in experiment.layers[method]])
     if hasattr(adapted, "attachment"):
         moved = drift(adapted, spectra).merge(rotations(adapted, spectra), on="layer")
     elif any(p.requires_grad for p in adapted.parameters()):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
-from itertools import product
+from itertools import chain, product
 from numbers import Real
 from pathlib import Path
 
@@ -116,6 +116,7 @@ def sweep(
     alpha: float | None = None,
     variant: Variant | None = None,
     spectra: SpectrumSet | None = None,
+    drift: bool | None = None,
     jobs: int | None = None,
     engine: object = None,
     fuse: int | None = None,
@@ -137,9 +138,11 @@ def sweep(
         store: a folder that keeps one small file per finished run. A sweep
             that was interrupted, or a larger grid, runs only what is missing.
             Without it nothing is kept.
-        spectra: of this model, if they are at hand. With all vectors, every run's drift is measured and
-            kept, too: see :meth:`lora_lens.Sweep.drifts`. Spectra in a metric make windows in it, which the
-            column variant tells from plain ones; the drift is measured by plain spectra, which are computed.
+        spectra: of this model, if they are at hand. Spectra in a metric make windows in it, which the column
+            variant tells from plain ones.
+        drift: whether every run's is measured and kept, see :meth:`lora_lens.Sweep.drifts`, which makes most
+            of what a store takes. Default: where ``spectra`` hold all vectors of all layers. True computes
+            those that are missing; by spectra in a metric no drift is measured, so plain ones are computed.
         jobs: how many processes; default one per core that may be used, or one for each GPU. Every run
             computes with one thread, so the numbers do not depend on it.
         engine: who computes the runs: None for processes of this machine, a dask.distributed.Client for the
@@ -200,6 +203,7 @@ def sweep(
     if each_seed is not None and not callable(each_seed):
         raise InputTypeError(f"each_seed must be a function of a Sweep, not {shown(each_seed)}")
     require_writable(store)
+    drift = None if drift is None else flag(drift, "drift")
     variant = variant or Variant()
     usual = list(chosen_layers(model, targets, spectra))
     choices = {"targets": targets, "alpha": alpha, "spectra": spectra, "variant": variant}
@@ -217,17 +221,17 @@ def sweep(
 
     identity = experiment_identity(model, task, retain, watch)
     with open_store(store, identity) as folder:
+        layers = {method: list(plan) or usual for method, plan in plans.items()}
+        drifts_by = _spectra_for_drifts(model, drift, spectra, chain.from_iterable(layers.values()), progress)
+        if spectra is None:
+            spectra = drifts_by
         if spectra is None:
             wanted = _placements_by_layer(plans.values())
             spectra = (
                 compute_spectra(model, list(wanted), vectors=wanted, progress=progress) if wanted else None
             )
-        layers = {method: list(plan) or usual for method, plan in plans.items()}
-        plain = None
-        if spectra is not None and spectra.metric and all(s.has_all_vectors for s in spectra.values()):
-            plain = compute_spectra(model, list(spectra), progress=progress)
         shared = Experiment(
-            model, task, retain, watch, layers, alpha, variant, spectra, training, plain=plain
+            model, task, retain, watch, layers, alpha, variant, spectra, drifts_by, training
         )
         plan = [(point, folder.absolute() / f"{shared.record(*point)['run']}.json") for point in grid]
         bar = {"shown": progress, "desc": "sweep", "unit": "run"}
@@ -319,6 +323,19 @@ def _require_different(values: Sequence[object], name: str) -> None:
     contents = {json.dumps(exact(value, f"one of {name}")) for value in values}
     if same or len(contents) < len(values):
         raise InputError(f"{name} holds the same value twice: {values}")
+
+
+def _spectra_for_drifts(
+    model: nn.Module, wanted: bool | None, given: SpectrumSet | None, layers: Iterable[str], progress: bool
+) -> SpectrumSet | None:
+    """Plain spectra of all layers with all vectors; None where no drift is to be measured."""
+    names, known = list(dict.fromkeys(layers)), given or {}
+    complete = all(name in known and known[name].has_all_vectors for name in names)
+    if not (complete if wanted is None else wanted):
+        return None
+    if complete and not given.metric:
+        return given
+    return compute_spectra(model, names, progress=progress)
 
 
 def _placements_by_layer(plans: Iterable[Mapping[str, object]]) -> dict[str, list[Placement]]:

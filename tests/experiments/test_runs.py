@@ -21,7 +21,7 @@ def experiment(model, spectra, source, digits) -> Experiment:
     names = list(ll.spectrum.target_layers(model))
     layers = dict.fromkeys(methods, names)
     training = ll.Training(steps=8, batch_size=16, evaluations=3)
-    shared = Experiment(model, task, retain, watch, layers, None, ll.Variant(), spectra, training)
+    shared = Experiment(model, task, retain, watch, layers, None, ll.Variant(), spectra, spectra, training)
     return replace(shared, pretrained=ask_pretrained(model, task, retain, watch, "float32"))
 
 

@@ -247,10 +247,16 @@ def test_drifts_are_measured_where_all_vectors_are_known(model, source, digits, 
     )
     settings = {"steps": 1, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
     tasks = {"task": digits.first(16, 20), "retain": source.first(10, 20)}
-    grid, store = ll.Grid([ll.Window.first(8)]), tmp_path / "s"
-    table = ll.sweep(grid, model=model, **tasks, spectra=few, store=store, **settings).table
-    with pytest.raises(ValueError, match=r"was kept with its drift; .* spectra=ll.spectra\(model\)"):
-        ll.Sweep.open(store).only(table).drifts()
+    settings |= {"model": model, **tasks}
+    grid = ll.Grid([ll.Window.first(8)])
+    for without in ({"spectra": few}, {"spectra": spectra, "drift": False}, {"targets": "attn.proj"}):
+        store = tmp_path / str(sorted(without))
+        table = ll.sweep(grid, store=store, **without, **settings).table
+        with pytest.raises(ValueError, match=r"was kept with its drift; .* spectra=ll.spectra\(model\)"):
+            ll.Sweep.open(store).only(table).drifts()
+    by_given = ll.sweep(grid, spectra=spectra, **settings).drifts()
+    asked = ll.sweep(grid, spectra=few, drift=True, **settings).drifts()
+    pd.testing.assert_frame_equal(asked, by_given, rtol=1e-3)
 
 
 def test_what_is_no_store_is_refused(swept, tmp_path):
