@@ -230,9 +230,7 @@ def sweep(
             spectra = (
                 compute_spectra(model, list(wanted), vectors=wanted, progress=progress) if wanted else None
             )
-        shared = Experiment(
-            model, task, retain, watch, layers, alpha, variant, spectra, drifts_by, training
-        )
+        shared = Experiment(model, task, retain, watch, layers, alpha, variant, spectra, drifts_by, training)
         plan = [(point, folder.absolute() / f"{shared.record(*point)['run']}.json") for point in grid]
         bar = {"shown": progress, "desc": "sweep", "unit": "run"}
         groups: list[list[Point]] = []
