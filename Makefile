@@ -16,6 +16,9 @@ APP_IP ?= localhost
 APP_PORT ?= 8866
 # So many test files or notebooks at a time, each on one processor.
 JOBS ?= 2
+# Tests that wait, for a process to die or a page to be still, leave a processor to one more.
+MORE = $(shell echo $$(($(JOBS) + 1)))
+LINT := BIN=$(BIN) .ci/lint && $(BIN)/lint-imports --no-logo --no-cache && $(BIN)/mypy
 DEMO := results/demo
 DEMO_RUNS := 66
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
@@ -76,9 +79,12 @@ app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address
 		--MappingKernelManager.cull_idle_timeout=3600 --MappingKernelManager.cull_interval=60 \
 		--MappingKernelManager.cull_connected=True
 
-test: lint  ## lint, unit, property and integration tests, every notebook, then the browser tests
-	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/browser
+test: $(VENV)/test.installed  ## lint, unit, property and integration tests, every notebook, then the browser tests
+	@# Types are checked on one processor, meanwhile.
+	@echo "== lint and tests"
+	@$(LINT) & linted=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MORE) --dist loadfile --no-loadscope-reorder --ignore tests/browser; \
+	wait $$linted
 	@echo "== notebooks that no test below opens; all of them, if there is no browser"
 	@# Again those that failed: two kernels that start at once may choose the same port. A wrong cell fails twice.
 	export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
@@ -87,15 +93,12 @@ test: lint  ## lint, unit, property and integration tests, every notebook, then 
 	run $$notebooks || run --last-failed $$notebooks
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
 	@echo "   (03 runs its whole sweep the first time: about 4 minutes on 2 cores)"
-	@# One more at a time, as somebody who looks at a page is waited for: it must have been still for a while.
 	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) \
-		$(BIN)/pytest -n $$(($(JOBS) + 1)) --dist loadscope -rs tests/browser
+		$(BIN)/pytest -n $(MORE) --dist loadscope -rs tests/browser
 
 lint: $(VENV)/test.installed  ## check style, spelling, imports, types, and that notebooks hold no outputs
 	@echo "== lint"
-	BIN=$(BIN) .ci/lint
-	$(BIN)/lint-imports --no-logo --no-cache
-	$(BIN)/mypy
+	$(LINT)
 
 hooks: $(VENV)/test.installed  ## have git lint what is to be committed, and refuse it
 	git config core.hooksPath .ci/hooks
