@@ -23,6 +23,7 @@ NO_RESULTS = {  # of stored runs, though they look like it
     "is-it-a-u": "the least p of five seeds",
     "limits": "the least p of some seeds and rates",
     "480a86eb": "nats as factors",
+    "best-text": "an accuracy to ask for",
     "exercise-2": "a simulation, which stands there in full",
     "exercise-3": "a colleague's report",
 }
@@ -130,6 +131,9 @@ def test_what_going_back_does_to_windows_is_what_is_stored():
     assert numbers_in(said) == pytest.approx(taken_back, abs=2 * ROUNDED)
     ahead = {s for s in settings if ll.forgetting.seed_interval(found.loc[(s, "middle"), "rewound"])[0] > 0}
     assert ahead == {"new_classes"}, "docs/after_training.md says: on new classes by more than chance"
+    middle = found.loc[["digits", "new_classes"]].xs("middle", level="method")["rewound"]
+    assert "with nine of ten seeds" in text_of("docs/after_training.md")
+    assert ((middle > 0).sum(), len(middle)) == (9, 10)
 
 
 def test_what_agreement_tells_is_what_is_stored():
@@ -156,6 +160,12 @@ def test_what_agreement_tells_is_what_is_stored():
         *correlations, slope, error = row[["rank_correlation", "low", "high", "slope", "error_in_points"]]
         assert numbers == pytest.approx([*correlations, slope, error], abs=ROUNDED)
         assert numbers[:4] == pytest.approx([*correlations, slope], abs=0.00501), (reference, setting)
+    by_divergence = pd.read_csv(RESULTS / "agreement.csv").query(
+        "reference == 'noise' and measure == 'divergence'"
+    )
+    better = by_divergence["rank_correlation"].iloc[0]
+    assert f"by the divergence better ({better:.2f})" in text_of("docs/measures.md")
+    assert better > own.loc["noise", "rank_correlation"]
     same_rate = table["same_rate"].round(2)
     assert f"{same_rate['digits']:.2f} on digits, {same_rate['minilm']:.2f} on MiniLM" in text_of(
         "docs/measures.md"
@@ -195,7 +205,7 @@ def test_what_rules_are_worth_is_what_is_stored():
         assert numbers[-len(expected) :] == pytest.approx(expected, abs=ROUNDED), name
 
 
-@pytest.mark.parametrize("name", ["04_tradeoff_science", "05_language"])
+@pytest.mark.parametrize("name", ["04_tradeoff_science", "05_language", "08_after_training"])
 def test_no_result_is_typed_into_a_text_of_the_notebook(name):
     cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text())["cells"]
     texts = {c["id"]: "".join(c["source"]) for c in cells if c["cell_type"] == "markdown"}
@@ -204,3 +214,22 @@ def test_no_result_is_typed_into_a_text_of_the_notebook(name):
         for cell, text in texts.items()
     }
     assert {cell: some for cell, some in found.items() if some and cell not in NO_RESULTS} == {}
+
+
+def test_an_equal_update_is_read_off_as_far_off_as_is_said():
+    sweep = ll.Sweep.open(RESULTS / "digits.jsonl.xz").only("method == 'window'")
+    drifts = sweep.drifts()
+    left_out = sweep.table["lr"] == 0.01
+    sizes = sweep.table["run"].map(ll.forgetting.relative_updates(drifts))
+    off = {}
+    for position, runs in sweep.table[left_out].groupby("position"):
+        others = sweep.table[~left_out & (sweep.table["position"] == position)]
+        read = ll.forgetting.at_matched_update(others, drifts, sizes[runs.index].mean())
+        off[position] = 100 * (read["forgetting"].iloc[0] - runs["forgetting"].mean())
+    off = pd.Series(off)
+    too_high = [round(one) for one in off[off.index >= 0.25]]
+    said = (
+        f"the monotone cubic by {off.abs().mean():.0f}: it was {-off[0.0]:.0f} too low at position 0 and "
+        f"{min(too_high)} to {max(too_high)} too high from 0.25 on"
+    )
+    assert said in text_of("docs/measures.md")
