@@ -233,3 +233,33 @@ def test_an_equal_update_is_read_off_as_far_off_as_is_said():
         f"{min(too_high)} to {max(too_high)} too high from 0.25 on"
     )
     assert said in text_of("docs/measures.md")
+
+
+def test_the_words_of_notebook_04_turn_with_the_comparison(claims, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    cells = json.loads((ROOT / "notebooks/04_tradeoff_science.ipynb").read_text())["cells"]
+    source = {cell["id"]: "".join(cell["source"]) for cell in cells}
+
+    def said(cell: str, names: dict[str, object]) -> str:
+        tree = ast.parse(source[cell])
+        exec(compile(ast.Module(tree.body[:-1], []), cell, "exec"), names)
+        return eval(compile(ast.Expression(tree.body[-1].value), cell, "eval"), names).data
+
+    table = ll.Sweep.open(RESULTS / "digits.jsonl.xz").table
+    names = {"ll": ll, "pd": pd, "table": table, "sweeps": {"digits": table}}
+    said("told-runs", names)
+    exec(source["c370f70f"], names)
+    there = said("told-shape", names)
+    assert "left side is there at 0.002, 0.005, 0.01 and 0.02, by" in there and "for itself, at none" in there
+    names["table"] = table.assign(position=1 - table["position"])
+    said("told-runs", names)
+    exec(source["c370f70f"], names)
+    there = said("told-shape", names)
+    assert "left side is there at none; " in there and "for itself, at 0.002, 0.005, 0.01 and 0.02" in there
+
+    turned = claims["found"].assign(points=-claims["found"]["points"])
+    turned["verdict"] = turned["verdict"].replace({"ahead": "behind", "behind": "ahead"})
+    shown = said("claims-table", claims | {"found": turned})
+    assert shown.count("behind in") == claims["shown"].data.count("ahead in") > 0
+    short, other = (said("claims-short", claims | {"found": found}) for found in (claims["found"], turned))
+    assert "clearly more in SmolLM2" in short and "clearly less in SmolLM2" in other
