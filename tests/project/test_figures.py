@@ -203,6 +203,18 @@ def test_what_rules_are_worth_is_what_is_stored():
                 expected += [-100 * row["difference"], -100 * row["high"], -100 * row["low"], row["p_holm"]]
         (numbers,) = (found for words, found in rows.items() if words[0] == name)
         assert numbers[-len(expected) :] == pytest.approx(expected, abs=ROUNDED), name
+    page, better = text_of("docs/sweeps.md"), stored["better"]
+    assert (
+        "it is better in three of five pairs (kept)" in page
+        and "own best rate it is better in five of five" in page
+    )
+    penalized = "LoRA, L2 to initial 0.01"
+    assert better["kept", f"{penalized}, 0.005"] == 3 and better["kept", f"own sweep of {penalized}"] == 5
+    assert (
+        "Nothing differs from the middle window for certain" in page
+        and (stored["p_holm"].dropna() > 0.05).all()
+    )
+    assert "The first window is worse in all pairs" in page and better["kept", "window 0, 0.005"] == 0
 
 
 @pytest.mark.parametrize("name", ["04_tradeoff_science", "05_language", "08_after_training"])
