@@ -9,21 +9,26 @@ both as shares in [0, 1]. Weight 1 counts a point forgotten as much as a point l
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from textwrap import fill
 
+import numpy as np
 import pandas as pd
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.schema import checked
 from lora_lens._base.validate import number, shown
-from lora_lens.adapters.methods import MethodLike
-from lora_lens.forgetting.run_groups import FEWEST_SEEDS, WINDOW, student_interval
+from lora_lens.adapters.methods import LoRA, MethodLike
+from lora_lens.forgetting.run_groups import LEVEL, WINDOW, at_rates_of_others, student_interval
 from lora_lens.spectrum.window import Placement, Window
+from lora_lens.training.regularizers.base import Regularized
+from lora_lens.training.regularizers.l2_to_initial import L2ToInitial
 
 SETTINGS = ["alpha", "targets", "variant", "steps", "batch_size", "warmup", "weight_decay"]
 NAMED = 4  # rows that words list; the evidence has them all
+ENOUGH_SEEDS = 3  # with fewer a row takes no part in the choice, where others have more
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,11 +37,12 @@ class Advice:
 
     Attributes:
         method: a window or another method, to give to :func:`lora_lens.attach` or, as one of the
-            baselines, to :class:`lora_lens.Grid`.
+            baselines, to :class:`lora_lens.Grid`; of a method that a table cannot make again, such as one
+            of PEFT's, its name.
         lr: the learning rate to train it with.
-        value: of a sweep, accuracy - weight * forgetting, the mean over the seeds that did not take part in
-            the choice. Where nothing was trained, what the method gained on average over the middle window
-            in the stored sweeps, see :func:`lora_lens.advise`.
+        value: of a sweep, accuracy - weight * forgetting, the mean over seeds of what the choice of the
+            *other* seeds has at each. Where nothing was trained, what the method gained on average over the
+            middle window in the stored sweeps, see :func:`lora_lens.advise`.
         interval: its 95% interval, over these seeds by :func:`lora_lens.forgetting.seed_interval`, or
             over the stored settings and their seeds.
         words: the recommendation, how it was found and how sure it is, in sentences.
@@ -50,7 +56,7 @@ class Advice:
         (8, 'sweep', True)
     """
 
-    method: MethodLike
+    method: MethodLike | str
     lr: float
     value: float
     interval: tuple[float, float]
@@ -64,25 +70,26 @@ class Advice:
         return self.method if isinstance(self.method, Placement) else None
 
     @property
-    def rank(self) -> int:
-        """The rank of the window or method."""
-        return self.method.rank
+    def rank(self) -> int | None:
+        """The rank of the window or method; None where it has none, or only its name is known."""
+        return getattr(self.method, "rank", None)
 
     def __repr__(self) -> str:
         return f"Advice({self.method}, lr={self.lr:g}, rule={self.rule!r})\n{fill(self.words, 100)}"
 
 
 def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
-    """The window and rate of a finished sweep with the highest mean value, and which others may be as good.
+    """What a finished sweep has as its best, a window or another method and its rate; and how sure that is.
 
-    The best of many noisy means is higher than it ought to be. With at least 4 seeds the choice is made on
-    the lower half of them (by number), and all reported numbers come from the other half. Only windows are
-    recommended, on the seeds that were run with every one of them at every rate; other methods take part in
-    the comparison.
+    The best of many noisy means is higher than it ought to be. So the choice is made by all seeds, but told
+    by what it is worth where it took no part: each seed is judged at what the *other* seeds would choose.
+    Intervals are Student's, wider by what each seed's part in its own choice would gain, as those of
+    :func:`lora_lens.forgetting.against_baseline`.
 
-    Another row differs from the recommended one if Student's 95% interval of their differences at equal
-    seeds excludes 0. With one seed no rows differ. The interval is not corrected for the number of rows, so
-    among many a few differ by chance; :func:`lora_lens.forgetting.against_baseline` corrects.
+    The choice is among all windows and methods and their rates, on the seeds that all of them have; those
+    with fewer than 3 seeds take no part where others have more. Another row differs from the choice if the
+    interval of their differences at equal seeds leaves out 0; together all these intervals hold the truth in
+    95% of sweeps (Bonferroni), so with few seeds and many rows hardly any differs. With one seed none does.
 
     Args:
         table: from :func:`lora_lens.sweep`, or that of :meth:`lora_lens.Sweep.open`.
@@ -90,15 +97,16 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
 
     Returns:
         Advice whose evidence has one row per window or method and rate, the best first. Columns: method,
-        rank, position, start, lr; seeds (how many did not take part in the choice), value (mean over them);
-        difference (value minus the recommended row's, at equal seeds), difference_low and difference_high
-        (its interval), apart (whether that excludes 0), recommended. Because other seeds chose, the
-        recommended row need not be the first. A method that lacks these seeds has missing values.
+        rank, position, start, lr; seeds (of those that chose), value (mean over them); difference (value
+        minus what the choice of the other seeds has, at equal seeds; 0 in the recommended row),
+        difference_low and difference_high (its interval), apart (whether that leaves out 0), recommended.
+        Where there are windows and other methods, the words also say what choosing among windows alone is
+        worth beside choosing among the others.
 
     Raises:
         TypeError: ``table`` is no table, or ``weight`` no number.
-        ValueError: ``weight`` is negative, a column is missing, there are no windows, the windows differ
-            in another setting, two runs share window, rate and seed, or no seed was run everywhere.
+        ValueError: ``weight`` is negative, a column is missing, the windows differ in another setting, two
+            runs share window, rate and seed, or no seed was run everywhere.
 
     Example:
         >>> import pandas as pd
@@ -112,20 +120,22 @@ def advise_from(table: pd.DataFrame, weight: float = 1.0) -> Advice:
     """
     weight = _checked_weight(weight)
     table = checked(table, [*WINDOW, "lr", "seed", "accuracy", "forgetting"])
-    if not (table["method"] == "window").any():
-        raise InputError("the table has no windows to recommend; sweep some, such as ll.windows(rank=8)")
     cells, values = _cells(table, weight)
-    choosing, seeds, others = _halves(values[cells.index[cells["method"] == "window"]])
-    best = choosing.mean().idxmax()
-    evidence = _compared(cells, values, best, seeds)
+    complete = _complete(values)
+    told, settled, best = _chosen(complete)
+    evidence = _compared(cells, values, told, settled, best)
     row = evidence[evidence["recommended"]].iloc[0]
-    interval = student_interval(values.loc[seeds, best])
-    how = "chosen on other seeds" if others else "chosen on the same seeds, so the value leans upwards"
+    interval = student_interval(told, extra=(settled.mean() - told.mean()) ** 2)
+    method = _method(row)
+    take = "Take" if "window" in row["method"] else "Use no window: take"
+    seeds = len(told)
+    how = "each seed judged at the choice of the others" if seeds > 1 else "and the value leans upwards"
     words = (
-        f"Take {_named(row)}: {_in_words(row['value'], interval, len(seeds), weight)}. It is the best of "
-        f"{choosing.shape[1]} windows and rates, {how}. {_rivals(evidence, len(seeds))}"
+        f"{take} {_named(row)}: {_in_words(told.mean(), interval, seeds, weight)}. It is the best of "
+        f"{complete.shape[1]} windows and methods with their rates, {how}. "
+        f"{_windows_or_others(cells, complete)}{_rivals(evidence, seeds)}"
     )
-    return Advice(_window(row), float(row["lr"]), float(row["value"]), interval, words, evidence, "sweep")
+    return Advice(method, float(row["lr"]), float(told.mean()), interval, words, evidence, "sweep")
 
 
 def _checked_weight(weight: object) -> float:
@@ -171,26 +181,54 @@ def _cells(table: pd.DataFrame, weight: float) -> tuple[pd.DataFrame, pd.DataFra
     )
 
 
-def _halves(values: pd.DataFrame) -> tuple[pd.DataFrame, pd.Index, bool]:
-    """(values to choose by, seeds to tell by, whether those are others), of seeds that every column has."""
-    complete = values.dropna()
+def _complete(values: pd.DataFrame) -> pd.DataFrame:
+    """(seeds, cells) without gaps: what a choice can be made from."""
+    counts = values.notna().sum()
+    complete = values.loc[:, counts >= min(ENOUGH_SEEDS, counts.max())].dropna()
     if complete.empty:
-        raise InputError("no seed was run with every window and rate; run the missing ones or drop some rows")
-    half = len(complete) // 2 if len(complete) >= FEWEST_SEEDS else 0
-    return complete.iloc[: half or None], complete.index[half:], half > 0
+        raise InputError(
+            "no seed was run with every window, method and rate; run the missing ones or drop some rows"
+        )
+    return complete
 
 
-def _compared(cells: pd.DataFrame, values: pd.DataFrame, best: int, seeds: pd.Index) -> pd.DataFrame:
+def _chosen(complete: pd.DataFrame) -> tuple[pd.Series, pd.Series, int]:
+    """(by seed the value of what the other seeds choose, that of what all choose, the latter's cell)."""
+    places, best = at_rates_of_others(complete)
+    told = complete.to_numpy(float)[np.arange(len(complete)), places]
+    return pd.Series(told, complete.index), complete.iloc[:, best], complete.columns[best]
+
+
+def _compared(
+    cells: pd.DataFrame, values: pd.DataFrame, told: pd.Series, settled: pd.Series, best: int
+) -> pd.DataFrame:
     """The evidence of :func:`advise_from`."""
     rows = []
+    level = 1 - (1 - LEVEL) / max(len(cells) - 1, 1)
     for cell, names in cells.iterrows():
-        own = values.loc[seeds, cell].dropna()
-        difference = own - values.loc[own.index, best]
-        low, high = student_interval(difference)
+        own = values.loc[told.index, cell].dropna()
+        difference = own - (own if cell == best else told[own.index])
+        extra = 0.0 if cell == best else (settled[own.index] - told[own.index]).mean() ** 2
+        low, high = student_interval(difference, level=level, extra=extra)
         row = {"seeds": len(own), "value": own.mean(), "difference": difference.mean()}
         row |= {"difference_low": low, "difference_high": high, "apart": bool(low > 0 or high < 0)}
         rows.append({**names, **row, "recommended": cell == best})
     return pd.DataFrame(rows).sort_values("value", ascending=False, kind="stable", ignore_index=True)
+
+
+def _windows_or_others(cells: pd.DataFrame, complete: pd.DataFrame) -> str:
+    """What it is worth to choose among the windows beside choosing among the others, in a sentence."""
+    is_window = cells.loc[complete.columns, "method"].str.contains("window").to_numpy()  # also penalized
+    if is_window.all() or not is_window.any() or len(complete) == 1:
+        return ""
+    windows, others = (_chosen(complete.loc[:, some]) for some in (is_window, ~is_window))
+    difference = windows[0] - others[0]
+    extra = ((windows[1] - others[1]).mean() - difference.mean()) ** 2
+    low, high = student_interval(difference, extra=extra)
+    return (
+        f"Choosing among the windows is worth {difference.mean():+.3f} beside choosing among the other "
+        f"methods (95% interval {low:+.3f} to {high:+.3f}). "
+    )
 
 
 def _rivals(evidence: pd.DataFrame, seeds: int) -> str:
@@ -200,6 +238,18 @@ def _rivals(evidence: pd.DataFrame, seeds: int) -> str:
         return f"By {by} it can be told apart from every other row."
     names = listed((_named(row) for _, row in rivals.iterrows()), most=NAMED)
     return f"By {by} it cannot be told apart from {len(rivals)} of the {len(evidence) - 1} others: {names}."
+
+
+def _method(row: pd.Series) -> MethodLike | str:
+    """What a row of a table names, as far as its name tells how to make it."""
+    if row["method"] == "window":
+        return _window(row)
+    if row["method"] == "LoRA":
+        return LoRA(int(row["rank"]))
+    penalized = re.fullmatch(r"LoRA of rank (\d+), L2 to initial ([\d.e-]+)", str(row["method"]))
+    return (
+        Regularized(LoRA(int(penalized[1])), L2ToInitial(float(penalized[2]))) if penalized else row["method"]
+    )
 
 
 def _window(row: pd.Series) -> Window:

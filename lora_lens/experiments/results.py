@@ -235,7 +235,7 @@ class Sweep(Kept):
         )
 
     def best(self, weight: float = 1.0) -> Advice:
-        """The window and rate to take; as :func:`lora_lens.experiments.advise_from`."""
+        """What to take, a window or none, and its rate; as :func:`lora_lens.experiments.advise_from`."""
         return advise_from(self.table, weight)
 
     def fair(

@@ -18,7 +18,7 @@ from lora_lens._base.validate import resample_count, seed_number
 
 WINDOW = ["method", "rank", "position", "start"]
 DRIFTS = ("the table of drifts", "sweep.drifts()")
-FEWEST_SEEDS = 4  # for a test, and for choosing on one half of the seeds
+FEWEST_SEEDS = 4  # for a test
 LEVEL = 0.95  # of all intervals, unless a caller says otherwise
 
 

@@ -91,6 +91,27 @@ def points(shares: ArrayLike, digits: int = 1) -> str:
     return listing(decimal(mean, digits) for mean in np.round(100 * means, digits))
 
 
+def interval(shares: tuple[float, float], digits: int = 1) -> str:
+    """An interval of a difference in percentage points, with signs.
+
+    Args:
+        shares: its ends, such as from :func:`lora_lens.forgetting.seed_interval`.
+        digits: after the point.
+
+    Raises:
+        ValueError: they are not two shares.
+
+    Example:
+        >>> import lora_lens as ll
+        >>> ll.reports.interval((0.003, 0.0624)), ll.reports.interval((-0.02, 0.0001))
+        ('+0.3 to +6.2', '-2.0 to +0.0')
+    """
+    found = numbers(shares, "shares")
+    if found.shape != (2,):
+        raise InputError(f"shares must be the two ends of an interval, not {shown(shares)}")
+    return " to ".join(f"{round(100 * end, digits) + 0.0:+.{digits}f}" for end in found)
+
+
 def lowest_and_highest(shares: pd.DataFrame) -> pd.DataFrame:
     """Two columns of a table, those with the lowest and with the highest mean.
 

@@ -81,7 +81,7 @@ def own_best_section(table: pd.DataFrame) -> list[Piece]:
         Table(
             best,
             "At each window's own best learning rate, by accuracy on the new task. Chosen on other seeds: "
-            "the rate was picked on one half of the seeds, and the numbers come from the other half.",
+            "each seed is read at the rate that is best over the others.",
             words=["chosen on"],
         ),
         Table(

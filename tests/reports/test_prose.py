@@ -219,3 +219,9 @@ def test_seeds_are_paired_by_number_and_one_alone_decides_nothing():
         with pytest.raises(ValueError, match="no pairs; give a value of each for the same seeds"):
             ll.reports.more_or_less(one, unpaired)
     assert ll.reports.points([0.92, 0.931]) == str(pd.Series([0.92, 0.931]).mul(100).mean().round(1))
+
+
+def test_an_interval_has_two_ends_with_signs():
+    assert ll.reports.interval((-0.00001, 0.0624)) == "+0.0 to +6.2"
+    with pytest.raises(ValueError, match="shares must be the two ends of an interval, not"):
+        ll.reports.interval((0.1, 0.2, 0.3))
