@@ -93,14 +93,18 @@ class Explorer(VBox):
         self._rows = rows
 
     def made_by(
-        self, function: str, given: Mapping[str, object], required: list[str], view: Mapping[str, object]
+        self,
+        function: str,
+        given: Mapping[str, object],
+        required: Mapping[str, bool],
+        view: Mapping[str, object],
     ) -> None:
         """Say which call made it, and begin with another view.
 
         Args:
             function: its name in ``ll.widgets``.
             given: its arguments.
-            required: which of them are written without their names.
+            required: all that it has, and whether they are written without their names.
             view: settings of controls, by name.
 
         Raises:
@@ -109,7 +113,7 @@ class Explorer(VBox):
         """
         self._made = function, given, required
         if view:
-            known_settings(view, [*given, *self._settings], function)
+            known_settings(view, [*required, *self._settings], function)
             self.set(view)
             self._fill(self._draw() or ())
         self._now = self._state()
@@ -119,7 +123,7 @@ class Explorer(VBox):
         """The line of Python that makes it as it is now."""
         function, given, required = self._made
         changed = {name: value for name, value in self._now.items() if value != self._first[name]}
-        return call(function, given, required, changed)
+        return call(function, given, [name for name, needed in required.items() if needed], changed)
 
     def undo(self) -> None:
         """Take the last choice back; moves of one slider that follow each other are one."""
@@ -245,9 +249,7 @@ def explorer(make: Callable[..., Explorer]) -> Callable[..., Explorer]:
     signature = inspect.signature(make)
     parameters = signature.parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    required = [
-        name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-    ]
+    required = {name: p.default is p.empty for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
 
     @wraps(make)
     def made(*arguments: object, **options: object) -> Explorer:

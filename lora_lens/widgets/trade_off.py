@@ -108,16 +108,7 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         spots = [Spot(*places[row], spoken[row], names[row], not inside[row]) for row in rows]
         return clickable(image, points.ax, spots, name="runs", picked=page.picked, brush=True)
 
-    @lru_cache(maxsize=1)
-    def means_of(rates: tuple[float, ...], windows: tuple[str, ...], *ranges: tuple[float, float]) -> str:
-        runs = table[table["lr"].isin(rates).to_numpy() & choice.inside()]
-        return html_table(_means(runs), rows_in_view=10) if len(runs) else ""
-
-    def rest(of_run: Parts | None, *chosen: tuple) -> Parts:
-        yield numbers, means_of(*chosen)
-        yield from of_run or ()
-
-    def draw() -> Parts:
+    def draw() -> Parts | None:
         chosen = tuple(rate for rate, box in rates.items() if box.value)
         if not chosen:
             raise InputError("choose at least one learning rate")
@@ -127,7 +118,8 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         plane.value = plane_of(chosen, windows, *ranges)
         runs = table[table["lr"].isin(chosen).to_numpy() & choice.inside()]
         sentence.value = f"<p>{_chosen_in_words(runs, len(table))}</p>"
-        return rest(view.show(page.picked), chosen, windows, *ranges)
+        numbers.value = html_table(_means(runs), rows_in_view=10) if len(runs) else ""
+        return view.show(page.picked)
 
     controls = [[score], [HTML("learning rates"), *rates.values()], choice.controls]
     return Explorer(controls, [curve, HTML(HINT), plane, sentence, *view.boxes, numbers], draw, page)

@@ -161,7 +161,7 @@ def test_objects_go_by_their_names_in_the_notebook(spectra):
         ({"kind": "nope"}, 'kind cannot be \'nope\'; choose one of "", "fc", "attn.qkv"'),
         ({"position": 3}, "position cannot be 3; choose from 0 to 1"),
         ({"position": "left"}, "position cannot be 'left'; choose from 0 to 1"),
-        ({"blok": 1}, "spectrum_explorer has no setting 'blok'; did you mean 'block'"),
+        ({"blockk": 1}, "spectrum_explorer has no setting 'blockk'; did you mean 'block'"),
     ],
 )
 def test_settings_that_a_control_cannot_have_are_refused(spectra, view, said):
