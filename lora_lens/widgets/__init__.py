@@ -11,8 +11,9 @@
 - ``rewind_explorer``: the ways back from a trained adapter
 - ``pages``: several of them under tabs
 
-Each explorer already shows a sensible view. Bad arguments raise at the door; what does not work later,
-at some setting of the controls, is said in place until the controls are moved again.
+Each explorer already shows a sensible view; its controls are keyword arguments, too, by their labels. Bad
+arguments raise at the door; what does not work later, at some setting of the controls, is said in place until
+the controls are moved again.
 """
 
 import lazy_loader

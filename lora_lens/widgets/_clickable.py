@@ -51,7 +51,7 @@ def clickable(
         ax: the Axes that the spots lie in. Those without a finite place are left out.
         name: of the points together, for screen readers.
         picked: the value of the spot that is marked.
-        brush: True where pressing and dragging on free space draws a rectangle.
+        brush: True where dragging draws a rectangle, as arrow keys do while Shift is held.
     """
     width, height = ax.figure.bbox.size
     known = [spot for spot in spots if np.isfinite([spot.x, spot.y]).all()]
@@ -67,6 +67,7 @@ def clickable(
     ]
     area = f'<div class="ll-brush" style="{_place(ax)}"></div>' if brush else ""
     keys = "arrow keys move between them, Page Up and Page Down go through all, Enter shows one"
+    keys += ", arrow keys with Shift draw a rectangle" * brush
     return (
         f'<div class="ll-plane" role="group" aria-label="{escape(f"{name}: {keys}")}" '
         'data-lm-suppress-shortcuts="true" '  # or JupyterLab takes the keys for its own

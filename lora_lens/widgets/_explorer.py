@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, wraps
 from html import escape
+from time import monotonic
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from traitlets import Bunch
 
 from lora_lens import plots
 from lora_lens._base.errors import LoraLensError
@@ -26,10 +29,12 @@ from lora_lens._base.validate import known_settings
 from lora_lens.plots._image import as_html
 from lora_lens.plots._style import DRAWING
 from lora_lens.widgets._page import Page
+from lora_lens.widgets._settings import Setting, call, settings_of
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
 PAUSE = 0.15  # seconds without a change before slow parts begin
+ONE_MOVE = 1  # seconds within which moves of one slider are one choice
 DONE = object()
 
 LOG = logging.getLogger(__name__)
@@ -38,7 +43,7 @@ Parts = Iterator[tuple[HTML, str] | None]
 
 
 class Explorer(VBox):
-    """Controls over a message over results; in a saved page, a still copy of the first view below.
+    """Controls over a message over results; in a saved page, a still copy of the view that was displayed.
 
     The first view raises what is wrong, later ones say it in place.
 
@@ -68,17 +73,103 @@ class Explorer(VBox):
         self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
         self._slow: set[HTML] = set()
         self._following: asyncio.Task | None = None
+        picks = {} if page is None else {"picked": Setting("picked", page, trait="picked")}
+        self._settings = picks | settings_of(rows)
+        self._earlier: list[dict[str, object]] = []
+        self._moved: tuple[object, float] = (None, 0)  # the slider moved last, and when
+        self._made: tuple = ()
         self._fill(draw() or ())
+        self._first = self._now = self._state()
         for row in rows:
             for control in row:
                 control.observe(self._redraw, "value")
         self.page.observe(self._redraw, ["picked", "brushed"])
+        self.page.on_msg(lambda _page, message, _buffers: self.undo() if message == "undo" else None)
         wrapped = Layout(flex_flow="row wrap", grid_gap="0 12px")
         controls = [HBox(row, layout=wrapped) for row in rows]
         super().__init__([self.page, *controls, self._message, self._results])
         self.add_class("ll-explorer")
         self.page.still = f"ll-{self.model_id}"
-        self._still = _still(rows, results)
+        self._rows = rows
+
+    def made_by(
+        self,
+        function: str,
+        given: Mapping[str, object],
+        required: Mapping[str, bool],
+        view: Mapping[str, object],
+    ) -> None:
+        """Say which call made it, and begin with another view.
+
+        Args:
+            function: its name in ``ll.widgets``.
+            given: its arguments.
+            required: all that it has, and whether they are written without their names.
+            view: settings of controls, by name.
+
+        Raises:
+            TypeError: there is no such control.
+            ValueError: a control cannot have that value, or what they ask for cannot be shown.
+        """
+        self._made = function, given, required
+        if view:
+            known_settings(view, [*required, *self._settings], function)
+            self.set(view)
+            self._fill(self._draw() or ())
+        self._now = self._state()
+        self.page.code = self.code()
+
+    def code(self) -> str:
+        """The line of Python that makes it as it is now."""
+        function, given, required = self._made
+        changed = {name: value for name, value in self._now.items() if value != self._first[name]}
+        return call(function, given, [name for name, needed in required.items() if needed], changed)
+
+    def undo(self) -> None:
+        """Take the last choice back; moves of one slider that follow each other are one."""
+        if self._earlier:
+            self._now = self._earlier.pop()
+            self._moved = None, 0
+            self.set(self._now)
+            self._redraw(None)
+
+    def _state(self) -> dict[str, object]:
+        return {name: setting.value for name, setting in self._settings.items()}
+
+    def set(self, view: Mapping[str, object]) -> None:
+        """Move controls, in their order and with a look after each: one may decide what the next ones offer.
+
+        Args:
+            view: values by name, such as those of :meth:`code`.
+
+        Raises:
+            ValueError: a control cannot have that value.
+        """
+        self._drawing = True
+        try:
+            for name, setting in self._settings.items():
+                if name in view and setting.value != view[name]:
+                    setting.set(view[name])
+                    with suppress(LoraLensError):
+                        self._draw()
+        finally:
+            self._drawing = False
+
+    def _echo(self, change: Bunch) -> bool:
+        """A slider whose place was set says where it is, rounded in another way: nobody moved it."""
+        return change.name == "value" and self._state() == self._now
+
+    def _remember(self, control: object) -> None:
+        """Keep what was chosen before, for undo, and the code of what is chosen now."""
+        now, when = self._state(), monotonic()
+        if now != self._now:
+            slider = control if hasattr(control, "continuous_update") else None
+            if slider is None or self._moved[0] is not slider or when - self._moved[1] > ONE_MOVE:
+                self._earlier.append(self._now)
+            self._now, self._moved = now, (slider, when)
+        self.page.undoable = bool(self._earlier)
+        if self._made:
+            self.page.code = self.code()
 
     def close(self) -> None:
         self._view += 1
@@ -86,11 +177,12 @@ class Explorer(VBox):
 
     def _ipython_display_(self) -> None:
         display(self._repr_mimebundle_(), raw=True)
-        display(StaticHTML(f'<div class="ll-still {self.page.still}">{self._still}</div>'))
+        still = _still(self._rows, self._results.children)
+        display(StaticHTML(f'<div class="ll-still {self.page.still}">{still}</div>'))
 
-    def _redraw(self, _change: object) -> None:
+    def _redraw(self, change: Bunch | None) -> None:
         """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
-        if self._drawing:
+        if self._drawing or (change is not None and self._echo(change)):
             return
         self._drawing = True
         self._view += 1
@@ -114,6 +206,7 @@ class Explorer(VBox):
                 raise
         finally:
             self._drawing = False
+            self._remember(change and change.owner)
             if not follows:
                 self.page.busy = False
 
@@ -148,18 +241,29 @@ class Explorer(VBox):
         self._results.layout.display = "none"  # a stale picture would answer another question
 
 
-def brief_errors(make: Callable[..., VBox]) -> Callable[..., VBox]:
-    """Let a notebook show bad arguments of an explorer in one line, without the way that led there."""
+def explorer(make: Callable[..., Explorer]) -> Callable[..., Explorer]:
+    """Let a function that makes an explorer take settings of its controls as keywords; errors are brief.
 
-    parameters = inspect.signature(make).parameters
+    A notebook shows bad arguments in one line, without the way that led there.
+    """
+    signature = inspect.signature(make)
+    parameters = signature.parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    required = {name: p.default is p.empty for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
 
     @wraps(make)
-    def made(*arguments: object, **options: object) -> VBox:
+    def made(*arguments: object, **options: object) -> Explorer:
         try:
-            if not open_ended:
+            own = {name: value for name, value in options.items() if open_ended or name in parameters}
+            try:
+                given = signature.bind(*arguments, **own).arguments
+            except TypeError:  # an argument is missing, perhaps as it was misspelt
                 known_settings(options, list(parameters), make.__name__)
-            return make(*arguments, **options)
+                raise
+            shown = make(*arguments, **own)
+            view = {name: value for name, value in options.items() if name not in own}
+            shown.made_by(make.__name__, given | given.pop("settings", {}), required, view)
+            return shown
         except LoraLensError as error:
             line = f"{type(error).__name__}: {error}"
             error._render_traceback_ = lambda: [line]  # IPython asks for it
@@ -190,8 +294,8 @@ def _worker() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="explorer")
 
 
-def _still(rows: list[list[Control]], results: list[Control]) -> str:
-    """The first view without its controls, but with what they said."""
+def _still(rows: list[list[Control]], results: Iterable[Control]) -> str:
+    """The view without its controls, but with what they said."""
     chosen = [
         f"{control.description}: {getattr(control, 'label', None) or control.value}"
         for row in rows
@@ -276,15 +380,24 @@ class Picture:
             self._canvas.draw()
             for text, said in words.items():
                 text.set_text(said)
-            self._still = self._canvas.copy_from_bbox(figure.bbox)
+            self._bare = self._still = self._canvas.copy_from_bbox(figure.bbox)
+
+    def lay_under(self, artists: Iterable[Artist]) -> None:
+        """Draw these below all that moves, until others are laid there: many that seldom change."""
+        with DRAWING:
+            self._draw(self._bare, artists)
+            self._still = self._canvas.copy_from_bbox(self._canvas.figure.bbox)
 
     def html(self, alt: str) -> str:
         """The picture as it is now, as :func:`drawn` gives it."""
         with DRAWING:
-            self._canvas.restore_region(self._still)
-            for artist in self._moving:
-                artist.draw(self._canvas.get_renderer())
+            self._draw(self._still, self._moving)
             return as_html(self._canvas, alt)
+
+    def _draw(self, below: object, artists: Iterable[Artist]) -> None:
+        self._canvas.restore_region(below)
+        for artist in artists:
+            artist.draw(self._canvas.get_renderer())
 
 
 def fixed_axes(figure: Figure, place: tuple[float, float, float, float] = (0.085, 0.14, 0.9, 0.77)) -> Axes:

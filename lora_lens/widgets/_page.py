@@ -11,7 +11,8 @@ STATIC = Path(__file__).with_name("static")
 
 
 class Page(AnyWidget):
-    """Names sliders for screen readers, takes clicks in a picture, says what is worked at or cannot be.
+    """Names sliders for screen readers, takes clicks in a picture, says what is worked at or cannot be, and
+    has the buttons that each explorer has.
 
     A front end that cannot load it shows an explorer without these; all else goes on.
 
@@ -20,6 +21,8 @@ class Page(AnyWidget):
         picked: the value of the point that was clicked last.
         busy: something is worked at; the page says so once it takes long.
         brushed: the rectangle drawn last, "x0,y0,x1,y1" in shares of the sides of the Axes.
+        code: the line of Python that makes the explorer as it is.
+        undoable: there is a choice to take back; the message "undo" asks for it.
     """
 
     _esm = STATIC / "explorer.js"
@@ -28,3 +31,5 @@ class Page(AnyWidget):
     busy = Bool().tag(sync=True)
     picked = Unicode().tag(sync=True)
     brushed = Unicode().tag(sync=True)
+    code = Unicode().tag(sync=True)
+    undoable = Bool().tag(sync=True)

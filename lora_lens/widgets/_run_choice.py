@@ -14,6 +14,7 @@ from lora_lens.widgets._page import Page
 
 RANGED = ["accuracy", "retained_accuracy"]  # along x and along y
 STEP = 0.01  # of their sliders, in shares
+EVERYTHING = "all runs"  # brushed in one move, which undo takes back in one
 
 
 class RunChoice:
@@ -31,10 +32,12 @@ class RunChoice:
 
     def __init__(self, table: pd.DataFrame, page: Page) -> None:
         self._table, self._page = table, page
-        names = list(table.sort_values(["method", "position"], ascending=[False, True])["window"].unique())
-        self._windows = window_choice(names)
+        ordered = table.sort_values(["method", "position"], ascending=[False, True])
+        self._names = list(ordered["window"].unique())
+        self._codes = table["window"].map(self._names.index).to_numpy()  # numbers are compared at once
+        self._windows = window_choice(self._names)
         self._ranges = [_range_slider(table[column], column.replace("_", " ")) for column in RANGED]
-        everything = Button(description="all runs", tooltip="undo the choice of windows and of ranges")
+        everything = Button(description=EVERYTHING, tooltip="undo the choice of windows and of ranges")
         everything.on_click(self._choose_all)
         self.controls: list[Control] = [self._windows, *self._ranges, everything]
 
@@ -45,10 +48,12 @@ class RunChoice:
             ValueError: it is no rectangle.
         """
         text, self._page.brushed = self._page.brushed, ""  # the same one may be drawn again
+        if text == EVERYTHING:
+            self._windows.value = self._windows.options
+            text = "0,0,1,1"
         if text:
             for slider, (low, high) in zip(self._ranges, brushed_ranges(text, ax), strict=True):
-                ends = np.floor(low / STEP) * STEP, np.ceil(high / STEP) * STEP  # what is inside stays inside
-                slider.value = np.clip(ends, slider.min, slider.max).tolist()
+                slider.value = np.clip(_outwards(low, high), slider.min, slider.max).tolist()
 
     def values(self) -> tuple[tuple[str, ...], tuple[float, float], tuple[float, float]]:
         """The names of windows, and the ranges of accuracy and retained accuracy.
@@ -60,12 +65,12 @@ class RunChoice:
             raise InputError("choose at least one window or method")
         return self._windows.value, *(slider.value for slider in self._ranges)
 
-    def inside(self) -> pd.Series:
-        """True for each run of the table that is chosen."""
+    def inside(self) -> np.ndarray:
+        """True for each run of the table that is chosen, (rows,)."""
         names, *ranges = self.values()
-        inside = self._table["window"].isin(names)
+        inside = np.isin(self._codes, [self._names.index(name) for name in names])
         for column, (low, high) in zip(RANGED, ranges, strict=True):
-            inside &= self._table[column].between(low - 1e-9, high + 1e-9)
+            inside &= self._table[column].between(low - 1e-9, high + 1e-9).to_numpy()
         return inside
 
     def narrowed(self) -> tuple[tuple[float, float], tuple[float, float]] | None:
@@ -75,13 +80,17 @@ class RunChoice:
         return tuple(slider.value for slider in self._ranges)
 
     def _choose_all(self, _click: Button) -> None:
-        self._windows.value = self._windows.options
-        self._page.brushed = "0,0,1,1"
+        self._page.brushed = EVERYTHING
+
+
+def _outwards(low: float, high: float) -> tuple[float, float]:
+    """The whole steps around them: what is inside stays inside."""
+    return tuple(np.round([np.floor(low / STEP) * STEP, np.ceil(high / STEP) * STEP], 2).tolist())
 
 
 def _range_slider(values: pd.Series, description: str) -> FloatRangeSlider:
     """From the step below the lowest to the step above the highest value, in percent."""
-    low, high = np.floor(values.min() / STEP) * STEP, np.ceil(values.max() / STEP) * STEP
+    low, high = _outwards(values.min(), values.max())
     high = max(high, low + STEP)
     return FloatRangeSlider(
         value=(low, high), min=low, max=high, step=STEP, readout_format=".0%", description=description,

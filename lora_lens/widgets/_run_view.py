@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from html import escape
 
@@ -162,7 +162,7 @@ def of_all_classes(forgotten: pd.DataFrame, count: int) -> pd.DataFrame:
     return forgotten.loc[order.index].head(count)
 
 
-def run_in_words(row: pd.Series) -> str:
+def run_in_words(row: Mapping[str, object]) -> str:
     """Which run it is and how it ended, in one line."""
     return (
         f"{row['window']}, learning rate {row['lr']:g}, seed {row['seed']}: accuracy "

@@ -7,7 +7,7 @@ from functools import lru_cache
 from html import escape
 
 import pandas as pd
-from ipywidgets import HTML, Dropdown, Layout, SelectionSlider, VBox
+from ipywidgets import HTML, Dropdown, Layout, SelectionSlider
 from matplotlib.figure import Figure
 
 from lora_lens import plots
@@ -23,7 +23,7 @@ from lora_lens.widgets._explorer import (
     ALL,
     WORDS,
     Explorer,
-    brief_errors,
+    explorer,
     html_table,
     offer_with_all,
     percent,
@@ -33,8 +33,8 @@ from lora_lens.widgets._explorer import (
 DRIFT = ["run", "after", "layer", "update", "block_change"]
 
 
-@brief_errors
-def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) -> VBox:
+@explorer
+def continual_explorer(table: pd.DataFrame, drifts: pd.DataFrame | None = None) -> Explorer:
     """What one strategy and method learnt and forgot in a sequence of tasks.
 
     Controls: the setting; the strategy with its method; the window's position, for windows placed by one;

@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 import pandas as pd
-from ipywidgets import HTML, Dropdown, FloatLogSlider, FloatSlider, Layout, ToggleButtons, VBox
+from ipywidgets import HTML, Dropdown, FloatLogSlider, FloatSlider, Layout, ToggleButtons
 
 from lora_lens import plots
 from lora_lens._base.errors import InputError, LoraLensError
@@ -22,9 +22,9 @@ from lora_lens.plots._image import drawn
 from lora_lens.widgets._explorer import (
     WORDS,
     Explorer,
-    brief_errors,
     checkbox,
     dropdown,
+    explorer,
     html_table,
     percent,
     plain_texts,
@@ -36,8 +36,8 @@ EQUAL_RATE, OWN_BEST_RATE = "equal learning rate", "own best rate"
 MATCHED_ACCURACY, MATCHED_UPDATE = "matched accuracy", "matched update"
 
 
-@brief_errors
-def comparison_explorer(sweep: Sweep | pd.DataFrame) -> VBox:
+@explorer
+def comparison_explorer(sweep: Sweep | pd.DataFrame) -> Explorer:
     """Forgetting against the window's position, with the learning made equal in one way or another.
 
     Controls: the comparison, at one learning rate (:func:`lora_lens.forgetting.at_equal_rate`), at each

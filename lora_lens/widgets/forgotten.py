@@ -6,7 +6,7 @@ from html import escape
 from textwrap import shorten
 
 import pandas as pd
-from ipywidgets import HTML, VBox
+from ipywidgets import HTML
 from matplotlib.figure import Figure
 
 from lora_lens import plots
@@ -21,8 +21,8 @@ from lora_lens.tasks.task import Task
 from lora_lens.widgets._explorer import (
     ALL,
     Explorer,
-    brief_errors,
     dropdown,
+    explorer,
     html_table,
     plain_texts,
     rate_choice,
@@ -34,8 +34,8 @@ EXAMPLES, IN_A_ROW = 12, 6
 LETTERS = 400  # of a text
 
 
-@brief_errors
-def forgotten_explorer(sweep: Sweep, retain: Task) -> VBox:
+@explorer
+def forgotten_explorer(sweep: Sweep, retain: Task) -> Explorer:
     """Which images or texts of the retained task were forgotten, and what they were taken for.
 
     Controls: windows and other methods (several may be chosen), learning rate, class. Shown: how many of

@@ -9,7 +9,7 @@ from html import escape
 from threading import RLock
 
 import pandas as pd
-from ipywidgets import HTML, Button, Dropdown, IntSlider, Layout, VBox
+from ipywidgets import HTML, Button, Dropdown, IntSlider, Layout
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from torch import nn
@@ -34,7 +34,7 @@ from lora_lens.widgets._explorer import (
     Explorer,
     Picture,
     alarm,
-    brief_errors,
+    explorer,
     fixed_axes,
     html_table,
     running_loop,
@@ -49,7 +49,7 @@ IN_PICTURE = 6  # runs that stay as pale lines; the table keeps all
 ROWS = 8
 
 
-@brief_errors
+@explorer
 def training_explorer(
     model: nn.Module,
     task: Task,
@@ -62,7 +62,7 @@ def training_explorer(
     batch_size: int = 32,
     evaluations: int = 13,
     **settings: object,
-) -> VBox:
+) -> Explorer:
     """Fine-tune while you watch: what the model learns of a new task, and what it forgets meanwhile.
 
     Controls: what to train (a window, ordinary LoRA or every weight), the window's position, rank,
@@ -108,12 +108,17 @@ def training_explorer(
         instance(given, Task, name, "a Task, such as that of ll.tasks.bundled.digits()")
     rank = whole_number(rank, "rank", least=1)
     settings |= {"lr": lr, "steps": steps, "batch_size": batch_size, "evaluations": evaluations}
-    config = training_with(settings, "training_explorer", also=("rank", "spectra"))
+    view = {name: settings.pop(name) for name in ("what_to_train", "position") if name in settings}
+    config = training_with(
+        settings, "training_explorer", also=("rank", "spectra", "what_to_train", "position")
+    )
     task.new_readout(model, config.seed)
     retain.own_readout(model)
     spectra = compute_spectra(model) if spectra is None else some_spectra(spectra)
     planned(model, Window.middle(rank), spectra=spectra)
-    return _TrainingExplorer(_Panel(model, task, retain, spectra, rank, config))
+    made = _TrainingExplorer(_Panel(model, task, retain, spectra, rank, config))
+    made.set(view)
+    return made
 
 
 class _TrainingExplorer(Explorer):

@@ -9,7 +9,7 @@ from threading import Lock
 
 import pandas as pd
 import torch
-from ipywidgets import HTML, Dropdown, HBox, Layout, VBox
+from ipywidgets import HTML, Dropdown, HBox, Layout
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -38,8 +38,8 @@ from lora_lens.tasks.tokens import TokenExamples
 from lora_lens.widgets._explorer import (
     Explorer,
     Parts,
-    brief_errors,
     dropdown,
+    explorer,
     fixed_row,
     html_table,
     table_box,
@@ -54,10 +54,10 @@ SIDE_BY_SIDE = Layout(flex_flow="row wrap")
 SHARE = {"flex": "1 1 20em", "min_width": "0"}  # of a row, on a phone all of it
 
 
-@brief_errors
+@explorer
 def window_explorer(
     model: nn.Module, spectra: SpectrumSet, task: Task, rank: int = 8, images: int = 8
-) -> VBox:
+) -> Explorer:
     """Cut a window out of every weight, look at one of them, and see that the model still says the same.
 
     Controls: the layer to look at, rank and position of the window, and of texts

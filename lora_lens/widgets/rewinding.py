@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import pandas as pd
-from ipywidgets import HTML, Layout, SelectionSlider, ToggleButtons, VBox
+from ipywidgets import HTML, Layout, SelectionSlider, ToggleButtons
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
@@ -18,8 +18,8 @@ from lora_lens.widgets._explorer import (
     WORDS,
     Explorer,
     Picture,
-    brief_errors,
     dropdown,
+    explorer,
     fixed_row,
     html_table,
     table_box,
@@ -35,8 +35,8 @@ SHOWN = {
 }
 
 
-@brief_errors
-def rewind_explorer(rewound: Rewound | pd.DataFrame) -> VBox:
+@explorer
+def rewind_explorer(rewound: Rewound | pd.DataFrame) -> Explorer:
     """The ways back from a trained adapter: move t, and both scores follow.
 
     Controls: the path; t, among the points that were measured on any of them (of a path without a point

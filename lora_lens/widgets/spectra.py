@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import pandas as pd
-from ipywidgets import HTML, FloatSlider, IntSlider, Layout, VBox
+from ipywidgets import HTML, FloatSlider, IntSlider, Layout
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.naming import counted
@@ -17,8 +17,8 @@ from lora_lens.spectrum.window import Window
 from lora_lens.widgets._explorer import (
     ALL,
     Explorer,
-    brief_errors,
     dropdown,
+    explorer,
     html_table,
     offer_with_all,
     table_box,
@@ -26,8 +26,8 @@ from lora_lens.widgets._explorer import (
 from lora_lens.widgets._live_pictures import SpectrumPicture
 
 
-@brief_errors
-def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: int = 8) -> VBox:
+@explorer
+def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: int = 8) -> Explorer:
     """Spectra of one weight, one kind or one block, with a window to slide over them.
 
     Controls: model, if there are several; kind, block, rank and position of

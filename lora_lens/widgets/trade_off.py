@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from html import escape
 
+import numpy as np
 import pandas as pd
-from ipywidgets import HTML, ToggleButtons, VBox
+from ipywidgets import HTML, ToggleButtons
 
 from lora_lens import plots
 from lora_lens._base.errors import InputError
@@ -16,23 +17,25 @@ from lora_lens.plots._image import drawn
 from lora_lens.plots._scores import require_placed
 from lora_lens.tasks.task import Task
 from lora_lens.widgets._clickable import Spot, clickable
-from lora_lens.widgets._explorer import Explorer, Parts, brief_errors, checkbox, html_table, table_box
+from lora_lens.widgets._explorer import Explorer, Parts, checkbox, explorer, html_table, table_box
 from lora_lens.widgets._page import Page
 from lora_lens.widgets._run_choice import RANGED, RunChoice
 from lora_lens.widgets._run_plane import RunPlane
 from lora_lens.widgets._run_view import RunView, named_runs, require_task, run_in_words
 
 HINT = (
-    "<div>Pick a point to see its run. Press the mouse on free space and drag to choose runs, or move the "
-    "sliders. Of thousands of runs, one in each crowd can be picked; a rectangle around it shows more.</div>"
+    "<div>Pick a point to see its run. Drag the mouse to choose runs, hold Shift while arrow keys go from "
+    "point to point, or move the sliders. Of thousands of runs, one in each crowd can be picked; a rectangle "
+    "around it shows more.</div>"
 )
 MOST_SPOTS = 500  # points that are buttons: a page with thousands is slow
 FINEST = 0.002  # of accuracy; points nearer than that are one to the eye
+CELLS = 10**6  # more than there are of them along an axis
 CURVES = {"forgetting": plots.forgetting_curve, "accuracy": plots.accuracy_curve}
 
 
-@brief_errors
-def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -> VBox:
+@explorer
+def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -> Explorer:
     """A sweep's runs as curves and in the trade-off plane, to be filtered, brushed and picked.
 
     Controls: the score of the curves; which learning rates to show; which windows and methods; and ranges of
@@ -77,6 +80,8 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
     choice = RunChoice(table, page)
     curve, plane, sentence, numbers = HTML(), HTML(), HTML(), table_box()
     points, view = RunPlane(table), RunView(table, kept, task)
+    names, places = table["run"].to_numpy(), table[RANGED].to_numpy(float)
+    spoken = [run_in_words(row) for row in table.to_dict("records")]
 
     @lru_cache(maxsize=16)
     def curve_of(score: str, rates: tuple[float, ...], windows: tuple[str, ...]) -> str:
@@ -92,18 +97,15 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
     @lru_cache(maxsize=1)
     def plane_of(rates: tuple[float, ...], windows: tuple[str, ...], *ranges: tuple[float, float]) -> str:
         """Kept as it is while points are picked: the page marks them, and the focus stays where it is."""
-        shown = table["lr"].isin(rates)
+        shown = table["lr"].isin(rates).to_numpy()
         inside = shown & choice.inside()
         alt = (
             "accuracy on the retained task against accuracy on the new task, a point per run, "
             f"{inside.sum()} of {len(table)} in colour"
         )
         image = points.html(shown, inside, choice.narrowed(), alt)
-        rows = _pickable(table[shown].assign(aside=~inside), page.picked).sort_values(RANGED)
-        spots = [
-            Spot(row["accuracy"], row["retained_accuracy"], run_in_words(row), row["run"], row["aside"])
-            for _, row in rows.iterrows()
-        ]
+        rows = _pickable(places, shown, inside, names == page.picked)
+        spots = [Spot(*places[row], spoken[row], names[row], not inside[row]) for row in rows]
         return clickable(image, points.ax, spots, name="runs", picked=page.picked, brush=True)
 
     def draw() -> Parts | None:
@@ -114,7 +116,7 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         windows, *ranges = choice.values()
         curve.value = curve_of(score.value, chosen, windows)
         plane.value = plane_of(chosen, windows, *ranges)
-        runs = table[table["lr"].isin(chosen) & choice.inside()]
+        runs = table[table["lr"].isin(chosen).to_numpy() & choice.inside()]
         sentence.value = f"<p>{_chosen_in_words(runs, len(table))}</p>"
         numbers.value = html_table(_means(runs), rows_in_view=10) if len(runs) else ""
         return view.show(page.picked)
@@ -128,18 +130,23 @@ def _with_run(table: pd.DataFrame) -> pd.DataFrame:
     return table if "run" in table else table.assign(run=table.index.astype(str))
 
 
-def _pickable(runs: pd.DataFrame, picked: str) -> pd.DataFrame:
-    """At most ``MOST_SPOTS`` of many runs: where they crowd, one stands for its neighbours.
+def _pickable(places: np.ndarray, shown: np.ndarray, inside: np.ndarray, picked: np.ndarray) -> np.ndarray:
+    """At most ``MOST_SPOTS`` of the rows shown, from left to right: one stands for neighbours in a crowd.
 
     Chosen runs come before those aside, so that a rectangle around a crowd makes more of it pickable.
+
+    Args:
+        places: (rows, 2), accuracy and retained accuracy.
+        shown, inside, picked: (rows,) of bool.
     """
-    later = runs["aside"] & (runs["run"] != picked)
-    first = pd.concat([runs[~later], runs[later]])
+    rows = np.flatnonzero(shown & np.isfinite(places).all(axis=1))
+    rows = rows[np.argsort(~(inside | picked)[rows], kind="stable")]
     cell = FINEST
-    while len(first) > MOST_SPOTS:
-        first = first[~(first[RANGED] / cell).round().assign(aside=first["aside"]).duplicated()]
+    while len(rows) > MOST_SPOTS:
+        x, y = (places[rows] / cell).round().astype(int).T
+        rows = rows[np.sort(np.unique((x * CELLS + y) * 2 + inside[rows], return_index=True)[1])]
         cell *= 1.5
-    return first
+    return rows[np.lexsort(places[rows, ::-1].T)]
 
 
 def _best(table: pd.DataFrame) -> int:

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 import pandas as pd
-from ipywidgets import HTML, Dropdown, VBox
+from ipywidgets import HTML, Dropdown
 from matplotlib.figure import Figure
 
 from lora_lens import plots
@@ -20,7 +20,7 @@ from lora_lens.plots._image import drawn
 from lora_lens.plots.examples import shown_as
 from lora_lens.plots.single_runs import relative_updates
 from lora_lens.tasks.task import Task
-from lora_lens.widgets._explorer import WORDS, Explorer, Parts, brief_errors, html_table, table_box
+from lora_lens.widgets._explorer import WORDS, Explorer, Parts, explorer, html_table, table_box
 from lora_lens.widgets._run_view import named_runs, of_all_classes, or_why_not, require_task, span, those
 from lora_lens.widgets.forgotten import shown_examples
 
@@ -34,8 +34,8 @@ SCORES = {
 Runs = tuple[tuple[str, tuple[str, ...]], ...]  # what A and B are, and the names of their runs
 
 
-@brief_errors
-def pair_explorer(sweep: Sweep, retain: Task | None = None) -> VBox:
+@explorer
+def pair_explorer(sweep: Sweep, retain: Task | None = None) -> Explorer:
     """Two windows or methods side by side.
 
     Controls: window or method A and B, and a learning rate for each; at first the first and the middle

@@ -107,11 +107,11 @@ class TestTradeoff(EveryNotebook):
 
     def test_a_rate_that_is_left_out_is_gone_from_the_table(self, explorer: Explorer):
         def lists_it(view: View) -> bool:
-            return bool(re.search(r"\s0\.02\s", view.text))
+            return bool(re.search(r"\s0\.01\s", view.text))
 
         explorer.view(lists_it)
-        explorer.changed(explorer.checkbox("0.02").uncheck, lambda view: not lists_it(view))
-        explorer.changed(explorer.checkbox("0.02").check, lists_it)
+        explorer.changed(explorer.checkbox("0.01").uncheck, lambda view: not lists_it(view))
+        explorer.changed(explorer.checkbox("0.01").check, lists_it)
 
     def test_a_point_that_is_clicked_is_told_about(self, explorer: Explorer):
         spot = next(spot for spot in explorer.spots() if spot.get_attribute("aria-pressed") == "false")

@@ -21,7 +21,7 @@ RATES = r"(?:[\d.]+(?:, | and )?)+"
 @pytest.fixture(scope="module")
 def stored() -> pd.DataFrame:
     """Five seeds at the rates of notebook 03; random components stand in for full fine-tuning."""
-    table = ll.Sweep.open(ROOT / "data/results/digits.jsonl.xz").only("lr >= 0.005").table
+    table = ll.Sweep.open(ROOT / "data/results/digits.jsonl.xz").only("lr >= 0.005 and lr <= 0.01").table
     return table.replace({"method": {"8 random components, seed 0": "full fine-tuning"}})
 
 
@@ -41,11 +41,11 @@ def shuffled(table: pd.DataFrame) -> pd.DataFrame:
 
 TABLES = {
     "five seeds": lambda table: table,
-    "two seeds": lambda table: table[table["seed"].isin([0, 1])],
-    "two other seeds": lambda table: table[table["seed"].isin([2, 3])],
+    "three seeds": lambda table: table[table["seed"] < 3],
+    "two other seeds": lambda table: table[table["seed"] > 2],
     "one seed": lambda table: table[table["seed"] == 4],
-    "mirrored": lambda table: mirrored(table[table["seed"] < 2]),
-    "shuffled": lambda table: shuffled(table[table["seed"] < 2]),
+    "mirrored": lambda table: mirrored(table[table["seed"] < 3]),
+    "shuffled": lambda table: shuffled(table[table["seed"] < 3]),
 }
 
 
@@ -95,7 +95,9 @@ def taken(pattern: str, text: str) -> tuple[list[tuple[str, ...]], str]:
 def test_every_figure_of_notebook_03_stands_in_its_table(told):
     apart, text = taken(f"lie up to ({FIGURE}) points apart", told.text)
     ((pays, gains),), text = taken(f"pays ({FIGURE}) points of the old task for ({FIGURE}) of the new", text)
-    ((widths,),), text = taken(f"all windows from 0.375 on lie within ({FIGURES}) points of accuracy", text)
+    ((width,),), text = taken(f"all windows from 0.375 on lie within ({FIGURE}) points of accuracy", text)
+    grown = "by (?) points with PiSSA, by (?) with the middle window and by (?) with MiLoRA"
+    (growth,), text = taken(grown.replace("?", FIGURE), text)
     ((error,),), text = taken(rf"1000}}\$ = ({FIGURE}) points", text)
     _, text = taken(r"(position) [\d.]+\d", text)
 
@@ -103,18 +105,21 @@ def test_every_figure_of_notebook_03_stands_in_its_table(told):
     for some, percent in figures:
         column = told.shown["accuracy" if percent else "forgetting"]
         assert {float(x) for x in re.findall(FIGURE, some)} <= set(column.to_numpy().ravel()), some
-    assert len(re.findall(FIGURE, text)) > 50
+    assert len(re.findall(FIGURE, text)) > 40
 
     windows = told.table[told.table["method"] == "window"]
     of_one = windows.groupby(["lr", "position"])["forgetting"]
     spread = 100 * (of_one.max() - of_one.min()).groupby("lr").max()
-    assert [float(x) for (x,) in apart] == pytest.approx([*spread, spread.iloc[-1]], abs=0.051)
+    assert [float(x) for (x,) in apart] == pytest.approx(list(spread), abs=0.051)
     last_step = told.front[["forgetting", "accuracy"]].diff().iloc[-1]
     assert [float(pays), float(gains)] == pytest.approx(list(100 * last_step), abs=0.051)
     flat = windows[windows["position"] >= 0.375].groupby(["position", "lr"])["accuracy"].mean().unstack()
-    width = 100 * (flat.max() - flat.min()).iloc[:-1]
-    assert [float(x) for x in re.findall(FIGURE, widths)] == pytest.approx(list(width), abs=0.051)
-    assert 0.7 < float(error) < 1.0
+    assert float(width) == pytest.approx(100 * (flat.max() - flat.min()).max(), abs=0.051)
+    assert 0.7 < float(error) <= 1.0
+    of_window = windows.pivot_table(index="position", columns="lr", values="forgetting")
+    assert [float(x) for x in growth] == pytest.approx(
+        list(100 * (of_window[0.01] - of_window[0.005])[[0.0, 0.5, 1.0]]), abs=0.051
+    )
 
 
 def test_the_words_of_notebook_03_agree_with_its_table(told):
@@ -138,6 +143,11 @@ def test_the_words_of_notebook_03_agree_with_its_table(told):
     than_first, than_last = re.search("learns (.*) than PiSSA, and (.*) than MiLoRA", told.text).groups()
     agrees(than_first, told.differences(0.5, 0.0, "accuracy").iloc[-1])
     agrees(than_last, told.differences(0.5, 1.0, "accuracy").iloc[-1])
+    first, last = re.search(
+        r"PiSSA's grows (.*) than the middle window's, MiLoRA's (.*)\. At", told.text
+    ).groups()
+    for word, end in ((first, 0.0), (last, 1.0)):
+        agrees(word, told.differences(end, 0.5, "forgetting").diff().iloc[-1])
 
 
 def agrees(word: str, seeds: pd.Series) -> None:
@@ -157,7 +167,7 @@ def test_each_u_of_notebook_03_is_one(told):
         for end, word in zip((0.0, 1.0), words, strict=True):
             agrees(word, told.differences(end, float(best), "forgetting").loc[float(rate)])
         shaped += [rate] if words == ["more", "more"] else []
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert re.findall(r"0\.\d+", said.rpartition("makes a U")[2]) == shaped
 
 
@@ -188,9 +198,9 @@ def test_readers_see_sentences_and_not_what_makes_them(path):
 
 
 def test_sentences_turn_where_their_comparison_turns(stored, tmp_path):
-    assert "avoid the first? Yes at 0.005, 0.01 and 0.02." in Told(stored, tmp_path).text
+    assert "avoid the first? Yes at 0.005 and 0.01." in Told(stored, tmp_path).text
     turned = Told(mirrored(stored), tmp_path).text
-    assert "And the last? Yes at 0.005, 0.01 and 0.02." in turned
+    assert "And the last? Yes at 0.005 and 0.01." in turned
     assert "avoid the first? Yes" not in turned
 
 
@@ -204,7 +214,7 @@ def test_runs_that_cannot_be_told_apart_are_refused(stored):
         )
     forgetting = ll.reports.by_seed(stored, "forgetting")
     with pytest.raises(ValueError, match="keep the rates that both have"):
-        ll.reports.at_each_rate(forgetting[0.0], forgetting[0.5].drop(columns=0.02))
+        ll.reports.at_each_rate(forgetting[0.0], forgetting[0.5].drop(columns=0.01))
 
 
 def test_seeds_are_paired_by_number_and_one_alone_decides_nothing():

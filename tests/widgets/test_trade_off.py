@@ -121,17 +121,19 @@ def test_points_further_right_and_up_are_better(plane, kept):
 def test_chosen_points_are_in_colour_the_others_pale_and_hidden_ones_gone(kept):
     table = kept.reset_index(drop=True)
     plane = RunPlane(table)
-    shown, chosen = table["lr"] == 0.005, table["accuracy"] > 0.92
-    plane.html(shown, chosen, None, "points")
+    shown, chosen = (table["lr"] == 0.005).to_numpy(), (table["accuracy"] > 0.92).to_numpy()
+    whole = plane.html(shown, shown, None, "points")
+    assert plane.html(shown, chosen, None, "points") != whole
     drawn = {"pale": [], "colour": []}
-    for points in plane.ax.collections:
-        pale = to_hex(points.get_edgecolor()[0]) == PALE
-        drawn["pale" if pale else "colour"].extend(map(tuple, points.get_offsets().tolist()))
-    for name, rows in (("pale", shown & ~chosen), ("colour", shown & chosen)):
+    for points in plane.ax.lines:
+        if points.get_marker() not in ("None", ""):
+            pale = to_hex(points.get_markeredgecolor()) == PALE
+            drawn["pale" if pale else "colour"].extend(map(tuple, points.get_xydata().tolist()))
+    for name, rows in (("pale", shown), ("colour", shown & chosen)):  # those in colour lie on their pale ones
         assert sorted(drawn[name]) == sorted(map(tuple, table.loc[rows, RANGED].to_numpy().tolist())) != []
     box = (0.3, 0.8), (0.2, 0.9)
     assert plane.html(shown, chosen, box, "points") != plane.html(shown, chosen, None, "points")
-    front = [line for line in plane.ax.lines if len(line.get_xdata()) > 0]
+    front = [line for line in plane.ax.lines if line.get_linestyle() != "None"]
     best = table[shown & chosen]
     best = best[ll.forgetting.pareto_front(best)]
     assert sorted(front[0].get_xdata()) == sorted(best["accuracy"])
@@ -140,13 +142,11 @@ def test_chosen_points_are_in_colour_the_others_pale_and_hidden_ones_gone(kept):
 def test_windows_are_coloured_by_position_whatever_is_chosen(kept):
     table = kept[(kept["method"] == "window") & (kept["lr"] == 0.005)].reset_index(drop=True)
     plane = RunPlane(table)
-    colours = {}
-    for chosen in (table["position"] >= 0, table["position"] == 1):
-        plane.html(table["lr"] > 0, chosen, None, "points")
-        (points,) = (c for c in plane.ax.collections if c.get_zorder() == 4)
-        rows = table.index[chosen]
-        colours[len(rows)] = dict(zip(rows, map(to_hex, points.get_facecolor()), strict=True))
-    every, last = colours[len(table)], colours[(table["position"] == 1).sum()]
+    every, last = {}, {}
+    for chosen, colours in ((table["position"] >= 0, every), (table["position"] == 1, last)):
+        plane.html((table["lr"] > 0).to_numpy(), chosen.to_numpy(), None, "points")
+        for points in (line for line in plane.ax.lines if line.get_zorder() == 4 and line.get_visible()):
+            colours |= dict.fromkeys(map(tuple, points.get_xydata()), to_hex(points.get_markerfacecolor()))
     assert len(set(every.values())) == table["position"].nunique()
     assert last == {row: every[row] for row in last}
 

@@ -12,7 +12,10 @@ export default {
     const gone = new AbortController();
     const begin = () => {  // a view is drawn before it is put into its place
       const root = el.closest('.ll-explorer');
-      if (root) explore(root, model, gone.signal);
+      if (root) {
+        el.append(...tools(root, model));
+        explore(root, model, gone.signal);
+      }
       else if (!gone.signal.aborted) requestAnimationFrame(begin);
     };
     begin();
@@ -26,14 +29,35 @@ function explore(root, model, signal) {
     model.set(name, value);
     model.save_changes();
   };
-  const observer = new MutationObserver(() => nameSliders(root));  // they come one after another
+  const observer = new MutationObserver(() => {  // parts come one after another, and again
+    nameSliders(root);
+    mark();
+    refocus();
+  });
   observer.observe(root, {childList: true, subtree: true});
   signal.addEventListener('abort', () => observer.disconnect());
   nameSliders(root);
-  const working = () => root.classList.toggle('ll-working', model.get('busy'));
-  model.on('change:busy', working);
-  signal.addEventListener('abort', () => model.off('change:busy', working));
-  working();
+  const follow = (name, act) => {
+    model.on(`change:${name}`, act);
+    signal.addEventListener('abort', () => model.off(`change:${name}`, act));
+    act();
+  };
+  follow('busy', () => root.classList.toggle('ll-working', model.get('busy')));
+  const mark = () => {
+    for (const spot of root.querySelectorAll('.ll-spot'))
+      spot.setAttribute('aria-pressed', spot.value === model.get('picked'));
+  };
+  follow('picked', mark);
+
+  let held = null;  // the value of the point with the focus, which a new picture would lose
+  document.addEventListener('focusin', event => { held = event.target.closest('.ll-spot')?.value }, {signal});
+  document.addEventListener('pointerdown', event => { held = event.target.closest('.ll-spot')?.value }, {signal});
+  const refocus = () => {
+    if (held === undefined || held === null || document.activeElement !== document.body) return;
+    const spots = [...root.querySelectorAll('.ll-spot')];
+    const spot = spots.find(other => other.value === held) || spots.find(other => other.tabIndex === 0);
+    if (spot) focusOn(spot);
+  };
 
   let pressed = null;
   listen('pointerdown', event => { pressed = event }, true);
@@ -44,23 +68,50 @@ function explore(root, model, signal) {
     const moved = byKey || !pressed ? 0 : distance(event, pressed);
     const spot = byKey ? event.target.closest('.ll-spot') : nearest(plane, event);
     if (!spot || moved >= 5) return;
-    for (const other of spotsOf(spot)) other.setAttribute('aria-pressed', other === spot);
     focusOn(spot);
     tell('picked', spot.value);
   });
   listen('keydown', event => {
+    const control = event.ctrlKey || event.metaKey;
+    if (control && !event.shiftKey && event.key === 'z' && !event.target.isContentEditable) {
+      event.preventDefault();
+      event.stopPropagation();
+      model.send('undo');
+      return;
+    }
     const spot = event.target.closest('.ll-spot');
-    if (!spot || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
-    if (!(event.key in DIRECTIONS) && !['Home', 'End', 'PageUp', 'PageDown'].includes(event.key)) return;
+    if (event.key !== 'Shift' && !event.shiftKey || event.key === 'Escape') dropStretched();
+    if (!spot || control || event.altKey) return;
+    const steps = event.shiftKey ? [] : ['Home', 'End', 'PageUp', 'PageDown'];
+    if (!(event.key in DIRECTIONS) && !steps.includes(event.key)) return;
     event.preventDefault();
     event.stopPropagation();
-    focusOn(next(spot, event.key));
+    const to = next(spot, event.key), area = spot.closest('.ll-plane').querySelector('.ll-brush');
+    if (event.shiftKey && area) {
+      stretched = stretched || rubber(area, ...centre(spot));
+      stretched.to(...centre(to));
+    }
+    focusOn(to);
+  });
+  let stretched = null;  // a rectangle, while the shift key is held
+  const dropStretched = () => {
+    const corners = stretched && stretched.end();
+    stretched = null;
+    return corners;
+  };
+  const brushed = corners => tell('brushed', corners.map(share => share.toFixed(4)).join(','));
+  listen('keyup', event => {
+    const corners = event.key === 'Shift' && dropStretched();
+    if (corners) brushed(corners);
   });
   listen('pointerdown', down => {
-    const area = down.target.closest('.ll-brush');
+    const plane = down.target.closest('.ll-plane'), area = plane?.querySelector('.ll-brush');
     if (!area || down.button || down.pointerType === 'touch') return;  // a finger scrolls; sliders do the same
+    const box = area.getBoundingClientRect();
+    if (down.clientX < box.left || down.clientX > box.right || down.clientY < box.top || down.clientY > box.bottom)
+      return;
     down.preventDefault();  // no dragging of the image, no selecting of text
-    brush(area, down, corners => tell('brushed', corners.map(share => share.toFixed(4)).join(',')));
+    brush(plane, area, down, brushed);
   });
 }
 
@@ -115,30 +166,135 @@ function next(spot, key) {
   return best;
 }
 
-// Follow the pointer until it is released; then `done` gets two corners, in shares from the lower left.
-function brush(area, down, done) {
+// A rectangle from one point of the window to another; its end gives two corners, in shares from the lower left.
+function rubber(area, fromX, fromY) {
   const box = area.getBoundingClientRect();
   const share = (place, start, length) => Math.min(1, Math.max(0, (place - start) / length));
-  const at = event => [share(event.clientX, box.left, box.width), share(event.clientY, box.top, box.height)];
-  const [x0, y0] = at(down);
+  const at = (x, y) => [share(x, box.left, box.width), share(y, box.top, box.height)];
+  const [x0, y0] = at(fromX, fromY);
+  let [x, y] = [x0, y0];
   const drawn = document.createElement('div');
   drawn.className = 'll-rubber';
-  area.setPointerCapture(down.pointerId);
+  return {
+    to(toX, toY) {
+      area.append(drawn);
+      [x, y] = at(toX, toY);
+      const sides = {left: Math.min(x, x0), top: Math.min(y, y0), width: Math.abs(x - x0), height: Math.abs(y - y0)};
+      for (const [side, length] of Object.entries(sides)) drawn.style[side] = `${100 * length}%`;
+    },
+    end() {
+      drawn.remove();
+      return [x0, 1 - y0, x, 1 - y];
+    },
+  };
+}
+
+// Follow the pointer until it is released; then `done` gets the corners, unless it has not moved: that picks.
+// It is followed on the whole plane, since a brush may begin on a point; where there are thousands, it must.
+function brush(plane, area, down, done) {
+  const drawn = rubber(area, down.clientX, down.clientY);
+  let moved = false;
+  plane.setPointerCapture(down.pointerId);
   const draw = event => {
-    if (distance(event, down) >= 5) area.append(drawn);
-    const [x, y] = at(event);
-    const sides = {left: Math.min(x, x0), top: Math.min(y, y0), width: Math.abs(x - x0), height: Math.abs(y - y0)};
-    for (const [side, length] of Object.entries(sides)) drawn.style[side] = `${100 * length}%`;
+    moved = moved || distance(event, down) >= 5;
+    if (moved) drawn.to(event.clientX, event.clientY);
   };
   const released = new AbortController();
   const end = event => {
     released.abort();
-    if (event.type === 'pointerup' && drawn.isConnected) {
-      const [x, y] = at(event);
-      done([x0, 1 - y0, x, 1 - y]);
-    }
-    drawn.remove();
+    const corners = drawn.end();
+    if (event.type === 'pointerup' && moved) done(corners);
   };
   const events = {pointermove: draw, pointerup: end, pointercancel: end};
-  for (const [type, act] of Object.entries(events)) area.addEventListener(type, act, {signal: released.signal});
+  for (const [type, act] of Object.entries(events)) plane.addEventListener(type, act, {signal: released.signal});
+}
+
+// The buttons of every explorer: undo, the code of this view, its pictures.
+function tools(root, model) {
+  const make = (tag, name, more) => Object.assign(document.createElement(tag), {className: name, ...more});
+  const bar = make('div', 'll-tools'), said = make('span', 'll-said'), code = make('pre', 'll-code', {hidden: true});
+  said.setAttribute('role', 'status');
+  code.tabIndex = 0;
+  const say = words => { said.textContent = words };
+  const button = (textContent, title, act) => {
+    const made = make('button', 'jupyter-button widget-button', {type: 'button', textContent, title});
+    made.addEventListener('click', () => {
+      say('');
+      act(made);
+    });
+    bar.append(made);
+    return made;
+  };
+  const undo = button('Undo', 'take the last choice back: Ctrl+Z', () => model.send('undo'));
+  const show = () => {
+    undo.setAttribute('aria-disabled', !model.get('undoable'));  // not disabled: the focus would be lost
+    code.textContent = model.get('code');
+    say('');
+  };
+  for (const name of ['undoable', 'code']) model.on(`change:${name}`, show);
+  show();
+  const shown = button('Code', 'show and copy a line of Python that makes this view', async made => {
+    code.hidden = !code.hidden;
+    made.setAttribute('aria-expanded', !code.hidden);
+    if (code.hidden) return;
+    const copied = navigator.clipboard?.writeText(code.textContent);
+    say(await worked(copied) ? 'The line is in the clipboard.' : 'Select the line to copy it.');
+  });
+  shown.setAttribute('aria-expanded', false);
+  button('Copy picture', 'copy the pictures of this view as one', async () => {
+    const picture = pictures(root);
+    const item = window.ClipboardItem && new ClipboardItem({'image/png': picture});
+    if (await worked(item && navigator.clipboard?.write([item]))) {
+      say('The picture is in the clipboard.');
+    } else {
+      make('a', '', {href: URL.createObjectURL(await picture), download: 'explorer.png'}).click();
+      say('The clipboard is not allowed here: the picture is saved as explorer.png.');
+    }
+  });
+  bar.append(said);
+  return [bar, code];
+}
+
+const worked = async promise => {
+  try {
+    await promise;
+    return promise !== undefined;
+  } catch {
+    return false;
+  }
+};
+
+// The pictures in their rows, with a ring around the point that is picked, as a PNG.
+function pictures(root) {
+  const rows = [], canvas = document.createElement('canvas');
+  for (const image of root.querySelectorAll('img')) {
+    if (!image.naturalWidth || !image.checkVisibility()) continue;
+    const box = image.getBoundingClientRect();
+    if (!rows.length || box.top >= rows.at(-1).bottom) rows.push({images: [], width: 0, height: 0});
+    const row = rows.at(-1);
+    row.images.push([image, row.width]);
+    row.bottom = box.bottom;
+    row.width += image.naturalWidth;
+    row.height = Math.max(row.height, image.naturalHeight);
+  }
+  canvas.width = Math.max(...rows.map(row => row.width));
+  canvas.height = rows.reduce((sum, row) => sum + row.height, 0);
+  const pen = canvas.getContext('2d');
+  pen.fillStyle = '#fff';
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  let y = 0;
+  for (const row of rows) {
+    for (const [image, x] of row.images) {
+      pen.drawImage(image, x, y);
+      const spot = image.closest('.ll-plane')?.querySelector('.ll-spot[aria-pressed="true"]');
+      if (!spot) continue;
+      const [left, top] = [spot.style.left, spot.style.top].map(place => parseFloat(place) / 100);
+      pen.lineWidth = 2.5;
+      pen.beginPath();
+      pen.arc(x + left * image.naturalWidth, y + top * image.naturalHeight, 9, 0, 2 * Math.PI);
+      pen.stroke();
+    }
+    y += row.height;
+  }
+  return new Promise(done => canvas.toBlob(done, 'image/png'));
 }
