@@ -21,8 +21,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def add_tensor(digest: Digest, tensor: Tensor) -> None:
-    """Hash a tensor's dtype, shape and elements."""
+    """Hash a tensor's dtype, shape and elements; of torchao's quantized tensors those of their parts."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if type(tensor).__module__.startswith("torchao."):
+        for part in tensor.__tensor_flatten__()[0]:
+            add_tensor(digest, getattr(tensor, part))
+        return
     digest.update(tensor_bytes(tensor))
 
 
