@@ -22,7 +22,13 @@ from lora_lens._base.random_state import seeded
 from lora_lens._base.validate import instance, sequence, shown
 from lora_lens.adapters.adopting import adopt, require_ordinary
 from lora_lens.adapters.copying import copy_around
-from lora_lens.adapters.injection import attached, lora_layers, require_unadapted, require_unmerged
+from lora_lens.adapters.injection import (
+    attached,
+    lora_layers,
+    require_enabled,
+    require_unadapted,
+    require_unmerged,
+)
 from lora_lens.adapters.peft_names import ADAPTER, PREFIX
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import ABOUT, CONFIG, place_of
@@ -237,6 +243,7 @@ def trained_model(
         return after
     peft_model, record = attached(after)
     require_unmerged(peft_model)
+    require_enabled(peft_model)
     digests = weight_digests(peft_model, record)
     read = matrices_of(before, list(digests))
     for name, digest in digests.items():
@@ -330,13 +337,18 @@ def _difference(name: str, old: Tensor, new: Tensor) -> tuple[float, float]:
 
 
 def _with_adapter(before: nn.Module, folder: Path) -> nn.Module:
-    """The pretrained model with an adapter that PEFT wrote; it shares the weights that loading leaves alone."""
+    """The pretrained model with an adapter that PEFT wrote; it shares what loading leaves alone."""
     read_json(folder / CONFIG)
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError) as error:  # as PEFT has it of kinds and settings that it does not know
-        raise InputError(f"{folder / CONFIG} is no config of an adapter that this version of PEFT knows: {error}") from error
-    require_ordinary({ADAPTER: config})  # before PEFT makes a start that changes the weights, such as OLoRA's
+        raise InputError(
+            f"{folder / CONFIG} is no config that this version of PEFT knows: {error}"
+        ) from error
+    try:  # before PEFT makes a start that changes the weights, such as OLoRA's
+        require_ordinary({ADAPTER: config})
+    except InputError as error:
+        raise InputError(f"{folder}: {error}; that folder of ll.save goes in here as start=") from error
     written = headers(folder / FILE) if (folder / FILE).is_file() else None
     names = before.named_parameters(remove_duplicate=False)
     # An embedding that PEFT wrote along replaces the one in the model.

@@ -86,7 +86,7 @@ def test_bad_input(llama, tmp_path, change, arguments, message):
 
 @pytest.mark.parametrize("base", ["residual", "offset"])
 def test_what_is_no_model_of_its_own_is_refused(llama, base, tmp_path):
-    """The base under an adapter is a residual or the pretrained weight, and an adapter's file holds updates."""
+    """The base under an adapter is a residual or the pretrained weight, and its file holds updates."""
     adapted = ll.attach(llama, ll.Window.first(2), targets="q_proj", variant=ll.Variant(base=base))
     ll.export(adapted, tmp_path / "exported")
     spectra = ll.spectra(llama, "q_proj", progress=False)

@@ -110,6 +110,8 @@ def test_what_would_measure_against_the_wrong_model_is_refused(narrow, clothes, 
     known = ll.tasks.agreement(narrow, clothes.test.inputs)
     with pytest.raises(ValueError, match="this model is adapted already"):
         ll.measure(narrow, adapted.get_base_model(), known)
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="is disabled: call enable"):
+        ll.measure(narrow, adapted, clothes)
     adapted.merge_adapter()
     with pytest.raises(ValueError, match="is merged into its base"):
         ll.measure(narrow, adapted, clothes)
@@ -165,7 +167,7 @@ def test_an_adapters_folder_leaves_the_pretrained_model_as_it_is(narrow, clothes
 @pytest.mark.parametrize("settings", ["[]", "{}", '{"peft_type": "NEWER"}', "{"])
 def test_a_config_that_peft_does_not_know_is_refused(narrow, clothes, settings, tmp_path):
     (tmp_path / "adapter_config.json").write_text(settings)
-    with pytest.raises(ll.errors.LoraLensError, match=r"adapter_config\.json (is|holds) no|expected one LoRA"):
+    with pytest.raises(ll.errors.LoraLensError, match=r"_config\.json (is|holds) no|expected one LoRA"):
         ll.measure(narrow, tmp_path, clothes)
 
 
