@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def add_tensor(digest: Digest, tensor: Tensor) -> None:
-    """Hash a tensor's dtype, shape and elements."""
+    """Hash a tensor's dtype, shape and elements; of torchao's quantized tensors those of their parts."""
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if type(tensor).__module__.startswith("torchao."):
+        parts: Any = tensor
+        for part in parts.__tensor_flatten__()[0]:
+            add_tensor(digest, getattr(parts, part))
+        return
     digest.update(tensor_bytes(tensor))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -26,6 +27,25 @@ from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.adaptable_layers import weight_of
 from lora_lens.spectrum.sources.adapters import PLAIN_STARTS
+
+
+def require_ordinary(configs: Mapping[str, PeftConfig]) -> LoraConfig:
+    """The config of a model's only adapter, a LoRA that leaves its base as it is.
+
+    Raises:
+        ValueError: it is something else, or there are several.
+    """
+    config = configs.get(ADAPTER)
+    if not isinstance(config, LoraConfig) or len(configs) > 1:
+        kinds = [f"{name!r} ({type(c).__name__})" for name, c in configs.items()]
+        raise InputError(f"expected one LoRA called {ADAPTER!r}, and the model has {listed(kinds)}")
+    if str(start := config.init_lora_weights).lower() not in PLAIN_STARTS - {"false"}:
+        raise InputError(
+            f"the adapter has init_lora_weights={start!r}: its base may hold a residual in place of the "
+            "pretrained weights; load it with ll.load(model, start, checkpoint=...), where start is what "
+            "ll.save wrote before training, or export it first"
+        )
+    return config
 
 
 def adopt(peft_model: nn.Module) -> PeftModel:
@@ -58,16 +78,7 @@ def adopt(peft_model: nn.Module) -> PeftModel:
     """
     inner = inner_model(instance(peft_model, nn.Module, "peft_model", "a PeftModel"))
     adapted = cast(AdaptedModel, instance(inner, PeftModel, "peft_model", "a PeftModel, as PEFT makes it"))
-    config = adapted.peft_config.get(ADAPTER)
-    if not isinstance(config, LoraConfig) or len(adapted.peft_config) > 1:
-        kinds = [f"{name!r} ({type(c).__name__})" for name, c in adapted.peft_config.items()]
-        raise InputError(f"expected one LoRA called {ADAPTER!r}, and the model has {listed(kinds)}")
-    if str(start := config.init_lora_weights).lower() not in PLAIN_STARTS - {"false"}:
-        raise InputError(
-            f"the adapter has init_lora_weights={start!r}: its base may hold a residual in place of the "
-            "pretrained weights; load it with ll.load(model, start, checkpoint=...), where start is what "
-            "ll.save wrote before training, or export it first"
-        )
+    config = require_ordinary(adapted.peft_config)
     found = {
         name: module for name, module in named_modules(base_of(adapted)) if isinstance(module, LoraLayer)
     }

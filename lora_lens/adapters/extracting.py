@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,13 @@ from lora_lens._base.torch_tools import check_finite
 from lora_lens._base.validate import flag, number
 from lora_lens._base.warning import warn
 from lora_lens.adapters.adapter_files import write_adapter, write_record
-from lora_lens.adapters.injection import Attachment
-from lora_lens.adapters.peft_names import PREFIX, rank_settings
+from lora_lens.adapters.injection import Attachment, require_unadapted
+from lora_lens.adapters.peft_names import MOVED, PREFIX, rank_settings, target_settings
+from lora_lens.adapters.pretrained import require_weights
 from lora_lens.adapters.replacing import replaced
 from lora_lens.adapters.variant import Variant
 from lora_lens.spectrum.in_parallel import side_by_side
+from lora_lens.spectrum.patterns import ONE_EXPERT
 from lora_lens.spectrum.sources.matrices import Weight, weights
 from lora_lens.spectrum.sources.roles import is_embedding
 from lora_lens.spectrum.svd import some_components
@@ -62,9 +65,9 @@ def extract(
         (Frobenius norm of the whole change), lost (share of its energy that is left out, in [0, 1]).
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: the two do not hold the same layers, nothing changed, a
-            weight is not finite, an embedding or an expert is chosen; or as
-            :func:`lora_lens.spectrum.weights` and :func:`save`.
+        TypeError, ValueError, FileNotFoundError: one is adapted or an adapter, which :func:`export` writes;
+            the two do not hold the same layers, nothing changed, a weight is not finite, an embedding, an
+            expert or a convolution is chosen; or as :func:`lora_lens.spectrum.weights` and :func:`save`.
 
     Warns:
         UserWarning: experts, of which no LoRA is written, are left out because no ``targets`` are given.
@@ -106,8 +109,12 @@ def extract(
     named = (
         before if isinstance(before, str) else getattr(getattr(before, "config", None), "_name_or_path", None)
     )
+    model = next((source for source in (before, after) if isinstance(source, nn.Module)), None)
+    settings = _settings_of_files(ranks, before) if model is None else target_settings(list(ranks), model)
     config = LoraConfig(
-        target_modules=list(ranks), base_model_name_or_path=named or None, **rank_settings(ranks, None)
+        base_model_name_or_path=named or None,
+        **settings,
+        **rank_settings(ranks, None, settings.get("target_parameters", ())),
     )
     record = Attachment("LoRA extracted from two checkpoints", Variant(), {}, frozenset(), {})
     with replaced(folder, "adapter") as new_folder:
@@ -119,10 +126,16 @@ def extract(
 
 def _paired(before: Source, after: Source, targets: Targets) -> list[tuple[Weight, Weight]]:
     """The same weights of both, in the order of the first."""
+    for source in (before, after):
+        if isinstance(source, nn.Module):
+            require_unadapted(source)
     first, second = ({w.name: w for w in weights(source, targets)} for source in (before, after))
-    if targets is None and (experts := [name for name in first if "[" in name]):
-        first = {name: weight for name, weight in first.items() if "[" not in name}
-        second = {name: weight for name, weight in second.items() if "[" not in name}
+    for found, source in ((first, before), (second, after)):
+        require_weights(found.values(), source)
+    files = not any(isinstance(source, nn.Module) for source in (before, after))
+    if targets is None and (experts := [name for name in first if _is_expert(name, files)]):
+        first = {name: weight for name, weight in first.items() if name not in experts}
+        second = {name: weight for name, weight in second.items() if not _is_expert(name, files)}
         warn(
             f"left out {listed(experts, most=2)}: no LoRA is written for experts, which are parameters of "
             "their module",
@@ -134,10 +147,30 @@ def _paired(before: Source, after: Source, targets: Targets) -> list[tuple[Weigh
         if weight.shape != second[name].shape:
             shapes = f"{weight.shape} before and {second[name].shape} after"
             raise InputError(f"{name} has shape {shapes}; both must be states of one model")
-        if is_embedding(name) or "[" in name:
-            what = "an embedding" if is_embedding(name) else "an expert, a parameter of its module"
+        kinds = {
+            "an embedding": is_embedding(name),
+            "an expert, a parameter of its module": _is_expert(name, files),
+            "a convolution": weight.convolution,
+        }
+        for what in (what for what, holds in kinds.items() if holds):
             raise InputError(f"{name} is {what}, for which no LoRA is written; choose linear layers by name")
     return [(weight, second[name]) for name, weight in first.items()]
+
+
+def _is_expert(name: str, file: bool) -> bool:
+    """Whether it is a matrix of a tensor of experts in the model, also where a file holds them one by one."""
+    return "[" in name or (file and ONE_EXPERT.search(name) is not None)
+
+
+def _settings_of_files(layers: Iterable[str], source: Source) -> dict[str, list[str]]:
+    """PEFT's settings that name these layers of a model of which there are only the files."""
+    moved = [name for name in layers if name.rpartition(".")[2] in MOVED]
+    try:
+        _ = moved and weights(source, "all-experts")
+    except InputError:  # no mixture of experts, where PEFT leaves these names alone
+        moved = []
+    settings = {"target_modules": [name for name in layers if name not in moved]}
+    return settings | ({"target_parameters": [f"{name}.weight" for name in moved]} if moved else {})
 
 
 def _change(old: Weight, new: Weight) -> tuple[Tensor, Tensor]:

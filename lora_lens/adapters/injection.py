@@ -277,6 +277,13 @@ def require_unmerged(peft_model: AdaptedModel) -> None:
             raise InputError(f"the adapter of {name} is merged into its base; call unmerge_adapter() first")
 
 
+def require_enabled(peft_model: AdaptedModel) -> None:
+    """Raise a ValueError if an adapter does not act: then a model answers as its base, perhaps a residual."""
+    for name, layer in lora_layers(peft_model).items():
+        if layer.disable_adapters:
+            raise InputError(f"the adapter of {name} is disabled: call enable_adapter_layers() first")
+
+
 def moved_buffers(peft_model: PeftModel, record: Attachment) -> dict[str, Tensor]:
     """The buffers that are not as the pretrained model had them."""
     now, before = buffers_by_name(peft_model), record.buffers

@@ -19,6 +19,8 @@ from lora_lens.spectrum.stacks import stack_name, stacks_planned, wrapped_names
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 PREFIX = "base_model.model."  # of PEFT's tensor names
+# Ends of names that PEFT makes other targets of in some mixtures of experts, see target_settings.
+MOVED = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 

@@ -152,13 +152,13 @@ def load(
     require_unadapted(model)
     saved = read_saved(folder, checkpoint)
     read = matrices_of(model, list(saved.weights))
+    layers = layers_at(model, list(saved.weights))
     for name, known in saved.weights.items():
-        require_same(name, read[name](), known["digest"])
+        require_same(name, read[name](), known["digest"], quantized_as(layers[name]))
     names, shapes = list(saved.weights), {name: _shape(read[name]()) for name in saved.weights}
     state = _fitting(saved, shapes, model)
     factors = _fitting_start(saved, shapes)
 
-    layers = layers_at(model, names)
     fixed = unchangeable(model, layers)
     trainable, buffers = note_pretrained(model)
     base = model if inplace else copy_around(model, map(owner_of, layers.values()) if factors else [])

@@ -74,6 +74,10 @@ class StackedLayer:
         return bool(self.wrapper.merged)
 
     @property
+    def disable_adapters(self) -> bool:
+        return bool(self.wrapper.disable_adapters)
+
+    @property
     def lora_variant(self) -> Mapping[str, object]:
         return {}
 

@@ -13,22 +13,30 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from lora_lens._base.errors import InputError, InputTypeError, MissingFileError
 from lora_lens._base.naming import block_and_kind, listed
+from lora_lens._base.random_state import seeded
 from lora_lens._base.validate import instance, sequence, shown
-from lora_lens.adapters.adopting import adopt
+from lora_lens.adapters.adopting import adopt, require_ordinary
 from lora_lens.adapters.copying import copy_around
-from lora_lens.adapters.injection import attached, lora_layers, require_unadapted, require_unmerged
+from lora_lens.adapters.injection import (
+    attached,
+    lora_layers,
+    require_enabled,
+    require_unadapted,
+    require_unmerged,
+)
+from lora_lens.adapters.peft_names import ADAPTER, PREFIX
 from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import ABOUT, CONFIG, place_of
 from lora_lens.adapters.saving import load, weight_digests
 from lora_lens.adapters.start import Start, effective_weight, is_dora, trained_update
 from lora_lens.forgetting.weight_drift import drift, drift_between, start_rows
-from lora_lens.spectrum.sources.checkpoint import read_safetensors
+from lora_lens.spectrum.sources.adapters import FILE
+from lora_lens.spectrum.sources.checkpoint import headers, read_json, read_safetensors
 from lora_lens.spectrum.sources.matrices import weights
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.svd import product_norm
@@ -235,6 +243,7 @@ def trained_model(
         return after
     peft_model, record = attached(after)
     require_unmerged(peft_model)
+    require_enabled(peft_model)
     digests = weight_digests(peft_model, record)
     read = matrices_of(before, list(digests))
     for name, digest in digests.items():
@@ -299,6 +308,7 @@ def moves(before: nn.Module, after: nn.Module, spectra: SpectrumSet | None) -> p
     elif spectra is not None:
         return drift_between(before, after, spectra)
     else:
+        require_unadapted(after)  # the base of an adapter is not the trained model
         names = [weight.name for weight in weights(before)]
         old, new = matrices_of(before, names), matrices_of(after, names)
         found = {name: _difference(name, old[name](), new[name]()) for name in names}
@@ -327,12 +337,26 @@ def _difference(name: str, old: Tensor, new: Tensor) -> tuple[float, float]:
 
 
 def _with_adapter(before: nn.Module, folder: Path) -> nn.Module:
-    """The pretrained model with an adapter that PEFT wrote; its weights are shared."""
-    base = copy_around(before, before.parameters())
+    """The pretrained model with an adapter that PEFT wrote; it shares what loading leaves alone."""
+    read_json(folder / CONFIG)
     try:
-        adapted = PeftModel.from_pretrained(base, str(folder))
-    except SafetensorError as error:
-        raise InputError(f"{folder} holds a damaged adapter file: {error}; copy or save it again") from error
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError) as error:  # as PEFT has it of kinds and settings that it does not know
+        raise InputError(
+            f"{folder / CONFIG} is no config that this version of PEFT knows: {error}"
+        ) from error
+    try:  # before PEFT makes a start that changes the weights, such as OLoRA's
+        require_ordinary({ADAPTER: config})
+    except InputError as error:
+        raise InputError(f"{folder}: {error}; that folder of ll.save goes in here as start=") from error
+    written = headers(folder / FILE) if (folder / FILE).is_file() else None
+    names = before.named_parameters(remove_duplicate=False)
+    # An embedding that PEFT wrote along replaces the one in the model.
+    replaced = {id(p) for name, p in names if written is None or PREFIX + name in written}
+    base = copy_around(before, [p for p in before.parameters() if id(p) not in replaced])
+    try:
+        with seeded(0):  # PEFT draws factors before it reads those of the file
+            adapted = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise InputError(f"{folder} holds an adapter of another model: {reason}") from error

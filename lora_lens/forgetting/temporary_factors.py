@@ -22,6 +22,7 @@ from lora_lens.adapters.injection import (
     attached,
     lora_layers,
     moved_buffers,
+    require_enabled,
     require_unmerged,
     whole_modules,
 )
@@ -121,9 +122,8 @@ def require_rewindable(adapted: nn.Module) -> None:
     """Raise a ValueError if the pretrained model cannot be reached by other factors of this adapter."""
     peft_model, record = attached(adapted)
     require_unmerged(peft_model)
+    require_enabled(peft_model)
     for name, layer in lora_layers(peft_model).items():
-        if (layer.wrapper if isinstance(layer, StackedLayer) else layer).disable_adapters:
-            raise InputError(f"the adapter of {name} is disabled: call enable_adapter_layers() first")
         if is_dora(layer):
             raise InputError(
                 f"{name} has DoRA, whose update is no product of factors, so nothing can be scaled: merge "

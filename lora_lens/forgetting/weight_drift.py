@@ -29,6 +29,7 @@ from lora_lens.adapters.injection import (
     ADAPTER,
     attached,
     lora_layers,
+    require_unadapted,
     require_unmerged,
 )
 from lora_lens.adapters.pretrained import matrices_of
@@ -118,12 +119,15 @@ def drift_between(
         window: where inside, above and below are; without it those shares are NaN.
 
     Raises:
-        ValueError: a weight is missing, has another shape or is not finite; the spectra are not of
-            ``before`` or lack vectors; the window does not fit.
+        ValueError: one is adapted or an adapter; a weight is missing, has another shape or is not finite; the
+            spectra are not of ``before`` or lack vectors; the window does not fit.
         TypeError: an argument is of another type.
     """
     require_spectra(spectra)
     _require_placement(window)
+    for model in (before, after):
+        if isinstance(model, nn.Module):
+            require_unadapted(model)
     names = list(spectra)
     old, new = matrices_of(before, names), matrices_of(after, names)
     rows = []

@@ -341,8 +341,8 @@ def _takes_one(kind: type[nn.Module]) -> bool:
 def _is_product(kin: tuple[type[nn.Linear], ...]) -> bool:
     """Whether a class, given with those it inherits from, computes x W^T + b: tried in float64."""
     tried = kin[0].__new__(kin[0])
-    nn.Linear.__init__(tried, 5, 3, dtype=torch.float64)
     with torch.no_grad(), seeded(0):
+        nn.Linear.__init__(tried, 5, 3, dtype=torch.float64)
         for training, bias, scale in itertools.product((True, False), (True, False), (1e-3, 1.0, 1e3)):
             tried.train(training)
             if not bias:

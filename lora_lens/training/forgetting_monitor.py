@@ -18,6 +18,7 @@ from lora_lens.adapters.injection import (
     attached,
     lora_layers,
     moved_buffers,
+    require_enabled,
     require_unmerged,
     whole_modules,
 )
@@ -119,7 +120,7 @@ class ForgettingMonitor:
             accuracy: on the new task, for ``trade_off``, which is NaN without it.
 
         Raises:
-            ValueError: ``accuracy`` is infinite, or the adapter is merged.
+            ValueError: ``accuracy`` is infinite, or the adapter is merged or disabled.
         """
         self._rows.append(self._row(whole_number(step, "step", least=0), self._answers()) | self._drift())
         return dict(self._rows[-1]) if accuracy is None else self.complete(accuracy)
@@ -142,6 +143,8 @@ class ForgettingMonitor:
         return -forgetting if accuracy >= self.at_least else accuracy - self.at_least - 2
 
     def _answers(self) -> Answers:
+        if is_attached(self.model):
+            require_enabled(attached(self.model)[0])
         return evaluate(self.model, self.retain, self.readout, precision=self.precision)
 
     def _row(self, step: int, now: Answers) -> dict[str, float]:

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lora_lens as ll
+from lora_lens.forgetting.weight_drift import drift_between
 from lora_lens.spectrum import weights
 
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -83,6 +84,32 @@ def test_bad_input(llama, tmp_path, change, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("base", ["residual", "offset"])
+def test_what_is_no_model_of_its_own_is_refused(llama, base, tmp_path):
+    """The base under an adapter is a residual or the pretrained weight, and its file holds updates."""
+    adapted = ll.attach(llama, ll.Window.first(2), targets="q_proj", variant=ll.Variant(base=base))
+    ll.export(adapted, tmp_path / "exported")
+    spectra = ll.spectra(llama, "q_proj", progress=False)
+    for after, message in (
+        (adapted, "adapted already"),
+        (adapted.get_base_model(), "adapted already"),
+        (tmp_path / "exported", "is an adapter, so what it holds are updates"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ll.extract(llama, after, tmp_path / "lora", targets="q_proj", progress=False)
+        with pytest.raises(ValueError, match=message):
+            drift_between(llama, after, spectra)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_convolutions_are_refused(tmp_path):
+    before = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+    after = copy.deepcopy(before)
+    after[0].weight.data.mul_(2)
+    with pytest.raises(ValueError, match="0 is a convolution, for which no LoRA is written"):
+        ll.extract(before, after, tmp_path, targets="all-conv", progress=False)
+
+
 def test_experts_are_left_out_by_a_warning_and_refused_by_name(tmp_path):
     torch.manual_seed(0)
     sizes = tiny_models.TINY | {"num_hidden_layers": 1, "num_local_experts": 2}
@@ -94,3 +121,25 @@ def test_experts_are_left_out_by_a_warning_and_refused_by_name(tmp_path):
     assert list(found["layer"][found["rank"] > 0]) == ["model.layers.0.self_attn.q_proj"]
     with pytest.raises(ValueError, match=r"\[0\] is an expert, a parameter of its module, for which no LoRA"):
         ll.extract(before, after, tmp_path, targets="experts.down_proj", progress=False)
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_dense_layers_of_a_mixture_are_found_again_by_plain_peft(files, tmp_path):
+    """PEFT takes gate_proj for that of the experts there; files of transformers hold these one by one."""
+    torch.manual_seed(0)
+    sizes = tiny_models.TINY | {"num_experts": 2, "moe_intermediate_size": 8, "mlp_only_layers": [0]}
+    sizes |= {"num_experts_per_tok": 2}
+    before = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes))
+    after = copy.deepcopy(before)
+    after.model.layers[0].mlp.gate_proj.weight.data.mul_(2)
+    after.model.layers[1].self_attn.q_proj.weight.data.mul_(2)
+    sources = [before, after]
+    if files:
+        before.save_pretrained(tmp_path / "before")
+        after.save_pretrained(tmp_path / "after")
+        sources = [tmp_path / "before", tmp_path / "after"]
+    with pytest.warns(UserWarning, match=r"left out .*experts"):
+        ll.extract(*sources, tmp_path / "lora", rank=24, progress=False)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(before), tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).logits, after(TOKENS).logits, rtol=1e-4, atol=1e-5)

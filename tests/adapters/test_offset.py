@@ -17,6 +17,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Torc
 
 import lora_lens as ll
 from lora_lens.adapters.injection import lora_layers
+from lora_lens.spectrum.quantized_layers import keep_trainable
+from lora_lens.tasks.tokens import TokenExamples
 from lora_lens.training.lean_forward import is_plain, lean_layers
 
 OFFSET = ll.Variant(base="offset")
@@ -337,9 +339,11 @@ def test_a_window_over_quantized_weights_trains_and_is_exported_for_them(checkpo
     pytest.importorskip(kind.split()[0])
 
     def load() -> LlamaForCausalLM:
-        return LlamaForCausalLM.from_pretrained(
+        model = LlamaForCausalLM.from_pretrained(
             checkpoint, quantization_config=KINDS[kind](), device_map="cpu", dtype=torch.float32
         ).eval()
+        keep_trainable(model.modules())  # or some CPUs round the scales of 4 bits in its first evaluation
+        return model
 
     model, plain = load(), LlamaForCausalLM.from_pretrained(checkpoint)
     spectra = ll.spectra(model, progress=False)
@@ -368,6 +372,9 @@ def test_a_window_over_quantized_weights_trains_and_is_exported_for_them(checkpo
     elsewhere = PeftModel.from_pretrained(load(), tmp_path / "exported")
     assert ll.function_error(elsewhere, adapted, IDS) < 1e-5
     assert 0 < ll.forgetting.drift(adapted, spectra)["relative"].max() < 0.2
+    tokens = TokenExamples(torch.arange(12) % 32, torch.full((2,), 6), torch.zeros(2, dtype=torch.int64))
+    measured = ll.measure(load(), tmp_path / "exported", ll.tasks.agreement(load(), tokens))
+    assert measured.table.loc[0, "before"] == 1 and measured.table.loc[0, "loss_rise"] > 0
     with pytest.raises(ValueError, match=r"is quantized .* so it has no residual"):
         ll.export_residual(adapted, tmp_path / "residual")
 

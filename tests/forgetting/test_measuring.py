@@ -107,6 +107,11 @@ def test_what_would_measure_against_the_wrong_model_is_refused(narrow, clothes, 
         ll.measure(narrow, tmp_path / "checkpoint-3", clothes)
     with pytest.raises(ValueError, match="holds an adapter, and before must be a whole model"):
         ll.measure(tmp_path / "checkpoint-3", narrow, clothes)
+    known = ll.tasks.agreement(narrow, clothes.test.inputs)
+    with pytest.raises(ValueError, match="this model is adapted already"):
+        ll.measure(narrow, adapted.get_base_model(), known)
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="is disabled: call enable"):
+        ll.measure(narrow, adapted, clothes)
     adapted.merge_adapter()
     with pytest.raises(ValueError, match="is merged into its base"):
         ll.measure(narrow, adapted, clothes)
@@ -132,6 +137,38 @@ def test_what_would_measure_against_the_wrong_model_is_refused(narrow, clothes, 
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Trainer"]}))
     with pytest.raises(ValueError, match="names Trainer, which is no model of transformers"):
         ll.measure(tmp_path, narrow, clothes)
+
+
+def test_an_adapters_folder_leaves_the_pretrained_model_as_it_is(narrow, clothes, tmp_path):
+    """PEFT would take OLoRA's start from the shared weights, and put a stored embedding into them."""
+    weights = copy.deepcopy(narrow.state_dict())
+    settings = LoraConfig(r=2, target_modules=["qkv"], init_lora_weights="olora")
+    get_peft_model(copy.deepcopy(narrow), settings).save_pretrained(tmp_path / "olora")
+    with pytest.raises(ValueError, match="init_lora_weights='olora'"):
+        ll.measure(narrow, tmp_path / "olora", clothes)
+    assert all(torch.equal(now, weights[name]) for name, now in narrow.state_dict().items())
+
+    model, tokenizer = small("llama"), byte_tokenizer()
+    texts = part_of("movies", 4, 4).test.texts
+    known = ll.tasks.agreement(model, list(texts), tokenizer=tokenizer)
+    trained = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        trained.get_input_embeddings().weight.neg_()
+    trained.save_pretrained(tmp_path / "embedding", save_embedding_layers=True)
+    expected, embedding = ll.evaluate(trained, known), model.get_input_embeddings().weight.clone()
+    state = torch.get_rng_state()
+    measured = ll.measure(model, tmp_path / "embedding", known)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert measured.table.loc[0, ["before", "after"]].tolist() == [1.0, expected.accuracy]
+    assert expected.accuracy < 0.9
+
+
+@pytest.mark.parametrize("settings", ["[]", "{}", '{"peft_type": "NEWER"}', "{"])
+def test_a_config_that_peft_does_not_know_is_refused(narrow, clothes, settings, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(ll.errors.LoraLensError, match=r"_config\.json (is|holds) no|expected one LoRA"):
+        ll.measure(narrow, tmp_path, clothes)
 
 
 @pytest.mark.parametrize("kind", ["window", "PEFT's own"])
@@ -180,7 +217,7 @@ def test_folders_that_are_no_trainers_are_refused(narrow, tmp_path):
         ll.forgetting.growth(tmp_path, wider)
     file = tmp_path / "checkpoint-5" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match="checkpoint-5 holds a damaged adapter file"):
+    with pytest.raises(ValueError, match=r"checkpoint-5/adapter_model\.safetensors is truncated"):
         ll.forgetting.growth(tmp_path, narrow)
 
 

@@ -285,3 +285,16 @@ def test_a_parameter_that_is_no_layers_weight_is_named_with_the_reason():
     ):
         target_layers(Positions(), "pos_embed")
     assert list(target_layers(Positions(), "*")) == ["proj"]
+
+
+def test_trying_a_strangers_layer_draws_no_random_numbers():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    state = torch.get_rng_state()
+    assert set(adaptable(nn.Sequential(Own(4, 4))).layers) == {"0"}
+    expected = torch.get_rng_state()
+    torch.set_rng_state(state)
+    Own(4, 4)
+    assert torch.equal(torch.get_rng_state(), expected)

@@ -240,6 +240,8 @@ def test_a_loop_of_ones_own(classification):
     np.testing.assert_allclose(table["trade_off"][2:], -table["forgetting"][2:])
     assert table["trade_off"][1] < -1 and monitor.best["step"] in (2, 3)  # 0.4 does not reach 0.5
     assert adapted.training is False
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="is disabled: call enable"):
+        monitor.measure(4)  # what it answers then is the residual's, under a window
 
 
 def test_in_trls_trainers(tmp_path):

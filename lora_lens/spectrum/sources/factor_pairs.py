@@ -140,7 +140,7 @@ def stored_pair(
     problem = problem or next(filter(None, map(problem_of, pair.dtypes)), "")
     factors = factors or partial(factors_of, pair, scaling, read)
     shape = (rest, out) if pair.embedding else (out, rest)
-    return Stored(name, shape, partial(_product, factors), problem=problem, factors=factors)
+    return Stored(name, shape, partial(_product, factors), problem=problem, factors=factors, update=True)
 
 
 def _turned(key: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Weight:
             for a damaged file.
         factors: of an adapter's update, reads (scaling * B, A), shapes (out, r) and (r, in), whose
             product is the matrix; otherwise None.
+        update: whether it is an adapter's update of a weight, and not a weight.
+        convolution: whether it is a convolution's, whose kernel lies in the columns.
 
     What :func:`weights` returns.
     """
@@ -49,6 +51,8 @@ class Weight:
     shape: tuple[int, int]
     load: Callable[[], Tensor]
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
+    update: bool = False
+    convolution: bool = False
 
 
 def weights(
@@ -222,7 +226,8 @@ def _matrices(stored: Stored) -> list[Weight]:
     if stored.experts:
         experts = range(stored.shape[0])
         return [Weight(f"{stored.name}[{i}]", shape, partial(_matrix, stored, i)) for i in experts]
-    return [Weight(stored.name, shape, partial(_matrix, stored, None), stored.factors)]
+    matrix = partial(_matrix, stored, None)
+    return [Weight(stored.name, shape, matrix, stored.factors, stored.update, len(stored.shape) > 2)]
 
 
 def _matrix(stored: Stored, expert: int | None) -> Tensor:
@@ -235,7 +240,7 @@ def _matrix(stored: Stored, expert: int | None) -> Tensor:
 def _rows(whole: Weight, name: str, rows: slice) -> Weight:
     factors = whole.factors and partial(_factor_rows, whole.factors, rows)
     shape = (len(range(*rows.indices(whole.shape[0]))), whole.shape[1])
-    return Weight(name, shape, partial(_load_rows, whole.load, rows), factors)
+    return replace(whole, name=name, shape=shape, load=partial(_load_rows, whole.load, rows), factors=factors)
 
 
 def _load_rows(load: Callable[[], Tensor], rows: slice) -> Tensor:

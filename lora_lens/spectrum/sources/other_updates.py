@@ -65,7 +65,7 @@ def stored_product(
         raise InputError(
             f"the factors of {name} do not fit together: {shapes}; save the adapter again"
         ) from error
-    return Stored(name, shape, partial(_read_product, layer, tuple(kinds), read, scaling))
+    return Stored(name, shape, partial(_read_product, layer, tuple(kinds), read, scaling), update=True)
 
 
 def _read_product(

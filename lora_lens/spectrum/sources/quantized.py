@@ -170,7 +170,8 @@ def problem_of(
         return ""
     if dtype.lower().startswith(("c", "complex")):
         return f"holds {dtype} values: complex weights are not read; choose others by name"
-    return f"holds {dtype} values: quantized or packed; dequantize the model, or choose others by name"
+    why = evidence and f", as {evidence}"
+    return f"holds {dtype} values: quantized or packed{why}; dequantize the model, or choose others by name"
 
 
 def problem_in(module: nn.Module, tensor: Tensor, key: str) -> str:

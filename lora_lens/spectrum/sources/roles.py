@@ -64,6 +64,7 @@ class Stored:
     interleaved: bool = False  # if its name says gate and up: their rows take turns
     thirds: bool = True  # if its name says q, k and v: they are one after the other
     factors: Callable[[], tuple[Tensor, Tensor]] | None = None
+    update: bool = False  # of an adapter: no weight, but what is added to one
 
 
 def weights_among(
