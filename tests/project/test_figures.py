@@ -115,7 +115,12 @@ def leads() -> pd.DataFrame:
 
 def test_what_going_back_does_to_windows_is_what_is_stored():
     found, rows = leads(), rows_of("docs/after_training.md")
-    settings = {"digits": "digits, vision", "new_classes": "new classes", "minilm": "sentiment, MiniLM"}
+    settings = {
+        "digits": "digits, vision",
+        "new_classes": "new classes",
+        "minilm": "sentiment, MiniLM",
+        "smollm2": "sentiment, SmolLM2",
+    }
     taken_back = []
     for setting, name in settings.items():
         label = next(words[0] for words in rows if words[0].startswith(name))
@@ -123,11 +128,11 @@ def test_what_going_back_does_to_windows_is_what_is_stored():
             expected = []
             for method in ("first", "middle", "last"):
                 seeds = found.loc[(setting, method), at]
-                expected += [seeds.mean(), *ll.forgetting.seed_interval(seeds)]
+                expected += [seeds.mean(), *(ll.forgetting.seed_interval(seeds) if len(seeds) > 1 else ())]
             assert rows[(label, at)] == pytest.approx(expected, abs=ROUNDED), (setting, at)
         first = found.loc[(setting, "first")].mean()
         taken_back += [first["rewound"] - first["trained"], -first["trained"]]
-    said = re.search(r"that takes back (.*?) in a language model", text_of("README.md"))[1]
+    said = re.search(r"that takes back (.*?) in two language models", text_of("README.md"))[1]
     assert numbers_in(said) == pytest.approx(taken_back, abs=2 * ROUNDED)
     ahead = {s for s in settings if ll.forgetting.seed_interval(found.loc[(s, "middle"), "rewound"])[0] > 0}
     assert ahead == {"new_classes"}, "docs/after_training.md says: on new classes by more than chance"
