@@ -100,7 +100,10 @@ def save(adapted: nn.Module, folder: str | Path) -> None:
         place.mkdir(exist_ok=True)
         write_adapter(place, lora_config(peft_model), state)
         if starts:
-            factors = {f"{name}.{key}": getattr(s, key.lower()) for name, s in starts.items() for key in "AB"}
+            factors = {}
+            for name, layer in lora_layers(peft_model).items():
+                # What acts, not what was noted: in the offset form a checkpoint brings a start of its own.
+                factors[f"{name}.B"], factors[f"{name}.A"] = starts[name].taken(layer)
             write_tensors(new / START, factors)
         if moved:
             write_tensors(new / BUFFERS, moved)

@@ -206,7 +206,7 @@ def at_start(model: nn.Module) -> Iterator[None]:
     kept = []
     for name, layer in layers.items():
         factors, start = [factor_matrix(f) for f in (layer.lora_B, layer.lora_A)], record.starts.get(name)
-        first = [torch.zeros_like(factors[0]), factors[1]] if start is None else [start.b, start.a]
+        first = [torch.zeros_like(factors[0]), factors[1]] if start is None else start.taken(layer)
         kept += [(factor, factor.clone(), one) for factor, one in zip(factors, first, strict=True)]
     trained = any(not torch.equal(now, first.to(now)) for _, now, first in kept)
     if trained and (any(map(is_dora, layers.values())) or whole_modules(peft_model)):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from tiny_models import gpt2, llama
@@ -241,6 +241,15 @@ def test_what_peft_writes_goes_on_from_the_same_start_alone(model, source, tmp_p
 
 
 # Training
+
+
+def test_a_start_that_a_checkpoint_brings_along_is_saved_with_it(model, source, tmp_path):
+    first, last = (ll.attach(model, w, variant=OFFSET) for w in (ll.Window.first(4), ll.Window.last(4)))
+    set_peft_model_state_dict(last, get_peft_model_state_dict(first))  # as a trainer that goes on
+    images = source.test.inputs[:8]
+    assert ll.function_error(last, model, images) == 0
+    ll.save(last, tmp_path)
+    assert ll.function_error(ll.load(model, tmp_path), model, images) < 1e-6
 
 
 @pytest.mark.parametrize("fuse", [1, 2])

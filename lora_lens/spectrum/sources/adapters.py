@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_lens._base.errors import InputError, MissingFileError
 from lora_lens._base.naming import listed
 from lora_lens._base.validate import flag, number, whole_number
+from lora_lens._base.warning import warn
 from lora_lens._base.wrappers import unwrapped
 from lora_lens.spectrum.sources.checkpoint import headers, json_object, metadata, read_json, read_tensor
 from lora_lens.spectrum.sources.factor_pairs import (
@@ -130,6 +131,12 @@ def of_adapter_file(path: Path, tensors: Shapes, about: Mapping[str, str]) -> li
         raise InputError(
             f"{path} is what PEFT writes of an adapter in lora_lens's offset form, whose update is not B A "
             "alone: give the folder of ll.export or ll.save"
+        )
+    if settings.get("init_lora_weights", True) is False and not of_products:
+        warn(
+            f"{path.parent} has init_lora_weights=False, as has what a trainer writes of a window from "
+            "ll.attach: if it is that, it fits a residual, and B A is no update of the pretrained weights; "
+            "give the folder of ll.export or ll.save"
         )
     found, others = pairs_among(tensors)
     if of_products and found:  # which that method has not

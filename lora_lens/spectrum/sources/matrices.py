@@ -110,7 +110,8 @@ def weights(
 
     Warns:
         UserWarning: experts adapted as parameters and outputs of nn.MultiheadAttention are left out of an
-            adapter; nothing says which way round experts are.
+            adapter; an adapter may be a trainer's checkpoint of a window, whose base is a residual; nothing
+            says which way round experts are.
 
     Example:
         >>> import torch

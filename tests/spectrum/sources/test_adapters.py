@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def by_name(found: list[Weight]) -> dict[str, Weight]:
         assert tuple(weight.load().shape) == weight.shape, weight.name
     assert len({w.name for w in found}) == len(found)
     return {w.name: w for w in found}
+
+
+def test_a_trainers_checkpoint_of_a_window_is_told_from_no_other_and_warned_of(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 6))
+    ll.attach(model, ll.Window.first(2), targets="0").save_pretrained(tmp_path / "window")
+    with pytest.warns(UserWarning, match="fits a residual"):
+        ll.spectra(tmp_path / "window", progress=False)
+    ll.attach(model, ll.LoRA(2), targets="0").save_pretrained(tmp_path / "lora")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights(tmp_path / "lora")
 
 
 def trained(model, **settings):
