@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_lens as ll
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix
+from lora_lens.spectrum.layer_weights import set_weight_matrix, weight_matrix
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from lora_lens.adapters.injection import (
 )
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import weight_of
+from lora_lens.spectrum.layer_weights import weight_of
 from lora_lens.spectrum.sources.adapters import PLAIN_STARTS
 
 

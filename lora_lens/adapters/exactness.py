@@ -16,7 +16,7 @@ from lora_lens.adapters.adapted_share import Summary, coverage
 from lora_lens.adapters.injection import attached, lora_layers, require_unmerged
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.uncalled import noting_uncalled
-from lora_lens.spectrum.adaptable_layers import weight_of
+from lora_lens.spectrum.layer_weights import weight_of
 from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.tasks.readouts import REMEDY, require_batch, taking
 

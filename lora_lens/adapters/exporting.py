@@ -40,7 +40,8 @@ from lora_lens.adapters.replacing import BASE_AND_ADAPTER, BUFFERS, replaced, wr
 from lora_lens.adapters.saving import weight_digests
 from lora_lens.adapters.stacks import StackedLayer
 from lora_lens.adapters.start import trained_update
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix, unchangeable, weight_of
+from lora_lens.spectrum.layer_weights import set_weight_matrix, weight_of
+from lora_lens.spectrum.refusals import unchangeable
 from lora_lens.spectrum.stacks import stack_name
 from lora_lens.spectrum.svd import product_norm, product_svd
 from lora_lens.spectrum.window import validate_rank

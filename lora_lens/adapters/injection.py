@@ -31,7 +31,7 @@ from lora_lens.adapters.stacks import (
 )
 from lora_lens.adapters.start import Start, is_dora
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import weight_of
+from lora_lens.spectrum.layer_weights import weight_of
 from lora_lens.spectrum.quantized_layers import keep_trainable
 from lora_lens.spectrum.stacks import wrapped_names
 

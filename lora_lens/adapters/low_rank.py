@@ -28,22 +28,19 @@ from lora_lens.adapters.requests import Request
 from lora_lens.adapters.stacks import require_whole_stacks
 from lora_lens.adapters.start import form_for, set_factors
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import (
-    Adaptable,
+from lora_lens.spectrum.adaptable_layers import Adaptable, adaptable, choose, warn_left_out
+from lora_lens.spectrum.factorizing import spectra as compute_spectra
+from lora_lens.spectrum.layer_weights import (
     Layer,
-    adaptable,
-    choose,
     layers_at,
     matrix_shape,
     owner_of,
-    unchangeable,
-    warn_left_out,
     weight_matrix,
     weight_of,
 )
-from lora_lens.spectrum.factorizing import spectra as compute_spectra
 from lora_lens.spectrum.placement import ByLayer
 from lora_lens.spectrum.quantized_layers import quantized_as
+from lora_lens.spectrum.refusals import unchangeable
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Placement, Window, require_fit
 

@@ -36,7 +36,7 @@ from lora_lens.adapters.peft_starts import (
 from lora_lens.adapters.requests import Request
 from lora_lens.adapters.stacks import require_no_stacks
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import matrix_shape, weight_of
+from lora_lens.spectrum.layer_weights import matrix_shape, weight_of
 from lora_lens.spectrum.window import validate_rank
 
 if TYPE_CHECKING:

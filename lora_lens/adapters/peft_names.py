@@ -14,7 +14,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.naming import listed
 from lora_lens._base.wrappers import named_modules
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import layers_at
+from lora_lens.spectrum.layer_weights import layers_at
 from lora_lens.spectrum.stacks import stack_name, stacks_planned, wrapped_names
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model

@@ -39,7 +39,8 @@ from lora_lens.adapters.requests import Request
 from lora_lens.adapters.stacks import require_no_stacks
 from lora_lens.adapters.start import Residual
 from lora_lens.adapters.variant import Variant
-from lora_lens.spectrum.adaptable_layers import matrix_shape, unchangeable, weight_matrix, weight_of
+from lora_lens.spectrum.layer_weights import matrix_shape, weight_matrix, weight_of
+from lora_lens.spectrum.refusals import unchangeable
 from lora_lens.tasks.readouts import Inputs, ask, layer_inputs, real_positions, to_device
 from lora_lens.tasks.task import Task
 

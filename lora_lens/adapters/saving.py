@@ -38,14 +38,9 @@ from lora_lens.adapters.pretrained import matrices_of, require_same
 from lora_lens.adapters.replacing import BUFFERS, ON_RESIDUAL, START, replaced
 from lora_lens.adapters.stacks import is_exchanged, peft_keys
 from lora_lens.adapters.start import form_for, set_factors
-from lora_lens.spectrum.adaptable_layers import (
-    layers_at,
-    owner_of,
-    unchangeable,
-    weight_matrix,
-    weight_of,
-)
+from lora_lens.spectrum.layer_weights import layers_at, owner_of, weight_matrix, weight_of
 from lora_lens.spectrum.quantized_layers import quantized_as
+from lora_lens.spectrum.refusals import unchangeable
 from lora_lens.spectrum.stacks import stack_name, stacks_planned, wrapped_names
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from lora_lens.adapters.offset import added_factors, set_offset, start_in, unmer
 from lora_lens.adapters.peft_names import ADAPTER
 from lora_lens.adapters.pretrained import require_same
 from lora_lens.adapters.stacks import StackedLayer
-from lora_lens.spectrum.adaptable_layers import Layer, set_weight_matrix, weight_matrix, weight_of
+from lora_lens.spectrum.layer_weights import Layer, set_weight_matrix, weight_matrix, weight_of
 from lora_lens.spectrum.stacks import StackedMatrix
 from lora_lens.spectrum.svd import product_norm
 

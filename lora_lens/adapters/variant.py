@@ -8,7 +8,7 @@ import torch
 
 from lora_lens._base import validate
 from lora_lens._base.errors import InputError
-from lora_lens.spectrum.adaptable_layers import FLOATS
+from lora_lens.spectrum.layer_weights import FLOATS
 
 
 @dataclass(frozen=True)

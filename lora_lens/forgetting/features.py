@@ -13,7 +13,7 @@ from lora_lens._base.errors import InputError
 from lora_lens._base.validate import instance, whole_number
 from lora_lens._base.wrappers import submodule
 from lora_lens.adapters.low_rank import check_belongs
-from lora_lens.spectrum.adaptable_layers import LINEAR, Layer, weight_matrix
+from lora_lens.spectrum.layer_weights import LINEAR, Layer, weight_matrix
 from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.spectrum.spectrum import Spectrum
 from lora_lens.spectrum.stacks import StackedMatrix, stacked_at

@@ -37,8 +37,8 @@ from lora_lens._base.torch_tools import call, evaluating, real_positions, seeing
 from lora_lens._base.validate import instance, seed_number, sequence, whole_number
 from lora_lens.adapters.low_rank import check_belongs, chosen_layers
 from lora_lens.forgetting.weight_drift import require_spectra, spectrum_of
-from lora_lens.spectrum.adaptable_layers import LINEAR, weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
+from lora_lens.spectrum.layer_weights import LINEAR, weight_matrix
 from lora_lens.spectrum.placement import Components
 from lora_lens.spectrum.quantized_layers import quantized_as
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet

@@ -37,8 +37,8 @@ from lora_lens.forgetting.weight_drift import (
     spectrum_of,
     start_rows,
 )
-from lora_lens.spectrum.adaptable_layers import weight_of
 from lora_lens.spectrum.factorizing import factorize
+from lora_lens.spectrum.layer_weights import weight_of
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 
 Factors = tuple[Tensor, Tensor]

@@ -24,7 +24,8 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 import lora_lens as ll
-from lora_lens.spectrum.adaptable_layers import matrix_shape, target_layers
+from lora_lens.spectrum.adaptable_layers import target_layers
+from lora_lens.spectrum.layer_weights import matrix_shape
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- compatibility -->", "<!-- /compatibility -->"

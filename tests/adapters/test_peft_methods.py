@@ -20,7 +20,7 @@ from peft.tuners.lora.config import KasaConfig
 
 import lora_lens as ll
 from lora_lens.forgetting.weight_drift import merged_copy
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.layer_weights import weight_matrix
 
 SOME = "blocks.[05].*"
 SHORT = {"steps": 4, "batch_size": 16, "evaluations": 2, "lr": 1e-2, "progress": False}

@@ -16,7 +16,8 @@ from lora_lens.adapters.attaching import planned
 from lora_lens.adapters.injection import lora_layers
 from lora_lens.adapters.start import trained_update
 from lora_lens.forgetting.basis_rotation import rotations
-from lora_lens.spectrum.adaptable_layers import target_layers, weight_matrix
+from lora_lens.spectrum.adaptable_layers import target_layers
+from lora_lens.spectrum.layer_weights import weight_matrix
 from lora_lens.tasks.readouts import features_of
 from lora_lens.tasks.task import fresh_head
 

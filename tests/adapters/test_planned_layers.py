@@ -15,7 +15,8 @@ from torch import nn
 import lora_lens as ll
 from lora_lens.adapters.injection import lora_layers, whole_modules
 from lora_lens.adapters.planned_layers import injected
-from lora_lens.spectrum.adaptable_layers import matrix_shape, target_layers
+from lora_lens.spectrum.adaptable_layers import target_layers
+from lora_lens.spectrum.layer_weights import matrix_shape
 
 SMALL = {
     "hidden_size": 32,

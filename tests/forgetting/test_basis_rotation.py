@@ -10,7 +10,7 @@ from one_weight import moved, one_layer, only_row, spectra_of, with_update
 import lora_lens as ll
 from lora_lens.forgetting.basis_rotation import rotations, turned
 from lora_lens.forgetting.weight_drift import drift
-from lora_lens.spectrum.adaptable_layers import weight_matrix
+from lora_lens.spectrum.layer_weights import weight_matrix
 
 
 @pytest.mark.parametrize("angle", [1e-3, 0.3, 1.2])

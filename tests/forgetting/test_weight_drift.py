@@ -18,7 +18,7 @@ import lora_lens as ll
 from lora_lens.forgetting.basis_rotation import turned
 from lora_lens.forgetting.representations import feature_change
 from lora_lens.forgetting.weight_drift import drift, drift_between
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix
+from lora_lens.spectrum.layer_weights import set_weight_matrix, weight_matrix
 from lora_lens.spectrum.placement import Components
 
 SHARES = ["inside", "above", "below", "mixed", "outside"]

@@ -7,8 +7,8 @@ from one_weight import one_layer, orthonormal, spectra_of
 import lora_lens as ll
 from lora_lens.experiments.continual.strategies import Slot
 from lora_lens.forgetting.window_survival import components_of, survival
-from lora_lens.spectrum.adaptable_layers import set_weight_matrix, weight_matrix
 from lora_lens.spectrum.comparison import overlap
+from lora_lens.spectrum.layer_weights import set_weight_matrix, weight_matrix
 
 WINDOWS = [ll.Window.first(4), ll.Window.middle(4), ll.Window.last(4), Slot(4, 0.5, 1)]
 

@@ -11,8 +11,9 @@ from transformers import FalconConfig, FalconForCausalLM, Qwen2MoeConfig, Qwen2M
 
 import lora_lens as ll
 from lora_lens._base.naming import block_and_kind
-from lora_lens.spectrum.adaptable_layers import adaptable, target_layers, unchangeable
+from lora_lens.spectrum.adaptable_layers import adaptable, target_layers
 from lora_lens.spectrum.patterns import part_of
+from lora_lens.spectrum.refusals import unchangeable
 from lora_lens.spectrum.sources.matrices import weights
 
 

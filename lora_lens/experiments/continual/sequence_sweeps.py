@@ -35,7 +35,7 @@ from lora_lens.experiments.records import with_distinct_names
 from lora_lens.experiments.results import MOST_SHOWN, Kept
 from lora_lens.experiments.store import experiment, new_experiment, open_store, require_writable
 from lora_lens.experiments.sweeps import A_TASK, Grid, require_shared, shared_training
-from lora_lens.spectrum.adaptable_layers import layers_at, matrix_shape
+from lora_lens.spectrum.layer_weights import layers_at, matrix_shape
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.tasks.scenarios import SCENARIOS, all_at_once
 from lora_lens.tasks.task import Task

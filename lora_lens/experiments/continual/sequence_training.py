@@ -29,8 +29,8 @@ from lora_lens.experiments.identity import exact, exact_method, named_method, na
 from lora_lens.experiments.runs import ended_without_numbers, short
 from lora_lens.forgetting.weight_drift import merged_copy
 from lora_lens.forgetting.window_survival import components_of, survival
-from lora_lens.spectrum.adaptable_layers import Layer, layers_at, weight_matrix
 from lora_lens.spectrum.factorizing import spectra as compute_spectra
+from lora_lens.spectrum.layer_weights import Layer, layers_at, weight_matrix
 from lora_lens.spectrum.spectrum import SpectrumSet
 from lora_lens.spectrum.window import Placement
 from lora_lens.tasks.evaluation import Answers, evaluate
