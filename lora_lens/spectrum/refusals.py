@@ -124,7 +124,7 @@ def _is_product(kin: tuple[type[nn.Linear], ...]) -> bool:
 
 
 def reason_against(module: nn.Module, others: list[str]) -> str:
-    """Why this kind of layer cannot be adapted; empty where it can. ``others`` are names of the same layer."""
+    """Why such a layer cannot be adapted; empty where it can. ``others`` are names of the same one."""
     weight, kind = weight_of(module), type(module).__name__
     if isinstance(module, BaseTunerLayer):
         return "is adapted already; merge or unload its adapter first"
