@@ -28,7 +28,7 @@ for columns in (4288, 4304):
     one_row.shape = torch.Size([weight.numel()])
     right = dequantize_4bit(packed, one_row).reshape(weight.shape)
     layer = Linear4bit(columns, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    layer.weight = Params4bit(weight.clone(), quant_type="nf4", requires_grad=False)
+    layer.weight = Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False)
     layer.to("cpu").train()
     error = (dequantize_4bit(packed, state) - weight).abs().mean()
     print(f"{columns} = 64 * {columns / 64}: mean error {error:.2f}, as one row {(right - weight).abs().mean():.2f}")
