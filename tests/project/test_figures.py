@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -280,3 +281,50 @@ def test_the_words_of_notebook_04_turn_with_the_comparison(claims, monkeypatch):
     assert shown.count("behind in") == claims["shown"].data.count("ahead in") > 0
     short, other = (said("claims-short", claims | {"found": found}) for found in (claims["found"], turned))
     assert "clearly more in SmolLM2" in short and "clearly less in SmolLM2" in other
+
+
+PLACES = [0, 0.25, 0.5, 0.75, 1]
+METRICS = (  # the first part that a variant's name has says whose inputs it was taken of
+    (" relative to ", "new relative to known"),
+    ("metric of fashion_mnist, only T-shirt", "known"),
+    ("metric of fashion_mnist (", "known"),
+    ("metric of ", "new"),
+    ("", "plain"),
+)
+
+
+def in_metrics(setting: str, rate: float = 0.005) -> dict[str, list[float]]:
+    """Points of accuracy - forgetting beside the plain window of the same place, rate and seed.
+
+    By metric, for each place the mean and its interval; then how well the place tells what is forgotten,
+    R^2 on seeds that are left out, which is all that there is of "plain".
+    """
+    runs = pd.concat([ll.Sweep.open(RESULTS / f"{setting}{end}.jsonl.xz").table for end in ("", "_metric")])
+    runs = runs[(runs["method"] == "window") & (runs["lr"] == rate) & runs["seed"].isin(range(5))]
+    runs = runs[runs["position"].isin(PLACES)]
+    runs = runs.assign(
+        value=100 * (runs["accuracy"] - runs["forgetting"]), variant=runs["variant"].fillna("")
+    )
+    values, lost = (
+        runs.pivot_table(index="seed", columns=["variant", "position"], values=column)
+        for column in ("value", "forgetting")
+    )
+    found = {}
+    for variant in values.columns.levels[0]:
+        beside, of_others = values[variant] - values[""], (lost[variant].sum() - lost[variant]) / 4
+        errors = [(lost[variant] - of_others) ** 2, lost[variant].sub(of_others.mean(axis=1), axis=0) ** 2]
+        told = 1 - errors[0].to_numpy().sum() / errors[1].to_numpy().sum()
+        numbers = [(beside[place].mean(), *ll.forgetting.seed_interval(beside[place])) for place in PLACES]
+        name = next(whose for part, whose in METRICS if part in variant)
+        found[name] = [*(chain.from_iterable(numbers) if variant else ()), told]
+    return found
+
+
+@pytest.mark.parametrize(("setting", "label"), [("new_classes", "new classes"), ("digits", "digits")])
+def test_what_windows_in_metrics_gain_is_what_is_stored(setting, label):
+    found, rows = in_metrics(setting), rows_of("docs/sweeps.md")
+    assert len(found) == 4
+    for name, expected in found.items():
+        *points, told = rows[(label, name)]
+        assert points == pytest.approx(expected[:-1], abs=ROUNDED), name
+        assert told == pytest.approx(expected[-1], abs=ROUNDED / 10), name
