@@ -108,7 +108,7 @@ def main() -> None:
         with jupyterlab(root, Path(folder) / "own") as lab:
             notebook = Notebook(page, lab, "notebooks/pictures.ipynb")
             notebook.run()
-            window, training, tradeoff = notebook.explorers()
+            window, training, tradeoff = notebook.explorers(3)
             film_window(window, HERE / "window_explorer.webp")
             shoot_training(training, HERE / "training_explorer.png")
             shoot_tradeoff(tradeoff, HERE / "tradeoff_explorer.png")
