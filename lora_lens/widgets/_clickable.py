@@ -47,7 +47,7 @@ def clickable(
 
     Args:
         image: HTML of the figure of ``ax``, from :func:`lora_lens.plots._image.drawn` or of a
-            :class:`lora_lens.widgets._explorer.Picture`. It must be drawn, or the Axes have no place yet.
+            :class:`lora_lens.widgets._picture.Picture`. It must be drawn, or the Axes have no place yet.
         ax: the Axes that the spots lie in. Those without a finite place are left out.
         name: of the points together, for screen readers.
         picked: the value of the spot that is marked.

@@ -14,7 +14,7 @@ from lora_lens.forgetting.features import FeatureNorms
 from lora_lens.plots.windows import part_maps
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Window
-from lora_lens.widgets._explorer import Picture, fixed_axes, fixed_row
+from lora_lens.widgets._picture import Picture, fixed_axes, fixed_row
 
 LABELS = 0.95  # inches, for an axis of few decades: its numbers are written as products
 PIXELS = 128  # of a matrix that are drawn in each direction

@@ -19,7 +19,7 @@ from lora_lens.plots._scores import (
     rate_markers,
     with_unit,
 )
-from lora_lens.widgets._explorer import Picture
+from lora_lens.widgets._picture import Picture
 
 SCORES = ["accuracy", "retained_accuracy"]
 PALE, FRONT = "#cccccc", "0.45"

@@ -32,15 +32,14 @@ from lora_lens.widgets._background_run import FULL, ORDINARY, WINDOW, Background
 from lora_lens.widgets._explorer import (
     WORDS,
     Explorer,
-    Picture,
     alarm,
     explorer,
-    fixed_axes,
     html_table,
     running_loop,
     said,
     table_box,
 )
+from lora_lens.widgets._picture import Picture, fixed_axes
 from lora_lens.widgets.spectra import position_slider, rank_slider, require_rank
 
 RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2)

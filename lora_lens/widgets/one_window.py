@@ -35,16 +35,9 @@ from lora_lens.spectrum.window import Window
 from lora_lens.tasks.readouts import to_device
 from lora_lens.tasks.task import Examples, Task
 from lora_lens.tasks.tokens import TokenExamples
-from lora_lens.widgets._explorer import (
-    Explorer,
-    Parts,
-    dropdown,
-    explorer,
-    fixed_row,
-    html_table,
-    table_box,
-)
+from lora_lens.widgets._explorer import Explorer, Parts, dropdown, explorer, html_table, table_box
 from lora_lens.widgets._live_pictures import DecompositionPicture, FeatureMapsPicture, SpectrumPicture
+from lora_lens.widgets._picture import fixed_row
 from lora_lens.widgets.spectra import position_slider, rank_slider
 
 IMAGES_WITH_FEATURES = 3

@@ -14,16 +14,8 @@ from lora_lens.forgetting.rewound import Rewound
 from lora_lens.plots._scores import PERCENT, in_words
 from lora_lens.plots.after_training import HEIGHTS, rewound_table
 from lora_lens.plots.single_runs import ALONG
-from lora_lens.widgets._explorer import (
-    WORDS,
-    Explorer,
-    Picture,
-    dropdown,
-    explorer,
-    fixed_row,
-    html_table,
-    table_box,
-)
+from lora_lens.widgets._explorer import WORDS, Explorer, dropdown, explorer, html_table, table_box
+from lora_lens.widgets._picture import Picture, fixed_row
 
 SHOWN = {
     "t": "{:g}",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lora_lens.plots._image import drawn
 from lora_lens.widgets._clickable import Spot, brushed_ranges, clickable
-from lora_lens.widgets._explorer import Picture
+from lora_lens.widgets._picture import Picture
 
 SPOTS = [Spot(0.1, 1, "first", "a"), Spot(0.9, 3, "second", "b", aside=True), Spot(0.5, 9, "third", "c")]
 

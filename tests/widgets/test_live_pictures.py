@@ -14,8 +14,8 @@ from PIL import Image
 import lora_lens as ll
 from lora_lens.forgetting.features import feature_energies
 from lora_lens.plots._image import drawn
-from lora_lens.widgets._explorer import fixed_row
 from lora_lens.widgets._live_pictures import PIXELS, DecompositionPicture, FeatureMapsPicture, SpectrumPicture
+from lora_lens.widgets._picture import fixed_row
 
 WINDOWS = [ll.Window.last(8), ll.Window.first(8), ll.Window(96, start=0), ll.Window.middle(8)]
 
