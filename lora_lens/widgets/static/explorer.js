@@ -13,7 +13,7 @@ export default {
     const begin = () => {  // a view is drawn before it is put into its place
       const root = el.closest('.ll-explorer');
       if (root) {
-        el.append(...tools(root, model));
+        el.append(...tools(root, model, gone.signal));
         explore(root, model, gone.signal);
       }
       else if (!gone.signal.aborted) requestAnimationFrame(begin);
@@ -22,6 +22,13 @@ export default {
     return () => gone.abort();
   },
 };
+
+// Do something now, and at every change of what the kernel tells, until the view is gone.
+function follow(model, signal, name, act) {
+  model.on(`change:${name}`, act);
+  signal.addEventListener('abort', () => model.off(`change:${name}`, act));
+  act();
+}
 
 function explore(root, model, signal) {
   const listen = (type, act, capture = false) => root.addEventListener(type, act, {signal, capture});
@@ -37,17 +44,12 @@ function explore(root, model, signal) {
   observer.observe(root, {childList: true, subtree: true});
   signal.addEventListener('abort', () => observer.disconnect());
   nameSliders(root);
-  const follow = (name, act) => {
-    model.on(`change:${name}`, act);
-    signal.addEventListener('abort', () => model.off(`change:${name}`, act));
-    act();
-  };
-  follow('busy', () => root.classList.toggle('ll-working', model.get('busy')));
+  follow(model, signal, 'busy', () => root.classList.toggle('ll-working', model.get('busy')));
   const mark = () => {
     for (const spot of root.querySelectorAll('.ll-spot'))
       spot.setAttribute('aria-pressed', spot.value === model.get('picked'));
   };
-  follow('picked', mark);
+  follow(model, signal, 'picked', mark);
 
   let held = null;  // the value of the point with the focus, which a new picture would lose
   document.addEventListener('focusin', event => { held = event.target.closest('.ll-spot')?.value }, {signal});
@@ -210,7 +212,7 @@ function brush(plane, area, down, done) {
 }
 
 // The buttons of every explorer: undo, the code of this view, its pictures.
-function tools(root, model) {
+function tools(root, model, signal) {
   const make = (tag, name, more) => Object.assign(document.createElement(tag), {className: name, ...more});
   const bar = make('div', 'll-tools'), said = make('span', 'll-said'), code = make('pre', 'll-code', {hidden: true});
   said.setAttribute('role', 'status');
@@ -231,8 +233,7 @@ function tools(root, model) {
     code.textContent = model.get('code');
     say('');
   };
-  for (const name of ['undoable', 'code']) model.on(`change:${name}`, show);
-  show();
+  for (const name of ['undoable', 'code']) follow(model, signal, name, show);
   const shown = button('Code', 'show and copy a line of Python that makes this view', async made => {
     code.hidden = !code.hidden;
     made.setAttribute('aria-expanded', !code.hidden);
