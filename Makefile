@@ -27,9 +27,10 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 CODE := $(shell cat $$(find lora_lens -name '*.py' | sort) data/SHA256SUMS constraints.txt notebooks/*.ipynb | cksum | cut -d' ' -f1)
 TESTED := $(CURDIR)/results/test/$(CODE)
 
-# uv shows what it does and is faster, where it is there; so does pip, to a person at a terminal.
+# uv shows what it does and is faster, where it is there; so does pip, to a person at a terminal. Neither compiles
+# what is never imported, which takes pip a minute.
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install \
-	--disable-pip-version-check) $$([ -t 2 ] || echo --quiet)
+	--disable-pip-version-check --no-compile) $$([ -t 2 ] || echo --quiet)
 # Measured on Linux for make demo; with PyTorch for CPUs, what the packages for GPUs take is subtracted.
 SIZE = $(if $(TORCH_INDEX),about 0.6 GB to download and 2 GB on disk,3.4 GB to download and 7 GB on disk for PyTorch \
 	with CUDA; TORCH_INDEX=https://download.pytorch.org/whl/cpu takes it for CPUs: about 0.6 and 2 GB)

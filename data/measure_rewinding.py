@@ -2,12 +2,16 @@
 
     python data/measure_rewinding.py                      # what the file lacks; 1.5 h from nothing
     python data/measure_rewinding.py digits --seeds 3
+    python data/measure_rewinding.py --opponents          # results/rewound_opponents.csv: 0.5 h for each setting
 
 Each method is trained at its own best rate of the stored sweep (the largest mean of accuracy - forgetting),
 with seeds that the sweep has not seen. The whole update is then scaled by t; t is chosen by accuracy -
 forgetting on 400 test examples of each task, and scores are measured on others: 1,000 of each, 500 in
 minilm. In smollm2, which was trained at one rate, t is chosen on 150 film reviews and 30 newspaper texts, and
 measured on 300 and 60. Settings and seeds that the file holds already are not run again.
+
+With --opponents all methods of run_second_round.py's ``digits_opponents`` and ``new_classes_opponents`` are
+measured in this way, seven seeds of each. What cannot be rewound (DoRA) is left out, and said.
 
 One row per measured point. Columns: setting, method, lr, seed; part, "validation" or "test", which
 has the trained model (t = 1) and the chosen t; t, accuracy, forgetting.
@@ -24,10 +28,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from run_second_round import SCALES, opponents
 from run_sweeps import BATCH, EXAMPLES, STEPS
 from sweeping import HERE
 
 import lora_lens as ll
+from lora_lens.experiments.identity import named_method
+from lora_lens.training.regularizers.base import regularizer_of
 
 METHODS = {
     "first": ll.Window.first(8),
@@ -99,20 +106,48 @@ def smollm2() -> Setting:
 SETTINGS = {"digits": digits, "new_classes": new_classes, "minilm": minilm, "smollm2": smollm2}
 
 
-def best_rates(setting: str, folder: Path) -> dict[str, float]:
-    """Of each method, by the stored sweep."""
+@dataclass(frozen=True)
+class Trained:
+    """A method at the rate where it did best, and how its adapters are built."""
+
+    name: str
+    method: ll.adapters.Method | ll.Window
+    lr: float
+    variant: ll.Variant | None = None
+
+
+def best_rate(rows: pd.DataFrame) -> float:
+    """The one with the largest mean of accuracy - forgetting."""
+    return float((rows["accuracy"] - rows["forgetting"]).groupby(rows["lr"]).mean().idxmax())
+
+
+def usual_methods(setting: str, folder: Path) -> Iterator[Trained]:
+    """Three windows and LoRA, by the stored sweep."""
     table = ll.Sweep.open(folder / f"{setting}.jsonl.xz").table
-    table = table.assign(value=table["accuracy"] - table["forgetting"])
-    places = {"first": 0.0, "middle": 0.5, "last": 1.0}
-    found = {}
-    for name in METHODS:
-        rows = table["position"] == places[name] if name in places else table["method"] == "LoRA"
-        rows = table[rows & ((table["method"] == "window") if name in places else True)]
-        found[name] = float(rows.groupby("lr")["value"].mean().idxmax())
-    return found
+    for name, method in METHODS.items():
+        about = named_method(method)
+        rows = table[table["method"] == about["method"]]
+        rows = rows if about["position"] is None else rows[rows["position"] == about["position"]]
+        yield Trained(name, method, best_rate(rows))
 
 
-def points(name: str, seed: int, folder: Path) -> Iterator[dict[str, object]]:
+def opposing_methods(setting: str, folder: Path) -> Iterator[Trained]:
+    """All of run_second_round.py's opponents, by their stored sweep."""
+    table = ll.Sweep.open(folder / f"{setting}_opponents.jsonl.xz").table
+    table["variant"] = table["variant"].fillna("")
+    for grid, settings in opponents(SCALES[setting], seeds=1):
+        variant = settings.get("variant")
+        built = "" if variant is None else str(variant)
+        for method in grid.methods:
+            about = named_method(method)
+            rows = table[(table["method"] == about["method"]) & (table["variant"] == built)]
+            name = about["method"] + (f", {built}" if built else "")
+            if about["position"] is not None:
+                name, rows = f"window {about['position']:g}", rows[rows["position"] == about["position"]]
+            yield Trained(name, method, best_rate(rows), variant)
+
+
+def points(name: str, seed: int, methods: list[Trained]) -> Iterator[dict[str, object]]:
     setting = SETTINGS[name]()
     model, tasks = setting.model, (setting.task, setting.retain)
     choosing = [
@@ -120,21 +155,38 @@ def points(name: str, seed: int, folder: Path) -> Iterator[dict[str, object]]:
         for one, part in zip(tasks, setting.chosen_on, strict=True)
     ]
     testing = [one.first(test=count) for one, count in zip(tasks, setting.tested, strict=True)]
-    task = setting.task.first(setting.train, test=50)
-    for method, lr in best_rates(name, folder).items():
-        adapted = ll.attach(model, METHODS[method], seed=seed)
-        settings = {
-            "steps": setting.steps,
-            "batch_size": setting.batch,
-            "lr": lr,
-            "seed": seed,
-            "evaluations": 2,
-        }
-        run = ll.finetune(adapted, task, progress=False, **settings)
+    task, retain = setting.task.first(setting.train, test=50), setting.retain.first(test=50)
+    spectra = ll.spectra(model, progress=False)
+    for trained in methods:
+        adapted = ll.attach(
+            model,
+            trained.method,
+            spectra=spectra,
+            variant=trained.variant,
+            seed=seed,
+            task=task,
+            retain=retain,
+        )
+        run = ll.finetune(
+            adapted,
+            task,
+            retain,
+            regularizer=regularizer_of(trained.method),
+            steps=setting.steps,
+            batch_size=setting.batch,
+            lr=trained.lr,
+            seed=seed,
+            evaluations=2,
+            progress=False,
+        )
         shared = {"readout": run.head, "progress": False}
-        chosen = ll.rewind(adapted, *choosing, t=setting.points, **shared)
+        try:
+            chosen = ll.rewind(adapted, *choosing, t=setting.points, **shared)
+        except ll.errors.LoraLensError as error:
+            print(f"{name}, {trained.name}: {error}", flush=True)
+            continue
         measured = ll.rewind(adapted, *testing, t=[chosen.best().t, 1], **shared)
-        about = {"setting": name, "method": method, "lr": lr, "seed": seed}
+        about = {"setting": name, "method": trained.name, "lr": trained.lr, "seed": seed}
         for part, rewound in (("validation", chosen), ("test", measured)):
             for row in rewound.table[["t", "accuracy", "forgetting"]].to_dict("records"):
                 yield about | {"part": part} | row
@@ -162,18 +214,25 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(SETTINGS)}; default all")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="of run_sweeps.py")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "rewinding.csv")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--opponents", action="store_true", help="instead, of digits and new_classes")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="of the sweeps")
+    parser.add_argument("--output", type=Path, help="default in data/results")
+    parser.add_argument("--seeds", type=int, help="default 5, of opponents 7")
     arguments = parser.parse_args()
-    table = pd.read_csv(arguments.output) if arguments.output.exists() else pd.DataFrame()
+    if arguments.opponents:
+        methods_of, names, seeds, file = opposing_methods, ("digits", "new_classes"), 7, "rewound_opponents"
+    else:
+        methods_of, names, seeds, file = usual_methods, tuple(SETTINGS), 5, "rewinding"
+    output = arguments.output or HERE / "results" / f"{file}.csv"
+    table = pd.read_csv(output) if output.exists() else pd.DataFrame()
     held = set() if table.empty else set(zip(table["setting"], table["seed"], strict=True))
-    for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
-        for setting in arguments.names or SETTINGS:
+    for seed in range(FIRST_SEED, FIRST_SEED + (arguments.seeds or seeds)):
+        for setting in arguments.names or names:
             if (setting, seed) in held:
                 continue
-            table = pd.concat([table, pd.DataFrame(points(setting, seed, arguments.results))])
-            table.round(6).to_csv(arguments.output, index=False)
+            methods = list(methods_of(setting, arguments.results))
+            table = pd.concat([table, pd.DataFrame(points(setting, seed, methods))])
+            table.round(6).to_csv(output, index=False)
             print(f"{setting}, seed {seed}: {time.process_time() / 60:.1f} min of the processor", flush=True)
     print(summary(table).round(4).to_string(index=False))
 

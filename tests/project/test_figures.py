@@ -221,6 +221,18 @@ def test_what_rules_are_worth_is_what_is_stored():
         and (stored["p_holm"].dropna() > 0.05).all()
     )
     assert "The first window is worse in all pairs" in page and better["kept", "window 0, 0.005"] == 0
+    gains = -100 * stored.loc[("kept", f"{penalized}, 0.005"), ["minilm", "new_classes", "smollm2"]]
+    lost = 100 * stored.loc[("kept", f"{penalized}, 0.005"), ["noise", "digits"]]
+    said = re.search(r"three of five pairs \(kept\): (.*?) points on MiniLM.*?much, (.*?)\. At 0\.01", page)
+    assert numbers_in(" ".join(said.groups())) == pytest.approx([*gains, *lost], abs=ROUNDED)
+    thrice = [
+        -100 * stored.loc[("kept, thrice", rule), end]
+        for rule in (f"{penalized}, 0.005", f"own sweep of {penalized}")
+        for end in ("difference", "high", "low")
+    ]
+    said = re.search(r"at its own best rate are (.*?); there", page)[1]
+    assert numbers_in(said) == pytest.approx(thrice, abs=ROUNDED)
+    assert f"has {len(stored)} rows" in page
 
 
 @pytest.mark.parametrize("name", ["04_tradeoff_science", "05_language", "08_after_training"])
