@@ -2,7 +2,7 @@
 
     python data/measure_rewinding.py                      # what the file lacks; 1.5 h from nothing
     python data/measure_rewinding.py digits --seeds 3
-    python data/measure_rewinding.py --opponents          # results/rewound_opponents.csv: 0.5 h for each setting
+    python data/measure_rewinding.py --opponents          # results/rewound_opponents.csv: 0.5 h a setting
 
 Each method is trained at its own best rate of the stored sweep (the largest mean of accuracy - forgetting),
 with seeds that the sweep has not seen. The whole update is then scaled by t; t is chosen by accuracy -
@@ -11,7 +11,8 @@ minilm. In smollm2, which was trained at one rate, t is chosen on 150 film revie
 measured on 300 and 60. Settings and seeds that the file holds already are not run again.
 
 With --opponents all methods of run_second_round.py's ``digits_opponents`` and ``new_classes_opponents`` are
-measured in this way, seven seeds of each. What cannot be rewound (DoRA) is left out, and said.
+measured in this way, seven seeds of each; t scales the change of the merged weights where ``ll.rewind`` does
+not take the method.
 
 One row per measured point. Columns: setting, method, lr, seed; part, "validation" or "test", which
 has the trained model (t = 1) and the chosen t; t, accuracy, forgetting.
@@ -21,7 +22,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +36,7 @@ from sweeping import HERE
 
 import lora_lens as ll
 from lora_lens.experiments.identity import named_method
+from lora_lens.tasks.readouts import HeadReadout
 from lora_lens.training.regularizers.base import regularizer_of
 
 METHODS = {
@@ -179,17 +182,36 @@ def points(name: str, seed: int, methods: list[Trained]) -> Iterator[dict[str, o
             evaluations=2,
             progress=False,
         )
-        shared = {"readout": run.head, "progress": False}
-        try:
-            chosen = ll.rewind(adapted, *choosing, t=setting.points, **shared)
-        except ll.errors.LoraLensError as error:
-            print(f"{name}, {trained.name}: {error}", flush=True)
-            continue
-        measured = ll.rewind(adapted, *testing, t=[chosen.best().t, 1], **shared)
+        chosen = curve(model, adapted, run.head, choosing, setting.points)
+        best = (chosen["accuracy"] - chosen["forgetting"])[::-1].idxmax()  # of equals the longest way
+        measured = curve(model, adapted, run.head, testing, sorted({chosen["t"][best], 1.0}))
         about = {"setting": name, "method": trained.name, "lr": trained.lr, "seed": seed}
         for part, rewound in (("validation", chosen), ("test", measured)):
-            for row in rewound.table[["t", "accuracy", "forgetting"]].to_dict("records"):
+            for row in rewound.to_dict("records"):
                 yield about | {"part": part} | row
+
+
+def curve(
+    model: torch.nn.Module,
+    adapted: torch.nn.Module,
+    head: torch.nn.Module | None,
+    tasks: list[ll.Task],
+    places: Sequence[float],
+) -> pd.DataFrame:
+    """Columns t, accuracy and forgetting at each of some places on the way back."""
+    try:
+        table = ll.rewind(adapted, *tasks, t=places, readout=head, progress=False).table
+        return table[["t", "accuracy", "forgetting"]]
+    except ll.errors.LoraLensError:  # DoRA, or no LoRA
+        moved = deepcopy(adapted)
+    moved = moved.merge_and_unload() if hasattr(moved, "merge_and_unload") else moved
+    start, end = (deepcopy(one.state_dict()) for one in (model, moved))
+    before, rows = ll.evaluate(model, tasks[1]).accuracy, []
+    for t in places:
+        moved.load_state_dict({name: torch.lerp(start[name], end[name], t) for name in start})
+        learned = ll.evaluate(moved, tasks[0], HeadReadout(head, tasks[0].pooling)).accuracy
+        rows.append((t, learned, before - ll.evaluate(moved, tasks[1]).accuracy))
+    return pd.DataFrame(rows, columns=["t", "accuracy", "forgetting"])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

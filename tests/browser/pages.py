@@ -324,12 +324,16 @@ def watched_page(browser: Browser, **context: object) -> Iterator[Page]:
         opened.close()
 
 
-def barriers(page: Page, within: str | None = None) -> list[str]:
-    """What axe-core's rules find on the page, or in the elements that a selector names."""
+def barriers(page: Page, within: str | None = None, *, colours_only: bool = False) -> list[str]:
+    """What axe-core's rules find on the page, or in the elements that a selector names.
+
+    Of a long table its first rows are looked at. Where a page is dark instead of light, only its colours differ.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
-    part = {"include": [[within]]} if within else None
-    found = Axe().run(page, part, {"preload": False}).response["violations"]  # no file may ask for another
+    part = {"exclude": [["tbody tr:nth-of-type(n+9)"]]} | ({"include": [[within]]} if within else {})
+    options = {"preload": False} | ({"runOnly": ["color-contrast"]} if colours_only else {})  # no other file
+    found = Axe().run(page, part, options).response["violations"]
     nodes = [(rule["id"], node) for rule in found for node in rule["nodes"]]
     return [f"{rule}: {node['html']}: {node['failureSummary']}" for rule, node in nodes]
 

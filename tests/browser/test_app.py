@@ -74,7 +74,8 @@ def test_every_page_shows_a_picture_and_fits_every_width(page: Page, screenshots
             page.screenshot(path=screenshots / shot)
             if beyond > 0:
                 too_wide.append(f"{name} is {beyond:.0f} pixels too wide for {width}")
-        barred += [f"{name}: {barrier}" for barrier in barriers(page)]
+        found = barriers(page, colours_only=page.theme == "dark")
+        barred += [f"{name}: {barrier}" for barrier in found]
     assert not too_wide and not barred
 
 
