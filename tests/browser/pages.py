@@ -327,7 +327,7 @@ def watched_page(browser: Browser, **context: object) -> Iterator[Page]:
 def barriers(page: Page, within: str | None = None, *, colours_only: bool = False) -> list[str]:
     """What axe-core's rules find on the page, or in the elements that a selector names.
 
-    Of a long table its first rows are looked at. Where a page is dark instead of light, only its colours differ.
+    Of a long table its first rows are looked at. In the dark only the colours of a page are others.
     """
     from axe_playwright_python.sync_playwright import Axe
 
