@@ -412,6 +412,51 @@ def test_figures_in_the_solutions_of_notebook_03_are_those_of_their_code(monkeyp
             assert {float(figure) for figure in figures} <= set(table.to_numpy().ravel()), cell["id"]
 
 
+def cell_of(notebook: str, id: str) -> str:
+    (path,) = (ROOT / "notebooks").glob(f"{notebook}_*.ipynb")
+    return next("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["id"] == id)
+
+
+def test_the_live_run_of_notebook_05_is_told_as_it_went(model, digits, source):
+    said = set()
+    for rate in (1e-4, 3e-2):
+        adapted = ll.attach(model, ll.Window.first(8))
+        run = ll.finetune(
+            adapted,
+            digits.first(train=80, test=100),
+            retain=source.first(test=100),
+            lr=rate,
+            steps=10,
+            batch_size=8,
+            evaluations=2,
+            progress=False,
+        )
+        names = {"run": run, "points": ll.reports.points, "say": ll.reports.say}
+        text = shown(cell_of("05", "minilm-live"), names)
+        *figures, verb = re.search(
+            rf"from ({FIGURE}) to ({FIGURE}) %, and ({FIGURE}) points .* (lost|gained)", text
+        ).groups()
+        expected = [run.curve["accuracy"].iloc[0], run.accuracy, abs(run.forgetting)]
+        assert [float(x) for x in figures] == pytest.approx([100 * x for x in expected], abs=ROUNDED)
+        assert (verb == "lost") == (run.forgetting > 0)
+        said.add(text)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("end", "suffers"),
+    [((0.5, 0.8), "The older"), ((0.9, 0.4), "The newer"), ((0.8, 0.7), "Both"), ((0.95, 1.0), "Neither")],
+)
+def test_the_live_sequence_of_notebook_07_is_told_as_it_went(end, suffers):
+    nan = float("nan")
+    R = np.array([[0.9, nan, nan], [0.85, 0.8, nan], [*end, 0.99]])
+    live = pd.DataFrame({"place": [2, 0, 1], "task": ["coat, sandal", "top, trouser", "pullover, dress"]})
+    text = shown(cell_of("07", "live-notice"), {"live": live, "R": R, "live_steps": 7})
+    assert f'"top, trouser" has gone from 90 to {100 * end[0]:.0f} %' in text
+    assert f'"pullover, dress" has gone from 80 to {100 * end[1]:.0f} %' in text
+    assert f"%. {suffers} " in text and "7 steps" in text
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_readers_see_sentences_and_not_what_makes_them(path):
     for cell in json.loads(path.read_text())["cells"]:
