@@ -34,7 +34,7 @@ SCORES = ["accuracy", "retained_accuracy", "forgetting"]
 OTHERWISE = {  # what another run of 03 has in place of: a minute of one core, and numbers of other sizes
     "tradeoff-03": {"first(test=1000)": "first(test=200)", "train=4000, test=1000": "train=120, test=250"},
     "tradeoff-07": {
-        "count=9": "count=5",
+        "count=9": "count=3",
         "[5e-3, 1e-2]": "[1e-2, 4e-2]",
         "range(3)": "range(7, 10)",
         "steps=120": "steps=15,\n    jobs=1",
