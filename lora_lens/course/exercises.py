@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from lora_lens._base.validate import instance, number, shown
 from lora_lens.adapters.exactness import function_error, summary
 from lora_lens.adapters.injection import lora_layers
 from lora_lens.adapters.peft_names import ADAPTER
+from lora_lens.experiments.continual.formulas import average_forgetting
+from lora_lens.experiments.continual.metrics import accuracy_matrix, continual_scores
+from lora_lens.experiments.continual.sequence_sweeps import ContinualSweep
 from lora_lens.experiments.results import Sweep
 from lora_lens.forgetting.features import feature_split
 from lora_lens.spectrum.factorizing import spectra
@@ -180,6 +184,57 @@ def _by_rank(answer: object) -> str:
     return f"The forgetting of {int(off.sum())} of {len(right)} windows is another" if off.any() else ""
 
 
+# 04
+
+
+@cache
+def _left_of_the_excess() -> float:
+    """Of what the first window forgets more than the middle one at 0.005, the share at equal update."""
+    sweep = Sweep.open(_stored("digits.jsonl.xz"))
+    at_rate, moved = (
+        found.set_index("position")["forgetting"] for found in (sweep.fair(lr=0.005), sweep.fair(update=0.3))
+    )
+    return float((moved[0.0] - moved[0.5]) / (at_rate[0.0] - at_rate[0.5]))
+
+
+def _chosen_on_others(answer: object) -> str:
+    choose = _function(answer, "a table of runs")
+    for name, rate in (("digits", 0.01), ("few_digits", 0.02), ("new_classes", 0.01)):
+        runs = Sweep.open(_stored(f"{name}.jsonl.xz")).only(f"method == 'window' and lr == {rate}").table
+        by_seed = runs.pivot(index="seed", columns="position", values="forgetting")
+        best = {seed: by_seed.drop(index=seed).mean().idxmin() for seed in by_seed.index}
+        right = float(np.mean([by_seed.loc[seed, position] for seed, position in best.items()]))
+        if complaint := _tried(choose, f"the windows of {name} at {rate:g}", right, runs.copy()):
+            return complaint
+    return ""
+
+
+# 05
+
+
+def _dearer_than_the_middle() -> float:
+    table = Sweep.open(_stored("smollm2.jsonl.xz")).table
+    rises = table.groupby("position")["loss_rise"].mean()
+    return float(np.exp(rises[1.0] - rises[0.5]))
+
+
+def _by_luck(answer: object) -> str:
+    share = _function(answer, "the seeds' differences")
+    nats = Sweep.open(_stored("smollm2.jsonl.xz")).table.pivot_table("loss_rise", "seed", "position")
+    cases = {
+        "three seeds that agree": np.array([1.0, 2.0, 4.0]),
+        "five seeds of which one is below 0": np.array([3.0, 5.0, -1.0, 2.0, 9.0]),
+        "differences of which one is 0": np.array([4.0, 0.0, 1.0, -2.0]),
+        "the windows at 0.625 and 0.75 of SmolLM2": (nats[0.625] - nats[0.75]).to_numpy(),
+    }
+    for case, differences in cases.items():
+        signs = np.array(list(product((1, -1), repeat=len(differences))))  # the first are those seen
+        means = (signs * differences).mean(axis=1)
+        if complaint := _tried(share, case, float((means >= means[0]).mean()), differences.copy()):
+            return complaint
+    return ""
+
+
 # 06
 
 
@@ -217,6 +272,35 @@ def _mixed(answer: object) -> str:
             return f"{name} has another window, from component {layers.loc[name, 'first']} on"
     error = function_error(answer, model, {"input_ids": torch.arange(2000, 2016)[None]})
     return "" if error < ROUNDING else f"Its answers differ from the pretrained model's by {error:.2g}"
+
+
+# 07
+
+
+def _average_forgetting(answer: object) -> str:
+    of_matrix = _function(answer, "R")
+    table = ContinualSweep.open(_stored("split_fashion.jsonl.xz")).table
+    cases = {
+        "a task that gets better before it gets worse": np.array(
+            [[0.8, 0, 0], [0.9, 0.7, 0], [0.6, 0.5, 0.9]]
+        ),
+        "tasks that go on getting better": np.array([[0.6, 0, 0], [0.7, 0.8, 0], [0.9, 0.8, 0.7]]),
+        "a stored run": accuracy_matrix(table[table["run"] == table["run"].iloc[0]])[0],
+    }
+    cases["empty cells above the diagonal"] = np.where(np.tri(3) > 0, next(iter(cases.values())), np.nan)
+    complaints = (_tried(of_matrix, case, average_forgetting(r), r.copy()) for case, r in cases.items())
+    return next(filter(None, complaints), "")
+
+
+@cache
+def _wider_without_pairs() -> float:
+    """The spread of the difference between the middle window and LoRA: without pairs, as a multiple."""
+    sweep = ContinualSweep.open(_stored("split_fashion.jsonl.xz"))
+    scores = continual_scores(
+        sweep.only("strategy == 'merged' and (position == 0.5 or method == 'LoRA')").table
+    ).set_index(["order", "seed"])
+    middle, lora = (runs["average_forgetting"] for _, runs in scores.groupby("method", sort=True))
+    return float(np.hypot(middle.std(), lora.std()) / (middle - lora).std())
 
 
 # 08
@@ -306,6 +390,38 @@ EXERCISES = {
         ),
         ", to within 0.001",
     ),
+    "04-4": _near(
+        "a share in [0, 1]",
+        0.005,
+        _left_of_the_excess,
+        "Subtract the middle window's forgetting from the first one's in either comparison, then divide.",
+        "Above stands what is left, from moved; below the whole excess, from means of table at 0.005.",
+    ),
+    "04-5": Exercise(
+        "a function of a table of runs",
+        _chosen_on_others,
+        (
+            "Leave a seed out, take the window that forgets least in the others, and read it in that seed.",
+            "Each seed is left out in turn and may get another window; return the mean of what was read.",
+        ),
+        ", on hidden cases",
+    ),
+    "05-3": _near(
+        "a factor",
+        0.01,
+        _dearer_than_the_middle,
+        "Perplexity is the exponential of the loss in nats, so a difference in nats becomes a factor.",
+        "Subtract the windows' mean loss_rise, and only then take the exponential.",
+    ),
+    "05-4": Exercise(
+        "a function of the seeds' differences",
+        _by_luck,
+        (
+            "itertools.product((1, -1), repeat=n) has all patterns of signs; take the mean of each.",
+            "The pattern that was seen is one of them and counts, as does every other with a mean as large.",
+        ),
+        ", on hidden cases, to within 0.001",
+    ),
     "06-2": Exercise(
         "a model from ll.attach",
         _one_factor,
@@ -323,6 +439,22 @@ EXERCISES = {
             "targets leaves out the last block: a pattern may hold a range, as [0-2] for 0, 1 and 2.",
         ),
         ": every layer has its window, and it answers as the pretrained model does",
+    ),
+    "07-1": Exercise(
+        "a function of R",
+        _average_forgetting,
+        (
+            "The last task has not been followed by another: the mean is over the columns before it.",
+            "A task may be at its best after it was learnt: take np.nanmax of all rows but the last.",
+        ),
+        ", on hidden cases, to within 0.001",
+    ),
+    "07-5": _near(
+        "a factor",
+        0.02,
+        _wider_without_pairs,
+        "Without pairs the variances of the two methods add up; the root of their sum is the spread.",
+        'With ["order", "seed"] as the index of both, pandas subtracts in pairs; divide by the std of that.',
     ),
     "08-2": _near(
         "points",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +18,8 @@ import torch
 import lora_lens as ll
 from lora_lens.course.exercises import EXERCISES
 
-RESULTS = Path(__file__).parents[2] / "data" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "data" / "results"
 
 
 @cache
@@ -39,6 +42,11 @@ def effective_rank(s: torch.Tensor) -> float:
 def least_forgetting(table: pd.DataFrame, accuracy: float) -> float:
     reached = table[table["accuracy"] >= accuracy].sort_values(["forgetting", "t"], ascending=[True, False])
     return reached["t"].iloc[0]
+
+
+@cache
+def digits() -> ll.Sweep:
+    return ll.Sweep.open(RESULTS / "digits.jsonl.xz")
 
 
 def ranks() -> pd.DataFrame:
@@ -92,6 +100,49 @@ def by_rank(score: str) -> pd.DataFrame:
     return ranks().groupby(["rank", "position"], as_index=False)[[score]].mean()
 
 
+def left_of_the_excess(first: float, middle: float) -> float:
+    """From the forgetting at equal update, and at 0.005 that of the same windows."""
+    table = digits().table
+    at_rate = table[table["lr"] == 0.005].groupby("position")["forgetting"].mean()
+    return (first - middle) / (at_rate[0.0] - at_rate[0.5])
+
+
+@cache
+def moved_as_far() -> pd.Series:
+    sweep = digits()
+    found = ll.forgetting.at_matched_update(sweep.table, sweep.drifts(), update=0.3)
+    return found[found["method"] == "window"].set_index("position")["forgetting"]
+
+
+def chosen_on_others(table: pd.DataFrame) -> float:
+    read = []
+    for seed in table["seed"].unique():
+        others, own = table[table["seed"] != seed], table[table["seed"] == seed]
+        best = others.groupby("position")["forgetting"].mean().sort_values().index[0]
+        read += own.loc[own["position"] == best, "forgetting"].to_list()
+    return sum(read) / len(read)
+
+
+def nats(position: float) -> float:
+    table = ll.Sweep.open(RESULTS / "smollm2.jsonl.xz").table
+    return float(table.loc[table["position"] == position, "loss_rise"].mean())
+
+
+def by_luck(differences: np.ndarray, least: Callable = np.greater_equal) -> float:
+    signs = 1 - 2 * ((np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences))) & 1)
+    sums = (signs * differences).sum(axis=1)
+    return float(np.mean(least(sums, sums[0])))
+
+
+def spread(paired: bool) -> float:
+    table = ll.experiments.ContinualSweep.open(RESULTS / "split_fashion.jsonl.xz").table
+    either = (table["position"] == 0.5) | (table["method"] == "LoRA")
+    scores = ll.experiments.continual.continual_scores(table[(table["strategy"] == "merged") & either])
+    scores["name"] = scores["position"].astype(object).where(scores["position"].notna(), scores["method"])
+    both = scores.pivot(index=["order", "seed"], columns="name", values="average_forgetting")[[0.5, "LoRA"]]
+    return float((both[0.5] - both["LoRA"]).std() if paired else both.var().sum() ** 0.5)
+
+
 # An exercise, and what makes an answer to it: the right one, and a wrong one that somebody might give.
 RIGHT: dict[str, Callable[[], object]] = {
     "01-1": lambda: effective_rank,
@@ -101,8 +152,14 @@ RIGHT: dict[str, Callable[[], object]] = {
     "02-4": lambda: share_of_features(ll.spectrum.SpreadComponents(8)),
     "03-1": lambda: 6.3,  # 8.9 - 2.6, as the notebook's solution has it
     "03-2": lambda: by_rank("forgetting"),
+    "04-4": lambda: left_of_the_excess(*moved_as_far()[[0.0, 0.5]]),
+    "04-5": lambda: chosen_on_others,
+    "05-3": lambda: np.exp(nats(1.0)) / np.exp(nats(0.5)),
+    "05-4": lambda: by_luck,
     "06-2": lambda: one_factor(split="A", train="A"),
     "06-3": lambda: mixed("all-attention", "all-linear"),
+    "07-1": lambda: lambda R: np.mean(np.nanmax(R[:-1, :-1], axis=0) - R[-1, :-1]),
+    "07-5": lambda: spread(paired=False) / spread(paired=True),
     "08-2": lambda: flattery(),
     "08-6": lambda: least_forgetting,
 }
@@ -114,8 +171,14 @@ WRONG: dict[str, Callable[[], object]] = {
     "02-4": lambda: share_of_features(ll.Window.middle(8)),
     "03-1": lambda: 19.4,  # at equal rates: 22.0 - 2.6
     "03-2": lambda: ranks()[["rank", "position", "forgetting"]],
+    "04-4": lambda: left_of_the_excess(moved_as_far()[0.0], 0.0),  # not beside the middle window
+    "04-5": lambda: lambda table: table.groupby("position")["forgetting"].mean().min(),
+    "05-3": lambda: nats(1.0) / nats(0.5),
+    "05-4": lambda: lambda differences: by_luck(differences, np.greater),
     "06-2": lambda: one_factor(train="A"),
     "06-3": lambda: mixed("all-linear", "all-attention"),
+    "07-1": lambda: lambda R: np.mean((R.diagonal() - R[-1])[:-1]),  # minus the backward transfer
+    "07-5": lambda: spread(paired=False),
     "08-2": lambda: flattery("test"),
     "08-6": lambda: lambda table, accuracy: table.loc[table["forgetting"].idxmin(), "t"],
 }
@@ -143,7 +206,7 @@ def test_a_plausible_wrong_answer_gets_the_hints_in_turn(exercise, monkeypatch):
         assert "\n" not in text
 
 
-@pytest.mark.parametrize("exercise", ["01-2", "02-1", "02-4", "03-1", "08-2"])
+@pytest.mark.parametrize("exercise", ["01-2", "02-1", "02-4", "03-1", "04-4", "05-3", "07-5", "08-2"])
 def test_no_hint_and_no_complaint_tells_the_number_that_is_asked_for(exercise):
     right = RIGHT[exercise]()
     said = ll.course.check(exercise, right + 1).text + " ".join(EXERCISES[exercise].hints)
@@ -161,6 +224,38 @@ def test_a_function_that_fails_is_told_how():
     verdict = ll.course.check("01-1", lambda s: s.entropy())
     assert "five equal values the function raises AttributeError" in verdict.text
     assert "the function returns None, which is no number" in ll.course.check("01-1", lambda s: None).text
+
+
+@pytest.mark.parametrize(
+    ("exercise", "wrong"),
+    [
+        ("04-5", lambda table: table.groupby("seed")["forgetting"].min().mean()),
+        ("05-4", lambda differences: 2.0 ** -len(differences)),
+        ("05-4", lambda differences: min(1, 2 * by_luck(differences))),
+        ("07-1", lambda R: np.mean(R[:-1].max(axis=0) - R[-1])),
+        ("07-1", lambda R: np.mean(R[:-1, :-1].max(axis=0) - R[-1, :-1])),  # of empty cells nan
+    ],
+)
+def test_other_wrong_functions_are_told_the_case(exercise, wrong):
+    verdict = ll.course.check(exercise, wrong)
+    assert not verdict and "the function returns" in verdict.text
+
+
+@pytest.mark.parametrize("exercise", ["01-1", "04-5", "05-4", "07-1", "08-6"])
+def test_the_function_that_the_notebook_folds_away_is_right(exercise):
+    (path,) = (ROOT / "notebooks").glob(f"{exercise[:2]}_*.ipynb")
+    text = "".join(line for cell in json.loads(path.read_text())["cells"] for line in cell["source"])
+    solution = text.split(f"**{exercise[3:]}.** ")[-1].split("```python\n")
+    code = next(block.split("```")[0] for block in solution if "def answer(" in block)
+    names = {"torch": torch}
+    body = [
+        node
+        for node in ast.parse(code).body
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)
+    ]
+    exec(compile(ast.Module(body, []), path.name, "exec"), names)
+    verdict = ll.course.check(exercise, names["answer"])
+    assert verdict, verdict
 
 
 def test_a_model_that_was_trained_no_longer_answers_as_before(digits):
