@@ -34,13 +34,19 @@ table["retained_accuracy"] = 0.92 - table["forgetting"]
 """
 CELL = f"{TABLE}\nimport lora_lens as ll\n\nll.widgets.tradeoff_explorer(table)"
 BRUSHES = 20
-# Notes when the pointer moves and is released, and when what follows is decoded and painted.
+# Notes when the pointer moves and is released, and when what follows is decoded and painted: first the page's own
+# points, then the kernel's picture. Of the former a pixel is read, which waits for all that is drawn there.
 WATCH = """root => {
   const painted = done => requestAnimationFrame(() => setTimeout(() => done(performance.now())));
-  root.moves = [], root.brushes = [];
+  root.moves = [], root.choices = [], root.brushes = [];
+  const shown = (times, event) => {
+    const canvas = root.querySelector('.ll-points');
+    painted(() => canvas?.getContext('2d').getImageData(0, 0, 1, 1) && times.push(performance.now() - event.timeStamp));
+  };
   root.addEventListener('pointermove', event => {
-    if (event.buttons) painted(now => root.moves.push(now - event.timeStamp));
+    if (event.buttons) shown(root.moves, event);
   });
+  root.addEventListener('pointerup', event => shown(root.choices, event));
   root.addEventListener('pointerup', event => {
     const before = root.querySelector('.ll-plane img').src;
     const observer = new MutationObserver(() => {
@@ -200,8 +206,9 @@ class TestBrushing:
         whole.screenshot(screenshots / "brushing.png")
         measured = {
             "what": "milliseconds to a painted picture, 10,000 runs",
-            "from the release of the pointer": spread(whole.root.evaluate("root => root.brushes")),
-            "from each move before": spread(whole.root.evaluate("root => root.moves")),
+            "from each move, the points within in colour": spread(whole.root.evaluate("root => root.moves")),
+            "from the release, the same": spread(whole.root.evaluate("root => root.choices")),
+            "from the release, the kernel's picture": spread(whole.root.evaluate("root => root.brushes")),
             "machine": f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}",
         }
         (screenshots / "brushing.json").write_text(json.dumps(measured, indent=1) + "\n")

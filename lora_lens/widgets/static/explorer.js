@@ -44,7 +44,11 @@ function explore(root, model, signal) {
   observer.observe(root, {childList: true, subtree: true});
   signal.addEventListener('abort', () => observer.disconnect());
   nameSliders(root);
-  follow(model, signal, 'busy', () => root.classList.toggle('ll-working', model.get('busy')));
+  const preview = previewOf(root, model, signal);
+  follow(model, signal, 'busy', () => {
+    root.classList.toggle('ll-working', model.get('busy'));
+    if (!model.get('busy')) preview.end();
+  });
   const mark = () => {
     for (const spot of root.querySelectorAll('.ll-spot'))
       spot.setAttribute('aria-pressed', spot.value === model.get('picked'));
@@ -90,21 +94,21 @@ function explore(root, model, signal) {
     event.stopPropagation();
     const to = next(spot, event.key), area = spot.closest('.ll-plane').querySelector('.ll-brush');
     if (event.shiftKey && area) {
-      stretched = stretched || rubber(area, ...centre(spot));
+      stretched = stretched || rubber(area, preview, ...centre(spot));
       stretched.to(...centre(to));
     }
     focusOn(to);
   });
   let stretched = null;  // a rectangle, while the shift key is held
   const dropStretched = () => {
-    const corners = stretched && stretched.end();
+    if (stretched) preview.end();
     stretched = null;
-    return corners;
   };
-  const brushed = corners => tell('brushed', corners.map(share => share.toFixed(4)).join(','));
+  const brushed = corners => tell('brushed', corners.join(','));
   listen('keyup', event => {
-    const corners = event.key === 'Shift' && dropStretched();
-    if (corners) brushed(corners);
+    if (event.key !== 'Shift' || !stretched) return;
+    brushed(stretched.corners());
+    stretched = null;
   });
   listen('pointerdown', down => {
     const plane = down.target.closest('.ll-plane'), area = plane?.querySelector('.ll-brush');
@@ -113,7 +117,7 @@ function explore(root, model, signal) {
     if (down.clientX < box.left || down.clientX > box.right || down.clientY < box.top || down.clientY > box.bottom)
       return;
     down.preventDefault();  // no dragging of the image, no selecting of text
-    brush(plane, area, down, brushed);
+    brush(plane, rubber(area, preview, down.clientX, down.clientY), down, brushed, preview.end);
   });
 }
 
@@ -168,33 +172,72 @@ function next(spot, key) {
   return best;
 }
 
-// A rectangle from one point of the window to another; its end gives two corners, in shares from the lower left.
-function rubber(area, fromX, fromY) {
+// A rectangle from one point of the window to another, its corners in shares of the area from the lower left.
+function rubber(area, preview, fromX, fromY) {
   const box = area.getBoundingClientRect();
-  const share = (place, start, length) => Math.min(1, Math.max(0, (place - start) / length));
-  const at = (x, y) => [share(x, box.left, box.width), share(y, box.top, box.height)];
-  const [x0, y0] = at(fromX, fromY);
-  let [x, y] = [x0, y0];
-  const drawn = document.createElement('div');
-  drawn.className = 'll-rubber';
+  const share = (way, whole) => Number(Math.min(1, Math.max(0, way / whole)).toFixed(4));
+  const at = (x, y) => [share(x - box.left, box.width), share(box.bottom - y, box.height)];
+  const from = at(fromX, fromY);
+  let to = from;
   return {
-    to(toX, toY) {
-      area.append(drawn);
-      [x, y] = at(toX, toY);
-      const sides = {left: Math.min(x, x0), top: Math.min(y, y0), width: Math.abs(x - x0), height: Math.abs(y - y0)};
-      for (const [side, length] of Object.entries(sides)) drawn.style[side] = `${100 * length}%`;
+    to(x, y) {
+      to = at(x, y);
+      preview.show(area, from, to);
+    },
+    corners: () => [...from, ...to],
+  };
+}
+
+// The rectangle, and the points within it in colour and the others pale, until the kernel's picture of that is there.
+function previewOf(root, model, signal) {
+  const drawn = document.createElement('div'), canvas = document.createElement('canvas'), pen = canvas.getContext('2d');
+  [drawn.className, canvas.className] = ['ll-rubber', 'll-points'];
+  const decoded = png => createImageBitmap(new Blob([png], {type: 'image/png'}));
+  const numbers = (kind, view) => new kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+  let points = null, under, markers, scores, places;
+  follow(model, signal, 'points', async () => {
+    const sent = model.get('points');
+    if (!sent.under) return;
+    const pictures = await Promise.all([sent.under, sent.markers].map(decoded));
+    if (sent !== model.get('points')) return;
+    [points, [under, markers]] = [sent, pictures];
+    [scores, places] = [numbers(Float64Array, sent.scores), numbers(Int16Array, sent.places)];
+    [canvas.width, canvas.height] = [under.width, under.height];
+  });
+  const draw = ends => {
+    const [[left, right], [bottom, top]] = ends.map(([low, high], axis) => {  // as RunChoice takes them: whole steps
+      const [start, end] = points.limits[axis], score = share => start + share * (end - start);
+      const [first, last] = [Math.floor(score(low) / points.step), Math.ceil(score(high) / points.step)];
+      return [first * points.step - 1e-9, last * points.step + 1e-9];
+    });
+    pen.drawImage(under, 0, 0);
+    for (let i = 0; i < scores.length; i += 2) {
+      if (!(scores[i] >= left && scores[i] <= right && scores[i + 1] >= bottom && scores[i + 1] <= top)) continue;
+      const [x, y, toX, toY] = places.subarray(2 * i, 2 * i + 4);
+      pen.drawImage(markers, x, y, points.side, points.side, toX, toY, points.side, points.side);
+    }
+  };
+  return {
+    show(area, from, to) {
+      const ends = from.map((share, axis) => [Math.min(share, to[axis]), Math.max(share, to[axis])]);
+      const [[left, right], [bottom, top]] = ends;
+      const sides = {left, bottom, width: right - left, height: top - bottom};
+      for (const [side, share] of Object.entries(sides)) drawn.style[side] = `${100 * share}%`;
+      if (drawn.parentNode !== area) area.append(drawn);
+      if (!points) return;
+      draw(ends);
+      if (!canvas.isConnected) area.before(canvas);
     },
     end() {
       drawn.remove();
-      return [x0, 1 - y0, x, 1 - y];
+      canvas.remove();
     },
   };
 }
 
 // Follow the pointer until it is released; then `done` gets the corners, unless it has not moved: that picks.
 // It is followed on the whole plane, since a brush may begin on a point; where there are thousands, it must.
-function brush(plane, area, down, done) {
-  const drawn = rubber(area, down.clientX, down.clientY);
+function brush(plane, drawn, down, done, dropped) {
   let moved = false;
   plane.setPointerCapture(down.pointerId);
   const draw = event => {
@@ -204,8 +247,8 @@ function brush(plane, area, down, done) {
   const released = new AbortController();
   const end = event => {
     released.abort();
-    const corners = drawn.end();
-    if (event.type === 'pointerup' && moved) done(corners);
+    if (event.type === 'pointerup' && moved) done(drawn.corners());
+    else dropped();
   };
   const events = {pointermove: draw, pointerup: end, pointercancel: end};
   for (const [type, act] of Object.entries(events)) plane.addEventListener(type, act, {signal: released.signal});
