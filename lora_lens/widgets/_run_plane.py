@@ -97,7 +97,7 @@ class RunPlane:
         height = self.ax.figure.bbox.height
         x, y = self.ax.transData.transform(self._points[rows]).T
         corners = np.floor([x + 0.5, height - y + 0.5]).T - SIDE // 2  # a marker lies on whole pixels
-        places = np.column_stack([SIDE * (numbers % COLUMNS), SIDE * (numbers // COLUMNS), corners])
+        places = np.column_stack([numbers, corners])
         return {
             "under": self._under,
             "markers": self._markers,

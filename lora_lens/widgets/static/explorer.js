@@ -194,27 +194,32 @@ function previewOf(root, model, signal) {
   [drawn.className, canvas.className] = ['ll-rubber', 'll-points'];
   const decoded = png => createImageBitmap(new Blob([png], {type: 'image/png'}));
   const numbers = (kind, view) => new kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-  let points = null, under, markers, scores, places;
+  let points = null;
   follow(model, signal, 'points', async () => {
-    const sent = model.get('points');
-    if (!sent.under) return;
-    const pictures = await Promise.all([sent.under, sent.markers].map(decoded));
+    const sent = model.get('points'), {side} = sent;
+    if (!side) return;
+    const [under, sheet] = await Promise.all([sent.under, sent.markers].map(decoded));
+    const columns = sheet.width / side, squares = Array.from({length: columns * sheet.height / side}, (_, number) =>
+      createImageBitmap(sheet, side * (number % columns), side * Math.floor(number / columns), side, side));
+    const markers = await Promise.all(squares);  // each by itself: parts of one picture are drawn more slowly
     if (sent !== model.get('points')) return;
-    [points, [under, markers]] = [sent, pictures];
-    [scores, places] = [numbers(Float64Array, sent.scores), numbers(Int16Array, sent.places)];
+    points = {...sent, under, markers, scores: numbers(Float64Array, sent.scores), places: numbers(Int16Array, sent.places)};
     [canvas.width, canvas.height] = [under.width, under.height];
   });
   const draw = ends => {
-    const [[left, right], [bottom, top]] = ends.map(([low, high], axis) => {  // as RunChoice takes them: whole steps
-      const [start, end] = points.limits[axis], score = share => start + share * (end - start);
-      const [first, last] = [Math.floor(score(low) / points.step), Math.ceil(score(high) / points.step)];
-      return [first * points.step - 1e-9, last * points.step + 1e-9];
+    const {limits, step, under, markers, scores, places} = points;
+    const steps = ends.map((shares, axis) => {  // the kernel takes whole ones (_run_choice.py)
+      const [low, high] = shares.map(share => limits[axis][0] + share * (limits[axis][1] - limits[axis][0]));
+      return [Math.floor(low / step), Math.ceil(high / step)];
     });
+    if (canvas.isConnected && points.drawn === `${steps}`) return;
+    points.drawn = `${steps}`;
+    const [[left, right], [bottom, top]] = steps.map(([low, high]) => [low * step - 1e-9, high * step + 1e-9]);
     pen.drawImage(under, 0, 0);
-    for (let i = 0; i < scores.length; i += 2) {
-      if (!(scores[i] >= left && scores[i] <= right && scores[i + 1] >= bottom && scores[i + 1] <= top)) continue;
-      const [x, y, toX, toY] = places.subarray(2 * i, 2 * i + 4);
-      pen.drawImage(markers, x, y, points.side, points.side, toX, toY, points.side, points.side);
+    for (let i = 0, at = 0; i < scores.length; i += 2, at += 3) {
+      const [x, y] = [scores[i], scores[i + 1]];
+      if (x >= left && x <= right && y >= bottom && y <= top)
+        pen.drawImage(markers[places[at]], places[at + 1], places[at + 2]);
     }
   };
   return {
