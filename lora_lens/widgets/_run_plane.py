@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,7 +11,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import IdentityTransform
 
-from lora_lens import plots
 from lora_lens.forgetting.aggregate import pareto_front
 from lora_lens.plots._image import as_png
 from lora_lens.plots._scores import (
@@ -53,7 +51,6 @@ class RunPlane:
 
     def __init__(self, table: pd.DataFrame) -> None:
         self._table, self._points = table, table[SCORES].to_numpy(float)
-        self._finite = np.isfinite(self._points).all(axis=1)
         self._shown = np.empty(0)
         self._edges = method_colours(table["method"])
         if len(self._edges) > MOST_NAMED:
@@ -85,25 +82,30 @@ class RunPlane:
         return self._picture.html(alt)
 
     def for_page(self, offered: np.ndarray, step: float) -> dict[str, object]:
-        """What a page needs to draw a choice as :meth:`html` would, without its front: see :class:`Page`.
+        """What a page needs to draw the points of a choice by itself, to the pixel as :meth:`html` does.
 
         Args:
             offered: which of the rows last shown may be chosen, (rows,) of bool.
             step: of the ranges of both scores.
+
+        Returns:
+            ``under`` and ``markers``, PNGs of what lies below, with all points pale, and of a marker of each
+            look, in rows of squares of ``side`` pixels; of each point in the order of drawing, ``scores``,
+            (points, 2) of float64, and ``places``, (points, 3) of int16: which marker, and the left and upper
+            edge of its square; and the ``limits`` of the Axes and the ``step``.
         """
-        looks = [(rows[offered[rows] & self._finite[rows]], points) for rows, points in self._bright]
-        rows = np.concatenate([rows for rows, _ in looks])
-        numbers = np.repeat(np.arange(len(looks)), [len(rows) for rows, _ in looks])
-        height = self.ax.figure.bbox.height
+        there = offered & np.isfinite(self._points).all(axis=1)
+        looks = [rows[there[rows]] for rows, _ in self._bright]
+        rows, sizes = np.concatenate(looks), [len(rows) for rows in looks]
         x, y = self.ax.transData.transform(self._points[rows]).T
-        corners = np.floor([x + 0.5, height - y + 0.5]).T - SIDE // 2  # a marker lies on whole pixels
-        places = np.column_stack([numbers, corners])
+        middles = np.floor([x + 0.5, self.ax.figure.bbox.height - y + 0.5])  # Agg's: markers lie on whole pixels
+        places = [np.repeat(np.arange(len(looks)), sizes), *(middles - SIDE // 2)]
         return {
             "under": self._under,
             "markers": self._markers,
             "side": SIDE,
-            "scores": self._points[rows].tobytes(),
-            "places": places.astype("<i2").tobytes(),
+            "scores": self._points[rows].astype("<f8").tobytes(),
+            "places": np.transpose(places).astype("<i2").tobytes(),
             "limits": [self.ax.get_xlim(), self.ax.get_ylim()],
             "step": step,
         }
@@ -168,15 +170,15 @@ class RunPlane:
 
 def _sheet(lines: list[Line2D]) -> bytes:
     """A PNG of their markers in rows of ``COLUMNS``, each in the middle of a square of ``SIDE`` pixels."""
-    size = SIDE * COLUMNS, SIDE * -(-len(lines) // COLUMNS)
-    with plots.house_style():
-        figure = Figure(figsize=np.divide(size, matplotlib.rcParams["figure.dpi"]), facecolor="none")
-        for number, line in enumerate(lines):
-            row, column = divmod(number, COLUMNS)
-            marker = Line2D([SIDE * (column + 0.5)], [size[1] - SIDE * (row + 0.5)])
-            marker.update_from(line)
-            marker.set(transform=IdentityTransform(), animated=False, visible=True, clip_on=False)
-            figure.add_artist(marker)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return as_png(canvas, "RGBA")
+    dpi, size = lines[0].figure.dpi, (SIDE * COLUMNS, SIDE * -(-len(lines) // COLUMNS))
+    inches = np.add(size, 0.5) / dpi  # half a pixel more, as they are rounded down
+    figure = Figure(figsize=inches, dpi=dpi, facecolor="none", layout="none")
+    for number, line in enumerate(lines):
+        row, column = divmod(number, COLUMNS)
+        marker = Line2D([SIDE * (column + 0.5)], [size[1] - SIDE * (row + 0.5)])
+        marker.update_from(line)
+        marker.set(transform=IdentityTransform(), animated=False, visible=True, clip_on=False)
+        figure.add_artist(marker)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return as_png(canvas, "RGBA")

@@ -9,12 +9,14 @@ import json
 import os
 import platform
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from statistics import median, quantiles
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 import pytest
 from pages import Explorer, eventually
@@ -87,6 +89,11 @@ def ranges(explorer: Explorer) -> list[tuple[float, float]]:
     return [tuple(float(end) for end in re.findall(r"[\d.]+", text)) for text in texts]
 
 
+def pixels(source: str) -> np.ndarray:
+    """Of a PNG in an address, (height, width, 3) of int."""
+    return np.asarray(Image.open(BytesIO(b64decode(source.partition(",")[2]))).convert("RGB"), int)
+
+
 def inside(explorer: Explorer, table: pd.DataFrame) -> pd.DataFrame:
     (left, right), (bottom, top) = ranges(explorer)
     x, y = 100 * table["accuracy"], 100 * table["retained_accuracy"]
@@ -109,6 +116,23 @@ class TestBrushing:
         assert {value for value, aside in spots if not aside} <= there
         assert not {value for value, aside in spots if aside} & there
         assert len(spots) <= 500
+
+    def test_on_release_the_page_itself_shows_the_choice(self, whole: Explorer):
+        whole.changed(lambda: whole.brush(0.05, 0.05, 0.3, 0.3))  # a picture in which others are in colour
+        whole.root.evaluate(
+            "root => root.addEventListener('pointerup', () => {"
+            " root.released = root.querySelector('.ll-points').toDataURL() }, {once: true})"
+        )
+        view = whole.changed(lambda: whole.brush(0.4, 0.3, 0.7, 0.6))
+        (kernel,) = (pixels(source) for alt, source in view.pictures if "a point per run" in alt)
+        page = pixels(whole.root.evaluate("root => root.released"))
+        assert page.shape == kernel.shape
+        coloured = np.ptp(page, axis=2) > 40
+        assert coloured.sum() > 10_000
+        differing = np.abs(page - kernel).max(axis=2) > 8
+        assert not (differing & coloured).any()  # the points
+        assert differing.mean() < 0.01  # front and rectangle are the kernel's
+        eventually(lambda: whole.root.locator(".ll-points, .ll-rubber").count() == 0, "they stayed")
 
     def test_keys_draw_a_rectangle_and_the_focus_stays(self, whole: Explorer, table: pd.DataFrame):
         keyboard = whole.page.keyboard

@@ -188,10 +188,12 @@ function rubber(area, preview, fromX, fromY) {
   };
 }
 
-// The rectangle, and the points within it in colour and the others pale, until the kernel's picture of that is there.
+// The rectangle, with the points within it in colour and the others pale, until the kernel's picture shows that choice.
+// What they are drawn with, the kernel has sent before (RunPlane.for_page).
 function previewOf(root, model, signal) {
-  const drawn = document.createElement('div'), canvas = document.createElement('canvas'), pen = canvas.getContext('2d');
+  const drawn = document.createElement('div'), canvas = document.createElement('canvas');
   [drawn.className, canvas.className] = ['ll-rubber', 'll-points'];
+  const pen = canvas.getContext('2d');
   const decoded = png => createImageBitmap(new Blob([png], {type: 'image/png'}));
   const numbers = (kind, view) => new kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
   let points = null;
@@ -201,14 +203,15 @@ function previewOf(root, model, signal) {
     const [under, sheet] = await Promise.all([sent.under, sent.markers].map(decoded));
     const columns = sheet.width / side, squares = Array.from({length: columns * sheet.height / side}, (_, number) =>
       createImageBitmap(sheet, side * (number % columns), side * Math.floor(number / columns), side, side));
-    const markers = await Promise.all(squares);  // each by itself: parts of one picture are drawn more slowly
+    const markers = await Promise.all(squares);  // parts of one picture would be drawn more slowly
     if (sent !== model.get('points')) return;
-    points = {...sent, under, markers, scores: numbers(Float64Array, sent.scores), places: numbers(Int16Array, sent.places)};
+    const [scores, places] = [numbers(Float64Array, sent.scores), numbers(Int16Array, sent.places)];
+    points = {...sent, under, markers, scores, places};
     [canvas.width, canvas.height] = [under.width, under.height];
   });
   const draw = ends => {
     const {limits, step, under, markers, scores, places} = points;
-    const steps = ends.map((shares, axis) => {  // the kernel takes whole ones (_run_choice.py)
+    const steps = ends.map((shares, axis) => {  // whole ones, as RunChoice.take_brush has them
       const [low, high] = shares.map(share => limits[axis][0] + share * (limits[axis][1] - limits[axis][0]));
       return [Math.floor(low / step), Math.ceil(high / step)];
     });
@@ -216,10 +219,10 @@ function previewOf(root, model, signal) {
     points.drawn = `${steps}`;
     const [[left, right], [bottom, top]] = steps.map(([low, high]) => [low * step - 1e-9, high * step + 1e-9]);
     pen.drawImage(under, 0, 0);
-    for (let i = 0, at = 0; i < scores.length; i += 2, at += 3) {
-      const [x, y] = [scores[i], scores[i + 1]];
-      if (x >= left && x <= right && y >= bottom && y <= top)
-        pen.drawImage(markers[places[at]], places[at + 1], places[at + 2]);
+    for (let point = 0; 2 * point < scores.length; point++) {
+      const [x, y] = [scores[2 * point], scores[2 * point + 1]];
+      if (x < left || x > right || y < bottom || y > top) continue;
+      pen.drawImage(markers[places[3 * point]], places[3 * point + 1], places[3 * point + 2]);
     }
   };
   return {
