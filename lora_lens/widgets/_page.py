@@ -21,7 +21,7 @@ class Page(AnyWidget):
         picked: the value of the point that was clicked last.
         busy: something is worked at; the page says so once it takes long.
         brushed: the rectangle drawn last, "x0,y0,x1,y1" in shares of the sides of the Axes.
-        points: what the page draws those in a rectangle with, of :meth:`RunPlane.for_page`; nothing elsewhere.
+        points: what the page draws those in a rectangle with, from :meth:`RunPlane.for_page`, or nothing.
         code: the line of Python that makes the explorer as it is.
         undoable: there is a choice to take back; the message "undo" asks for it.
     """

@@ -98,7 +98,8 @@ class RunPlane:
         looks = [rows[there[rows]] for rows, _ in self._bright]
         rows, sizes = np.concatenate(looks), [len(rows) for rows in looks]
         x, y = self.ax.transData.transform(self._points[rows]).T
-        middles = np.floor([x + 0.5, self.ax.figure.bbox.height - y + 0.5])  # Agg's: markers lie on whole pixels
+        # Agg puts markers on whole pixels, in this way.
+        middles = np.floor([x + 0.5, self.ax.figure.bbox.height - y + 0.5])
         places = [np.repeat(np.arange(len(looks)), sizes), *(middles - SIDE // 2)]
         return {
             "under": self._under,

@@ -36,14 +36,16 @@ table["retained_accuracy"] = 0.92 - table["forgetting"]
 """
 CELL = f"{TABLE}\nimport lora_lens as ll\n\nll.widgets.tradeoff_explorer(table)"
 BRUSHES = 20
-# Notes when the pointer moves and is released, and when what follows is decoded and painted: first the page's own
-# points, then the kernel's picture. Of the former a pixel is read, which waits for all that is drawn there.
+# Notes when the pointer moves and is released, and when what follows is decoded and painted: the page's own
+# points, of which a pixel is read, since that waits for all that is drawn; and then the kernel's picture.
 WATCH = """root => {
   const painted = done => requestAnimationFrame(() => setTimeout(() => done(performance.now())));
   root.moves = [], root.choices = [], root.brushes = [];
   const shown = (times, event) => {
     const canvas = root.querySelector('.ll-points');
-    painted(() => canvas?.getContext('2d').getImageData(0, 0, 1, 1) && times.push(performance.now() - event.timeStamp));
+    painted(() => {
+      if (canvas?.getContext('2d').getImageData(0, 0, 1, 1)) times.push(performance.now() - event.timeStamp);
+    });
   };
   root.addEventListener('pointermove', event => {
     if (event.buttons) shown(root.moves, event);

@@ -163,7 +163,7 @@ def test_a_page_can_draw_the_picture_of_any_choice_by_itself():
     table.loc[20, "accuracy"] = np.nan
     plane = RunPlane(table)
     shown, chosen = (table["lr"] > 0.001).to_numpy(), (table["accuracy"] > 0.5).to_numpy()
-    picture = re.search("base64,([^\"]+)", plane.html(shown, chosen, None, ""))[1]
+    picture = re.search('base64,([^"]+)', plane.html(shown, chosen, None, ""))[1]
     sent = plane.for_page(shown, 0.01)
     drawn, markers = (Image.open(BytesIO(sent[name])).convert("RGBA") for name in ("under", "markers"))
     scores = np.frombuffer(sent["scores"], "<f8").reshape(-1, 2)
