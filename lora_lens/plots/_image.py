@@ -34,12 +34,17 @@ def drawn(draw: Callable[[Figure], object], alt: str, size: tuple[float, float] 
 
 def as_html(canvas: FigureCanvasAgg, alt: str) -> str:
     """What is drawn on the canvas."""
-    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    source = b64encode(as_png(canvas)).decode()
+    images = any(ax.images for ax in canvas.figure.axes)  # whose colours stay the same in the dark
+    kind = ("ll-images" if images else "ll-chart") + " ll-wide" * (canvas.get_width_height()[0] > WIDE)
+    data = f"data:image/png;base64,{source}"
+    return f'<img alt="{escape(alt)}" src="{data}" style="max-width: 100%" class="{kind}">'
+
+
+def as_png(canvas: FigureCanvasAgg, mode: str = "RGB") -> bytes:
+    """Likewise; "RGBA" keeps what is transparent."""
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert(mode)
     png = BytesIO()
     # Speed counts: a picture lives until the next move.
     pixels.save(png, "png", compress_level=1, compress_type=zlib.Z_RLE)
-    source = b64encode(png.getvalue()).decode()
-    images = any(ax.images for ax in canvas.figure.axes)  # whose colours stay the same in the dark
-    kind = ("ll-images" if images else "ll-chart") + " ll-wide" * (pixels.width > WIDE)
-    data = f"data:image/png;base64,{source}"
-    return f'<img alt="{escape(alt)}" src="{data}" style="max-width: 100%" class="{kind}">'
+    return png.getvalue()

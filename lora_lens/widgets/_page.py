@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anywidget import AnyWidget
-from traitlets import Bool, Unicode
+from traitlets import Bool, Dict, Unicode
 
 STATIC = Path(__file__).with_name("static")
 
@@ -21,6 +21,7 @@ class Page(AnyWidget):
         picked: the value of the point that was clicked last.
         busy: something is worked at; the page says so once it takes long.
         brushed: the rectangle drawn last, "x0,y0,x1,y1" in shares of the sides of the Axes.
+        points: what the page draws those in a rectangle with, from :meth:`RunPlane.for_page`, or nothing.
         code: the line of Python that makes the explorer as it is.
         undoable: there is a choice to take back; the message "undo" asks for it.
     """
@@ -31,5 +32,6 @@ class Page(AnyWidget):
     busy = Bool().tag(sync=True)
     picked = Unicode().tag(sync=True)
     brushed = Unicode().tag(sync=True)
+    points = Dict().tag(sync=True)
     code = Unicode().tag(sync=True)
     undoable = Bool().tag(sync=True)

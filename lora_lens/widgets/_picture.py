@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lora_lens import plots
-from lora_lens.plots._image import as_html
+from lora_lens.plots._image import as_html, as_png
 from lora_lens.plots._style import DRAWING
 
 
@@ -47,6 +47,11 @@ class Picture:
         with DRAWING:
             self._draw(self._bare, artists)
             self._still = self._canvas.copy_from_bbox(self._canvas.figure.bbox)
+
+    def below(self) -> bytes:
+        """A PNG of all that does not move."""
+        self._canvas.restore_region(self._still)
+        return as_png(self._canvas)
 
     def html(self, alt: str) -> str:
         """The picture as it is now, as :func:`drawn` gives it."""

@@ -65,10 +65,14 @@ class RunChoice:
             raise InputError("choose at least one window or method")
         return self._windows.value, *(slider.value for slider in self._ranges)
 
+    def of_windows(self) -> np.ndarray:
+        """True for each run of the table whose window or method is chosen, (rows,)."""
+        return np.isin(self._codes, [self._names.index(name) for name in self._windows.value])
+
     def inside(self) -> np.ndarray:
         """True for each run of the table that is chosen, (rows,)."""
-        names, *ranges = self.values()
-        inside = np.isin(self._codes, [self._names.index(name) for name in names])
+        _, *ranges = self.values()
+        inside = self.of_windows()
         for column, (low, high) in zip(RANGED, ranges, strict=True):
             inside &= self._table[column].between(low - 1e-9, high + 1e-9).to_numpy()
         return inside

@@ -19,7 +19,7 @@ from lora_lens.tasks.task import Task
 from lora_lens.widgets._clickable import Spot, clickable
 from lora_lens.widgets._explorer import Explorer, Parts, checkbox, explorer, html_table, table_box
 from lora_lens.widgets._page import Page
-from lora_lens.widgets._run_choice import RANGED, RunChoice
+from lora_lens.widgets._run_choice import RANGED, STEP, RunChoice
 from lora_lens.widgets._run_plane import RunPlane
 from lora_lens.widgets._run_view import RunView, named_runs, require_task, run_in_words
 
@@ -95,6 +95,11 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
         )
 
     @lru_cache(maxsize=1)
+    def offered(rates: tuple[float, ...], windows: tuple[str, ...]) -> dict[str, object]:
+        """Sent anew where these change, and not with every rectangle."""
+        return points.for_page(table["lr"].isin(rates).to_numpy() & choice.of_windows(), STEP)
+
+    @lru_cache(maxsize=1)
     def plane_of(rates: tuple[float, ...], windows: tuple[str, ...], *ranges: tuple[float, float]) -> str:
         """Kept as it is while points are picked: the page marks them, and the focus stays where it is."""
         shown = table["lr"].isin(rates).to_numpy()
@@ -104,6 +109,7 @@ def tradeoff_explorer(sweep: Sweep | pd.DataFrame, retain: Task | None = None) -
             f"{inside.sum()} of {len(table)} in colour"
         )
         image = points.html(shown, inside, choice.narrowed(), alt)
+        page.points = offered(rates, windows)
         rows = _pickable(places, shown, inside, names == page.picked)
         spots = [Spot(*places[row], spoken[row], names[row], not inside[row]) for row in rows]
         return clickable(image, points.ax, spots, name="runs", picked=page.picked, brush=True)

@@ -9,12 +9,14 @@ import json
 import os
 import platform
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from statistics import median, quantiles
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 import pytest
 from pages import Explorer, eventually
@@ -34,13 +36,21 @@ table["retained_accuracy"] = 0.92 - table["forgetting"]
 """
 CELL = f"{TABLE}\nimport lora_lens as ll\n\nll.widgets.tradeoff_explorer(table)"
 BRUSHES = 20
-# Notes when the pointer moves and is released, and when what follows is decoded and painted.
+# Notes when the pointer moves and is released, and when what follows is decoded and painted: the page's own
+# points, of which a pixel is read, since that waits for all that is drawn; and then the kernel's picture.
 WATCH = """root => {
   const painted = done => requestAnimationFrame(() => setTimeout(() => done(performance.now())));
-  root.moves = [], root.brushes = [];
+  root.moves = [], root.choices = [], root.brushes = [];
+  const shown = (times, event) => {
+    const canvas = root.querySelector('.ll-points');
+    painted(() => {
+      if (canvas?.getContext('2d').getImageData(0, 0, 1, 1)) times.push(performance.now() - event.timeStamp);
+    });
+  };
   root.addEventListener('pointermove', event => {
-    if (event.buttons) painted(now => root.moves.push(now - event.timeStamp));
+    if (event.buttons) shown(root.moves, event);
   });
+  root.addEventListener('pointerup', event => shown(root.choices, event));
   root.addEventListener('pointerup', event => {
     const before = root.querySelector('.ll-plane img').src;
     const observer = new MutationObserver(() => {
@@ -81,6 +91,11 @@ def ranges(explorer: Explorer) -> list[tuple[float, float]]:
     return [tuple(float(end) for end in re.findall(r"[\d.]+", text)) for text in texts]
 
 
+def pixels(source: str) -> np.ndarray:
+    """Of a PNG in an address, (height, width, 3) of int."""
+    return np.asarray(Image.open(BytesIO(b64decode(source.partition(",")[2]))).convert("RGB"), int)
+
+
 def inside(explorer: Explorer, table: pd.DataFrame) -> pd.DataFrame:
     (left, right), (bottom, top) = ranges(explorer)
     x, y = 100 * table["accuracy"], 100 * table["retained_accuracy"]
@@ -103,6 +118,23 @@ class TestBrushing:
         assert {value for value, aside in spots if not aside} <= there
         assert not {value for value, aside in spots if aside} & there
         assert len(spots) <= 500
+
+    def test_on_release_the_page_itself_shows_the_choice(self, whole: Explorer):
+        whole.changed(lambda: whole.brush(0.05, 0.05, 0.3, 0.3))  # a picture in which others are in colour
+        whole.root.evaluate(
+            "root => root.addEventListener('pointerup', () => {"
+            " root.released = root.querySelector('.ll-points').toDataURL() }, {once: true})"
+        )
+        view = whole.changed(lambda: whole.brush(0.4, 0.3, 0.7, 0.6))
+        (kernel,) = (pixels(source) for alt, source in view.pictures if "a point per run" in alt)
+        page = pixels(whole.root.evaluate("root => root.released"))
+        assert page.shape == kernel.shape
+        coloured = np.ptp(page, axis=2) > 40
+        assert coloured.sum() > 10_000
+        differing = np.abs(page - kernel).max(axis=2) > 8
+        assert not (differing & coloured).any()  # the points
+        assert differing.mean() < 0.01  # front and rectangle are the kernel's
+        eventually(lambda: whole.root.locator(".ll-points, .ll-rubber").count() == 0, "they stayed")
 
     def test_keys_draw_a_rectangle_and_the_focus_stays(self, whole: Explorer, table: pd.DataFrame):
         keyboard = whole.page.keyboard
@@ -200,8 +232,9 @@ class TestBrushing:
         whole.screenshot(screenshots / "brushing.png")
         measured = {
             "what": "milliseconds to a painted picture, 10,000 runs",
-            "from the release of the pointer": spread(whole.root.evaluate("root => root.brushes")),
-            "from each move before": spread(whole.root.evaluate("root => root.moves")),
+            "from each move, the points within in colour": spread(whole.root.evaluate("root => root.moves")),
+            "from the release, the same": spread(whole.root.evaluate("root => root.choices")),
+            "from the release, the kernel's picture": spread(whole.root.evaluate("root => root.brushes")),
             "machine": f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}",
         }
         (screenshots / "brushing.json").write_text(json.dumps(measured, indent=1) + "\n")

@@ -6,7 +6,9 @@ import asyncio
 import json
 import re
 import shutil
+from base64 import b64decode
 from html import unescape
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from explored import control, message, narrow_vit, parts, pictures, shows_results, text
 from ipywidgets import HTML, FloatRangeSlider, VBox
 from matplotlib.colors import to_hex
+from PIL import Image
 
 import lora_lens as ll
 from lora_lens.widgets._run_choice import RANGED
@@ -149,6 +152,31 @@ def test_windows_are_coloured_by_position_whatever_is_chosen(kept):
             colours |= dict.fromkeys(map(tuple, points.get_xydata()), to_hex(points.get_markerfacecolor()))
     assert len(set(every.values())) == table["position"].nunique()
     assert last == {row: every[row] for row in last}
+
+
+def test_a_page_can_draw_the_picture_of_any_choice_by_itself():
+    grid = [np.linspace(0, 1, 36), [0.001, 0.002, 0.005, 0.01]]
+    table = pd.MultiIndex.from_product(grid, names=["position", "lr"]).to_frame(index=False)
+    table[RANGED] = np.random.default_rng(0).uniform(0.2, 0.8, (len(table), 2))
+    table = table.assign(method=["LoRA"] * 4 + ["window"] * 140)
+    table.loc[10, RANGED] = 0.82  # the best in both: a front of one run is no line
+    table.loc[20, "accuracy"] = np.nan
+    plane = RunPlane(table)
+    shown, chosen = (table["lr"] > 0.001).to_numpy(), (table["accuracy"] > 0.5).to_numpy()
+    picture = re.search('base64,([^"]+)', plane.html(shown, chosen, None, ""))[1]
+    sent = plane.for_page(shown, 0.01)
+    drawn, markers = (Image.open(BytesIO(sent[name])).convert("RGBA") for name in ("under", "markers"))
+    scores = np.frombuffer(sent["scores"], "<f8").reshape(-1, 2)
+    columns, side = markers.width // sent["side"], sent["side"]
+    for (accuracy, _), place in zip(scores, np.frombuffer(sent["places"], "<i2").reshape(-1, 3), strict=True):
+        if accuracy > 0.5:
+            number, left, upper = place.tolist()
+            x, y = side * (number % columns), side * (number // columns)
+            drawn.alpha_composite(markers.crop((x, y, x + side, y + side)), (left, upper))
+    expected = np.asarray(Image.open(BytesIO(b64decode(picture))), int)
+    assert np.abs(np.asarray(drawn.convert("RGB"), int) - expected).max() <= 4  # as alpha is rounded
+    assert np.ptp(expected, axis=2).max() > 100
+    assert sorted(map(tuple, scores)) == sorted(map(tuple, table.loc[shown, RANGED].dropna().to_numpy()))
 
 
 def test_the_best_run_is_shown_before_any_click(plane, kept):

@@ -44,7 +44,11 @@ function explore(root, model, signal) {
   observer.observe(root, {childList: true, subtree: true});
   signal.addEventListener('abort', () => observer.disconnect());
   nameSliders(root);
-  follow(model, signal, 'busy', () => root.classList.toggle('ll-working', model.get('busy')));
+  const preview = previewOf(root, model, signal);
+  follow(model, signal, 'busy', () => {
+    root.classList.toggle('ll-working', model.get('busy'));
+    if (!model.get('busy')) preview.end();
+  });
   const mark = () => {
     for (const spot of root.querySelectorAll('.ll-spot'))
       spot.setAttribute('aria-pressed', spot.value === model.get('picked'));
@@ -90,21 +94,21 @@ function explore(root, model, signal) {
     event.stopPropagation();
     const to = next(spot, event.key), area = spot.closest('.ll-plane').querySelector('.ll-brush');
     if (event.shiftKey && area) {
-      stretched = stretched || rubber(area, ...centre(spot));
+      stretched = stretched || rubber(area, preview, ...centre(spot));
       stretched.to(...centre(to));
     }
     focusOn(to);
   });
   let stretched = null;  // a rectangle, while the shift key is held
   const dropStretched = () => {
-    const corners = stretched && stretched.end();
+    if (stretched) preview.end();
     stretched = null;
-    return corners;
   };
-  const brushed = corners => tell('brushed', corners.map(share => share.toFixed(4)).join(','));
+  const brushed = corners => tell('brushed', corners.join(','));
   listen('keyup', event => {
-    const corners = event.key === 'Shift' && dropStretched();
-    if (corners) brushed(corners);
+    if (event.key !== 'Shift' || !stretched) return;
+    brushed(stretched.corners());
+    stretched = null;
   });
   listen('pointerdown', down => {
     const plane = down.target.closest('.ll-plane'), area = plane?.querySelector('.ll-brush');
@@ -113,7 +117,7 @@ function explore(root, model, signal) {
     if (down.clientX < box.left || down.clientX > box.right || down.clientY < box.top || down.clientY > box.bottom)
       return;
     down.preventDefault();  // no dragging of the image, no selecting of text
-    brush(plane, area, down, brushed);
+    brush(plane, rubber(area, preview, down.clientX, down.clientY), down, brushed, preview.end);
   });
 }
 
@@ -168,33 +172,80 @@ function next(spot, key) {
   return best;
 }
 
-// A rectangle from one point of the window to another; its end gives two corners, in shares from the lower left.
-function rubber(area, fromX, fromY) {
+// A rectangle from one point of the window to another, its corners in shares of the area from the lower left.
+function rubber(area, preview, fromX, fromY) {
   const box = area.getBoundingClientRect();
-  const share = (place, start, length) => Math.min(1, Math.max(0, (place - start) / length));
-  const at = (x, y) => [share(x, box.left, box.width), share(y, box.top, box.height)];
-  const [x0, y0] = at(fromX, fromY);
-  let [x, y] = [x0, y0];
-  const drawn = document.createElement('div');
-  drawn.className = 'll-rubber';
+  const share = (way, whole) => Number(Math.min(1, Math.max(0, way / whole)).toFixed(4));
+  const at = (x, y) => [share(x - box.left, box.width), share(box.bottom - y, box.height)];
+  const from = at(fromX, fromY);
+  let to = from;
   return {
-    to(toX, toY) {
-      area.append(drawn);
-      [x, y] = at(toX, toY);
-      const sides = {left: Math.min(x, x0), top: Math.min(y, y0), width: Math.abs(x - x0), height: Math.abs(y - y0)};
-      for (const [side, length] of Object.entries(sides)) drawn.style[side] = `${100 * length}%`;
+    to(x, y) {
+      to = at(x, y);
+      preview.show(area, from, to);
+    },
+    corners: () => [...from, ...to],
+  };
+}
+
+// The rectangle, with the points within it in colour and the others pale, until the kernel's picture shows that choice.
+// What they are drawn with, the kernel has sent before (RunPlane.for_page).
+function previewOf(root, model, signal) {
+  const drawn = document.createElement('div'), canvas = document.createElement('canvas');
+  [drawn.className, canvas.className] = ['ll-rubber', 'll-points'];
+  const pen = canvas.getContext('2d');
+  const decoded = png => createImageBitmap(new Blob([png], {type: 'image/png'}));
+  const numbers = (kind, view) => new kind(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+  let points = null;
+  follow(model, signal, 'points', async () => {
+    const sent = model.get('points'), {side} = sent;
+    if (!side) return;
+    const [under, sheet] = await Promise.all([sent.under, sent.markers].map(decoded));
+    const columns = sheet.width / side, squares = Array.from({length: columns * sheet.height / side}, (_, number) =>
+      createImageBitmap(sheet, side * (number % columns), side * Math.floor(number / columns), side, side));
+    const markers = await Promise.all(squares);  // parts of one picture would be drawn more slowly
+    if (sent !== model.get('points')) return;
+    const [scores, places] = [numbers(Float64Array, sent.scores), numbers(Int16Array, sent.places)];
+    points = {...sent, under, markers, scores, places};
+    [canvas.width, canvas.height] = [under.width, under.height];
+  });
+  const draw = ends => {
+    const {limits, step, under, markers, scores, places} = points;
+    const steps = ends.map((shares, axis) => {  // whole ones, as RunChoice.take_brush has them
+      const [low, high] = shares.map(share => limits[axis][0] + share * (limits[axis][1] - limits[axis][0]));
+      return [Math.floor(low / step), Math.ceil(high / step)];
+    });
+    if (canvas.isConnected && points.drawn === `${steps}`) return;
+    points.drawn = `${steps}`;
+    const [[left, right], [bottom, top]] = steps.map(([low, high]) => [low * step - 1e-9, high * step + 1e-9]);
+    pen.drawImage(under, 0, 0);
+    for (let point = 0; 2 * point < scores.length; point++) {
+      const [x, y] = [scores[2 * point], scores[2 * point + 1]];
+      if (x < left || x > right || y < bottom || y > top) continue;
+      pen.drawImage(markers[places[3 * point]], places[3 * point + 1], places[3 * point + 2]);
+    }
+  };
+  return {
+    show(area, from, to) {
+      const ends = from.map((share, axis) => [Math.min(share, to[axis]), Math.max(share, to[axis])]);
+      const [[left, right], [bottom, top]] = ends;
+      const sides = {left, bottom, width: right - left, height: top - bottom};
+      for (const [side, share] of Object.entries(sides)) drawn.style[side] = `${100 * share}%`;
+      if (drawn.parentNode !== area) area.append(drawn);
+      if (!points) return;
+      draw(ends);
+      if (!canvas.isConnected) area.before(canvas);
     },
     end() {
       drawn.remove();
-      return [x0, 1 - y0, x, 1 - y];
+      canvas.remove();
     },
   };
 }
 
 // Follow the pointer until it is released; then `done` gets the corners, unless it has not moved: that picks.
 // It is followed on the whole plane, since a brush may begin on a point; where there are thousands, it must.
-function brush(plane, area, down, done) {
-  const drawn = rubber(area, down.clientX, down.clientY);
+function brush(plane, drawn, down, done, dropped) {
   let moved = false;
   plane.setPointerCapture(down.pointerId);
   const draw = event => {
@@ -204,8 +255,8 @@ function brush(plane, area, down, done) {
   const released = new AbortController();
   const end = event => {
     released.abort();
-    const corners = drawn.end();
-    if (event.type === 'pointerup' && moved) done(corners);
+    if (event.type === 'pointerup' && moved) done(drawn.corners());
+    else dropped();
   };
   const events = {pointermove: draw, pointerup: end, pointercancel: end};
   for (const [type, act] of Object.entries(events)) plane.addEventListener(type, act, {signal: released.signal});
