@@ -9,6 +9,7 @@
 - ``comparison_explorer``: forgetting by position, with the learning made equal
 - ``forgotten_explorer``: which examples were forgotten, and what they were taken for
 - ``continual_explorer``: sequences of tasks
+- ``growth_explorer``: a training's checkpoints: what was forgotten by then, and which layers had moved
 - ``rewind_explorer``: the ways back from a trained adapter
 - ``pages``: several of them under tabs
 
