@@ -3,6 +3,7 @@
 - ``spectrum_explorer``: singular values of one or several models, with a window to slide over them
 - ``metric_explorer``: spectra of one weight in several metrics; do their windows hold the same directions?
 - ``window_explorer``: what a window cuts out of a weight and of features, while the answers stay
+- ``expert_explorer``: the experts of a mixture: which is unlike the others, and do their windows differ?
 - ``training_explorer``: train a window and watch both tasks; pause, stop, compare runs
 - ``tradeoff_explorer``: a sweep's runs, to filter, brush and pick; what a picked run did
 - ``pair_explorer``: two windows or methods side by side, paired by seed

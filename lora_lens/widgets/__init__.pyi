@@ -1,5 +1,6 @@
 from ._pages import pages as pages
 from .continual import continual_explorer as continual_explorer
+from .experts import expert_explorer as expert_explorer
 from .fair_comparison import comparison_explorer as comparison_explorer
 from .forgotten import forgotten_explorer as forgotten_explorer
 from .growing import growth_explorer as growth_explorer

@@ -102,7 +102,10 @@ def growth_explorer(growth: Growth) -> Explorer:
         ]
         shown["moved most"] = [f"{row['layer']}, by {row['relative']:.2%} of its weight" for row in most]
         numbers.value = html_table(pd.DataFrame({"checkpoint": list(rows), **shown}))
-        return iter([(depth, map_of(step.value, of_layers.value))])
+        return slow(step.value, of_layers.value)
+
+    def slow(at: int, column: str) -> Parts:
+        yield depth, map_of(at, column)
 
     shown = [HBox([curve, depth], layout=SIDE_BY_SIDE), numbers]
     return Explorer([[step, measure, of_layers]], shown, draw)
