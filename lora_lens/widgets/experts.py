@@ -30,9 +30,8 @@ from lora_lens.widgets._run_view import or_why_not
 from lora_lens.widgets.one_window import SHARE, SIDE_BY_SIDE
 from lora_lens.widgets.spectra import position_slider, rank_slider
 
-EXPERT = re.compile(
-    r"\[(\d+)\]|(?:^|\.)experts?\.(?:[a-z]+_)?(\d+)(?=\.)"
-)  # of a tensor, or a layer of its own
+# The number of an expert: of one tensor for all, or of a layer for each.
+EXPERT = re.compile(r"\[(\d+)\]|(?:^|\.)experts?\.(?:[a-z]+_)?(\d+)(?=\.)")
 MEASURES = {"norm": "{:.3g}", "largest": "{:.3g}", "effective_rank": "{:.1f}", "stable_rank": "{:.1f}"}
 MEASURES["energy"] = "{:.2%}"
 WORDS = {"largest": "largest s", "energy": "energy in the window"}
@@ -70,8 +69,12 @@ def expert_explorer(spectra: SpectrumSet, rank: int = 8) -> Explorer:
     every = SpectrumSet([s for experts in tensors.values() for s in experts.values()])
     tensor = dropdown("tensor", dict.fromkeys(kind for _, kind in tensors))
     tensor.layout = Layout(width="28em", max_width="98%")
-    blocks = [("none" if b < 0 else str(b), b) for b in sorted({block for block, _ in tensors})]
-    block = SelectionSlider(options=blocks, value=next(iter(tensors))[0], description="block")
+    places = sorted({block for block, _ in tensors})
+    block = SelectionSlider(
+        options=[("none" if place < 0 else str(place), place) for place in places],
+        index=places.index(next(iter(tensors))[0]),  # a value of 0 would leave it without a label
+        description="block",
+    )
     numbers = sorted({number for experts in tensors.values() for number in experts})
     expert = SelectionSlider(options=numbers, description="expert")
     size, position = rank_slider(whole_number(rank, "rank", least=1), every), position_slider()
@@ -92,13 +95,15 @@ def expert_explorer(spectra: SpectrumSet, rank: int = 8) -> Explorer:
                 f"block {block.label} has no expert {expert.value} of {tensor.value}; choose another"
             )
         window = Window(size.value, position=position.value)
-        curves.value = picture_of(block.value, tensor.value).html(
+        drawn = picture_of(block.value, tensor.value)
+        curves.value = drawn.html(
             expert.value,
             window,
             f"singular values of {len(experts)} experts of {tensor.value} in block {block.label}, expert "
             f"{expert.value} in front, with the {window} shaded",
         )
-        table.value = html_table(_beside_others(experts, expert.value, window))
+        energy = [s.energy(window) for s in experts.values()]
+        table.value = html_table(_beside_others(drawn.table.assign(energy=energy), expert.value))
         return slow(experts, window, side.value)
 
     def slow(experts: dict[int, Spectrum], window: Window, side: str) -> Parts:
@@ -133,10 +138,8 @@ def _experts_by_tensor(spectra: SpectrumSet) -> dict[tuple[int, str], dict[int, 
     return found
 
 
-def _beside_others(experts: dict[int, Spectrum], number: int, window: Window) -> pd.DataFrame:
+def _beside_others(table: pd.DataFrame, number: int) -> pd.DataFrame:
     """One row per measure: of this expert, of all as a mean, and the least and the most of one."""
-    table = SpectrumSet(experts.values()).table(window).set_index(pd.Index(experts))
-    table["norm"] = [float(s.singular_values.norm()) for s in experts.values()]
     rows = []
     for column, form in MEASURES.items():
         of = table[column]
@@ -193,11 +196,17 @@ class _Common:
 
 
 class _Spectra:
-    """Singular values of all experts, in which the one in front and the window move."""
+    """Singular values of all experts, in which the one in front and the window move.
+
+    Attributes:
+        table: of the spectra and their norms, by the experts' numbers.
+    """
 
     def __init__(self, experts: dict[int, Spectrum]) -> None:
         self.experts = experts
         self.k = max(s.k for s in experts.values())
+        self.table = SpectrumSet(experts.values()).table().set_index(pd.Index(experts))
+        self.table["norm"] = [float(s.singular_values.norm()) for s in experts.values()]
 
         def draw(figure: Figure) -> list[Artist]:
             left = LABELS / SIZE[0]

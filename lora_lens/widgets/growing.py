@@ -61,7 +61,7 @@ def growth_explorer(growth: Growth) -> Explorer:
     measures = [(name, score) for score, (name, _) in GROWTH.items() if score in growth]
     steps = [(f"{step:g}", step) for step in layers["step"].unique()]
     wide = Layout(width="30em", max_width="98%")
-    step = SelectionSlider(options=steps, value=steps[-1][1], description="step", layout=wide)
+    step = SelectionSlider(options=steps, index=len(steps) - 1, description="step", layout=wide)
     first = "forgetting" if "forgetting" in growth else "relative"
     measure = Dropdown(options=measures, value=first, description="measure")
     known = [

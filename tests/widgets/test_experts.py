@@ -30,6 +30,7 @@ def test_one_expert_stands_beside_the_others(spectra):
     explorer = ll.widgets.expert_explorer(spectra, rank=4, tensor=DOWN, block=1, expert=2)
     assert control(explorer, "tensor").options == (GATE_UP, DOWN)  # q_proj has no experts
     window, experts = ll.Window(4, position=0.5), down(spectra)
+    assert f"3 experts of {DOWN} in block 1, expert 2 in front" in alts(explorer)[0]
     rows = {row.pop(""): row for row in numbers(explorer)}
     energies = [s.energy(window) for s in experts]
     assert rows["energy in the window"]["expert 2"] == f"{energies[2]:.2%}"
@@ -80,6 +81,7 @@ def test_experts_that_are_layers_and_halves_of_a_tensor_are_found():
 def test_without_vectors_only_the_directions_are_missing(spectra):
     values = ll.SpectrumSet([ll.Spectrum(s.name, s.shape, s.singular_values) for s in spectra.values()])
     explorer = ll.widgets.expert_explorer(values, rank=4)
+    assert "in block 0, expert 0" in alts(explorer)[0]
     assert len(pictures(explorer)) == 1 and "Not shown: the spectrum of" in text(explorer)
 
 
