@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import pandas as pd
 import torch
-from ipywidgets import HTML, HBox, Layout, SelectionSlider, ToggleButtons
+from ipywidgets import HTML, HBox, Layout, SelectionSlider
 from matplotlib.artist import Artist
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -43,8 +43,8 @@ SIZE = (5.4, 4)  # inches, of two pictures side by side
 def expert_explorer(spectra: SpectrumSet, rank: int = 8) -> Explorer:
     """The experts of one tensor: which is unlike the others, and do their windows hold the same directions?
 
-    Controls: the tensor, its block, one expert, rank and position of the window, and which of its directions:
-    of the outputs (left singular vectors) or of the inputs. Shown: the singular values of all experts, with
+    Controls: the tensor, its block, one expert, which directions (of the outputs, the left singular vectors,
+    or of the inputs), and rank and position of the window. Shown: the singular values of all experts, with
     this one's in front and the window shaded; its norm, largest singular value, effective and stable rank and
     the window's share of the energy, beside the mean, the least and the most of all; and, once the window
     rests, how many directions of the window every two experts share (:func:`lora_lens.spectrum.overlap`).
@@ -63,7 +63,7 @@ def expert_explorer(spectra: SpectrumSet, rank: int = 8) -> Explorer:
         >>> spectra = ll.SpectrumSet([ll.spectrum.factorize(name, torch.randn(8, 6)) for name in names])
         >>> explorer = ll.widgets.expert_explorer(spectra, rank=2)  # the last line of a cell shows it
         >>> [control.description for control in explorer.children[1].children]
-        ['tensor', 'block', 'expert']
+        ['tensor', 'block']
     """
     tensors = _experts_by_tensor(some_spectra(spectra))
     every = SpectrumSet([s for experts in tensors.values() for s in experts.values()])
@@ -78,7 +78,7 @@ def expert_explorer(spectra: SpectrumSet, rank: int = 8) -> Explorer:
     numbers = sorted({number for experts in tensors.values() for number in experts})
     expert = SelectionSlider(options=numbers, description="expert")
     size, position = rank_slider(whole_number(rank, "rank", least=1), every), position_slider()
-    side = ToggleButtons(options=[(name, side) for side, name in SIDES.items()], description="directions")
+    side = dropdown("directions", [(name, side) for side, name in SIDES.items()])
     curves, common = HTML(layout=Layout(**SHARE)), HTML(layout=Layout(**SHARE))
     table = table_box()
 
@@ -117,7 +117,7 @@ def expert_explorer(spectra: SpectrumSet, rank: int = 8) -> Explorer:
         return f"{matrix_of(len(experts)).html(shared, words)}<p>{words}.</p>"
 
     shown = [HBox([curves, common], layout=SIDE_BY_SIDE), table]
-    return Explorer([[tensor, block, expert], [size, position, side]], shown, draw)
+    return Explorer([[tensor, block], [expert, side], [size, position]], shown, draw)
 
 
 def _experts_by_tensor(spectra: SpectrumSet) -> dict[tuple[int, str], dict[int, Spectrum]]:
@@ -143,7 +143,10 @@ def _beside_others(table: pd.DataFrame, number: int) -> pd.DataFrame:
     rows = []
     for column, form in MEASURES.items():
         of = table[column]
-        row = {"": WORDS.get(column, column.replace("_", " ")), f"expert {number}": form.format(of[number])}
+        row = {
+            "measure": WORDS.get(column, column.replace("_", " ")),
+            f"expert {number}": form.format(of[number]),
+        }
         row |= {f"mean of {len(of)}": form.format(of.mean())}
         ends = {"least": of.idxmin(), "most": of.idxmax()}
         rows.append(row | {end: f"{form.format(of[i])} (expert {i})" for end, i in ends.items()})

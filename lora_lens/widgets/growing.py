@@ -84,7 +84,7 @@ def growth_explorer(growth: Growth) -> Explorer:
         return drawn(
             lambda figure: _draw_map(figure, moved, name, top),
             f"{LAYERS[column]} by layer at step {at:g}, {moved[name].min():.3g} to {moved[name].max():.3g}%",
-            size=(6.5, 4),
+            size=(6.5, 5.2),
         )
 
     def draw() -> Parts:

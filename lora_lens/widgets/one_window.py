@@ -9,7 +9,7 @@ from threading import Lock
 
 import pandas as pd
 import torch
-from ipywidgets import HTML, Dropdown, HBox, Layout, ToggleButtons
+from ipywidgets import HTML, Dropdown, HBox, Layout
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -103,7 +103,7 @@ def window_explorer(
     layer = dropdown("layer", look.layers(model, spectra, prefix))
     cuts = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
     size, position = rank_slider(rank, cuts), position_slider()
-    form = ToggleButtons(options=["residual", "offset"], description="form")
+    form = dropdown("form", ["residual", "offset"])
     reading = Lock()  # one thread at a time: reading switches the model to evaluation and back
     place, seen = HTML(layout=Layout(**SHARE)), HTML(layout=Layout(**SHARE))
     numbers, cut, answers = table_box(), HTML(), HTML()
@@ -159,7 +159,7 @@ def window_explorer(
         yield answers, words + look.answers(before, after, off)
 
     shown = [HBox([place, seen], layout=SIDE_BY_SIDE), numbers, cut, answers]
-    return Explorer([[layer, *look.controls], [size, position, form]], shown, draw)
+    return Explorer([[layer, *look.controls, form], [size, position]], shown, draw)
 
 
 @torch.inference_mode()

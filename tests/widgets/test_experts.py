@@ -31,7 +31,7 @@ def test_one_expert_stands_beside_the_others(spectra):
     assert control(explorer, "tensor").options == (GATE_UP, DOWN)  # q_proj has no experts
     window, experts = ll.Window(4, position=0.5), down(spectra)
     assert f"3 experts of {DOWN} in block 1, expert 2 in front" in alts(explorer)[0]
-    rows = {row.pop(""): row for row in numbers(explorer)}
+    rows = {row.pop("measure"): row for row in numbers(explorer)}
     energies = [s.energy(window) for s in experts]
     assert rows["energy in the window"]["expert 2"] == f"{energies[2]:.2%}"
     assert rows["energy in the window"]["mean of 3"] == f"{sum(energies) / 3:.2%}"
