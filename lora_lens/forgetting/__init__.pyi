@@ -25,7 +25,7 @@ from .features import (
 )
 from .first_order import foresee as foresee
 from .generations import replies as replies, replies_before_after as replies_before_after
-from .measuring import Measured as Measured, growth as growth, measure as measure
+from .measuring import Growth as Growth, Measured as Measured, growth as growth, measure as measure
 from .neighbours import neighbour_agreement as neighbour_agreement, neighbour_table as neighbour_table
 from .paired_comparison import against_baseline as against_baseline, early_updates as early_updates
 from .pareto import dominance as dominance, front_by_method as front_by_method, hypervolume as hypervolume

@@ -141,6 +141,18 @@ def measure(
     return Measured(pd.DataFrame(rows), moves(before, after, spectra))
 
 
+class Growth(pd.DataFrame):
+    """What :func:`growth` returns; a part of it is an ordinary table.
+
+    Attributes:
+        layers: one row per checkpoint and layer: step, layer, block, kind, update (||dW||_F), norm (||W||_F)
+            and relative, their ratio; with spectra, all columns of :func:`lora_lens.forgetting.drift`.
+    """
+
+    _metadata = ["layers"]  # noqa: RUF012 - pandas's name and type
+    layers: pd.DataFrame
+
+
 def growth(
     folder: str | Path,
     model: nn.Module,
@@ -149,7 +161,7 @@ def growth(
     start: str | Path | None = None,
     spectra: SpectrumSet | None = None,
     precision: str = "float32",
-) -> pd.DataFrame:
+) -> Growth:
     """How an adapter grew over the checkpoints that a trainer kept, and what the model forgot meanwhile.
 
     Args:
@@ -164,7 +176,8 @@ def growth(
         One row for step 0, the pretrained model, and one per checkpoint, by step. Columns: step; update, the
         norm of all layers' updates together, sqrt(sum ||dW||_F^2); relative, its share of the weights' norm;
         with spectra rotation, the share of what lies off the diagonal of U^T dW V, which to first order turns
-        singular vectors; with ``retain`` retained_accuracy, forgetting and loss_rise (in nats).
+        singular vectors; with ``retain`` retained_accuracy, forgetting and loss_rise (in nats). Each layer's
+        are in its attribute ``layers``, a table of their own.
 
     Raises:
         ValueError: the folder is no trainer's, a checkpoint holds no adapter or that of another model, or as
@@ -201,10 +214,11 @@ def growth(
         first["rotation"] = 0.0
     if old is not None:
         first |= {"retained_accuracy": old.accuracy, "forgetting": 0.0, "loss_rise": 0.0}
-    rows = [first]
+    rows, layers = [first], []
     for step, place in steps.items():
         adapted = trained_model(place, model, start, None)
         moved = moves(model, adapted, spectra)
+        layers.append(moved.assign(step=step))
         update, norm = (float(np.sqrt((moved[column] ** 2).sum())) for column in ("update", "norm"))
         row: dict[str, object] = {"step": step, "update": update, "relative": update / norm}
         if spectra is not None:
@@ -218,7 +232,9 @@ def growth(
                 "loss_rise": new.loss - old.loss,
             }
         rows.append(row)
-    return pd.DataFrame(rows)
+    table = Growth(rows)
+    table.layers = pd.concat(layers, ignore_index=True)
+    return table
 
 
 def trained_model(

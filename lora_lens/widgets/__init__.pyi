@@ -1,8 +1,11 @@
 from ._pages import pages as pages
 from .continual import continual_explorer as continual_explorer
+from .experts import expert_explorer as expert_explorer
 from .fair_comparison import comparison_explorer as comparison_explorer
 from .forgotten import forgotten_explorer as forgotten_explorer
+from .growing import growth_explorer as growth_explorer
 from .live_training import training_explorer as training_explorer
+from .metrics import metric_explorer as metric_explorer
 from .one_window import window_explorer as window_explorer
 from .rewinding import rewind_explorer as rewind_explorer
 from .spectra import spectrum_explorer as spectrum_explorer

@@ -19,6 +19,7 @@ from lora_lens._base.torch_tools import evaluating
 from lora_lens._base.validate import instance, whole_number
 from lora_lens.adapters.attaching import attach
 from lora_lens.adapters.low_rank import chosen_layers
+from lora_lens.adapters.variant import Variant
 from lora_lens.forgetting.features import (
     FeatureEnergies,
     FeatureNorms,
@@ -53,14 +54,15 @@ def window_explorer(
 ) -> Explorer:
     """Cut a window out of every weight, look at one of them, and see that the model still says the same.
 
-    Controls: the layer to look at, rank and position of the window, and of texts
-    which one. Shown while the window moves: the layer's spectrum with the window shaded; what the window
-    and the residual carry of the features of three images, or of each token of the text
+    Controls: the layer to look at, rank and position of the window, and of texts which one; and the form, by
+    which the frozen base holds the residual or, offset, the pretrained weight (:class:`lora_lens.Variant`).
+    Shown while the window moves: the layer's spectrum with the window shaded; what the window and the
+    residual carry of the features of three images, or of each token of the text
     (:func:`lora_lens.forgetting.feature_split`); the window's energy in this layer and in these features; the
-    weight, the window's slice of it and the residual. Once it rests: the task's predictions for a few
-    test examples before and after :func:`lora_lens.attach`, and the largest difference of the logits,
-    relative to the largest. Of a language task, whose predictions are tokens, it is counted how many are
-    the same.
+    weight, the window's slice of it and the residual. Once it rests: the task's predictions for a few test
+    examples before and after :func:`lora_lens.attach`, and with the adapter switched off, and the largest
+    differences of the logits, relative to the largest. Of a language task, whose predictions are tokens, it
+    is counted how many are the same.
 
     Args:
         model: the pretrained model; it is only read.
@@ -101,6 +103,7 @@ def window_explorer(
     layer = dropdown("layer", look.layers(model, spectra, prefix))
     cuts = SpectrumSet([spectra[name] for name in chosen_layers(model, None, spectra)])
     size, position = rank_slider(rank, cuts), position_slider()
+    form = dropdown("form", ["residual", "offset"])
     reading = Lock()  # one thread at a time: reading switches the model to evaluation and back
     place, seen = HTML(layout=Layout(**SHARE)), HTML(layout=Layout(**SHARE))
     numbers, cut, answers = table_box(), HTML(), HTML()
@@ -135,23 +138,28 @@ def window_explorer(
             f"of the features of {look.what()}": f"{float(split.shares.mean()):.2%} in the window",
         }
         numbers.value = html_table(pd.DataFrame([facts]))
-        return attached(window)
+        return attached(window, form.value)
 
-    def attached(window: Window) -> Parts:
+    def attached(window: Window, base: str) -> Parts:
         """All weights get their adapter, which takes a while in a large model."""
         with reading:
-            adapted = attach(model, window, spectra=spectra)
+            adapted = attach(model, window, spectra=spectra, variant=Variant(base=base))
         yield
         after = _logits(adapted, task, examples)
-        same = int((before.argmax(-1) == after.argmax(-1)).sum())
+        yield
+        with adapted.disable_adapter():
+            off = _logits(adapted, task, examples)
+        same = [int((before.argmax(-1) == now.argmax(-1)).sum()) for now in (after, off)]
+        error, error_off = (_relative_difference(now, before) for now in (after, off))
         words = (
-            f"Same predictions after attaching: {same} of {before.argmax(-1).numel()}. Largest difference of "
-            f"the logits, relative to the largest: {_relative_difference(after, before):.1e}."
+            f"<p>Same predictions after attaching: {same[0]} of {before.argmax(-1).numel()}. Largest "
+            f"difference of the logits, relative to the largest: {error:.1e}.</p><p>With the adapter "
+            f"switched off, the {base} form gives {same[1]} of them; the difference is {error_off:.1e}.</p>"
         )
-        yield answers, f"<p>{words}</p>{look.answers(before, after)}"
+        yield answers, words + look.answers(before, after, off)
 
     shown = [HBox([place, seen], layout=SIDE_BY_SIDE), numbers, cut, answers]
-    return Explorer([[layer, *look.controls], [size, position]], shown, draw)
+    return Explorer([[layer, *look.controls, form], [size, position]], shown, draw)
 
 
 @torch.inference_mode()
@@ -216,17 +224,18 @@ class _Images:
             self.maps = FeatureMapsPicture(self.examples.batch(self.rows()), split, prefix, HALF)
         return self.maps.html(split, alt)
 
-    def answers(self, before: Tensor, after: Tensor) -> str:
-        names = [[self.task.classes[i] for i in logits.argmax(-1).tolist()] for logits in (before, after)]
+    def answers(self, *logits: Tensor) -> str:
+        """Before and after attaching, and switched off."""
+        names = [[self.task.classes[i] for i in some.argmax(-1).tolist()] for some in logits]
 
         def draw(figure: Figure) -> None:
-            axes = fixed_row(figure, len(self.examples), bottom=0.02, top=0.76, wspace=0.1)
-            for ax, image, old, new in zip(axes, self.examples.inputs, *names, strict=True):
+            axes = fixed_row(figure, len(self.examples), bottom=0.02, top=0.7, wspace=0.1)
+            for ax, image, old, new, off in zip(axes, self.examples.inputs, *names, strict=True):
                 show_image(ax, image)
-                ax.set_title(literal(f"before: {old}\nafter: {new}"), fontsize=8, loc="center")
+                ax.set_title(literal(f"before: {old}\nafter: {new}\noff: {off}"), fontsize=8, loc="center")
 
-        alt = f"{len(after)} test images with the predicted class before and after attaching"
-        return drawn(draw, alt, size=(10, 1.85))
+        alt = f"{len(names[0])} test images with the class predicted before, after attaching and switched off"
+        return drawn(draw, alt, size=(10, 2))
 
 
 class _Texts:
@@ -268,16 +277,16 @@ class _Texts:
 
         return drawn(draw, alt, HALF)
 
-    def answers(self, before: Tensor, after: Tensor) -> str:
+    def answers(self, *logits: Tensor) -> str:
         """A table; nothing for a language task, whose answers are tokens."""
         if not self.task.classes:
             return ""
-        right, old, new = (
+        right, old, new, off = (
             [self.task.classes[i] for i in numbers.tolist()]
-            for numbers in (self.examples.labels, before.argmax(-1), after.argmax(-1))
+            for numbers in (self.examples.labels, *(some.argmax(-1) for some in logits))
         )
         texts = [self._written(row, LETTERS) for row in range(len(self.examples))]
-        columns = {"class": right, "before": old, "after": new, "text": texts}
+        columns = {"class": right, "before": old, "after": new, "switched off": off, "text": texts}
         with pd.option_context("display.max_colwidth", None):
             return html_table(pd.DataFrame(columns), headings="left")
 

@@ -43,6 +43,7 @@ class TestTour(EveryNotebook):
 
 class TestSpectra(EveryNotebook):
     name = "01_spectra"
+    explorers = 2
 
     def test_the_shaded_window_follows_the_sliders(self, explorer: Explorer):
         assert "rank 8 at position 0.5 " in explorer.view().alt
@@ -73,6 +74,16 @@ class TestSpectra(EveryNotebook):
             lambda view: f" of {name}, with the window" in view.alt,
         )
         eventually(lambda: explorer.options("kind") != now, "the kinds stay those of the other model")
+
+    def test_a_metrics_window_is_compared_with_another_spectrum(self, notebook: Notebook):
+        metric = notebook.explorers(self.explorers)[1]
+        metric.changed(
+            lambda: metric.press("position", "Home"), lambda view: "rank 8 at position 0 " in view.alt
+        )
+        metric.changed(
+            lambda: metric.select("compared with").select_option(label="digits"),
+            lambda view: "in common with digits" in view.text and "components of digits" in view.alt,
+        )
 
 
 class TestWindows(EveryNotebook):
@@ -229,6 +240,7 @@ class TestContinual(EveryNotebook):
 
 class TestAfterTraining(EveryNotebook):
     name = "08_after_training"
+    explorers = 2
 
     def test_the_point_follows_t_back_from_the_trained_model(self, explorer: Explorer):
         at_first = explorer.view(lambda view: "whole update at t = 1:" in view.alt)
@@ -247,3 +259,16 @@ class TestAfterTraining(EveryNotebook):
             lambda view: view.alt.startswith(f"{path} at t = "),
         )
         explorer.changed(lambda: explorer.press("t", "Home"), lambda view: f"{path} at t = 0:" in view.alt)
+
+    def test_curve_and_map_of_the_layers_follow_the_checkpoint(self, notebook: Notebook):
+        checkpoints = notebook.explorers(self.explorers)[1]
+        steps = [re.search(r"at step (\d+)", alt)[1] for alt in checkpoints.view().alts]
+        assert len(set(steps)) == 1
+        checkpoints.changed(
+            lambda: checkpoints.press("step", "ArrowLeft"),
+            lambda view: all(f"at step {steps[0]}" not in alt for alt in view.alts),
+        )
+        checkpoints.changed(
+            lambda: checkpoints.select("of each layer").select_option(label="share inside the window"),
+            lambda view: view.alts[1].startswith("share inside the window by layer"),
+        )

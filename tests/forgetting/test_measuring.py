@@ -193,8 +193,15 @@ def test_growth_follows_a_trainers_checkpoints(narrow, clothes, kind, tmp_path):
         assert row.loss_rise == pytest.approx(expected.table["loss_rise"].iloc[0], abs=1e-5)
         assert row.relative == pytest.approx(expected.relative, rel=1e-4)
         assert 0 < row.rotation <= row.relative
+        of_layers = table.layers[table.layers["step"] == row.step]
+        assert of_layers["layer"].tolist() == expected.drift["layer"].tolist()
+        assert of_layers["update"].tolist() == pytest.approx(expected.drift["update"].tolist(), rel=1e-4)
+    inside = table.layers["inside"].notna()
+    assert inside.all() if kind == "window" else not inside.any()
     short = ll.forgetting.growth(tmp_path / "run", narrow, start=start)
     assert list(short) == ["step", "update", "relative"]
+    assert list(short.layers) == ["layer", "block", "kind", "update", "norm", "relative", "step"]
+    assert not hasattr(table.iloc[:2], "layers")  # of some checkpoints they would be those of all
     assert ll.plots.growth(table, "forgetting").lines[0].get_ydata().tolist() == table["forgetting"].tolist()
     with pytest.raises(ValueError, match="no column forgetting"):
         ll.plots.growth(short, "forgetting")

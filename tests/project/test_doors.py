@@ -28,7 +28,7 @@ INSIDE = ("tasks.bundled.PACKAGE",)
 # What functions return: nobody but they makes one, and they hold whatever they are given.
 RESULTS = """
 experiments.Advice forgetting.FeatureEnergies forgetting.FeatureNorms forgetting.FeatureSplit
-forgetting.Measured forgetting.Point forgetting.Rewound forgetting.UShape
+forgetting.Growth forgetting.Measured forgetting.Point forgetting.Rewound forgetting.UShape
 spectrum.Weight tasks.Answers training.Progress Run Spectrum spectrum.Change
 Sweep experiments.ContinualSweep
 course.Verdict

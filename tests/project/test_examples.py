@@ -21,6 +21,7 @@ RETURNED_BY = {
     "Run": "finetune",
     "course.Verdict": "course.check",
     "training.Run": "finetune",
+    "forgetting.Growth": "forgetting.growth",
     "forgetting.Measured": "measure",
     "forgetting.Rewound": "rewind",
     "spectrum.Change": "spectrum.change",

@@ -70,7 +70,7 @@ def after_attaching(explorer: VBox) -> tuple[str, float]:
     ("name", "controls", "images"),
     [
         ("spectrum_explorer", ["kind", "block", "rank", "position"], 1),
-        ("window_explorer", ["layer", "rank", "position"], 4),
+        ("window_explorer", ["layer", "rank", "position", "form"], 4),
         ("tradeoff_explorer", ["score", "0.001", "0.01"], 2),
     ],
 )
@@ -124,6 +124,16 @@ def test_attaching_at_any_position_keeps_the_predictions(window_explorer):
         control(window_explorer, "position").value = position
         same, difference = after_attaching(window_explorer)
         assert same == "8 of 8" and difference < 1e-5
+
+
+def test_switched_off_only_the_offset_form_is_the_pretrained_model(window_explorer):
+    control(window_explorer, "position").value = 0.0
+    off = re.compile(r"switched off, the (\w+) form gives (\d) of them; the difference is (\S+)\.</p>")
+    form, _, difference = off.search(text(window_explorer)).groups()
+    assert form == "residual" and float(difference) > 1e-2
+    control(window_explorer, "form").value = "offset"
+    assert off.search(text(window_explorer)).groups() == ("offset", "8", "0.0e+00")
+    assert after_attaching(window_explorer) == ("8 of 8", 0)
 
 
 def test_every_picture_of_a_window_moves_with_it_and_the_answers_do_not(window_explorer):
@@ -187,7 +197,7 @@ def test_a_classifier_of_texts_is_explored_token_by_token():
     assert same == "5 of 5" and difference < 1e-4
     cells = re.findall("<td>(.*)</td>", text(explorer))
     predicted = [movies.classes[i] for i in ll.evaluate(model, movies).predicted[:5]]
-    assert cells[5::4] == cells[6::4] == predicted
+    assert cells[5::5] == cells[6::5] == predicted
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -200,7 +210,7 @@ def test_a_language_model_is_explored_with_label_words_and_with_running_text(kin
     assert same == "4 of 4" and difference < 1e-4
     cells = re.findall("<td>(.*)</td>", text(explorer))
     predicted = [words.classes[i] for i in ll.evaluate(model, words).predicted[:4]]
-    assert cells[5::4] == cells[6::4] == predicted
+    assert cells[5::5] == cells[6::5] == predicted
     running = ll.tasks.language_task(corpus, byte_tokenizer(), block=16)
     explorer = ll.widgets.window_explorer(model, spectra, running, rank=4, images=4)
     assert len(re.findall("<td>", text(explorer))) == 4
