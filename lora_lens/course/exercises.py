@@ -170,6 +170,7 @@ def _more_than_the_middle() -> float:
 
 
 def _by_rank(answer: object) -> str:
+    answer = answer.to_frame("forgetting") if isinstance(answer, pd.Series) else answer
     instance(answer, pd.DataFrame, "answer", "a table")
     keys = ["rank", "position"]
     answer = answer.reset_index([name for name in answer.index.names if name in keys])
