@@ -86,6 +86,19 @@ def test_the_readme_begins_with_what_the_claims_came_to(claims):
     assert per_kind == {"images": 2, "language": 2, "tasks in a row": 4}
 
 
+def test_no_opponent_is_clearly_better_or_worse_than_the_middle_window(monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    cells = json.loads((ROOT / "notebooks/04_tradeoff_science.ipynb").read_text())["cells"]
+    source = next("".join(cell["source"]) for cell in cells if cell["id"] == "opponents-found")
+    names = {"ll": ll, "pd": pd, "results": RESULTS}
+    exec(source, names)
+    against = names["against"]
+    count = against["method"].nunique()
+    assert f"On four new classes {count} methods" in text_of("docs/sweeps.md")
+    assert not ((against["difference_low"] > 0) | (against["difference_high"] < 0)).any()
+    assert set(against.groupby("method")["seeds"].max()) == {7}
+
+
 def test_the_readme_s_caption_is_the_shipped_sweep_s():
     table = ll.Sweep.open(RESULTS / "digits.jsonl.xz").only("lr == 0.005").table
     first, middle = (
