@@ -324,16 +324,18 @@ def watched_page(browser: Browser, **context: object) -> Iterator[Page]:
         opened.close()
 
 
-def barriers(page: Page, within: str | None = None, *, colours_only: bool = False) -> list[str]:
-    """What axe-core's rules find on the page, or in the elements that a selector names.
+def barriers(
+    page: Page, within: str | None = None, *, but: str | None = None, colours_only: bool = False
+) -> list[str]:
+    """What axe-core's rules find on the page, or in the elements that a selector names, but in some others.
 
-    Of a long table its first rows are looked at. In the dark only the colours of a page are others.
+    In the dark only the colours of a page are others.
     """
     from axe_playwright_python.sync_playwright import Axe
 
-    part = {"exclude": [["tbody tr:nth-of-type(n+9)"]]} | ({"include": [[within]]} if within else {})
+    part = {name: [[given]] for name, given in {"include": within, "exclude": but}.items() if given}
     options = {"preload": False} | ({"runOnly": ["color-contrast"]} if colours_only else {})  # no other file
-    found = Axe().run(page, part, options).response["violations"]
+    found = Axe().run(page, part or None, options).response["violations"]
     nodes = [(rule["id"], node) for rule in found for node in rule["nodes"]]
     return [f"{rule}: {node['html']}: {node['failureSummary']}" for rule, node in nodes]
 

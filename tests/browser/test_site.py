@@ -120,7 +120,8 @@ def test_pages_fit_and_ask_nothing_of_the_network(
             assert page.evaluate("document.documentElement.dataset.theme") == theme
             if width == "laptop" and "generated" not in name:  # Sphinx's signatures break axe's rule of lists
                 assert page.evaluate(MOVING) == [], name
-                found = barriers(page, colours_only=theme == "dark")
+                rows = "tbody tr:nth-of-type(n+9)" if name == "tests/zoo/README" else None  # all alike
+                found = barriers(page, but=rows, colours_only=theme == "dark")
                 barred += [f"{name}: {barrier}" for barrier in found]
         assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
         assert barred == []
