@@ -36,6 +36,7 @@ from sweeping import HERE
 
 import lora_lens as ll
 from lora_lens.experiments.identity import named_method
+from lora_lens.forgetting.temporary_factors import require_rewindable
 from lora_lens.tasks.readouts import HeadReadout
 from lora_lens.training.regularizers.base import regularizer_of
 
@@ -119,8 +120,11 @@ class Trained:
     variant: ll.Variant | None = None
 
 
-def best_rate(rows: pd.DataFrame) -> float:
+def best_rate(table: pd.DataFrame, method: ll.adapters.Method | ll.Window) -> float:
     """The one with the largest mean of accuracy - forgetting."""
+    about = named_method(method)
+    rows = table[table["method"] == about["method"]]
+    rows = rows if about["position"] is None else rows[rows["position"] == about["position"]]
     return float((rows["accuracy"] - rows["forgetting"]).groupby(rows["lr"]).mean().idxmax())
 
 
@@ -128,10 +132,7 @@ def usual_methods(setting: str, folder: Path) -> Iterator[Trained]:
     """Three windows and LoRA, by the stored sweep."""
     table = ll.Sweep.open(folder / f"{setting}.jsonl.xz").table
     for name, method in METHODS.items():
-        about = named_method(method)
-        rows = table[table["method"] == about["method"]]
-        rows = rows if about["position"] is None else rows[rows["position"] == about["position"]]
-        yield Trained(name, method, best_rate(rows))
+        yield Trained(name, method, best_rate(table, method))
 
 
 def opposing_methods(setting: str, folder: Path) -> Iterator[Trained]:
@@ -143,11 +144,9 @@ def opposing_methods(setting: str, folder: Path) -> Iterator[Trained]:
         built = "" if variant is None else str(variant)
         for method in grid.methods:
             about = named_method(method)
-            rows = table[(table["method"] == about["method"]) & (table["variant"] == built)]
             name = about["method"] + (f", {built}" if built else "")
-            if about["position"] is not None:
-                name, rows = f"window {about['position']:g}", rows[rows["position"] == about["position"]]
-            yield Trained(name, method, best_rate(rows), variant)
+            name = name if about["position"] is None else f"window {about['position']:g}"
+            yield Trained(name, method, best_rate(table[table["variant"] == built], method), variant)
 
 
 def points(name: str, seed: int, methods: list[Trained]) -> Iterator[dict[str, object]]:
@@ -200,10 +199,12 @@ def curve(
 ) -> pd.DataFrame:
     """Columns t, accuracy and forgetting at each of some places on the way back."""
     try:
-        table = ll.rewind(adapted, *tasks, t=places, readout=head, progress=False).table
-        return table[["t", "accuracy", "forgetting"]]
+        require_rewindable(adapted)
     except ll.errors.LoraLensError:  # DoRA, or no LoRA
         moved = deepcopy(adapted)
+    else:
+        table = ll.rewind(adapted, *tasks, t=places, readout=head, progress=False).table
+        return table[["t", "accuracy", "forgetting"]]
     moved = moved.merge_and_unload() if hasattr(moved, "merge_and_unload") else moved
     start, end = (deepcopy(one.state_dict()) for one in (model, moved))
     before, rows = ll.evaluate(model, tasks[1]).accuracy, []
