@@ -10,11 +10,11 @@ where it was.
 
 | sweep | runs | hours |
 |---|---|---|
-| new_classes_opponents, digits_opponents | 700 each | 1.5 each |
+| new_classes_opponents, digits_opponents | 777 each | 1.6 each |
 | new_classes_mlp, digits_mlp | 28 each | 0.1 each |
 | new_classes_metric, digits_metric | 150 each | 0.3 each |
-| noise_opponents, noise_mlp | 520 | 1.1 |
-| few_digits_opponents, few_digits_mlp | 416 | 0.9 |
+| noise_opponents, noise_mlp | 575 | 1.2 |
+| few_digits_opponents, few_digits_mlp | 460 | 1.0 |
 | noise_metric | 150 | 0.3 |
 | new_classes_ranks, digits_ranks | 135 each | 0.3 each |
 | new_classes_alpha, digits_alpha | 90 each | 0.2 each |
@@ -23,7 +23,7 @@ where it was.
 | minilm_long | 8 | 0.75 |
 
 - opponents: windows, LoRA, its variants, penalties, PEFT's starts and methods and full fine-tuning, at rank 8
-  or with about as many trained numbers, each at four rates around the one where it learns most.
+  or with about as many trained numbers, each at four or five rates around the one where it learns most.
 - mlp: LoRA of the MLPs alone, in a file of its own as only its targets tell it from LoRA.
 - metric: windows in the metric of the retained task's inputs, of the new task's, and of the new task's
   relative to the retained one's. The column variant tells which.
@@ -102,33 +102,29 @@ def anchored(method: ll.adapters.Method | ll.Window) -> ll.training.Regularized:
 def opponents(scale: float, seeds: int) -> Grids:
     """All methods, each at rates around its best one, which is ``scale`` times that on digits."""
 
-    def around(best: float, *methods: object, **settings: object) -> tuple[ll.Grid, dict[str, object]]:
-        return ll.Grid(
-            lr=[best * scale * factor for factor in AROUND], seed=range(seeds), baselines=methods
-        ), settings
+    def around(
+        best: float, *methods: object, factors: tuple[float, ...] = AROUND, **settings: object
+    ) -> tuple[ll.Grid, dict[str, object]]:
+        rates = [best * scale * factor for factor in factors]
+        return ll.Grid(lr=rates, seed=range(seeds), baselines=methods), settings
+
+    def lower(best: float, *methods: object, **settings: object) -> tuple[ll.Grid, dict[str, object]]:
+        """With one rate below: on the first setting these did best at the lowest of the usual four."""
+        return around(best, *methods, factors=(AROUND[0] / 2, *AROUND), **settings)
 
     starts = {name: ll.PeftMethod(name, RANK) for name in ll.adapters.PEFT_STARTS}
-    first, *others = ll.windows(rank=RANK, count=5)
+    first, second, *others = ll.windows(rank=RANK, count=5)
     both_anchored = anchored(LORA), anchored(ll.Window.middle(RANK))
     return [
-        around(
-            1e-2,
-            *others,
-            LORA,
-            penalized(),
-            *both_anchored,
-            starts["corda"],
-            starts["orthogonal"],
-            KASA,
-            SHIRA,
-        ),
-        around(5e-3, first, *(starts[name] for name in ("pissa", "olora", "lora_ga", "eva"))),
+        around(1e-2, *others, LORA, penalized(), *both_anchored, starts["corda"], KASA),
+        lower(1e-2, second, starts["orthogonal"], SHIRA),
+        lower(5e-3, first, *(starts[name] for name in ("pissa", "olora", "lora_ga", "eva"))),
         around(2e-2, penalized(0.1), starts["mica"]),
         around(4e-2, HIRA, OSF),
-        around(2.5e-3, OFT),
-        around(6.25e-4, ll.FullFineTuning()),
+        lower(2.5e-3, OFT),
+        lower(6.25e-4, ll.FullFineTuning()),
         around(2.5e-3, LORA, variant=ll.Variant(rslora=True)),
-        around(1e-2, LORA, variant=ll.Variant(dora=True)),
+        lower(1e-2, LORA, variant=ll.Variant(dora=True)),
     ]
 
 
