@@ -234,7 +234,7 @@ def candidates(all_settings: list[Setting], goal: str) -> dict[str, list[Choice]
         rules |= {f"{cell}, rate of others": found for cell, found in by_cell.items()}
     rules["best fixed window of others"] = [c for cell in FIXED[:5] for c in by_cell[cell]]
     rules["best fixed of others"] = [c for found in by_cell.values() for c in found]
-    for kind in ("windows", "LoRA", L2):
+    for kind in ("windows", MIDDLE, "LoRA", L2):
         rules[f"own sweep of {kind}"] = [own_sweep(kind)]
     for measure in MEASURES:
         rules[f"window by {measure}"] = [extreme(measure, sign, rate) for sign in (1, -1) for rate in rates]

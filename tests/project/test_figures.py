@@ -111,6 +111,33 @@ def test_the_readme_s_caption_is_the_shipped_sweep_s():
     assert said in text_of("README.md")
 
 
+def test_the_guide_of_notebook_06_says_what_is_stored():
+    cells = json.loads((ROOT / "notebooks/06_your_model.ipynb").read_text())["cells"]
+    guide = next("".join(cell["source"]) for cell in cells if cell["id"] == "guide")
+    runs = pd.concat(ll.Sweep.open(RESULTS / f"{s}.jsonl.xz").table for s in ("digits", "elsewhere"))
+    name = runs["position"].astype(object).where(runs["position"].notna(), runs["method"])
+    lost, learnt = (
+        runs.groupby([name, "lr"])[score].mean().mul(100).unstack() for score in ("forgetting", "accuracy")
+    )
+    flat, most = ([p for p in lost.index if isinstance(p, float) and p >= least] for least in (0.375, 0.25))
+    rates = [0.005, 0.01]
+    said = {
+        r"PiSSA forgot (.*?) points": lost.loc[0.0, [*rates, 0.02]],
+        r"PiSSA forgot .* the middle window (.*?) \|": lost.loc[0.5, [*rates, 0.02]],
+        r"led the middle one by (.*?) points": learnt.loc[[0.0], 0.005] - learnt.loc[0.5, 0.005],
+        r"the window at 0.125 by (\d\.\d)": learnt.loc[[0.0], 0.005] - learnt.loc[0.125, 0.005],
+        r"middle window further, from (.*?) points": lost.loc[0.5],
+        r"LoRA with it forgot (.*?) points": lost.loc[["LoRA of rank 8, L2 to initial 0.01"], 0.01],
+        r"from 0.25 on forgot (.*?), at": lost.loc[most, 0.01].agg(["min", "max"]),
+        r"from 0.25 on forgot .*, at (.*?) % ": learnt.loc[most, 0.01].agg(["min", "max"]).round(),
+        r"it forgot (.*?) points, the windows": lost.loc["LoRA", rates],
+        r"0.375 on (.*?);": pd.concat([lost.loc[flat, rate].agg(["min", "max"]) for rate in rates]),
+    }
+    for pattern, expected in said.items():
+        (found,) = re.findall(pattern, guide)
+        assert numbers_in(found) == pytest.approx(list(expected), abs=ROUNDED), pattern
+
+
 def leads() -> pd.DataFrame:
     """In points beside LoRA of the same seed, trained and rewound, by setting, method and seed."""
     rows = pd.read_csv(RESULTS / "rewinding.csv").query("part == 'test'")
@@ -206,6 +233,7 @@ RULES = {
     "window by the features' change (4 pairs)": "window by relative_change",
     "ridge on measures (4 pairs)": "ridge on measures",
     "LoRA, L2 0.01, own best rate": "own sweep of LoRA, L2 to initial 0.01",
+    "middle window, own best rate": "own sweep of window 0.5",
     "window and rate that are best here": "own sweep of windows",
 }  # as docs/sweeps.md and data/results/rules.csv call them
 
@@ -216,7 +244,7 @@ def test_what_rules_are_worth_is_what_is_stored():
     for name, rule in RULES.items():
         expected = []
         for goal in ("kept", "area"):
-            if (goal, rule) in stored.index:
+            if (goal, rule) in stored.index and pd.notna(stored.loc[(goal, rule), "p_holm"]):
                 row = stored.loc[(goal, rule)]
                 expected += [-100 * row["difference"], -100 * row["high"], -100 * row["low"], row["p_holm"]]
         (numbers,) = (found for words, found in rows.items() if words[0] == name)
@@ -245,6 +273,12 @@ def test_what_rules_are_worth_is_what_is_stored():
     said = re.search(r"at its own best rate are (.*?); there", page)[1]
     assert numbers_in(said) == pytest.approx(thrice, abs=ROUNDED)
     assert f"has {len(stored)} rows" in page
+    asked = stored.loc["kept", "p_holm"].notna().sum()
+    assert f"about all rules: {asked} of them" in page
+    kept = stored.loc["kept", "difference"]
+    among, alone = kept["own sweep of windows"], kept["own sweep of window 0.5"]
+    assert "gain no more than the best rate of the middle window alone" in page
+    assert among == pytest.approx(alone, abs=0.001)
 
 
 @pytest.mark.parametrize("name", ["04_tradeoff_science", "05_language", "08_after_training"])
