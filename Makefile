@@ -20,7 +20,7 @@ JOBS ?= 2
 MORE = $(shell echo $$(($(JOBS) + 1)))
 LINT := BIN=$(BIN) .ci/lint && $(BIN)/lint-imports --no-logo --no-cache && $(BIN)/mypy
 DEMO := results/demo
-DEMO_RUNS := 66
+DEMO_RUNS := 42
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Notebooks under test keep finished runs in a folder named after the code that made them:
 # unchanged code is not run twice, changed code starts afresh.
@@ -40,7 +40,7 @@ help:  ## list the commands
 
 demo: $(VENV)/lab.installed $(DEMO)/stored.png  ## run the main notebook; figures and pages go to results/demo
 	@echo "== the trade-off of a sweep that ships with the project: $(DEMO)/stored.png"
-	@echo "== executing notebooks/03_tradeoff.ipynb (about 4 minutes on 2 cores; finished runs are kept)"
+	@echo "== executing notebooks/03_tradeoff.ipynb (about 3 minutes on 2 cores; finished runs are kept)"
 	@LORA_LENS_RESULTS=$(abspath $(DEMO)) TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
 		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
 		--output-dir $(DEMO) notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
@@ -93,7 +93,7 @@ test: $(VENV)/test.installed  ## lint, unit, property and integration tests, eve
 	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
 	run $$notebooks || run --last-failed $$notebooks
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
-	@echo "   (03 runs its whole sweep the first time: about 4 minutes on 2 cores)"
+	@echo "   (03 runs its whole sweep the first time: about 3 minutes on 2 cores)"
 	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) \
 		$(BIN)/pytest -n $(MORE) --dist loadscope -rs tests/browser
 

@@ -19,6 +19,7 @@ KINDS = ("select", "input", "button", '[role="slider"]', '[contenteditable="true
 CONTROLS = ", ".join(f'{kind}:not([tabindex="-1"])' for kind in KINDS)
 QUIET = 0.4  # seconds without a change after which a view counts as ready; slow parts pause 0.15 s
 RUN_SECONDS = 1800  # of a whole notebook; 03 without its finished runs takes minutes
+POLLED = 500  # milliseconds; by default a page is asked, and drawn, at every frame
 PATIENCE = 120  # seconds; nothing here is a measurement, and test machines are slow and busy
 
 STATE = """root => {
@@ -244,6 +245,7 @@ class Notebook:
             " return shown?.context?.path === path && shown.sessionContext.session?.kernel }",
             arg=path,
             timeout=1000 * PATIENCE,
+            polling=POLLED,
         )
         page.evaluate("async () => { const shown = jupyterapp.shell.currentWidget;"
                       " await shown.sessionContext.ready; await shown.revealed }")  # fmt: skip
@@ -256,6 +258,7 @@ class Notebook:
             " return shown.sessionContext.session.kernel.status === 'idle' &&"
             " [...shown.content.model.cells].every(cell => (cell.executionState ?? 'idle') === 'idle') }",
             timeout=1000 * RUN_SECONDS,
+            polling=POLLED,
         )
 
     def restart(self) -> None:

@@ -143,10 +143,10 @@ class TestTradeoff(EveryNotebook):
 
     def test_a_brushed_rectangle_narrows_the_choice(self, explorer: Explorer):
         def some(view: View) -> bool:
-            found = re.search(r"(\d+) of 66 runs", view.text)
-            return bool(found) and 0 < int(found[1]) < 66
+            found = re.search(r"(\d+) of 42 runs", view.text)
+            return bool(found) and 0 < int(found[1]) < 42
 
-        everything = explorer.root.get_by_text("66 of 66 runs")
+        everything = explorer.root.get_by_text("42 of 42 runs")
         explorer.button("all runs").click()
         everything.wait_for()
         explorer.changed(lambda: explorer.brush(0.7, 0.04, 0.98, 0.98), some)

@@ -34,10 +34,10 @@ SCORES = ["accuracy", "retained_accuracy", "forgetting"]
 OTHERWISE = {  # what another run of 03 has in place of: a minute of one core, and numbers of other sizes
     "tradeoff-03": {"first(test=1000)": "first(test=200)", "train=4000, test=1000": "train=120, test=250"},
     "tradeoff-07": {
-        "count=9": "count=3",
+        "count=5": "count=3",
         "[5e-3, 1e-2]": "[1e-2, 4e-2]",
-        "range(3)": "range(7, 10)",
-        "steps=120": "steps=15,\n    jobs=1",
+        "range(3)": "range(7, 9)",
+        "steps=120": "steps=10,\n    jobs=1",
         "batch_size=32": "batch_size=8",
     },
 }
@@ -131,6 +131,7 @@ def executed_anew(results: Path) -> Told:
     environment = os.environ | {
         "LORA_LENS_RESULTS": str(results),
         "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",  # or two threads spin, waiting for each other, where others work
         "TQDM_DISABLE": "1",
     }
     client = NotebookClient(
@@ -224,7 +225,7 @@ def test_the_table_of_notebook_03_is_that_of_its_runs(told):
 
 def test_every_figure_of_notebook_03_stands_in_its_table(told):
     apart, text = taken(f"lie up to ({FIGURE}) points apart", told.text)
-    ((width,),), text = taken(f"all windows from 0.375 on lie within ({FIGURE}) points of accuracy", text)
+    ((width,),), text = taken(f"all windows after PiSSA's lie within ({FIGURE}) points of accuracy", text)
     grown = "by (?) points with PiSSA, by (?) with the middle window and by (?) with MiLoRA"
     (growth,), text = taken(grown.replace("?", FIGURE), text)
     ((images, right, wrong, of, error),), text = taken(
@@ -247,13 +248,13 @@ def test_every_figure_of_notebook_03_stands_in_its_table(told):
         column = told.means["accuracy" if percent else "forgetting"].to_numpy()
         for figure in re.findall(FIGURE, some):
             assert np.abs(column - float(figure)).min() < ROUNDED, some
-    assert len(re.findall(FIGURE, text)) > 40
+    assert len(re.findall(FIGURE, text)) > 30
 
     windows = told.runs[told.runs["method"] == "window"]
     of_one = windows.groupby(["lr", "position"])["forgetting"]
     spread = 100 * (of_one.max() - of_one.min()).groupby("lr").max()
     assert [float(x) for (x,) in apart] == pytest.approx(list(spread), abs=ROUNDED)
-    flat = windows[windows["position"] >= 0.375].groupby(["position", "lr"])["accuracy"].mean().unstack()
+    flat = windows[windows["position"] > 0].groupby(["position", "lr"])["accuracy"].mean().unstack()
     assert float(width) == pytest.approx(100 * (flat.max() - flat.min()).max(), abs=ROUNDED)
     learns = told.means.loc[(0.5, told.rates[0]), "accuracy"] / 100
     assert [float(right), float(wrong)] == pytest.approx([learns, 1 - learns], abs=0.0006)
@@ -303,11 +304,10 @@ def test_each_figure_of_notebook_03_is_that_of_the_window_it_is_told_of(told):
 
 def test_ranges_of_notebook_03_reach_from_the_lowest_to_the_highest_window(told):
     ranges = {
-        rf"At ({RATE}) PiSSA forgets .* points, the other windows between ({FIGURES}), and": (
+        rf"At ({RATE}) PiSSA forgets .* points, the other windows between ({FIGURES})\.": (
             "forgetting",
             0.01,
         ),
-        rf"At ({RATE}) PiSSA forgets .* and those from 0.375 on between ({FIGURES})\.": ("forgetting", 0.375),
         rf"At ({RATE}) PiSSA gets .*, the other windows between ({FIGURES}) %": ("accuracy", 0.01),
     }
     for pattern, (score, least) in ranges.items():
@@ -323,14 +323,14 @@ def test_ranges_of_notebook_03_reach_from_the_lowest_to_the_highest_window(told)
 
 def test_the_words_of_notebook_03_agree_with_its_table(told):
     comparisons = {
-        r"Beside the middle window PiSSA forgets (.*?);": (0.0, 0.5, "forgetting"),
+        r"Compared with the middle window PiSSA forgets (.*?);": (0.0, 0.5, "forgetting"),
         r"; MiLoRA forgets (.*?)\. A U": (1.0, 0.5, "forgetting"),
-        r"Beside the middle window PiSSA learns (.*?)\.(?!\d)": (0.0, 0.5, "accuracy"),
+        r"Compared with the middle window PiSSA learns (.*?)\.(?!\d)": (0.0, 0.5, "accuracy"),
         r"avoid the first\? (.*?)\.\*": (0.0, 0.5, "forgetting"),
         r"%: PiSSA learns (.*?)\.(?!\d)": (0.0, 0.5, "accuracy"),
         r"And the last\? (.*?)\.\*": (1.0, 0.5, "forgetting"),
-        r"points: beside the middle window (.*?)\.(?!\d)": ("LoRA", 0.5, "forgetting"),
-        r"points: beside ordinary LoRA (.*?)\.(?!\d)": ("full fine-tuning", "LoRA", "forgetting"),
+        r"points: compared with the middle window (.*?)\.(?!\d)": ("LoRA", 0.5, "forgetting"),
+        r"points: compared with ordinary LoRA (.*?)\.(?!\d)": ("full fine-tuning", "LoRA", "forgetting"),
     }
     for pattern, (one, other, score) in comparisons.items():
         ((sentence,),), _ = taken(pattern, told.text)
