@@ -1,21 +1,22 @@
 """Does the choice of the window still matter after rewinding? Write ``results/rewinding.csv``.
 
-    python data/measure_rewinding.py                      # what the file lacks; 1.5 h from nothing
+    python data/measure_rewinding.py                      # what the file lacks; 2 h from nothing
     python data/measure_rewinding.py digits --seeds 3
-    python data/measure_rewinding.py --opponents          # results/rewound_opponents.csv: 0.5 h a setting
+    python data/measure_rewinding.py --opponents          # results/rewound_opponents.csv: 2 h a setting
 
-Each method is trained at its own best rate of the stored sweep (the largest mean of accuracy - forgetting),
-with seeds that the sweep has not seen. The whole update is then scaled by t; t is chosen by accuracy -
-forgetting on 400 test examples of each task, and scores are measured on others: 1,000 of each, 500 in
-minilm. In smollm2, which was trained at one rate, t is chosen on 150 film reviews and 30 newspaper texts, and
-measured on 300 and 60. Settings and seeds that the file holds already are not run again.
+Each method is trained at several rates, with seeds that no stored sweep has seen, and the whole update is
+then scaled by t. By accuracy - forgetting on 400 test examples of each task two points are chosen for each
+seed: a rate for the trained model (t = 1), and a rate together with a t. Scores are measured on other
+examples: 1,000 of each task, 500 in minilm. In the language models the rate is the stored sweep's best for
+the method (the largest mean of accuracy - forgetting); in smollm2 t is chosen on 150 film reviews and 30
+newspaper texts, and measured on 300 and 60. Settings and seeds that the file holds already are not run again.
 
 With --opponents all methods of run_second_round.py's ``digits_opponents`` and ``new_classes_opponents`` are
-measured in this way, seven seeds of each; t scales the change of the merged weights where ``ll.rewind`` does
+measured in this way at all of their rates; t scales the change of the merged weights where ``ll.rewind`` does
 not take the method.
 
 One row per measured point. Columns: setting, method, lr, seed; part, "validation" or "test", which
-has the trained model (t = 1) and the chosen t; t, accuracy, forgetting.
+has the two chosen points, or one where they are the same; t, accuracy, forgetting.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ METHODS = {
     "last": ll.Window.last(8),
     "LoRA": ll.LoRA(8),
 }
+RATES = (0.001, 0.002, 0.005, 0.01)
 POINTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FIRST_SEED = 100
 
@@ -54,7 +56,8 @@ FIRST_SEED = 100
 class Setting:
     """A model, what it learns, what it knew, how many test examples give scores, and how it is trained.
 
-    ``chosen_on`` are the test examples of each task that t is chosen on, from ``points``.
+    ``chosen_on`` are the test examples of each task that a rate and a t of ``points`` are chosen on.
+    Without rates it is the one where the method did best in the stored sweep.
     """
 
     model: torch.nn.Module
@@ -66,6 +69,7 @@ class Setting:
     batch: int = BATCH
     chosen_on: tuple[range, range] = (range(1000, 1400), range(1000, 1400))
     points: tuple[float, ...] = POINTS
+    rates: tuple[float, ...] = RATES
 
 
 def digits() -> Setting:
@@ -85,7 +89,7 @@ def minilm() -> Setting:
     texts = ll.tasks.bundled_texts
     movies, genres = (ll.tasks.text_task(c, tokenizer) for c in (texts.sentiment("movies"), texts.genres()))
     return Setting(
-        model, movies, ll.tasks.probed(model, genres, examples=2000), (500, 500), train=None, steps=100
+        model, movies, ll.tasks.probed(model, genres, examples=2000), (500, 500), None, steps=100, rates=()
     )
 
 
@@ -104,6 +108,7 @@ def smollm2() -> Setting:
         batch=16,
         chosen_on=(range(1000, 1150), range(100, 130)),
         points=(0.4, 0.55, 0.7, 0.85, 1.0),
+        rates=(),
     )
 
 
@@ -112,31 +117,32 @@ SETTINGS = {"digits": digits, "new_classes": new_classes, "minilm": minilm, "smo
 
 @dataclass(frozen=True)
 class Trained:
-    """A method at the rate where it did best, and how its adapters are built."""
+    """A method, the rates that it is trained at, and how its adapters are built."""
 
     name: str
     method: ll.adapters.Method | ll.Window
-    lr: float
+    rates: tuple[float, ...]
     variant: ll.Variant | None = None
 
 
-def best_rate(table: pd.DataFrame, method: ll.adapters.Method | ll.Window) -> float:
-    """The one with the largest mean of accuracy - forgetting."""
+def stored(table: pd.DataFrame, method: ll.adapters.Method | ll.Window) -> pd.Series:
+    """Means of accuracy - forgetting of a method in a sweep's table, by rate."""
     about = named_method(method)
     rows = table[table["method"] == about["method"]]
     rows = rows if about["position"] is None else rows[rows["position"] == about["position"]]
-    return float((rows["accuracy"] - rows["forgetting"]).groupby(rows["lr"]).mean().idxmax())
+    return (rows["accuracy"] - rows["forgetting"]).groupby(rows["lr"]).mean()
 
 
 def usual_methods(setting: str, folder: Path) -> Iterator[Trained]:
-    """Three windows and LoRA, by the stored sweep."""
+    """Three windows and LoRA."""
     table = ll.Sweep.open(folder / f"{setting}.jsonl.xz").table
     for name, method in METHODS.items():
-        yield Trained(name, method, best_rate(table, method))
+        rates = SETTINGS[setting]().rates or (float(stored(table, method).idxmax()),)
+        yield Trained(name, method, rates)
 
 
 def opposing_methods(setting: str, folder: Path) -> Iterator[Trained]:
-    """All of run_second_round.py's opponents, by their stored sweep."""
+    """All of run_second_round.py's opponents, at the rates of their stored sweep."""
     table = ll.Sweep.open(folder / f"{setting}_opponents.jsonl.xz").table
     table["variant"] = table["variant"].fillna("")
     for grid, settings in opponents(SCALES[setting], seeds=1):
@@ -146,7 +152,8 @@ def opposing_methods(setting: str, folder: Path) -> Iterator[Trained]:
             about = named_method(method)
             name = about["method"] + (f", {built}" if built else "")
             name = name if about["position"] is None else f"window {about['position']:g}"
-            yield Trained(name, method, best_rate(table[table["variant"] == built], method), variant)
+            rates = tuple(stored(table[table["variant"] == built], method).index)
+            yield Trained(name, method, rates, variant)
 
 
 def points(name: str, seed: int, methods: list[Trained]) -> Iterator[dict[str, object]]:
@@ -160,32 +167,40 @@ def points(name: str, seed: int, methods: list[Trained]) -> Iterator[dict[str, o
     task, retain = setting.task.first(setting.train, test=50), setting.retain.first(test=50)
     spectra = ll.spectra(model, progress=False)
     for trained in methods:
-        adapted = ll.attach(
-            model,
-            trained.method,
-            spectra=spectra,
-            variant=trained.variant,
-            seed=seed,
-            task=task,
-            retain=retain,
-        )
-        run = ll.finetune(
-            adapted,
-            task,
-            retain,
-            regularizer=regularizer_of(trained.method),
-            steps=setting.steps,
-            batch_size=setting.batch,
-            lr=trained.lr,
-            seed=seed,
-            evaluations=2,
-            progress=False,
-        )
-        chosen = curve(model, adapted, run.head, choosing, setting.points)
-        best = (chosen["accuracy"] - chosen["forgetting"])[::-1].idxmax()  # of equals the longest way
-        measured = curve(model, adapted, run.head, testing, sorted({chosen["t"][best], 1.0}))
-        about = {"setting": name, "method": trained.name, "lr": trained.lr, "seed": seed}
-        for part, rewound in (("validation", chosen), ("test", measured)):
+        at_rates, curves = {}, []
+        for lr in trained.rates:
+            adapted = ll.attach(
+                model,
+                trained.method,
+                spectra=spectra,
+                variant=trained.variant,
+                seed=seed,
+                task=task,
+                retain=retain,
+            )
+            run = ll.finetune(
+                adapted,
+                task,
+                retain,
+                regularizer=regularizer_of(trained.method),
+                steps=setting.steps,
+                batch_size=setting.batch,
+                lr=lr,
+                seed=seed,
+                evaluations=2,
+                progress=False,
+            )
+            at_rates[lr] = adapted, run.head
+            curves.append(curve(model, adapted, run.head, choosing, setting.points).assign(lr=lr))
+        chosen = pd.concat(curves, ignore_index=True)
+        value = (chosen["accuracy"] - chosen["forgetting"])[::-1]  # of equals the longest way
+        best = chosen.loc[list({value[chosen["t"] == 1].idxmax(), value.idxmax()})]
+        measured = [
+            curve(model, *at_rates[lr], testing, sorted(rows["t"])).assign(lr=lr)
+            for lr, rows in best.groupby("lr")
+        ]
+        about = {"setting": name, "method": trained.name, "lr": None, "seed": seed}
+        for part, rewound in (("validation", chosen), ("test", pd.concat(measured))):
             for row in rewound.to_dict("records"):
                 yield about | {"part": part} | row
 
@@ -240,10 +255,10 @@ def main() -> None:
     parser.add_argument("--opponents", action="store_true", help="instead, of digits and new_classes")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="of the sweeps")
     parser.add_argument("--output", type=Path, help="default in data/results")
-    parser.add_argument("--seeds", type=int, help="default 5, of opponents 7")
+    parser.add_argument("--seeds", type=int, help="default 5, of opponents 3")
     arguments = parser.parse_args()
     if arguments.opponents:
-        methods_of, names, seeds, file = opposing_methods, ("digits", "new_classes"), 7, "rewound_opponents"
+        methods_of, names, seeds, file = opposing_methods, ("digits", "new_classes"), 3, "rewound_opponents"
     else:
         methods_of, names, seeds, file = usual_methods, tuple(SETTINGS), 5, "rewinding"
     output = arguments.output or HERE / "results" / f"{file}.csv"

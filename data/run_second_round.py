@@ -19,7 +19,7 @@ where it was.
 | new_classes_ranks, digits_ranks | 135 each | 0.3 each |
 | new_classes_alpha, digits_alpha | 90 each | 0.2 each |
 | new_classes_lengths, digits_lengths | 55 each | 0.7 each |
-| efficientnet_fashion, efficientnet_digits | 130 each | 0.35 each |
+| efficientnet_fashion, efficientnet_digits | 172 each | 0.45 each |
 | minilm_long | 8 | 0.75 |
 
 - opponents: windows, LoRA, its variants, penalties, PEFT's starts and methods and full fine-tuning, at rank 8
@@ -197,8 +197,8 @@ def minilm_long() -> Setting:
 def of_efficientnet() -> Grids:
     rates = (2.5e-4, 5e-4, 1e-3, 2e-3)
     methods = [LORA, penalized(), penalized(0.1), anchored(LORA)]
-    usual = ll.Grid(ll.windows(rank=RANK, count=5), lr=rates, seed=range(3), baselines=methods)
-    fierce = ll.Grid(lr=(1e-5, 3e-5, 1e-4), seed=range(3), baselines=[ll.FullFineTuning(), OFT])
+    usual = ll.Grid(ll.windows(rank=RANK, count=5), lr=rates, seed=range(4), baselines=methods)
+    fierce = ll.Grid(lr=(1e-5, 3e-5, 1e-4), seed=range(4), baselines=[ll.FullFineTuning(), OFT])
     refused = ll.Grid(lr=1e-3, baselines=[LORA, KASA, OSF, SHIRA])  # rows with PEFT's reasons
     return [(usual, {}), (fierce, {}), (refused, {})]
 
@@ -245,7 +245,7 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
         long, longest = few(rates[name][:2], 4), few(rates[name][:1], 3)
         grids = [(long, {"steps": 4 * STEPS}), (longest, {"steps": 16 * STEPS})]
         yield f"{name}_lengths", Sweep(SETTINGS[name], grids)
-    usual = {"steps": 40, "batch_size": 16, "evaluations": 2}
+    usual = {"steps": 40, "batch_size": 16, "evaluations": 4}
     for name, task, colours in (
         ("efficientnet_fashion", ll.tasks.bundled.fashion, False),
         ("efficientnet_digits", ll.tasks.bundled.digits, True),

@@ -313,22 +313,19 @@ def _rewound() -> pd.DataFrame:
 
 
 def _flattery() -> float:
-    """Points that going back gains more on the images that t was chosen by; mean over all trainings."""
-    keys = ["setting", "method", "seed"]
+    """Points that going back gains more on the images that were chosen by; mean over all trainings."""
     points = _rewound().assign(value=lambda rows: 100 * (rows["accuracy"] - rows["forgetting"]))
-    chosen = points[points["part"] == "test"].groupby(keys)["t"].min()  # beside the trained model, t = 1
-    values = points.set_index(["part", *keys, "t"])["value"]
-    gains = [
-        [values[(part, *run, t)] - values[(part, *run, 1)] for part in ("validation", "test")]
-        for run, t in chosen.items()
-    ]
-    return float(np.subtract(*np.mean(gains, axis=0)))
+    values = points.set_index(["part", "setting", "method", "seed", "lr", "t"])["value"]
+    measured = values["test"].sort_index(level="t")
+    better = values["validation"].loc[measured.index] - measured
+    of_each = better.groupby(level=["setting", "method", "seed"])
+    return float((of_each.first() - of_each.last()).mean())
 
 
 def _least_forgetting(answer: object) -> str:
     choose = _function(answer, "a table and an accuracy")
     points = _rewound().query("part == 'validation'")
-    for (setting, method, _), curve in points.groupby(["setting", "method", "seed"]):
+    for (setting, method, *_), curve in points.groupby(["setting", "method", "seed", "lr"]):
         curve = curve.reset_index(drop=True)
         least = curve["accuracy"].quantile(0.6)
         reached = curve[curve["accuracy"] >= least]
@@ -461,8 +458,8 @@ EXERCISES = {
         "points",
         0.05,
         _flattery,
-        "Of each training, take accuracy - forgetting at the chosen t minus that at t = 1, on either part.",
-        'The chosen t is the least that the part "test" has; subtract the gain on "test" from the other.',
+        "For each method and seed: accuracy - forgetting at the least t, less that at t = 1, on either part.",
+        'The points to take are those that the part "test" has; subtract the gain on "test" from the other.',
     ),
     "08-6": Exercise(
         "a function of a table and an accuracy",

@@ -67,15 +67,13 @@ def scaled(**how: object) -> torch.nn.Module:
 def flattery(part: str = "validation") -> float:
     points = pd.read_csv(RESULTS / "rewinding.csv")
     points["value"] = 100 * (points["accuracy"] - points["forgetting"])
-    keys = ["setting", "method", "seed"]
-    chosen = points[points["part"] == "test"].groupby(keys, as_index=False)["t"].min()
-
-    def gain(part: str) -> pd.Series:
-        rows = points[points["part"] == part]
-        trained = rows[rows["t"] == 1].set_index(keys)["value"]
-        return chosen.merge(rows, on=[*keys, "t"]).set_index(keys)["value"] - trained
-
-    return float((gain(part) - gain("test")).mean())
+    chosen = points[points["part"] == "test"].drop(columns="part")
+    same = chosen.merge(
+        points[points["part"] == part], on=["setting", "method", "lr", "seed", "t"], suffixes=("_told", "")
+    )
+    same["better"] = same["value"] - same["value_told"]
+    of_each = same.sort_values("t").groupby(["setting", "method", "seed"])["better"]
+    return float((of_each.first() - of_each.last()).mean())
 
 
 def one_factor(**variant: str) -> torch.nn.Module:
