@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import lora_lens as ll
+from lora_lens.experiments.continual.metrics import continual_scores
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "data" / "results"
@@ -128,13 +129,15 @@ def test_notebook_07_tells_of_what_it_finds_in_pairs(monkeypatch):
         if isinstance(node, ast.Assign) and node.targets[0].id == "titles"
     )
     tables = {name: ll.experiments.ContinualSweep.open(RESULTS / f"{name}.jsonl.xz").table for name in titles}
-    names = {"ll": ll, "pd": pd, "titles": titles, "tables": tables}
-    names["continual_scores"] = ll.experiments.continual.metrics.continual_scores
+    names = {"ll": ll, "pd": pd, "titles": titles, "tables": tables, "continual_scores": continual_scores}
     exec(compile(ast.Module(ast.parse(source["continual-04"]).body[:1], []), "rows_of", "exec"), names)
     exec(source["continual-31"], names)
     found = names["found"].set_index(["the middle window against", "sequences", "score"])["verdict"]
     summary = source["continual-33"]
-    assert set(found["the first window (PiSSA)"]) == {"better"} and "the left side is clear everywhere" in summary
+    assert (
+        set(found["the first window (PiSSA)"]) == {"better"}
+        and "the left side is clear everywhere" in summary
+    )
     of_last = found["the last window (MiLoRA)"]
     assert (of_last == "not clear").sum() == len(of_last) - 1 == 8 and "one of nine comparisons" in summary
     lora = found["ordinary LoRA"].xs("retained_forgetting", level="score")
@@ -168,17 +171,17 @@ def test_no_opponent_is_clearly_better_or_worse_than_the_middle_window(monkeypat
             ahead[method] = round(100 * alone["difference"], 1)
         if alone["difference_high"] < 0:
             behind.append((method, position))
-    said = re.search(r"asked one by one, LoRA under L2 \(0.01\) is ahead, by (\S+) points", text_of("docs/sweeps.md"))
+    said = re.search(
+        r"asked one by one, LoRA under L2 \(0.01\) is ahead, by (\S+) points", text_of("docs/sweeps.md")
+    )
     assert ahead == {"LoRA of rank 8, L2 to initial 0.01": float(said[1])}
     assert len(behind) == 6 and ("window", 0.0) in behind
 
 
 def test_l2_forgets_less_at_equal_accuracy_by_as_much_as_is_said():
-    table, curves = (
-        pd.concat([getattr(sweep, part) if part == "table" else sweep.curves() for sweep in sweeps])
-        for sweeps in [[ll.Sweep.open(RESULTS / f"{name}.jsonl.xz") for name in ("digits", "elsewhere")]]
-        for part in ("table", "curves")
-    )
+    sweeps = [ll.Sweep.open(RESULTS / f"{name}.jsonl.xz") for name in ("digits", "elsewhere")]
+    table = pd.concat([sweep.table for sweep in sweeps])
+    curves = pd.concat([sweep.curves() for sweep in sweeps])
     penalized = table["method"] == "LoRA of rank 8, L2 to initial 0.01"
     table = table[(table["seed"] < 3) & (penalized | (table["method"] == "window"))]
     said = re.search(r"three seeds \(by (.*?) points at 88 %, by (.*?) at 90 %", text_of("docs/sweeps.md"))
