@@ -119,16 +119,32 @@ def test_the_readme_tells_what_its_verdicts_hide(claims):
 
 
 def test_what_opponents_came_to_is_what_is_stored():
-    names = {"ll": ll, "pd": pd, "results": RESULTS, **vars(ll.reports)}
+    helpers = {name: getattr(ll.reports, name) for name in ("listing", "points", "say")}
+    names = {"ll": ll, "pd": pd, "results": RESULTS, **helpers}
     cells = json.loads((ROOT / "notebooks/04_tradeoff_science.ipynb").read_text())["cells"]
     exec(next("".join(cell["source"]) for cell in cells if cell["id"] == "opponents-found"), names)
     words_of("told-opponents", names)
     against, alone, page = names["against"], names["alone"], text_of("docs/sweeps.md")
     assert f"classes and on digits {against['method'].nunique()} methods" in page
     assert set(against.groupby(["task", "method"])["seeds"].max()) == {7}
-    for task in ("new classes", "digits"):
-        print(task, against.query("task == @task and (difference_low > 0 or difference_high < 0)"))
-        print(task, alone.query("task == @task and (difference_low > 0 or difference_high < 0)"))
+    assert not (against["difference_low"] > 0).any() and "none is clearly better" in page
+    behind = against[against["difference_high"] < 0]
+    assert set(behind["method"]) == {"window at 0", "PEFT's pissa of rank 8"}
+    assert set(behind["task"]) == {"digits"}
+    worse = -100 * behind.loc[behind["way"] == "own best rate", "points"]
+    said = float(re.search(r"clearly worse, on digits by (\S+) points", page)[1])
+    assert list(worse) == pytest.approx([said, said], abs=ROUNDED)
+    ahead = alone[alone["difference_low"] > 0].set_index(["task", "method"])["points"]
+    said = re.search(r"\(0.01\) is ahead on new classes by (\S+) points and SHiRA on digits by (\S+),", page)
+    expected = {
+        ("new classes", "LoRA of rank 8, L2 to initial 0.01"): float(said[1]),
+        ("digits", "PEFT's SHIRA, r=8"): float(said[2]),
+    }
+    assert ahead.mul(100).round(1).to_dict() == expected
+    behind = alone[alone["difference_high"] < 0].groupby("task")["method"].agg(set)
+    assert [len(methods) for methods in behind] == [6, 6]
+    both = {"window at 0", "full fine-tuning", "PEFT's OFT"}
+    assert set.intersection(*behind) == both | {f"PEFT's {start} of rank 8" for start in ("pissa", "olora")}
 
 
 def test_l2_forgets_less_at_equal_accuracy_by_as_much_as_is_said():
