@@ -239,10 +239,28 @@ def test_what_going_back_does_to_windows_is_what_is_stored():
     said = re.search(r"that takes back (.*?) in two language models", text_of("README.md"))[1]
     assert numbers_in(said) == pytest.approx(taken_back, abs=2 * ROUNDED)
     ahead = {s for s in settings if ll.forgetting.seed_interval(found.loc[(s, "middle"), "rewound"])[0] > 0}
-    assert ahead == {"new_classes"}, "docs/after_training.md says: on new classes by more than chance"
+    assert not ahead
     middle = found.loc[["digits", "new_classes"]].xs("middle", level="method")["rewound"]
-    assert "with nine of ten seeds" in text_of("docs/after_training.md")
-    assert ((middle > 0).sum(), len(middle)) == (9, 10)
+    page = text_of("docs/after_training.md")
+    assert "less than a point ahead of LoRA on images, with eight of ten seeds" in page
+    assert ((middle > 0).sum(), len(middle)) == (8, 10)
+    assert all(0 < lead < 1 for lead in middle.groupby("setting").mean())
+    behind = -found.xs("first", level="method")["rewound"].groupby("setting").mean()
+    assert "two to four points behind LoRA everywhere" in page
+    assert (round(behind.min()), round(behind.max())) == (2, 4)
+    gains = (gained := points_gained()).loc["new_classes"][["LoRA", "middle", "first"]]
+    said = re.search(r"it gains LoRA (.*?); on MiniLM LoRA gains (.*?),", page)
+    assert numbers_in(" ".join(said.groups())) == pytest.approx(
+        [*gains, gained["minilm", "LoRA"]], abs=ROUNDED
+    )
+
+
+def points_gained() -> pd.Series:
+    """By going back, in the mean over seeds, by setting and method."""
+    rows = pd.read_csv(RESULTS / "rewinding.csv").query("part == 'test'").sort_values("t")
+    value = 100 * (rows["accuracy"] - rows["forgetting"])
+    of_each = value.groupby([rows["setting"], rows["method"], rows["seed"]])
+    return (of_each.first() - of_each.last()).groupby(level=["setting", "method"]).mean()
 
 
 def test_what_agreement_tells_is_what_is_stored():
