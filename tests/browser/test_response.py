@@ -20,7 +20,7 @@ from servers import REPOSITORY
 if TYPE_CHECKING:
     from playwright.sync_api import CDPSession
 
-TIMED, WARM_UP, LATER = 60, 3, 500
+TIMED, WARM_UP, LATER, ROUNDS = 60, 3, 500, 3
 # Growth allowed over LATER moves: 500 pictures that were kept would be some 100 MB, 500 figures more. The
 # kernel copies the model, 350 MB, whenever the slider rests; the allocator keeps now more, now less of it.
 KERNEL_BYTES, PAGE_BYTES, PAGE_NODES = 80e6, 10e6, 200
@@ -39,7 +39,7 @@ model = timm.create_model("vit_base_patch16_224", num_classes=10)
 digits = ll.tasks.bundled.digits().first(train=8, test=8)
 images = torch.nn.functional.interpolate(digits.test.inputs, size=224).expand(-1, 3, -1, -1)
 task = ll.Task("large digits", digits.classes, *2 * [ll.Examples(images, digits.test.labels)])
-ll.widgets.window_explorer(model, ll.spectra(model, progress=False), task)
+ll.widgets.window_explorer(model, ll.spectra(model, "blocks.[0-1].*", progress=False), task)
 """
 
 # Notes when the pointer moves, and when each picture that a move has changed is decoded and painted.
@@ -117,17 +117,19 @@ class TestResponse:
         for _ in range(WARM_UP):  # whatever is made once is made now
             sweep(track, 40)
             watched.view()
-        before = held(devtools, notebook.kernel_process())
-        sweep(track, LATER)
-        track.move(0.37)
-        assert 0.35 < track.value() < 0.39
-        watched.view(lambda view: f"position {track.value():g} " in view.alt)
-        after = held(devtools, notebook.kernel_process())
-        grown = {what: after[what] - before[what] for what in before}
-        print(before, grown)
-        assert grown["kernel"] < KERNEL_BYTES
-        assert grown["heap"] < PAGE_BYTES
-        assert grown["nodes"] < PAGE_NODES
+        most = {"kernel": KERNEL_BYTES, "heap": PAGE_BYTES, "nodes": PAGE_NODES}
+        for _ in range(ROUNDS):  # what is left behind comes again each time, what an allocator keeps does not
+            before = held(devtools, notebook.kernel_process())
+            sweep(track, LATER)
+            track.move(0.37)
+            assert 0.35 < track.value() < 0.39
+            watched.view(lambda view: f"position {track.value():g} " in view.alt)
+            after = held(devtools, notebook.kernel_process())
+            grown = {what: after[what] - before[what] for what in before}
+            print(before, grown)
+            if all(grown[what] < limit for what, limit in most.items()):
+                return
+        pytest.fail(f"after {LATER} moves there is more each time than {most}: {grown}")
 
 
 class Track:

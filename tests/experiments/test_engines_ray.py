@@ -32,7 +32,7 @@ import lora_lens as ll
 from lora_lens.training import Regularized
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its maker that it was started
-os.environ["RAY_worker_niceness"] = "0"  # its workers would wait for all other tests
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (the name as Ray reads it; its workers would wait for others)
 ray = pytest.importorskip("ray")
 TESTS = Path(__file__).parents[1]
 
