@@ -76,7 +76,7 @@ def test_the_readme_s_table_of_claims_is_the_notebook_s(claims):
 
 
 def test_the_readme_begins_with_what_the_claims_came_to(claims):
-    said = "the middle window is in no setting clearly better than ordinary LoRA by the measures of the table"
+    said = "the middle window is in no setting clearly better than ordinary LoRA"
     assert f"do not train the first components; and {said}" in text_of("README.md")
     found = claims["found"]
     verdicts = found.groupby("claim")["verdict"].agg(set)
