@@ -72,11 +72,13 @@ class Setting:
     rates: tuple[float, ...] = RATES
 
 
+@cache
 def digits() -> Setting:
     model, fashion = ll.tasks.bundled.vision()
     return Setting(model, ll.tasks.bundled.digits(), fashion)
 
 
+@cache
 def new_classes() -> Setting:
     model, known, new = ll.tasks.bundled.vision_of_known_classes()
     return Setting(model, new, known)

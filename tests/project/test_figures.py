@@ -51,17 +51,30 @@ def numbers_in(text: str) -> list[float]:
     return [float(found.replace(MINUS, "-")) for found in re.findall(NUMBER, text)]
 
 
+def cell_of(notebook: str, cell: str) -> str:
+    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]
+    return next("".join(c["source"]) for c in cells if c["id"] == cell)
+
+
+def names_of_a_notebook() -> dict[str, object]:
+    """What the cells before those that are executed here have made."""
+    helpers = {name: getattr(ll.reports, name) for name in ("listing", "points", "say")}
+    return {"ll": ll, "pd": pd, "results": RESULTS, **helpers}
+
+
+def shown_by(cell: str, names: dict[str, object]) -> object:
+    """What the last line of a cell of notebook 04 makes; all other names go into ``names``."""
+    tree = ast.parse(cell_of("04_tradeoff_science", cell))
+    exec(compile(ast.Module(tree.body[:-1], []), cell, "exec"), names)
+    return eval(compile(ast.Expression(tree.body[-1].value), cell, "eval"), names)
+
+
 @pytest.fixture(scope="module")
 def claims() -> dict[str, object]:
     """What the cells of notebook 04 on the paper's claims find and say."""
-    cells = json.loads((ROOT / "notebooks/04_tradeoff_science.ipynb").read_text())["cells"]
-    source = {cell["id"]: "".join(cell["source"]) for cell in cells}
-    names = {"ll": ll, "pd": pd, "results": RESULTS, "listing": ll.reports.listing, "say": ll.reports.say}
-    for cell in ("claims-found", "claims-table"):
-        tree = ast.parse(source[cell])
-        exec(compile(ast.Module(tree.body[:-1], []), cell, "exec"), names)
-        names["shown"] = eval(compile(ast.Expression(tree.body[-1].value), cell, "eval"), names)
-    return names
+    names = names_of_a_notebook()
+    shown_by("claims-found", names)
+    return names | {"shown": shown_by("claims-table", names)}
 
 
 def test_the_readme_s_table_of_claims_is_the_notebook_s(claims):
@@ -86,16 +99,8 @@ def test_the_readme_begins_with_what_the_claims_came_to(claims):
     assert per_kind == {"images": 2, "language": 2, "tasks in a row": 4}
 
 
-def words_of(cell: str, names: dict[str, object], notebook: str = "04_tradeoff_science") -> str:
-    """The Markdown that a cell's last line makes."""
-    cells = json.loads((ROOT / f"notebooks/{notebook}.ipynb").read_text())["cells"]
-    tree = ast.parse(next("".join(c["source"]) for c in cells if c["id"] == cell))
-    exec(compile(ast.Module(tree.body[:-1], []), cell, "exec"), names)
-    return eval(compile(ast.Expression(tree.body[-1].value), cell, "eval"), names).data
-
-
 def test_the_readme_tells_what_its_verdicts_hide(claims):
-    said, page = words_of("claims-short", dict(claims)), text_of("README.md")
+    said, page = shown_by("claims-short", dict(claims)).data, text_of("README.md")
     figure = r"([-+]?\d+\.\d)"
     for there, here in (
         (r"lead over ordinary LoRA is (.*? settings)", r"lead over ordinary LoRA is (.*? settings)"),
@@ -120,11 +125,9 @@ def test_the_readme_tells_what_its_verdicts_hide(claims):
 
 
 def test_what_opponents_came_to_is_what_is_stored():
-    helpers = {name: getattr(ll.reports, name) for name in ("listing", "points", "say")}
-    names = {"ll": ll, "pd": pd, "results": RESULTS, **helpers}
-    cells = json.loads((ROOT / "notebooks/04_tradeoff_science.ipynb").read_text())["cells"]
-    exec(next("".join(cell["source"]) for cell in cells if cell["id"] == "opponents-found"), names)
-    words_of("told-opponents", names)
+    names = names_of_a_notebook()
+    shown_by("opponents-found", names)
+    shown_by("told-opponents", names)
     against, alone, page = names["against"], names["alone"], text_of("docs/sweeps.md")
     assert f"classes and on digits {against['method'].nunique()} methods" in page
     assert set(against.groupby(["task", "method"])["seeds"].max()) == {7}
@@ -176,8 +179,7 @@ def test_the_readme_s_caption_is_the_shipped_sweep_s():
 
 
 def test_the_guide_of_notebook_06_says_what_is_stored():
-    cells = json.loads((ROOT / "notebooks/06_your_model.ipynb").read_text())["cells"]
-    guide = next("".join(cell["source"]) for cell in cells if cell["id"] == "guide")
+    guide = cell_of("06_your_model", "guide")
     runs = pd.concat(ll.Sweep.open(RESULTS / f"{s}.jsonl.xz").table for s in ("digits", "elsewhere"))
     name = runs["position"].astype(object).where(runs["position"].notna(), runs["method"])
     lost, learnt = (
