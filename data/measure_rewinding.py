@@ -2,7 +2,7 @@
 
     python data/measure_rewinding.py                      # what the file lacks; 2 h from nothing
     python data/measure_rewinding.py digits --seeds 3
-    python data/measure_rewinding.py --opponents          # results/rewound_opponents.csv: 2 h a setting
+    python data/measure_rewinding.py --opponents          # results/rewound_opponents.csv: 0.5 h a setting
 
 Each method is trained at several rates, with seeds that no stored sweep has seen, and the whole update is
 then scaled by t. By accuracy - forgetting on 400 test examples of each task two points are chosen for each
@@ -12,8 +12,9 @@ the method (the largest mean of accuracy - forgetting); in smollm2 t is chosen o
 newspaper texts, and measured on 300 and 60. Settings and seeds that the file holds already are not run again.
 
 With --opponents all methods of run_second_round.py's ``digits_opponents`` and ``new_classes_opponents`` are
-measured in this way at all of their rates; t scales the change of the merged weights where ``ll.rewind`` does
-not take the method.
+measured in this way at two rates: their stored sweep's best, and the next above it that was tried, since what
+goes back may have gone too far. t scales the change of the merged weights where ``ll.rewind`` does not take
+the method.
 
 One row per measured point. Columns: setting, method, lr, seed; part, "validation" or "test", which
 has the two chosen points, or one where they are the same; t, accuracy, forgetting.
@@ -144,7 +145,7 @@ def usual_methods(setting: str, folder: Path) -> Iterator[Trained]:
 
 
 def opposing_methods(setting: str, folder: Path) -> Iterator[Trained]:
-    """All of run_second_round.py's opponents, at the rates of their stored sweep."""
+    """All of run_second_round.py's opponents, at the stored sweep's best rate and the next above it."""
     table = ll.Sweep.open(folder / f"{setting}_opponents.jsonl.xz").table
     table["variant"] = table["variant"].fillna("")
     for grid, settings in opponents(SCALES[setting], seeds=1):
@@ -154,8 +155,8 @@ def opposing_methods(setting: str, folder: Path) -> Iterator[Trained]:
             about = named_method(method)
             name = about["method"] + (f", {built}" if built else "")
             name = name if about["position"] is None else f"window {about['position']:g}"
-            rates = tuple(stored(table[table["variant"] == built], method).index)
-            yield Trained(name, method, rates, variant)
+            values = stored(table[table["variant"] == built], method)
+            yield Trained(name, method, tuple(values.loc[values.idxmax() :].index[:2]), variant)
 
 
 def points(name: str, seed: int, methods: list[Trained]) -> Iterator[dict[str, object]]:

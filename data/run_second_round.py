@@ -149,7 +149,7 @@ def metrics_of(setting: Setting) -> list[ll.spectrum.Metric]:
 
 def photographs(generator: torch.Generator, count: int, *, left: bool) -> Tensor:
     """Square parts of scikit-learn's two photographs, of one half each, as EfficientNet takes them."""
-    found, both = [], [torch.from_numpy(image).permute(2, 0, 1) for image in load_sample_images().images]
+    found, both = [], [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
     for number in range(count):
         half = both[number % 2][..., :320] if left else both[number % 2][..., 320:]
         side = int(torch.randint(SIZE, 321, (), generator=generator))
