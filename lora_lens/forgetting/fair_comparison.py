@@ -201,7 +201,7 @@ def first_crossings(table: pd.DataFrame, curves: pd.DataFrame, accuracy: float) 
         "the table of curves",
         "sweep.curves()",
     )
-    by_run = {run: curve.sort_values("step") for run, curve in curves.groupby("run")}
+    by_run = dict(tuple(curves[curves["run"].isin(table["run"])].sort_values("step").groupby("run")))
     scored = table.dropna(subset="retained_before")["run"]  # a run that failed has no curve
     without = [run for run in scored if run not in by_run]
     if without:
