@@ -19,7 +19,7 @@ where it was.
 | new_classes_ranks, digits_ranks | 135 each | 0.3 each |
 | new_classes_alpha, digits_alpha | 90 each | 0.2 each |
 | new_classes_lengths, digits_lengths | 55 each | 0.7 each |
-| efficientnet_fashion, efficientnet_digits | 172 each | 0.45 each |
+| efficientnet_fashion, efficientnet_digits | 253 each | 0.7 each |
 | minilm_long | 8 | 0.75 |
 
 - opponents: windows, LoRA, its variants, penalties, PEFT's starts and methods and full fine-tuning, at rank 8
@@ -128,12 +128,12 @@ def opponents(scale: float, seeds: int) -> Grids:
     ]
 
 
-def few(rates: tuple[float, ...], seeds: int, rank: int = RANK) -> ll.Grid:
+def few(rates: tuple[float, ...], seeds: range, rank: int = RANK) -> ll.Grid:
     """First, middle and last window, and LoRA with and without a penalty."""
     return ll.Grid(
         ll.windows(rank=rank, count=3),
         lr=rates,
-        seed=range(seeds),
+        seed=seeds,
         baselines=[ll.LoRA(rank), penalized(rank=rank)],
     )
 
@@ -198,9 +198,11 @@ def of_efficientnet() -> Grids:
     rates = (2.5e-4, 5e-4, 1e-3, 2e-3)
     methods = [LORA, penalized(), penalized(0.1), anchored(LORA)]
     usual = ll.Grid(ll.windows(rank=RANK, count=5), lr=rates, seed=range(4), baselines=methods)
+    more = few(rates, range(4, 7))
+    lower = ll.Grid(ll.windows(rank=RANK, count=3), lr=rates[0] / 2, seed=range(7))
     fierce = ll.Grid(lr=(1e-5, 3e-5, 1e-4), seed=range(4), baselines=[ll.FullFineTuning(), OFT])
     refused = ll.Grid(lr=1e-3, baselines=[LORA, KASA, OSF, SHIRA])  # rows with PEFT's reasons
-    return [(usual, {}), (fierce, {}), (refused, {})]
+    return [(grid, {}) for grid in (usual, more, lower, fierce, refused)]
 
 
 SCALES = {"new_classes": 0.5, "digits": 1.0, "noise": 1.0, "few_digits": 1.0}  # of the best rates
@@ -237,12 +239,12 @@ def sweeps() -> Iterator[tuple[str, Sweep]]:
     yield from opposed("noise", "few_digits")
     yield from in_metrics("noise")
     for name in decisive:
-        grids = [(few(rates[name][:3], 3, rank), {}) for rank in (4, 32, 64)]
+        grids = [(few(rates[name][:3], range(3), rank), {}) for rank in (4, 32, 64)]
         yield f"{name}_ranks", Sweep(SETTINGS[name], grids, usual=ENDS)
-        grids = [(few(rates[name][:3], 3), {"alpha": alpha}) for alpha in (2.0 * RANK, RANK / 4)]
+        grids = [(few(rates[name][:3], range(3)), {"alpha": alpha}) for alpha in (2.0 * RANK, RANK / 4)]
         yield f"{name}_alpha", Sweep(SETTINGS[name], grids, usual=ENDS)
     for name in decisive:
-        long, longest = few(rates[name][:2], 4), few(rates[name][:1], 3)
+        long, longest = few(rates[name][:2], range(4)), few(rates[name][:1], range(3))
         grids = [(long, {"steps": 4 * STEPS}), (longest, {"steps": 16 * STEPS})]
         yield f"{name}_lengths", Sweep(SETTINGS[name], grids)
     usual = {"steps": 40, "batch_size": 16, "evaluations": 4}
