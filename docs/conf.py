@@ -88,6 +88,7 @@ nb_execution_mode = "off"
 nb_execution_timeout = 3600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # with tables
 nb_output_stderr = "remove"  # what libraries say when they are imported
 nb_ipywidgets_js = {}  # nothing is loaded from the network: of an explorer its still copy is shown
 myst_heading_anchors = 4

@@ -6,11 +6,13 @@ docstrings. Names such as ``ll.attach`` link to the reference, and scripts that 
 
 from __future__ import annotations
 
+import ast
 import doctest
 import inspect
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from textwrap import indent
 from types import ModuleType
@@ -36,6 +38,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_lexer("mermaid", TextLexer)  # the diagram's arrows read well as text, and need no script
     app.add_transform(RepositoryLinks)
     app.add_transform(LinkedNames)
+    app.add_transform(ExplorerStills)
     app.add_post_transform(LinkedFiles)
     app.connect("config-inited", lambda *_: write_pages())
     app.connect("source-read", _add_navigation)
@@ -209,6 +212,31 @@ def _home(name: str) -> str:
         thing = getattr(thing, part, None)
         home = HOMES.get(id(thing), f"{home}.{part}")
     return home
+
+
+class ExplorerStills(SphinxTransform):
+    """The guide's lines that make an explorer are run, and its still copy is put below them."""
+
+    default_priority = 230
+
+    def apply(self) -> None:
+        if self.env.docname == "docs/explorers":
+            names: dict[str, object] = {}
+            with chdir(ROOT):
+                for block in list(self.document.findall(nodes.literal_block)):
+                    if block.get("language") == "python":
+                        shown = _value(block.astext(), names)
+                        if shown is not None:
+                            place = block.parent.index(block) + 1
+                            block.parent.insert(place, nodes.raw("", shown.still(), format="html"))
+
+
+def _value(code: str, names: dict[str, object]) -> object:
+    """Of the last line, as a notebook's cell has one."""
+    *lines, last = ast.parse(code).body
+    ended = isinstance(last, ast.Expr)
+    exec(compile(ast.Module(lines if ended else [*lines, last], []), "explorers.md", "exec"), names)
+    return eval(compile(ast.Expression(last.value), "explorers.md", "eval"), names) if ended else None
 
 
 class LinkedFiles(SphinxPostTransform):

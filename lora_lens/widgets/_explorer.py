@@ -168,8 +168,14 @@ class Explorer(VBox):
 
     def _ipython_display_(self) -> None:
         display(self._repr_mimebundle_(), raw=True)
-        still = _still(self._rows, self._results.children)
-        display(StaticHTML(f'<div class="ll-still {self.page.still}">{still}</div>'))
+        display(StaticHTML(self.still()))
+
+    def still(self) -> str:
+        """The view as HTML for pages without a kernel: no controls, but what they said."""
+        chosen = "; ".join(setting.in_words() for setting in self._settings.values() if setting.title)
+        shown = [box.value for box in _boxes(self._results.children)]
+        content = f"<p>{escape(chosen)}</p>" + "\n".join(shown)
+        return f'<div class="ll-still {self.page.still}">{content}</div>'
 
     def _redraw(self, change: Bunch | None) -> None:
         """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
@@ -283,18 +289,6 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 def _worker() -> ThreadPoolExecutor:
     """One thread for the slow parts of all explorers: two would only slow each other down."""
     return ThreadPoolExecutor(1, thread_name_prefix="explorer")
-
-
-def _still(rows: list[list[Control]], results: Iterable[Control]) -> str:
-    """The view without its controls, but with what they said."""
-    chosen = [
-        f"{control.description}: {getattr(control, 'label', None) or control.value}"
-        for row in rows
-        for control in row
-        if getattr(control, "description", "") and hasattr(control, "value")
-    ]
-    shown = [box.value for box in _boxes(results)]
-    return f"<p>{escape('; '.join(chosen))}</p>" + "\n".join(shown)
 
 
 def _boxes(results: Iterable[Control]) -> Iterator[HTML]:

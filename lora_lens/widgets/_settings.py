@@ -24,12 +24,19 @@ class Setting:
         control: with the value, or None where there are boxes.
         boxes: each with what it stands for as its description.
         trait: of the control, that holds the value.
+        title: as people read it; nothing of what they do not see.
     """
 
     def __init__(
-        self, name: str, control: Control | None, boxes: Iterable[Checkbox] = (), trait: str = "value"
+        self,
+        name: str,
+        control: Control | None,
+        boxes: Iterable[Checkbox] = (),
+        trait: str = "value",
+        title: str = "",
     ) -> None:
         self.name, self._control, self._boxes, self._trait = name, control, list(boxes), trait
+        self.title = title
 
     @property
     def value(self) -> object:
@@ -58,6 +65,15 @@ class Setting:
         if not fits:
             raise InputError(f"{self.name} cannot be {value!r}; choose {self._offers()}")
 
+    def in_words(self) -> str:
+        """Such as "learning rates: 0.01, 0.02"."""
+        value = getattr(self._control, "label", None) or self.value
+        several = value if isinstance(value, tuple) else (value,)
+        words = [f"{one:.3g}" if isinstance(one, float) else str(one) for one in several]
+        if len(words) == len(getattr(self._control, "options", self._boxes)) > 1:
+            words = ["all"]
+        return f"{self.title}: {(' to ' if hasattr(self._control, 'step') else ', ').join(words)}"
+
     def _offers(self) -> str:
         if self._control is None:
             return "some of " + ", ".join(box.description for box in self._boxes)
@@ -84,9 +100,9 @@ def settings_of(rows: Iterable[Iterable[Control]]) -> dict[str, Setting]:
             elif isinstance(control, Checkbox):
                 boxes.append(control)
             elif hasattr(control, "value"):
-                found.append(Setting(_name(control.description), control))
+                found.append(Setting(_name(control.description), control, title=control.description))
         if boxes:
-            found.append(Setting(_name(title), None, boxes))
+            found.append(Setting(_name(title), None, boxes, title=title))
     return {setting.name: setting for setting in found}
 
 

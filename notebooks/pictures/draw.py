@@ -1,4 +1,4 @@
-"""Draws the README's pictures anew: python notebooks/pictures/draw.py. All but the first need Chromium."""
+"""Draws pictures of README and guide anew: python notebooks/pictures/draw.py. Most need Chromium."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ ll.widgets.window_explorer(model, spectra, clothes)
     """
 digits = ll.tasks.bundled.digits().first(train=4000, test=500)
 ll.widgets.training_explorer(model, digits, clothes.first(test=500), spectra)
-""",
-    """
-store = "../data/results/digits.jsonl.xz"
-ll.widgets.tradeoff_explorer(ll.Sweep.open(store), clothes.first(test=1000))
 """,
 )
 
@@ -88,15 +84,6 @@ def shoot_training(explorer: Explorer, path: Path) -> None:
     explorer.button("Stop").click()
 
 
-def shoot_tradeoff(explorer: Explorer, path: Path) -> None:
-    """Without what lies above the plane and below the forgotten images."""
-    explorer.view()
-    area = explorer.root.bounding_box()
-    top = explorer.root.locator(".ll-plane").bounding_box()["y"] - 10
-    bottom = explorer.root.locator("table").last.bounding_box()["y"] - 10
-    explorer.page.screenshot(path=path, full_page=True, clip={**area, "y": top, "height": bottom - top})
-
-
 def main() -> None:
     draw_tradeoff(HERE / "tradeoff.png")
     with TemporaryDirectory() as folder, sync_playwright() as playwright:
@@ -108,10 +95,9 @@ def main() -> None:
         with jupyterlab(root, Path(folder) / "own") as lab:
             notebook = Notebook(page, lab, "notebooks/pictures.ipynb")
             notebook.run()
-            window, training, tradeoff = notebook.explorers(3)
+            window, training = notebook.explorers(2)
             film_window(window, HERE / "window_explorer.webp")
             shoot_training(training, HERE / "training_explorer.png")
-            shoot_tradeoff(tradeoff, HERE / "tradeoff_explorer.png")
             notebook.close()
         chromium.close()
 

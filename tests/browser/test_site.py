@@ -26,6 +26,7 @@ THEMES = ("light", "dark")
 PAGES = (
     "index",
     "docs/after_training",
+    "docs/explorers",
     "docs/generated/gallery",
     "docs/generated/lora_lens",
     "docs/generated/lora_lens.forgetting",
@@ -155,6 +156,16 @@ def test_the_gallery_has_a_picture_and_its_code_for_every_plot(browser: Browser,
             assert f"ll.plots.{name}" in example.locator("pre").first.inner_text()
             picture = example.locator("img").first
             assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
+
+
+def test_the_guide_shows_below_their_lines_the_explorers_that_need_no_training(browser: Browser, site: Path):
+    others = {"training_explorer", "rewind_explorer", "growth_explorer", "expert_explorer", "pages"}
+    with watched_page(browser, offline=True) as page:
+        page.goto((site / "docs/explorers.html").as_uri())
+        for name in set(ll.widgets.__all__) - others:
+            pictures = page.locator(f".highlight-python:has-text('ll.widgets.{name}(') + .ll-still img")
+            assert pictures.first.get_attribute("alt")
+            assert pictures.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
 
 
 def test_names_in_the_guide_lead_to_the_reference_and_formulas_are_drawn(browser: Browser, site: Path):

@@ -332,7 +332,7 @@ def test_fifty_moves_leave_no_figure_open_and_the_style_alone(narrow_spectra):
 def test_the_page_calls_the_arguments_by_their_names():
     page = (Path(__file__).parents[2] / "docs" / "explorers.md").read_text()
     for name in set(ll.widgets.__all__) - {"pages"}:
-        (listed,) = re.findall(rf"^\| `{name}\((.*?)\)`", page, flags=re.MULTILINE)
+        (listed,) = re.findall(rf"^`{name}\((.*?)\)`:", page, flags=re.MULTILINE)
         wanted = list(signature(getattr(ll.widgets, name)).parameters)
         assert listed.split(", ") == wanted[: len(listed.split(", "))], name
 

@@ -196,3 +196,11 @@ def test_settings_are_named_as_python_names_arguments():
     assert list(settings_of([row])) == ["class_", "lr_of_A", "tolerance"]
     (slider,) = settings_of([[FloatSlider(0.1 + 0.2, description="t")]]).values()
     assert slider.value == 0.3
+
+
+def test_a_still_copy_says_them_in_words(table):
+    chosen = {"lr": [0.005], "accuracy": [0.8, 0.9]}
+    still = ll.widgets.tradeoff_explorer(table, **chosen).still()
+    assert "<p>score: forgetting; learning rates: 0.005; windows: all; accuracy: 0.8 to 0.9; " in still
+    fewer = ll.widgets.tradeoff_explorer(table, windows=["window at 1", "LoRA"]).still()
+    assert "learning rates: all; windows: window at 1, LoRA; accuracy: " in fewer
