@@ -45,13 +45,13 @@ def torch_settings() -> dict[str, tuple[Callable, Callable]]:
 # Begun first, so that processes that share the files end at the same time: the slowest, those that start
 # processes of their own beside those that only compute.
 SLOWEST = """
-experiments/test_engines adapters/test_other_loops training/test_language_models
-experiments/test_sweeps experiments/test_worker_processes experiments/test_engines_ray
-course/test_notebook_sentences adapters/test_compatibility experiments/test_engines_dask
-adapters/test_replacing project/test_repository experiments/continual/test_sequence_sweeps
-reports/test_sweep_report experiments/test_fused_sweeps widgets/test_continual project/test_finetune_llm
-widgets/test_all_explorers project/test_examples experiments/continual/test_store tasks/test_bundled
-adapters/test_saving
+experiments/test_worker_processes adapters/test_other_loops training/test_language_models
+experiments/test_engines_ray course/test_notebook_sentences adapters/test_compatibility
+experiments/test_engines_dask experiments/test_engines adapters/test_replacing project/test_finetune_llm
+project/test_repository experiments/continual/test_sequence_sweeps reports/test_sweep_report
+training/test_fused_loop widgets/test_continual widgets/test_explorer project/test_imports
+experiments/test_sweeps widgets/test_all_explorers project/test_examples experiments/continual/test_store
+forgetting/test_generations _base/test_processes tasks/test_bundled adapters/test_saving
 """.split()  # noqa: SIM905
 
 
