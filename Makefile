@@ -89,7 +89,7 @@ test: $(VENV)/test.installed  ## lint, unit, property and integration tests, eve
 	@echo "== notebooks that no test below opens; all of them, if there is no browser"
 	@# Again those that failed: two kernels that start at once may choose the same port. A wrong cell fails twice.
 	export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
-	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@"; }; \
+	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal -p nbmake.pytest_plugin --nbmake --nbmake-timeout=1800 "$$@"; }; \
 	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
 	run $$notebooks || run --last-failed $$notebooks
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"

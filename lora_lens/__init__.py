@@ -10,7 +10,7 @@ In five lines::
     run = ll.finetune(adapted, ll.tasks.bundled.digits(), retain=source)
 """
 
-import lazy_loader
+from lora_lens._base.lazy import attach_stub
 
 __version__ = "0.2.0"
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

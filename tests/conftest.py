@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,35 +15,43 @@ import pytest
 # For those that can use one: CUDA_VISIBLE_DEVICES=0 pytest tests/spectrum
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-import torch
 from hypothesis import settings
-from timm.models.vision_transformer import VisionTransformer
 
 import lora_lens as ll
+
+if TYPE_CHECKING:  # what takes seconds is not imported by the process that only hands out the tests
+    from timm.models.vision_transformer import VisionTransformer
+
+# Importing the tests makes a million objects that stay: nothing is collected before that is done.
+gc.disable()
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine makes no test wrong
 settings.load_profile("no deadline")
 
 
-# What a test may change for itself, and what all tests after it would run under if it stayed.
-TORCH = {
-    "autocast": (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
-    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "float32 products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-}
+@cache
+def torch_settings() -> dict[str, tuple[Callable, Callable]]:
+    """What a test may change for itself, and what all tests after it would run under if it stayed."""
+    import torch
+
+    return {
+        "autocast": (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+        "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+        "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+        "float32 products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    }
 
 
 # Begun first, so that processes that share the files end at the same time: the slowest, those that start
 # processes of their own beside those that only compute.
 SLOWEST = """
-experiments/test_engines adapters/test_other_loops training/test_language_models
-experiments/test_sweeps experiments/test_worker_processes experiments/test_engines_ray
-course/test_notebook_sentences adapters/test_compatibility experiments/test_engines_dask
-adapters/test_replacing project/test_repository experiments/continual/test_sequence_sweeps
-reports/test_sweep_report experiments/test_fused_sweeps widgets/test_continual project/test_finetune_llm
-widgets/test_all_explorers project/test_examples experiments/continual/test_store tasks/test_bundled
-adapters/test_saving
+experiments/test_worker_processes adapters/test_other_loops training/test_language_models
+experiments/test_engines_ray course/test_notebook_sentences adapters/test_compatibility
+experiments/test_engines_dask experiments/test_engines adapters/test_replacing project/test_finetune_llm
+project/test_repository experiments/continual/test_sequence_sweeps reports/test_sweep_report
+training/test_fused_loop widgets/test_continual widgets/test_explorer project/test_imports
+experiments/test_sweeps widgets/test_all_explorers project/test_examples experiments/continual/test_store
+forgetting/test_generations _base/test_processes tasks/test_bundled adapters/test_saving
 """.split()  # noqa: SIM905
 
 
@@ -50,12 +60,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[bool]:
     """Put torch back as a test found it, and name the test, so that no other fails for it."""
-    before = {name: get() for name, (get, _) in TORCH.items()}
+    settings = torch_settings()
+    before = {name: get() for name, (get, _) in settings.items()}
     result = yield
-    for name, (get, put) in TORCH.items():
+    for name, (get, put) in settings.items():
         if get() != before[name]:
             item.warn(pytest.PytestWarning(f"{item.nodeid} left torch's {name} at {get()}"))
             put(before[name])
@@ -119,6 +136,9 @@ def spectra(model) -> ll.SpectrumSet:
 @pytest.fixture
 def patch_vit() -> VisionTransformer:
     """A fresh timm ViT with an ordinary patch embedding, whose projection is a convolution."""
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
     torch.manual_seed(0)
     return VisionTransformer(
         img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2

@@ -3,6 +3,6 @@
 What is right is computed from the models and the data that ship with the project; no answer is stored.
 """
 
-import lazy_loader
+from lora_lens._base.lazy import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,5 +1,5 @@
 """Pictures: each takes a table or spectra and an optional ``ax``, and returns matplotlib Axes."""
 
-import lazy_loader
+from lora_lens._base.lazy import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

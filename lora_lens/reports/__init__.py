@@ -1,5 +1,5 @@
 """One page to hand on, a sweep in words, tables and pictures; and sentences that follow a table."""
 
-import lazy_loader
+from lora_lens._base.lazy import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,5 +1,5 @@
 """What a model can be taught or asked: examples, and how answers to them are read."""
 
-import lazy_loader
+from lora_lens._base.lazy import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

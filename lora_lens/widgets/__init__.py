@@ -19,6 +19,6 @@ arguments raise at the door; what does not work later, at some setting of the co
 the controls are moved again.
 """
 
-import lazy_loader
+from lora_lens._base.lazy import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -22,13 +22,16 @@ forms = {}
 for form in ("residual", "offset"):
     forms[form] = ll.attach(narrow_vit(0), ll.Window.middle(4), variant=ll.Variant(base=form))
     ll.finetune(forms[form], task, **settings)
+number = torch.tensor([float(accelerator().process_index)])
+mean = accelerator().reduce(number, "mean").item()
 if accelerator().is_main_process:
     merged = {form: adapted.merge_and_unload().state_dict() for form, adapted in forms.items()}
-    torch.save({"full": model.state_dict()} | merged, sys.argv[1])
+    found = {"count": accelerator().num_processes, "mean": mean}
+    torch.save({"full": model.state_dict()} | merged | found, sys.argv[1])
 """
 
 
-def trained(folder: Path, name: str, processes: int) -> dict[str, dict[str, torch.Tensor]]:
+def trained(folder: Path, name: str, processes: int) -> dict[str, object]:
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     # As torchrun has it; without it, there is one process.
@@ -49,6 +52,10 @@ def states(tmp_path_factory) -> tuple[dict, dict]:
     """By one process and by two."""
     folder = tmp_path_factory.mktemp("trained")
     return trained(folder, "one", 1), trained(folder, "two", 2)
+
+
+def test_processes_without_a_gpu_find_each_other(states):
+    assert [(state["count"], state["mean"]) for state in states] == [(1, 0), (2, 0.5)]
 
 
 def test_two_processes_leave_alone_what_one_leaves_alone(states):

@@ -14,11 +14,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from nbclient import NotebookClient
 from scipy.stats import t, ttest_1samp
 
 import lora_lens as ll
@@ -122,6 +120,9 @@ def shown(source: str, names: dict[str, object]) -> str:
 
 def executed_anew(results: Path) -> Told:
     """From another run of the whole notebook, with two threads."""
+    import nbformat  # which takes seconds
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cells = {cell["id"]: cell for cell in notebook.cells}
     for cell, changes in OTHERWISE.items():

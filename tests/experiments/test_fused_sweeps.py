@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +45,7 @@ def test_an_interrupted_sweep_forms_the_same_groups_and_ends_with_the_same_table
     before = {file.name: json.loads(file.read_bytes()) for file in files}
     for file in files[::3]:
         file.unlink()
-    pd.testing.assert_frame_equal(swept(fuse=4, store=tmp_path, jobs=2), first)
+    pd.testing.assert_frame_equal(swept(fuse=4, store=tmp_path), first)
     for file in files:
         now = json.loads(file.read_bytes())
         assert now["result"] == before[file.name]["result"] and now["curve"] == before[file.name]["curve"]
@@ -58,31 +56,6 @@ def test_what_cannot_be_fused_is_trained_one_by_one():
     drawing.pos_drop = nn.Dropout(0.1)
     grid = ll.Grid(window=ll.windows(rank=4, count=2), lr=1e-2)
     pd.testing.assert_frame_equal(swept(grid, drawing, fuse=2), swept(grid, drawing))
-
-
-@dataclass(frozen=True)
-class Deadly(ll.LoRA):
-    """Kills its process the first times."""
-
-    marker: str = ""
-    times: int = 1
-
-    def attach(self, request, plan):
-        marker = Path(self.marker)
-        before = len(marker.read_text()) if marker.exists() else 0
-        if before < self.times:
-            marker.write_text("x" * (before + 1))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().attach(request, plan)
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_group_whose_process_is_killed_is_run_again_and_then_one_by_one(times, tmp_path):
-    deadly = Deadly(4, str(tmp_path / "there"), times)
-    grid = ll.Grid(window=ll.windows(rank=4, count=3), lr=1e-2, baselines=[deadly])
-    table = swept(grid, fuse=2, jobs=2, store=tmp_path / "store")  # two groups, so two processes
-    assert len(table) == 4 and not table["failed"].any()
-    assert len((tmp_path / "there").read_text()) == times
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from ipywidgets import VBox
+from small_sequences import small_spectra, small_vit
 
 import lora_lens as ll
 
@@ -18,21 +19,27 @@ def stored() -> ll.Sweep:
 
 
 @pytest.fixture(scope="module")
-def tasks(model, source, digits, spectra) -> dict:
+def tasks(source, digits) -> dict:
     tasks = {"task": digits.first(32, 20), "retain": source.first(10, 20)}
-    return {"model": model, "spectra": spectra, **tasks, "watch": [source.first(10, 30)]}
+    return {"model": small_vit(), "spectra": small_spectra(), **tasks, "watch": [source.first(10, 30)]}
+
+
+@pytest.fixture(scope="module")
+def alone_and_kept(tasks, tmp_path_factory) -> tuple[ll.Sweep, ll.Sweep]:
+    """A sweep without a store, and with one."""
+    grid = ll.Grid(ll.windows(4, 2), lr=1e-2)
+    store = tmp_path_factory.mktemp("kept") / "s"
+    return ll.sweep(grid, **tasks, **SETTINGS), ll.sweep(grid, **tasks, **SETTINGS, store=store)
 
 
 @pytest.mark.parametrize("part", ["curves", "answers", "drifts", "watched"])
-def test_a_sweep_without_a_store_keeps_the_same(tasks, tmp_path, part):
-    grid = ll.Grid(ll.windows(4, 2), lr=1e-2)
-    alone = ll.sweep(grid, **tasks, **SETTINGS)
-    kept = ll.sweep(grid, **tasks, **SETTINGS, store=tmp_path / "s")
-    opened = ll.Sweep.open(tmp_path / "s").only(kept.table)
+def test_a_sweep_without_a_store_keeps_the_same(alone_and_kept, part):
+    alone, kept = alone_and_kept
+    opened = ll.Sweep.open(kept.path).only(kept.table)
     pd.testing.assert_frame_equal(alone.table, kept.table)
     for sweep in (kept, opened):
         pd.testing.assert_frame_equal(getattr(alone, part)(), getattr(sweep, part)())
-    assert alone.path is None and kept.path == tmp_path / "s"
+    assert alone.path is None and (kept.path / "runs").is_dir()
     assert alone.experiment == kept.experiment == opened.experiment
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_sequences import small_spectra, small_vit
 
 import lora_lens as ll
 from lora_lens.adapters import PEFT_STARTS, PeftMethod
@@ -22,12 +23,12 @@ GRID = ll.Grid(
 
 
 @pytest.fixture(scope="module")
-def experiment(model, source, digits, spectra) -> dict:
+def experiment(source, digits) -> dict:
     return {
-        "model": model,
+        "model": small_vit(),
         "task": digits.first(64, 50),
         "retain": source.first(10, 50),
-        "spectra": spectra,
+        "spectra": small_spectra(),
     }
 
 
@@ -49,12 +50,6 @@ def test_one_tidy_row_per_run_in_the_grid_s_order(table):
     assert table["retained_before"].nunique() == 1
     assert (table.loc[table["method"] == "linear probe", "forgetting"] == 0).all()
     assert not any(isinstance(cell, (list, dict, torch.Tensor)) for cell in table.to_numpy().ravel())
-
-
-def test_the_same_seeds_give_the_same_table_in_one_process_or_two(table, experiment):
-    again = ll.sweep(replace(GRID, lr=[1e-2]), **experiment, **SETTINGS, jobs=2).table
-    same = table[table["lr"] == 1e-2].reset_index(drop=True)
-    pd.testing.assert_frame_equal(same, again, check_exact=True)
 
 
 def test_a_row_is_what_attach_and_finetune_give(table, experiment):
@@ -244,16 +239,17 @@ def test_their_rows_are_what_attach_and_finetune_give(elsewhere, experiment):
     assert run.curve["loss"].iloc[-1] == row["loss"]
 
 
-def test_the_identity_of_earlier_methods_does_not_change(table, elsewhere):
-    known = table.set_index(["method", "position", "lr", "seed"])["run"]
-    assert known["window", 0.5, 1e-3, 0] == "8a0f21d18d541f97"
-    assert known["LoRA"].iloc[0] == "b1ac6f76c173d52e"
+def test_the_identity_of_earlier_methods_does_not_change(model, source, digits, spectra):
+    grid = ll.Grid(ll.Window.middle(8), lr=[1e-3], baselines=[ll.LoRA(8)])
+    tasks = {"task": digits.first(64, 50), "retain": source.first(10, 50)}
+    table = ll.sweep(grid, model=model, spectra=spectra, **tasks, **SETTINGS, jobs=1).table
+    assert table["run"].tolist() == ["8a0f21d18d541f97", "b1ac6f76c173d52e"]
 
 
 @pytest.mark.parametrize(
     ("method", "choices", "message"),
     [
-        (PeftMethod("lora_ga", 64), {}, "lora_ga of rank 64 does not fit blocks.0.attn.qkv"),
+        (PeftMethod("lora_ga", 20), {}, "lora_ga of rank 20 does not fit blocks.0.attn.qkv"),
         (PeftMethod("pissa", 4), {"variant": ll.Variant(rslora=True)}, "takes no variant, not rslora"),
         (Regularized(ll.Window(8, start=90), KLAnchor(1)), {}, r"\[90, 98\) does not fit"),
         (Regularized(ll.LoRA(4), KLAnchor(1)), {"batch_size": 1}, "half of each batch, and batch_size is 1"),
@@ -284,7 +280,8 @@ def test_each_seed_is_told_when_it_is_through(experiment, tmp_path):
         ll.sweep(grid, each_seed=3, **settings)
 
 
-def test_runs_in_a_metric_are_other_runs_and_keep_their_drifts(experiment, model, source, tmp_path):
+def test_runs_in_a_metric_are_other_runs_and_keep_their_drifts(experiment, source, tmp_path):
+    model = experiment["model"]
     grid = ll.Grid(ll.Window.first(8), lr=1e-2, baselines=[ll.LoRA(8)])
     shared = {**experiment, "store": tmp_path, **SETTINGS, "jobs": 1}
     plain = ll.sweep(grid, **shared)

@@ -1,4 +1,7 @@
-"""Processes that a sweep starts, keeps for the next call, and survives when they are killed."""
+"""Processes that a sweep starts, keeps for the next call, and survives when they are killed.
+
+All tests that need two are here, so that they have the same: one takes seconds to import everything.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import multiprocessing
 import os
 import signal
 import threading
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
+import torch
 from clean_processes import started
 from engine_runs import (
+    WRONG,
     Goes,
     Noting,
     finished,
@@ -23,6 +30,7 @@ from engine_runs import (
     swept,
     wait_for,
 )
+from small_sequences import learn, pairs, retained
 
 import lora_lens as ll
 from lora_lens.experiments.engines import processes
@@ -41,6 +49,16 @@ def test_a_process_that_may_start_no_others_computes_all_by_itself():
         process._config["daemon"] = False
 
 
+def test_the_table_is_the_same_in_one_process_or_two():
+    one, two = (swept(ll.Window.middle(2), ll.LinearProbe(), jobs=jobs) for jobs in (1, 2))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+
+
+def test_sequences_in_two_processes_give_the_table_of_one():
+    two = {"tasks": pairs()[:2], "seeds": (0, 1), "retain": retained()}
+    pd.testing.assert_frame_equal(learn(**two, jobs=2), learn(**two), check_exact=True)
+
+
 def test_what_runs_share_is_unpickled_once_in_each_process(tmp_path):
     noting = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), processes=2))
     swept(noting, seeds=range(6), model=noting_model(tmp_path / "u"), jobs=2)
@@ -55,16 +73,54 @@ def test_a_run_whose_process_is_killed_once_is_run_again_and_the_others_once(tmp
     assert sum(lines_of(tmp_path / "runs").values()) == 4 + 1
 
 
-def test_the_death_of_a_process_is_seen_after_others_ended_of_idleness(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "_idle", {})
+def test_runs_that_fail_or_kill_their_process_are_rows_and_the_others_go_on(tmp_path):
+    wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in WRONG]
+    with pytest.warns(UserWarning, match="4 of 5 runs failed"):
+        table = swept(*wrong, seeds=(1,), store=tmp_path / "s", jobs=2)
+    assert table["reason"].str.split(":").str[0].tolist() == ["", *WRONG.values()]
+    assert table["accuracy"].isna().tolist() == [False, True, True, True, True]
+
+
+@dataclass(frozen=True)
+class Deadly(ll.LoRA):
+    """Kills its process the first times."""
+
+    marker: str = ""
+    times: int = 1
+
+    def attach(self, request, plan):
+        marker = Path(self.marker)
+        before = len(marker.read_text()) if marker.exists() else 0
+        if before < self.times:
+            marker.write_text("x" * (before + 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().attach(request, plan)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_group_whose_process_is_killed_is_run_again_and_then_one_by_one(times, tmp_path):
+    deadly = Deadly(4, str(tmp_path / "there"), times)
+    methods, together = [*ll.windows(rank=4, count=3), deadly], {"seeds": (0,), "fuse": 2}
+    table = swept(*methods, **together, jobs=2, store=tmp_path / "store")
+    assert len(table) == 1 + 4 and not table["failed"].any()
+    assert len((tmp_path / "there").read_text()) == times
+    if times == 1:
+        pd.testing.assert_frame_equal(table, swept(*methods, **together, jobs=1), check_exact=True)
+
+
+def test_each_gpu_has_a_process_whose_death_is_seen_after_others_ended_of_idleness(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5, 3")
     monkeypatch.setattr(processes, "IDLE", 0.5)
     monkeypatch.setattr(processes, "REUSED", 0.25)
-    swept(Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"))), jobs=2)
-    pids = {int(line.split()[0]) for line in lines_of(tmp_path / "runs")}
-    wait_for(lambda: not any(map(psutil.pid_exists, pids)))
+    noting = Noting(str(tmp_path / "runs"), "CUDA_VISIBLE_DEVICES", processes=2)
+    swept(Regularized(ll.LoRA(2), noting))
+    pids, gpus = zip(*(line.split() for line in lines_of(tmp_path / "runs")), strict=True)
+    assert set(gpus) == {"GPU-5", "3"}
+    wait_for(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids))
     killed = Regularized(ll.LoRA(2), Goes(wrong="killed"))
     tables = []
-    call = threading.Thread(target=lambda: tables.append(swept(killed, seeds=(1,), jobs=2)), daemon=True)
+    call = threading.Thread(target=lambda: tables.append(swept(killed, seeds=(1,))), daemon=True)
     with pytest.warns(UserWarning, match="its process was killed"):
         call.start()
         call.join(300)

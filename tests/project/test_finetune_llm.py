@@ -177,21 +177,6 @@ def loss_and_accuracy(model: nn.Module, folder: Path) -> tuple[float, float]:
     return float(nn.functional.cross_entropy(logits, labels)), float(accuracy)
 
 
-def test_processes_without_a_gpu_find_each_other(tmp_path):
-    script = tmp_path / "processes.py"
-    script.write_text(
-        "import torch\n"
-        "from lora_lens._base.processes import accelerator\n"
-        "a = accelerator()\n"
-        "mean = a.reduce(torch.tensor([float(a.process_index)]), 'mean').item()\n"
-        "print(f'{a.process_index} of {a.num_processes}, mean {mean}\\n', end='', flush=True)\n"
-    )
-    finished = python(*TWO_PROCESSES, script)
-    assert sorted(finished.stdout.split("\n")) == ["", "0 of 2, mean 0.5", "1 of 2, mean 0.5"], (
-        finished.stderr
-    )
-
-
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -17,6 +17,7 @@ import cloudpickle
 
 from lora_lens._base.errors import InputError, LoraLensError, StoreError
 from lora_lens._base.files import write_atomically
+from lora_lens._base.lazy import uncollected
 from lora_lens._base.threads import limited_threads
 from lora_lens.experiments.engines.protocol import Attempt, Call, Item, Shared
 
@@ -111,7 +112,8 @@ def _loaded(key: str, read: Callable[[], bytes]) -> Shared:
 
 def _unpacked(content: bytes) -> Any:
     try:
-        return pickle.loads(content)
+        with uncollected():  # it imports nearly everything
+            return pickle.loads(content)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"a worker cannot load what the runs need ({type(error).__name__}: {error}): modules that the "

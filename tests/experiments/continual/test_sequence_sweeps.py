@@ -277,11 +277,6 @@ def test_after_a_task_that_diverged_separate_goes_on():
     assert table.groupby("after")["diverged"].first().tolist() == [False, True, False]
 
 
-def test_two_processes_give_the_table_of_one():
-    two = {"tasks": pairs()[:2], "seeds": (0, 1), "retain": retained()}
-    pd.testing.assert_frame_equal(learn(**two, jobs=2), learn(**two), check_exact=True)
-
-
 def test_the_model_and_the_random_state_stay():
     before, state = copy.deepcopy(small_vit().state_dict()), torch.random.get_rng_state()
     learn(Continued(EWC(1, examples=2)), ll.FullFineTuning(), setting="class-incremental")
