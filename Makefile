@@ -18,6 +18,8 @@ APP_PORT ?= 8866
 JOBS ?= 2
 # Tests that wait, for a process to die or a page to be still, leave a processor to one more.
 MORE = $(shell echo $$(($(JOBS) + 1)))
+# Where no notebook is a test, importing nbmake would only take each process four seconds.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -p no:nbmake
 LINT := BIN=$(BIN) .ci/lint && $(BIN)/lint-imports --no-logo --no-cache && $(BIN)/mypy
 DEMO := results/demo
 DEMO_RUNS := 42
@@ -84,18 +86,18 @@ test: $(VENV)/test.installed  ## lint, unit, property and integration tests, eve
 	@# Types are checked on one processor, meanwhile.
 	@echo "== lint and tests"
 	@$(LINT) & linted=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(MORE) --dist loadfile --no-loadscope-reorder --ignore tests/browser; \
+	$(PYTEST) -n $(MORE) --dist loadfile --no-loadscope-reorder --ignore tests/browser; \
 	wait $$linted
 	@echo "== notebooks that no test below opens; all of them, if there is no browser"
 	@# Again those that failed: two kernels that start at once may choose the same port. A wrong cell fails twice.
 	export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
-	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal -p nbmake.pytest_plugin --nbmake --nbmake-timeout=1800 "$$@"; }; \
+	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@"; }; \
 	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
 	run $$notebooks || run --last-failed $$notebooks
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
-	@echo "   (03 runs its whole sweep the first time: about 3 minutes on 2 cores)"
-	OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED) \
-		$(BIN)/pytest -n $(MORE) --dist loadscope -rs tests/browser
+	@# In the order that they have there; and without what other tests share, which imports torch.
+	LORA_LENS_RESULTS=$(TESTED) $(PYTEST) -n $(MORE) --dist loadscope --no-loadscope-reorder \
+		--confcutdir tests/browser -rs tests/browser
 
 lint: $(VENV)/test.installed  ## check style, spelling, imports, types, and that notebooks hold no outputs
 	@echo "== lint"

@@ -13,6 +13,9 @@ import pytest
 from pages import Explorer, Notebook, watched_page, write_notebook
 from servers import REPOSITORY, Server, copy_of_notebooks, jupyterlab
 
+# As for all tests: where there is a GPU, training would go there.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
@@ -28,11 +31,18 @@ ABSENT = [
         if find_spec(name.replace("-", "_")) is None
     ),
 ]
+# Begun first, so that none of them runs alone in the end.
+LONGEST = ("TestTradeoff", "TestLanguage", "test_site", "test_app", "TestResponse", "TestTradeoffScience")
 LAPTOP = {"width": 1360, "height": 900}
 SENTENCE = f"the explorers were not tested in a browser, because this is not installed: {', '.join(ABSENT)}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.cls.__name__ if item.cls else item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
     if ABSENT:
         for item in items:
             if Path(__file__).parent in item.path.parents:
