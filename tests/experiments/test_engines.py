@@ -273,6 +273,7 @@ def test_what_is_no_engine_is_refused(engine, error, message, tmp_path):
 
 def test_without_ray_one_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "lora_lens.experiments.engines.ray_tasks", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'lora_lens\[cluster\]'"):
         swept(engine="ray")
 

@@ -58,8 +58,12 @@ def client(patient) -> Iterator[distributed.Client]:
 
 @pytest.fixture
 def two_workers(client) -> distributed.Client:
-    """After those that an earlier test killed have come back."""
-    client.wait_for_workers(2)
+    """After those that an earlier test killed have come back, or, as Dask may give one up, another has come."""
+    try:
+        client.wait_for_workers(2, timeout=60)
+    except TimeoutError:
+        client.cluster.scale(len(client.cluster.worker_spec) + 1)
+        client.wait_for_workers(2)
     return client
 
 
