@@ -58,7 +58,7 @@ def client(patient) -> Iterator[distributed.Client]:
 
 @pytest.fixture
 def two_workers(client) -> distributed.Client:
-    """After those that an earlier test killed have come back, or, as Dask may give one up, another has come."""
+    """After those that a test killed have come back, or another where Dask has given one up."""
     try:
         client.wait_for_workers(2, timeout=60)
     except TimeoutError:
