@@ -81,7 +81,6 @@ class Explorer(VBox):
         super().__init__([self.page, *controls, self._message, self._results])
         self.add_class("ll-explorer")
         self.page.still = f"ll-{self.model_id}"
-        self._rows = rows
 
     def made_by(
         self,
