@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit  # as scipy.stats.t has them, but imported in no time
 
 from lora_lens._base.errors import InputError
 from lora_lens._base.schema import checked
@@ -100,7 +100,7 @@ def student_interval(*samples: ArrayLike, level: float = LEVEL, extra: float = 0
         extra: variance of the mean that the samples do not show, see :func:`at_rates_of_others`.
     """
     mean, error, freedom = _student(samples, extra)
-    half = error * student.ppf((1 + level) / 2, freedom)
+    half = error * stdtrit(freedom, (1 + level) / 2)
     return float(mean - half), float(mean + half)
 
 
@@ -109,7 +109,7 @@ def student_p(values: ArrayLike, extra: float = 0.0) -> float:
     mean, error, freedom = _student([values], extra)
     if error == 0:
         return float(mean == 0)
-    return float(2 * student.sf(abs(mean) / error, freedom))
+    return float(2 * stdtr(freedom, -abs(mean) / error))
 
 
 def _student(samples: Sequence[ArrayLike], extra: float) -> tuple[float, float, float]:
