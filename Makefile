@@ -16,8 +16,9 @@ APP_IP ?= localhost
 APP_PORT ?= 8866
 # So many test files or notebooks at a time, each on one processor.
 JOBS ?= 2
-# Tests that wait, for a process to die or a page to be still, leave a processor to one more.
+# Tests that wait, for a process to die, leave a processor to one more; those that wait for a browser, to two.
 MORE = $(shell echo $$(($(JOBS) + 1)))
+MOST = $(shell echo $$(($(JOBS) + 2)))
 # Where no notebook is a test, importing nbmake would only take each process four seconds.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -p no:nbmake
 LINT := BIN=$(BIN) .ci/lint && $(BIN)/lint-imports --no-logo --no-cache && $(BIN)/mypy
@@ -96,7 +97,7 @@ test: $(VENV)/test.installed  ## lint, unit, property and integration tests, eve
 	run $$notebooks || run --last-failed $$notebooks
 	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
 	@# In the order that they have there; and without what other tests share, which imports torch.
-	LORA_LENS_RESULTS=$(TESTED) $(PYTEST) -n $(MORE) --dist loadscope --no-loadscope-reorder \
+	LORA_LENS_RESULTS=$(TESTED) $(PYTEST) -n $(MOST) --dist loadscope --no-loadscope-reorder \
 		--confcutdir tests/browser -rs tests/browser
 
 lint: $(VENV)/test.installed  ## check style, spelling, imports, types, and that notebooks hold no outputs
