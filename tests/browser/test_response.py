@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import CDPSession
 
 TIMED, WARM_UP, LATER, ROUNDS = 60, 3, 500, 3
-# Growth allowed over LATER moves: 500 pictures that were kept would be some 100 MB, 500 figures more. The model
-# is small, as the kernel copies it whenever the slider rests: of 350 MB the allocator keeps now more, now less.
+# Growth allowed over LATER moves: 500 pictures that were kept would be some 100 MB, 500 figures more. The
+# model is small, since it is copied whenever the slider rests, and an allocator keeps some of 350 MB.
 KERNEL_BYTES, PAGE_BYTES, PAGE_NODES = 40e6, 10e6, 200
 
 CELL = f"""
