@@ -13,9 +13,6 @@ where it was.
 | new_classes_opponents, digits_opponents | 777 each | 1.6 each |
 | new_classes_mlp, digits_mlp | 28 each | 0.1 each |
 | new_classes_metric, digits_metric | 150 each | 0.3 each |
-| noise_opponents, noise_mlp | 575 | 1.2 |
-| few_digits_opponents, few_digits_mlp | 460 | 1.0 |
-| noise_metric | 150 | 0.3 |
 | new_classes_ranks, digits_ranks | 135 each | 0.3 each |
 | new_classes_alpha, digits_alpha | 90 each | 0.2 each |
 | new_classes_lengths, digits_lengths | 55 each | 0.7 each |
@@ -34,7 +31,7 @@ where it was.
   the reason; PEFT's starts are for linear layers alone and have none.
 - minilm_long: the sentiment of film reviews at 4 times the steps of run_language_sweeps.py, in float32.
 
-``opponents`` of all settings but few_digits, and ``metric`` of new_classes and digits keep every run's drift.
+``opponents`` and ``metric`` keep every run's drift.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ import torch
 from peft import HiraConfig, LoraConfig, OFTConfig, OSFConfig, ShiraConfig
 from peft.tuners.lora.config import KasaConfig
 from run_language_sweeps import minilm
-from run_sweeps import BATCH, STEPS, after_fashion, digits, few_digits, known_classes, noisy
+from run_sweeps import BATCH, STEPS, after_fashion, digits, known_classes
 from sklearn.datasets import load_sample_images
 from sweeping import main
 from torch import Tensor
@@ -205,48 +202,33 @@ def of_efficientnet() -> Grids:
     return [(grid, {}) for grid in (usual, more, lower, fierce, refused)]
 
 
-SCALES = {"new_classes": 0.5, "digits": 1.0, "noise": 1.0, "few_digits": 1.0}  # of the best rates
+SCALES = {"new_classes": 0.5, "digits": 1.0}  # of the best rates
 SETTINGS = {
     "new_classes": partial(vision, known_classes),
     "digits": partial(vision, after_fashion(digits)),
-    "noise": partial(vision, after_fashion(noisy)),
-    "few_digits": partial(vision, after_fashion(few_digits)),
 }
 
 
 def sweeps() -> Iterator[tuple[str, Sweep]]:
-    decisive = ("new_classes", "digits")
-    seeds = {"new_classes": 7, "digits": 7, "noise": 5, "few_digits": 4}
     rates = {
         name: tuple(scale * rate for rate in (2.5e-3, 5e-3, 1e-2, 2e-2)) for name, scale in SCALES.items()
     }
-
-    def opposed(*names: str) -> Iterator[tuple[str, Sweep]]:
-        for name in names:
-            grids = opponents(SCALES[name], seeds[name])
-            yield f"{name}_opponents", Sweep(SETTINGS[name], grids, drift=name != "few_digits")
-            mlp = ll.Grid(lr=rates[name], seed=range(seeds[name]), baselines=[LORA])
-            yield f"{name}_mlp", Sweep(SETTINGS[name], [(mlp, {"targets": "all-mlp"})])
-
-    def in_metrics(*names: str) -> Iterator[tuple[str, Sweep]]:
-        for name in names:
-            grid = ll.Grid(ll.windows(rank=RANK, count=5), lr=rates[name][1:3], seed=range(5))
-            given = {"drift": name in decisive, "metrics": metrics_of, "usual": ENDS}
-            yield f"{name}_metric", Sweep(SETTINGS[name], [(grid, {})], **given)
-
-    yield from opposed(*decisive)
-    yield from in_metrics(*decisive)
-    yield from opposed("noise", "few_digits")
-    yield from in_metrics("noise")
-    for name in decisive:
+    for name, setting in SETTINGS.items():
+        yield f"{name}_opponents", Sweep(setting, opponents(SCALES[name], seeds=7), drift=True)
+        mlp = ll.Grid(lr=rates[name], seed=range(7), baselines=[LORA])
+        yield f"{name}_mlp", Sweep(setting, [(mlp, {"targets": "all-mlp"})])
+    for name, setting in SETTINGS.items():
+        grid = ll.Grid(ll.windows(rank=RANK, count=5), lr=rates[name][1:3], seed=range(5))
+        yield f"{name}_metric", Sweep(setting, [(grid, {})], drift=True, metrics=metrics_of, usual=ENDS)
+    for name, setting in SETTINGS.items():
         grids = [(few(rates[name][:3], range(3), rank), {}) for rank in (4, 32, 64)]
-        yield f"{name}_ranks", Sweep(SETTINGS[name], grids, usual=ENDS)
+        yield f"{name}_ranks", Sweep(setting, grids, usual=ENDS)
         grids = [(few(rates[name][:3], range(3)), {"alpha": alpha}) for alpha in (2.0 * RANK, RANK / 4)]
-        yield f"{name}_alpha", Sweep(SETTINGS[name], grids, usual=ENDS)
-    for name in decisive:
+        yield f"{name}_alpha", Sweep(setting, grids, usual=ENDS)
+    for name, setting in SETTINGS.items():
         long, longest = few(rates[name][:2], range(4)), few(rates[name][:1], range(3))
         grids = [(long, {"steps": 4 * STEPS}), (longest, {"steps": 16 * STEPS})]
-        yield f"{name}_lengths", Sweep(SETTINGS[name], grids)
+        yield f"{name}_lengths", Sweep(setting, grids)
     usual = {"steps": 40, "batch_size": 16, "evaluations": 4}
     for name, task, colours in (
         ("efficientnet_fashion", ll.tasks.bundled.fashion, False),
