@@ -42,16 +42,17 @@ def torch_settings() -> dict[str, tuple[Callable, Callable]]:
     }
 
 
-# Begun first, so that processes that share the files end at the same time: the slowest, those that start
-# processes of their own beside those that only compute.
+# Begun first, so that processes that share the files end at the same time: the slowest. Between those that
+# start processes of their own stand some that only compute, or the former would all wait for each other.
 SLOWEST = """
-experiments/test_worker_processes adapters/test_other_loops training/test_language_models
-experiments/test_engines_ray course/test_notebook_sentences adapters/test_compatibility
-experiments/test_engines_dask experiments/test_engines adapters/test_replacing project/test_finetune_llm
-project/test_repository experiments/continual/test_sequence_sweeps reports/test_sweep_report
-training/test_fused_loop widgets/test_continual widgets/test_explorer project/test_imports
-experiments/test_sweeps widgets/test_all_explorers project/test_examples experiments/continual/test_store
-forgetting/test_generations _base/test_processes tasks/test_bundled adapters/test_saving
+experiments/test_worker_processes adapters/test_other_loops adapters/test_compatibility
+training/test_language_models experiments/test_engines_ray widgets/test_continual reports/test_sweep_report
+course/test_notebook_sentences adapters/test_saving experiments/continual/test_sequence_sweeps
+experiments/test_engines_dask widgets/test_all_explorers adapters/test_zoo project/test_repository
+tasks/test_bundled adapters/test_peft_starts project/test_imports project/test_examples
+widgets/test_fair_comparison widgets/test_explorer widgets/test_forgotten experiments/continual/test_store
+forgetting/test_generations experiments/test_engines training/test_finetuning project/test_finetune_llm
+training/test_fused_loop adapters/test_replacing widgets/test_trade_off _base/test_processes
 """.split()  # noqa: SIM905
 
 

@@ -66,10 +66,9 @@ class Goes(Regularizer):
 
 @dataclass(frozen=True)
 class Noting(Regularizer):
-    """Adds nothing; notes which process a run is in, and what it sees of its environment."""
+    """Adds nothing; notes which process a run is in."""
 
     file: str
-    variable: str = ""
     dies_once: bool = False
     processes: int = 1  # it waits until so many have noted something
     strength: float = 0.0
@@ -79,10 +78,10 @@ class Noting(Regularizer):
             return lambda: 0.0
         first = not Path(self.file).exists()
         with open(self.file, "a") as stream:
-            stream.write(f"{os.getpid()} {os.environ.get(self.variable)}\n")
+            stream.write(f"{os.getpid()}\n")
         if self.dies_once and first:
             os.kill(os.getpid(), signal.SIGKILL)
-        wait_for(lambda: len({line.split()[0] for line in lines_of(Path(self.file))}) >= self.processes)
+        wait_for(lambda: len(lines_of(Path(self.file))) >= self.processes)
         return lambda: 0.0
 
 

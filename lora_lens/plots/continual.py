@@ -296,7 +296,7 @@ def _draw_drifts(ax: Axes, runs: pd.DataFrame, measure: str) -> None:
 
 def _line_in_band(ax: Axes, rows: pd.DataFrame, x: str, y: str, look: dict[str, object]) -> None:
     """The mean of ``y`` over runs at every ``x``, in its 95% interval; nothing where there are no values."""
-    values = rows.dropna(subset=[y]).groupby(x)[y]
+    values = rows[[x, y]].dropna(subset=[y]).groupby(x)[y]
     line = pd.DataFrame({at: mean_and_interval("mean", ys) for at, ys in values}).T
     if line.empty:
         return

@@ -104,13 +104,13 @@ FAMILIES = {
             ls_init_value=None,
             head_init_scale=1.0,
         ),
-        images(64),
+        images(32),
         "all-conv",
         "fc1",
         "all-conv",
     ),
     "ResNet (timm), all-conv": Family(
-        vision("resnet10t", channels=(12, 16, 20, 24)), images(64), "all-conv", "conv2", "all-conv"
+        vision("resnet10t", channels=(12, 16, 20, 24)), images(32), "all-conv", "conv2", "all-conv"
     ),
     "nn.Sequential": Family(plain, lambda: torch.randn(8, 24), None, "0", "all-linear"),
 }

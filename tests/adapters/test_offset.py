@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from small_sequences import small_spectra, small_vit
 from tiny_models import gpt2, llama
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
@@ -253,13 +254,13 @@ def test_a_start_that_a_checkpoint_brings_along_is_saved_with_it(model, source, 
 
 
 @pytest.mark.parametrize("fuse", [1, 2])
-def test_a_sweep_gives_the_numbers_of_the_residual_alone_and_together(fuse, model, spectra, source, digits):
-    tasks = {"task": digits.first(64, 50), "retain": source.first(50, 50)}
+def test_a_sweep_gives_the_numbers_of_the_residual_alone_and_together(fuse, source, digits):
+    tasks = {"task": digits.first(64, 20), "retain": source.first(50, 20)}
     settings = {"steps": 4, "batch_size": 16, "evaluations": 2, "progress": False}
-    settings |= {"spectra": spectra, "fuse": fuse, "jobs": 1}
+    settings |= {"model": small_vit(), "spectra": small_spectra(), "fuse": fuse, "jobs": 1}
     grid = ll.Grid([ll.Window.first(4), ll.LoRA(4)], lr=[1e-2])
     residual, offset = (
-        ll.sweep(grid, model=model, **tasks, variant=ll.Variant(base=base), **settings).table
+        ll.sweep(grid, **tasks, variant=ll.Variant(base=base), **settings).table
         for base in ("residual", "offset")
     )
     assert set(offset["variant"]) == {"offset base"}

@@ -38,7 +38,7 @@ CONFIGS = [
 
 @pytest.fixture(scope="module")
 def tasks(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.first(100, 50), source.first(100, 50)
+    return digits.first(100, 20), source.first(100, 20)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.peft_type.value)

@@ -28,7 +28,7 @@ NAMES = pytest.mark.parametrize("name", PEFT_STARTS)
 
 @pytest.fixture(scope="module")
 def tasks(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.first(100, 50), source.first(100, 50)
+    return digits.first(100, 20), source.first(100, 20)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def product(layer) -> torch.Tensor:
 def test_the_function_is_the_pretrained_one_until_training_changes_it(
     name, started, model, spectra, tasks, source
 ):
-    adapted, images = started(name), source.test.inputs[:50]
+    adapted, images = started(name), source.test.inputs[:20]
     assert ll.function_error(adapted, model, images) < 1e-5
     before = ll.forgetting.drift(adapted, spectra)
     assert (before["relative"] < 1e-6).all()

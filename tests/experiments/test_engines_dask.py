@@ -95,7 +95,7 @@ def test_the_caller_writes_for_workers_that_do_not_see_the_store(two_workers, tm
     two_workers.run(hide_unseen)
     store = tmp_path / UNSEEN
     table = swept(Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"))), engine=two_workers, store=store)
-    assert os.getpid() not in {int(line.split()[0]) for line in lines_of(tmp_path / "runs")}
+    assert os.getpid() not in set(map(int, lines_of(tmp_path / "runs")))
     assert len(finished(store)) == 4 and not table["failed"].any()
     again = swept(Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"))), engine=two_workers, store=store)
     pd.testing.assert_frame_equal(again, table)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from small_sequences import small_spectra, small_vit
 
 import lora_lens as ll
 from lora_lens.experiments.pretrained import ask_pretrained
@@ -15,8 +16,9 @@ WINDOWS = ll.windows(rank=4, count=3)
 
 
 @pytest.fixture(scope="module")
-def experiment(model, spectra, source, digits) -> Experiment:
-    task, retain, watch = digits.first(200, 100), source.first(100, 100), (source.subset(test=60),)
+def experiment(source, digits) -> Experiment:
+    model, spectra = small_vit(), small_spectra()
+    task, retain, watch = digits.first(200, 40), source.first(100, 40), (source.subset(test=30),)
     methods = [*WINDOWS, ll.LoRA(4), ll.LoRA(2), ll.FullFineTuning(), Regularized(ll.LoRA(4), L2ToInitial(1))]
     names = list(ll.spectrum.target_layers(model))
     layers = dict.fromkeys(methods, names)

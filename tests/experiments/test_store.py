@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from engine_runs import in_processes
+from small_sequences import small_spectra, small_vit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -160,7 +161,7 @@ def test_a_store_of_an_earlier_version_that_did_not_note_settings_goes_on(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def swept(model, source, digits, spectra, tmp_path_factory):
+def swept(source, digits, tmp_path_factory):
     """(folder, table) of a sweep of two windows and the baselines, with drifts."""
     folder = tmp_path_factory.mktemp("swept") / "store"
     grid = ll.Grid(
@@ -171,7 +172,8 @@ def swept(model, source, digits, spectra, tmp_path_factory):
     )
     settings = {"steps": 2, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
     tasks = {"task": digits.first(32, 50), "retain": source.first(10, 60)}
-    return folder, ll.sweep(grid, model=model, **tasks, spectra=spectra, store=folder, **settings).table
+    small = {"model": small_vit(), "spectra": small_spectra()}
+    return folder, ll.sweep(grid, **small, **tasks, store=folder, **settings).table
 
 
 def test_a_folder_and_its_packed_file_tell_the_same(swept, tmp_path):
@@ -221,8 +223,8 @@ def test_a_sweep_s_runs_are_no_sequences(swept, tmp_path):
             ll.experiments.ContinualSweep.open(store)
 
 
-def test_drifts_are_those_of_the_trained_models(swept, model, source, digits, spectra):
-    folder, table = swept
+def test_drifts_are_those_of_the_trained_models(swept, source, digits):
+    (folder, table), spectra = swept, small_spectra()
     found = ll.Sweep.open(folder).only(table).drifts()
     adapters = table[table["method"].isin(["window", "LoRA"])]
     full = table[table["method"] == "full fine-tuning"]
@@ -230,7 +232,7 @@ def test_drifts_are_those_of_the_trained_models(swept, model, source, digits, sp
     assert (found.groupby("run").size() == len(spectra)).all()
 
     row = table[(table["position"] == 1) & (table["seed"] == 0)].iloc[0]
-    adapted = ll.attach(model, ll.Window.last(8), spectra=spectra)
+    adapted = ll.attach(small_vit(), ll.Window.last(8), spectra=spectra)
     settings = {"steps": 2, "batch_size": 8, "evaluations": 2, "lr": 5e-3, "progress": False}
     ll.finetune(adapted, digits.first(32, 50), source.first(10, 60), **settings)
     mine, here = found[found["run"] == row["run"]].set_index("layer"), ll.forgetting.drift(adapted, spectra)
@@ -240,14 +242,15 @@ def test_drifts_are_those_of_the_trained_models(swept, model, source, digits, sp
     assert mine["cka"].nunique() == 1 and 0.5 < mine["cka"].iloc[0] <= 1
 
 
-def test_drifts_are_measured_where_all_vectors_are_known(model, source, digits, spectra, tmp_path):
+def test_drifts_are_measured_where_all_vectors_are_known(source, digits, tmp_path):
+    spectra = small_spectra()
     first = torch.arange(8)
     few = ll.SpectrumSet(
         [replace(s, left=s.left[:, :8], right=s.right[:8], components=first) for s in spectra.values()]
     )
     settings = {"steps": 1, "batch_size": 8, "evaluations": 2, "jobs": 1, "progress": False}
     tasks = {"task": digits.first(16, 20), "retain": source.first(10, 20)}
-    settings |= {"model": model, **tasks}
+    settings |= {"model": small_vit(), **tasks}
     grid = ll.Grid([ll.Window.first(8)])
     for without in ({"spectra": few}, {"spectra": spectra, "drift": False}, {"targets": "attn.proj"}):
         store = tmp_path / str(sorted(without))

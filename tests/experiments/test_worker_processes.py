@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from small_sequences import learn, pairs, retained
 import lora_lens as ll
 from lora_lens.experiments.engines import processes
 from lora_lens.experiments.engines.choice import chosen_engine
+from lora_lens.experiments.engines.protocol import Call, Shared
 from lora_lens.training import Regularized
 
 
@@ -66,46 +68,42 @@ def test_what_runs_share_is_unpickled_once_in_each_process(tmp_path):
     assert sum(lines_of(tmp_path / "runs").values()) == 6  # in those two
 
 
-def test_a_run_whose_process_is_killed_once_is_run_again_and_the_others_once(tmp_path):
-    dies = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs"), dies_once=True))
-    table = swept(dies, seeds=range(4), jobs=2)
-    assert not table["failed"].any() and table["accuracy"].notna().all()
-    assert sum(lines_of(tmp_path / "runs").values()) == 4 + 1
-
-
 def test_runs_that_fail_or_kill_their_process_are_rows_and_the_others_go_on(tmp_path):
     wrong = [Regularized(ll.LoRA(2), Goes(wrong=w)) for w in WRONG]
-    with pytest.warns(UserWarning, match="4 of 5 runs failed"):
-        table = swept(*wrong, seeds=(1,), store=tmp_path / "s", jobs=2)
-    assert table["reason"].str.split(":").str[0].tolist() == ["", *WRONG.values()]
-    assert table["accuracy"].isna().tolist() == [False, True, True, True, True]
+    noting = Regularized(ll.LoRA(2), Noting(str(tmp_path / "runs")))
+    with pytest.warns(UserWarning, match="4 of 6 runs failed"):
+        table = swept(*wrong, noting, seeds=(1,), store=tmp_path / "s", jobs=2)
+    assert table["reason"].str.split(":").str[0].tolist() == ["", *WRONG.values(), ""]
+    assert table["accuracy"].isna().tolist() == [False, True, True, True, True, False]
+    assert sum(lines_of(tmp_path / "runs").values()) == 1
 
 
 @dataclass(frozen=True)
 class Deadly(ll.LoRA):
-    """Kills its process the first times."""
+    """Writes its letter; kills its process if the letters are these."""
 
-    marker: str = ""
-    times: int = 1
+    file: str = ""
+    letter: str = ""
+    deadly: tuple[str, ...] = ()
 
     def attach(self, request, plan):
-        marker = Path(self.marker)
-        before = len(marker.read_text()) if marker.exists() else 0
-        if before < self.times:
-            marker.write_text("x" * (before + 1))
+        with open(self.file, "a") as stream:
+            stream.write(self.letter)
+        if Path(self.file).read_text() in self.deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().attach(request, plan)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_group_whose_process_is_killed_is_run_again_and_then_one_by_one(times, tmp_path):
-    deadly = Deadly(4, str(tmp_path / "there"), times)
-    methods, together = [*ll.windows(rank=4, count=3), deadly], {"seeds": (0,), "fuse": 2}
-    table = swept(*methods, **together, jobs=2, store=tmp_path / "store")
+def test_a_group_whose_process_is_killed_is_run_again_and_then_one_by_one(tmp_path):
+    file = str(tmp_path / "letters")
+    group = [Deadly(4, file, "a"), Deadly(4, file, "b", ("ab", "abab"))]
+    together = {"seeds": (0,), "fuse": 2}
+    table = swept(*ll.windows(rank=4, count=2), *group, **together, jobs=2, store=tmp_path / "store")
+    assert Path(file).read_text() == "ab" + "ab" + "a" + "b"
     assert len(table) == 1 + 4 and not table["failed"].any()
-    assert len((tmp_path / "there").read_text()) == times
-    if times == 1:
-        pd.testing.assert_frame_equal(table, swept(*methods, **together, jobs=1), check_exact=True)
+    one_by_one = swept(*group, seeds=(0,), jobs=1)
+    for column in ("accuracy", "forgetting", "loss_rise"):
+        assert table[column].tolist()[-2:] == one_by_one[column].tolist()[-2:]
 
 
 def test_each_gpu_has_a_process_whose_death_is_seen_after_others_ended_of_idleness(monkeypatch, tmp_path):
@@ -113,18 +111,30 @@ def test_each_gpu_has_a_process_whose_death_is_seen_after_others_ended_of_idlene
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5, 3")
     monkeypatch.setattr(processes, "IDLE", 0.5)
     monkeypatch.setattr(processes, "REUSED", 0.25)
-    noting = Noting(str(tmp_path / "runs"), "CUDA_VISIBLE_DEVICES", processes=2)
-    swept(Regularized(ll.LoRA(2), noting))
-    pids, gpus = zip(*(line.split() for line in lines_of(tmp_path / "runs")), strict=True)
-    assert set(gpus) == {"GPU-5", "3"}
-    wait_for(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids))
-    killed = Regularized(ll.LoRA(2), Goes(wrong="killed"))
-    tables = []
-    call = threading.Thread(target=lambda: tables.append(swept(killed, seeds=(1,))), daemon=True)
-    with pytest.warns(UserWarning, match="its process was killed"):
-        call.start()
-        call.join(300)
-    assert [table["failed"].tolist() for table in tables] == [[False, True]]
+    engine = chosen_engine(None, None)
+    items = [(((number,), tmp_path / f"{number}.json"),) for number in range(2)]
+
+    # What runs here refers to nothing of the tests, whose imports would take seconds in each process.
+    def notes(_point, _path) -> dict:
+        (tmp_path / f"{os.getpid()}.pid").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        while len(list(tmp_path.glob("*.pid"))) < 2:
+            time.sleep(0.01)
+        return {}
+
+    def dies(_point, _path) -> dict:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ended = engine.attempts(Shared(notes, dict), Call("first", tmp_path / "unseen"), items)
+    assert [attempt.records for _, attempt in ended] == [({},), ({},)]
+    noted = {int(path.stem): path.read_text() for path in tmp_path.glob("*.pid")}
+    assert set(noted.values()) == {"GPU-5", "3"}
+    wait_for(lambda: not any(map(psutil.pid_exists, noted)))
+    call = engine.attempts(Shared(dies, dict), Call("second", tmp_path / "unseen", again=True), items[:1])
+    died: list[tuple] = []
+    thread = threading.Thread(target=lambda: died.extend(call), daemon=True)
+    thread.start()
+    thread.join(300)
+    assert died == [(items[0], None)]
 
 
 def test_a_killed_process_or_caller_costs_no_run(tmp_path):
@@ -140,7 +150,7 @@ def test_a_killed_process_or_caller_costs_no_run(tmp_path):
     kept = {file: file.stat().st_mtime_ns for file in finished(store)}
     victim = Noting(str(tmp_path / "pid"))
     swept(Regularized(ll.LoRA(2), victim), jobs=2)  # whose processes wait for the next call
-    pid = int(next(iter(lines_of(tmp_path / "pid"))).split()[0])
+    pid = int(next(iter(lines_of(tmp_path / "pid"))))
     killing = meanwhile(store, 6, lambda: os.kill(pid, signal.SIGKILL))
     table = many(store, jobs=2)
     killing.join()

@@ -62,9 +62,9 @@ def test_an_adapted_model_says_the_same_until_it_is_trained(smollm2, tokenizer, 
     adapted = ll.attach(smollm2, ll.Window.middle(rank=8), targets="v_proj")
     adapted.train()
     modes = [module.training for module in adapted.modules()]
-    compared = replies_before_after(answers, replies(adapted, tokenizer))
+    compared = replies_before_after(answers.head(4), replies(adapted, tokenizer, QUESTIONS[:4]))
     assert compared.columns.tolist() == ["question", "before", "after", "same"]
-    assert compared["same"].tolist() == [True] * 12
+    assert compared["same"].tolist() == [True] * 4
     assert [module.training for module in adapted.modules()] == modes
     changed = replies_before_after(answers.head(3), replies(moved(adapted, 0.5), tokenizer, QUESTIONS[:3], 8))
     assert changed["before"][0] == "The capital of France is Paris."

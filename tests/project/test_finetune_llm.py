@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from clean_processes import printed
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ import lora_lens as ll
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "finetune_llm.py"
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAYERS = 14  # two blocks of seven
 LONGEST = 90  # characters of a text; all of them fit --most-tokens
 
@@ -85,18 +83,11 @@ def options(folder: Path, output: Path, changed: Mapping[str, object] | None = N
     ]
 
 
-def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    offline = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=os.environ | offline, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-
-
-def told(finished: subprocess.CompletedProcess[str]) -> dict[str, list[float]]:
+def told(code: str, folder: Path, output: Path) -> dict[str, list[float]]:
     """The numbers on each line that the script printed."""
-    assert finished.returncode == 0, finished.stderr
-    lines = [line for line in finished.stdout.splitlines() if line and not line.startswith("adapter")]
+    start = f"import runpy, sys; sys.argv[0] = {str(SCRIPT)!r}\n"
+    lines = printed(start + code, *options(folder, output)).splitlines()
+    lines = [line for line in lines if line and not line.startswith("adapter")]
     found = {
         line[:16].strip(): [float(x) for x in re.findall(r"[+-]?\d+\.?\d*", line[16:])] for line in lines
     }
@@ -106,12 +97,24 @@ def told(finished: subprocess.CompletedProcess[str]) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def one(folder) -> dict[str, list[float]]:
-    return told(python(SCRIPT, *options(folder, folder / "one")))
+    return told("runpy.run_path(sys.argv[0], run_name='__main__')", folder, folder / "one")
 
 
 @pytest.fixture(scope="module")
 def two(folder) -> dict[str, list[float]]:
-    return told(python(*TWO_PROCESSES, SCRIPT, *options(folder, folder / "two")))
+    """Started by what torchrun itself calls, but forked: new processes would import everything anew."""
+    code = """
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def run():
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+config = LaunchConfig(
+    1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork"
+)
+elastic_launch(config, run)()
+"""
+    return told(code, folder, folder / "two")
 
 
 def updates(output: Path) -> dict[str, Tensor]:

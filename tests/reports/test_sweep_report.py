@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
+from small_sequences import small_spectra, small_vit
 
 import lora_lens as ll
 from lora_lens.experiments.store import experiment
@@ -118,12 +119,12 @@ def page(table, tmp_path_factory) -> Page:
 
 
 @pytest.fixture(scope="module")
-def store(model, source, digits, spectra, tmp_path_factory) -> Path:
+def store(source, digits, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep") / "runs"
     grid = ll.Grid(ll.windows(rank=8, count=3), lr=[1e-2], seed=range(2), baselines=[ll.LinearProbe()])
-    given = {"model": model, "task": digits.first(64, 50), "retain": source.first(10, 60)}
+    given = {"model": small_vit(), "task": digits.first(64, 50), "retain": source.first(10, 60)}
     settings = {"steps": 3, "batch_size": 16, "evaluations": 2, "jobs": 1, "progress": False}
-    ll.sweep(grid, **given, spectra=spectra, store=folder, **settings)
+    ll.sweep(grid, **given, spectra=small_spectra(), store=folder, **settings)
     return folder
 
 
@@ -292,10 +293,12 @@ def test_the_facts_are_those_of_the_table(page):
 
 
 def test_runs_that_failed_are_counted_and_results_are_no_settings(tmp_path):
-    table = made_up(seeds=2).assign(retained_loss=0.25, loss_rise=0.125, failed=False, reason="")
+    methods = [("LoRA", np.nan), ("full fine-tuning", np.nan)]
+    table = made_up(methods, (0.005, 0.02), seeds=2)
+    table = table.assign(retained_loss=0.25, loss_rise=0.125, failed=False, reason="")
     table.loc[[0, 7], ["failed", "reason", "accuracy"]] = [True, "out of memory", np.nan]
     page = Page(ll.reports.report(table, tmp_path / "p.html"))
-    assert "34 runs. None diverged. 2 more runs failed, and this page leaves them out." in page.text
+    assert "6 runs. None diverged. 2 more runs failed, and this page leaves them out." in page.text
     settings = {*page.table("What differs")["setting"], *page.table("What all runs share")["setting"]}
     assert settings.isdisjoint(["retained_loss", "loss_rise", "failed", "reason"])
     again = pd.concat([table, table.assign(loss_rise=0.5, run="again")])
@@ -495,7 +498,7 @@ def test_places_that_cannot_be_written_to_are_named(table, tmp_path):
 
 
 def test_tables_that_make_no_report_leave_the_old_one(table, store, tmp_path):
-    path = ll.reports.report(table[table["method"] == "LoRA"], tmp_path / "p.html")
+    path = ll.reports.report(made_up([("LoRA", np.nan)], (0.005,)), tmp_path / "p.html")
     before = path.read_bytes()
     mixed = pd.concat([table, table.assign(steps=60, run="other")])
     unknown = table[:2]

@@ -160,6 +160,6 @@ def test_a_model_of_digits_learns_the_tasks_of_a_sequence():
     first, last = (split_fashion(train=200, test=100)[place] for place in (0, 4))
     for task in (first, last):
         adapted = ll.attach(model, ll.Window(rank=4, position=0.5))
-        run = ll.finetune(adapted, task, steps=20, lr=3e-3, evaluations=2, progress=False)
+        run = ll.finetune(adapted, task, steps=20, batch_size=16, lr=3e-3, evaluations=2, progress=False)
         assert run.head.out_features == 2 and run.accuracy > 0.8
         model = ll.detach(adapted)

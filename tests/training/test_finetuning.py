@@ -25,7 +25,7 @@ SHORT = {"steps": 12, "batch_size": 32, "evaluations": 3, "progress": False}
 
 @pytest.fixture(scope="module")
 def small(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.first(400, 200), source.first(100, 200)
+    return digits.first(400, 80), source.first(100, 80)
 
 
 def test_a_run_learns_and_tells_its_curve(model, spectra, small):

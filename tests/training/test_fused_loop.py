@@ -10,7 +10,7 @@ from lora_lens.adapters.injection import lora_layers
 from lora_lens.training.fused_loop import CannotFuse, FusedLoop, factors_of, set_factors
 from lora_lens.training.record import Record
 
-SHORT = {"steps": 10, "batch_size": 16, "evaluations": 11, "lr": 1e-2}
+SHORT = {"steps": 10, "batch_size": 16, "evaluations": 6, "lr": 1e-2}
 POINTS = [
     (ll.Window.first(4), 1e-2, 0),
     (ll.Window.middle(4), 5e-3, 1),
@@ -21,7 +21,7 @@ POINTS = [
 
 @pytest.fixture(scope="module")
 def tasks(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.first(300, 100), source.first(100, 100)
+    return digits.first(300, 40), source.first(100, 40)
 
 
 def together(model, spectra, tasks, points=POINTS, watch=(), **settings) -> FusedLoop:
@@ -47,7 +47,7 @@ def singles(model, spectra, tasks, points=POINTS, watch=(), **settings):
 
 
 def test_the_numbers_are_those_of_single_runs(model, spectra, tasks):
-    watch = [tasks[1].subset(test=50)]
+    watch = [tasks[1].subset(test=30)]
     before = {name: p.clone() for name, p in model.named_parameters()}
     loop = together(model, spectra, tasks, watch=watch)
     loop.require_agreement()

@@ -15,7 +15,7 @@ import lora_lens as ll
 from lora_lens.experiments.identity import ANSWERS, MODEL_SETTINGS, experiment_identity
 
 SHORT = {"steps": 4, "batch_size": 8, "evaluations": 2, "progress": False}
-QUESTIONS = ("What is the capital of France?", "What is the opposite of hot?")
+QUESTIONS, TOKENS = ("What is the capital of France?", "What is the opposite of hot?"), 8
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 @pytest.fixture(scope="module")
 def as_it_was(smollm2, articles) -> tuple[ll.tasks.Answers, pd.DataFrame]:
     """What it answers without a window, and what it says."""
-    return ll.evaluate(smollm2[0], articles), ll.forgetting.replies(*smollm2, QUESTIONS, 12)
+    return ll.evaluate(smollm2[0], articles), ll.forgetting.replies(*smollm2, QUESTIONS, TOKENS)
 
 
 @pytest.fixture(scope="module")
 def articles(smollm2) -> ll.Task:
-    return ll.tasks.language_task(ll.tasks.bundled_texts.articles(), smollm2[1], block=64).first(
-        train=8, test=6
+    return ll.tasks.language_task(ll.tasks.bundled_texts.articles(), smollm2[1], block=32).first(
+        train=8, test=4
     )
 
 
@@ -63,7 +63,7 @@ def same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
 
 
 def test_smollm2_is_the_same_model_under_every_window(smollm2, articles, as_it_was):
-    (model, tokenizer), (before, said) = smollm2, as_it_was
+    (model, _), (before, said) = smollm2, as_it_was
     targets = "layers.[0-2].*"
     spectra = ll.spectra(model, targets, progress=False)
     assert len(spectra) == 3 * 7
@@ -75,7 +75,6 @@ def test_smollm2_is_the_same_model_under_every_window(smollm2, articles, as_it_w
         assert now.loss == pytest.approx(before.loss, abs=1e-6)
         np.testing.assert_allclose(now.losses, before.losses, atol=2e-4)
         assert np.array_equal(now.predicted, before.predicted)
-        pd.testing.assert_frame_equal(ll.forgetting.replies(adapted, tokenizer, QUESTIONS, 12), said)
 
 
 def test_smollm2_is_the_same_model_with_a_window_on_every_layer(smollm2, articles, as_it_was):
@@ -85,7 +84,7 @@ def test_smollm2_is_the_same_model_with_a_window_on_every_layer(smollm2, article
     now = ll.evaluate(adapted, articles)
     assert now.loss == pytest.approx(before.loss, abs=1e-6)
     np.testing.assert_allclose(now.losses, before.losses, atol=2e-4)
-    pd.testing.assert_frame_equal(ll.forgetting.replies(adapted, tokenizer, QUESTIONS, 12), said)
+    pd.testing.assert_frame_equal(ll.forgetting.replies(adapted, tokenizer, QUESTIONS, TOKENS), said)
 
 
 def test_the_loss_rise_is_that_of_plain_transformers(smollm2, articles):
@@ -98,7 +97,7 @@ def test_the_loss_rise_is_that_of_plain_transformers(smollm2, articles):
     before, after = plain_loss(model, articles), plain_loss(adapted.merge_and_unload(), articles)
     assert run.loss_rise == pytest.approx(after - before, abs=2e-5)
     assert abs(run.loss_rise) > 0.01
-    assert len(run.items) == len(articles.test) * 63
+    assert len(run.items) == len(articles.test) * 31
 
 
 # Learning
@@ -106,11 +105,11 @@ def test_the_loss_rise_is_that_of_plain_transformers(smollm2, articles):
 
 def test_minilm_learns_the_sentiment_of_film_reviews():
     model, tokenizer = ll.tasks.bundled.minilm(), ll.tasks.bundled.minilm_tokenizer()
-    task = ll.tasks.text_task(ll.tasks.bundled_texts.sentiment("movies"), tokenizer).first(test=150)
-    known = ll.tasks.text_task(ll.tasks.bundled_texts.genres(), tokenizer).first(test=100)
-    known = ll.tasks.probed(model, known, examples=200)
+    task = ll.tasks.text_task(ll.tasks.bundled_texts.sentiment("movies"), tokenizer).first(test=60)
+    known = ll.tasks.text_task(ll.tasks.bundled_texts.genres(), tokenizer).first(test=60)
+    known = ll.tasks.probed(model, known, examples=120)
     adapted = ll.attach(model, ll.Window.middle(8), targets="layer.[3-5].*")
-    run = ll.finetune(adapted, task, known, steps=20, batch_size=16, evaluations=2, lr=5e-3, progress=False)
+    run = ll.finetune(adapted, task, known, steps=10, batch_size=12, evaluations=2, lr=5e-3, progress=False)
     assert run.accuracy > run.curve["accuracy"].iloc[0] + 0.1
     assert run.curve["test_loss"].iloc[-1] < run.curve["test_loss"].iloc[0]
     assert run.retained_before > 0.7 and run.head.in_features == 384

@@ -67,42 +67,25 @@ def after_attaching(explorer: VBox) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "controls", "images"),
+    ("name", "changes", "images"),
     [
-        ("spectrum_explorer", ["kind", "block", "rank", "position"], 1),
-        ("window_explorer", ["layer", "rank", "position", "form"], 4),
-        ("tradeoff_explorer", ["score", "0.001", "0.01"], 2),
+        ("spectrum_explorer", {"kind": "attn.qkv", "block": 1, "rank": 4, "position": 1.0}, 1),
+        ("window_explorer", {"layer": "blocks.1.attn.proj", "rank": 4, "position": 1.0}, 4),
+        ("tradeoff_explorer", {"score": "accuracy", "0.01": False}, 2),
     ],
 )
-def test_each_shows_pictures_and_numbers_before_any_click(request, name, controls, images):
+def test_each_shows_pictures_and_numbers_before_any_click_and_each_control_changes_them(
+    request, name, changes, images
+):
     explorer = request.getfixturevalue(name)
-    for description in controls:
-        control(explorer, description)
     assert len(pictures(explorer)) == images
     assert all(picture.startswith(b"\x89PNG") for picture in pictures(explorer))
     assert "<table" in text(explorer) and shows_results(explorer)
-
-
-@pytest.mark.parametrize(
-    ("name", "description", "value"),
-    [
-        ("spectrum_explorer", "kind", "attn.qkv"),
-        ("spectrum_explorer", "block", 1),
-        ("spectrum_explorer", "rank", 4),
-        ("spectrum_explorer", "position", 1.0),
-        ("window_explorer", "layer", "blocks.1.attn.proj"),
-        ("window_explorer", "rank", 4),
-        ("window_explorer", "position", 1.0),
-        ("tradeoff_explorer", "score", "accuracy"),
-        ("tradeoff_explorer", "0.01", False),
-    ],
-)
-def test_each_control_changes_what_is_shown(request, name, description, value):
-    explorer = request.getfixturevalue(name)
-    before = pictures(explorer), text(explorer)
-    control(explorer, description).value = value
-    assert pictures(explorer)[0] != before[0][0]
-    assert description == "score" or text(explorer) != before[1]
+    for description, value in changes.items():
+        before = pictures(explorer), text(explorer)
+        control(explorer, description).value = value
+        assert pictures(explorer)[0] != before[0][0]
+        assert description == "score" or text(explorer) != before[1]
 
 
 def test_the_numbers_are_those_of_the_library(spectrum_explorer, narrow_spectra):

@@ -110,10 +110,10 @@ def continual_scores(table: pd.DataFrame) -> pd.DataFrame:
     table = checked(
         table, ["run", "strategy", *WINDOW, *alike, *RESULTS], source="ll.experiments.continual_sweep"
     )
-    runs = [rows for _, rows in table.groupby("run", sort=False)]
+    needed = table[["run", *RESULTS]]  # all columns of all runs take long to copy
+    runs = [rows for _, rows in needed.groupby("run", sort=False)]
     matrices = [accuracy_matrix(rows) for rows in runs]
-    first = pd.DataFrame([rows.iloc[0] for rows in runs])
-    references = _references(first, [matrix for matrix, _ in matrices], alike)
+    references = _references(table.drop_duplicates("run"), [matrix for matrix, _ in matrices], alike)
     scores = pd.DataFrame(
         [
             _scores(rows, *matrix, *found)

@@ -174,7 +174,7 @@ def test_finished_sequences_are_kept_and_only_what_is_missing_is_run(tmp_path):
 
 def test_what_makes_another_sequence_has_another_name(tmp_path):
     two, store = {"tasks": pairs()[:2], "steps": 1}, tmp_path / "s"
-    for strategy in (EWC(1.0), EWC(1.0, examples=7), EWC(2.0)):
+    for strategy in (EWC(1.0, examples=3), EWC(1.0, examples=4), EWC(2.0, examples=3)):
         learn(Continued(strategy), LORA, store=store, **two)
     for others in (
         {"setting": "domain-incremental"},
@@ -182,8 +182,8 @@ def test_what_makes_another_sequence_has_another_name(tmp_path):
         {"targets": "blocks.0.*"},
         {"batch_size": 4},
     ):
-        learn(Continued(EWC(1.0)), LORA, store=store, **two | others)
-    learn(Continued(EWC(1.0)), LORA, store=store, variant=ll.Variant(rslora=True), **two)
+        learn(Continued(EWC(1.0, examples=3)), LORA, store=store, **two | others)
+    learn(Continued(EWC(1.0, examples=3)), LORA, store=store, variant=ll.Variant(rslora=True), **two)
     assert len(list(store.glob("runs/*.json"))) == 8
 
 

@@ -11,7 +11,7 @@ SOME = "blocks.[05].*"
 
 @pytest.fixture(scope="module")
 def tasks(source, digits) -> tuple[ll.Task, ll.Task]:
-    return digits.first(200, 100), source.first(200, 300)
+    return digits.first(200, 40), source.first(200, 120)
 
 
 @pytest.fixture
