@@ -134,11 +134,17 @@ def test_the_readme_tells_what_its_verdicts_hide(claims):
     )
 
 
-def test_what_opponents_came_to_is_what_is_stored():
+@pytest.fixture(scope="module")
+def opponents() -> dict[str, object]:
+    """What the cells of notebook 04 on stronger opponents find."""
     names = names_of_a_notebook()
-    shown_by("opponents-found", names)
-    shown_by("told-opponents", names)
-    against, alone, page = names["against"], names["alone"], text_of("docs/sweeps.md")
+    for cell in ("opponents-found", "told-opponents"):
+        shown_by(cell, names)
+    return names
+
+
+def test_what_opponents_came_to_is_what_is_stored(opponents):
+    against, alone, page = opponents["against"], opponents["alone"], text_of("docs/sweeps.md")
     assert f"classes and on digits {against['method'].nunique()} methods" in page
     assert set(against.groupby(["task", "method"])["seeds"].max()) == {7}
     assert not (against["difference_low"] > 0).any() and "none is clearly better" in page
@@ -159,6 +165,16 @@ def test_what_opponents_came_to_is_what_is_stored():
     assert [len(methods) for methods in behind] == [6, 6]
     both = {"window at 0", "full fine-tuning", "PEFT's OFT"}
     assert set.intersection(*behind) == both | {f"PEFT's {start} of rank 8" for start in ("pissa", "olora")}
+
+
+def test_the_first_window_stays_behind_at_other_ranks_scalings_and_lengths_as_is_said(opponents):
+    names, page = dict(opponents), text_of("docs/sweeps.md")
+    shown_by("ranks-found", names)
+    first = names["changed"].query("method == 'window at 0'")
+    first = first.set_index(["setting", "value", "task"])["points"]
+    assert "the first window stays behind the middle one on both tasks, the farther the larger" in page
+    assert len(first) >= 2 * 9 and (first < 0).all()
+    assert (first["alpha"].unstack("task").diff().dropna() < 0).all(axis=None)
 
 
 def test_lora_leads_in_a_convolutional_network_by_as_much_as_is_said(claims):
