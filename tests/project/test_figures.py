@@ -238,23 +238,24 @@ def test_the_guide_of_notebook_06_says_what_is_stored():
         assert numbers_in(found) == pytest.approx(list(expected), abs=ROUNDED), pattern
 
 
-def leads() -> pd.DataFrame:
-    """In points beside LoRA of the same seed, trained and rewound, by setting, method and seed."""
-    rows = pd.read_csv(RESULTS / "rewinding.csv").query("part == 'test'")
+def trained_and_rewound(file: str) -> pd.DataFrame:
+    """Accuracy - forgetting in points, by setting, method and seed."""
+    rows = pd.read_csv(RESULTS / file).query("part == 'test'")
     rows = rows.assign(value=100 * (rows["accuracy"] - rows["forgetting"]))
     keys = ["setting", "method", "seed"]
     at = {"trained": rows[rows["t"] == 1], "rewound": rows.sort_values("t").drop_duplicates(keys)}
-    values = pd.DataFrame({name: runs.set_index(keys)["value"] for name, runs in at.items()})
-    return (
-        (values - values.xs("LoRA", level="method"))
-        .reorder_levels(keys)
-        .drop("LoRA", level="method")
-        .sort_index()
-    )
+    return pd.DataFrame({name: runs.set_index(keys)["value"] for name, runs in at.items()})
+
+
+def leads(values: pd.DataFrame, over: str) -> pd.DataFrame:
+    """More than another method of the same seed."""
+    found = (values - values.xs(over, level="method")).reorder_levels(["setting", "method", "seed"])
+    return found.drop(over, level="method").sort_index()
 
 
 def test_what_going_back_does_to_windows_is_what_is_stored():
-    found, rows = leads(), rows_of("docs/after_training.md")
+    values = trained_and_rewound("rewinding.csv")
+    found, rows = leads(values, "LoRA"), rows_of("docs/after_training.md")
     settings = {
         "digits": "digits, vision",
         "new_classes": "new classes",
@@ -284,19 +285,29 @@ def test_what_going_back_does_to_windows_is_what_is_stored():
     behind = -found.xs("first", level="method")["rewound"].groupby("setting").mean()
     assert "two to four points behind LoRA everywhere" in page
     assert (round(behind.min()), round(behind.max())) == (2, 4)
-    gains = (gained := points_gained()).loc["new_classes"][["LoRA", "middle", "first"]]
+    gained = (values["rewound"] - values["trained"]).groupby(level=["setting", "method"]).mean()
+    gains = gained.loc["new_classes"][["LoRA", "middle", "first"]]
     said = re.search(r"it gains LoRA (.*?); on MiniLM LoRA gains (.*?),", page)
     assert numbers_in(" ".join(said.groups())) == pytest.approx(
         [*gains, gained["minilm", "LoRA"]], abs=ROUNDED
     )
 
 
-def points_gained() -> pd.Series:
-    """By going back, in the mean over seeds, by setting and method."""
-    rows = pd.read_csv(RESULTS / "rewinding.csv").query("part == 'test'").sort_values("t")
-    value = 100 * (rows["accuracy"] - rows["forgetting"])
-    of_each = value.groupby([rows["setting"], rows["method"], rows["seed"]])
-    return (of_each.first() - of_each.last()).groupby(level=["setting", "method"]).mean()
+def test_what_going_back_does_to_opponents_is_what_is_stored():
+    values = trained_and_rewound("rewound_opponents.csv")
+    found, page = leads(values, "window 0.5"), text_of("docs/after_training.md")
+    assert set(found.groupby(level=["setting", "method"]).size()) == {3}
+    assert "The 24 that" in page and found.index.get_level_values("method").nunique() == 24
+    apart = found.groupby(level=["setting", "method"]).mean().groupby(level="setting").std()
+    said = re.search(r"leads falls (.*?) on digits and (.*?) on new classes", page)
+    expected = apart.loc[["digits", "new_classes"], ["trained", "rewound"]].to_numpy().ravel()
+    assert numbers_in(" ".join(said.groups())) == pytest.approx(list(expected), abs=ROUNDED)
+    gained = (values["rewound"] - values["trained"]).groupby(level="method").mean()
+    said = re.search(r"gains full fine-tuning most, (\S+) points .*? middle window (\S+)\. ", page)
+    assert gained.idxmax() == "full fine-tuning"
+    assert [float(one) for one in said.groups()] == pytest.approx(
+        [gained.max(), gained["window 0.5"]], abs=ROUNDED
+    )
 
 
 def test_what_agreement_tells_is_what_is_stored():
