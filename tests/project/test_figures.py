@@ -296,12 +296,18 @@ def test_what_going_back_does_to_windows_is_what_is_stored():
 def test_what_going_back_does_to_opponents_is_what_is_stored():
     values = trained_and_rewound("rewound_opponents.csv")
     found, page = leads(values, "window 0.5"), text_of("docs/after_training.md")
-    assert set(found.groupby(level=["setting", "method"]).size()) == {2}
+    assert set(found.groupby(level=["setting", "method"]).size()) == {3}
     assert "The 24 that" in page and found.index.get_level_values("method").nunique() == 24
     apart = found.groupby(level=["setting", "method"]).mean().groupby(level="setting").std()
     said = re.search(r"leads falls (.*?) on digits and (.*?) on new classes", page)
     expected = apart.loc[["digits", "new_classes"], ["trained", "rewound"]].to_numpy().ravel()
     assert numbers_in(" ".join(said.groups())) == pytest.approx(list(expected), abs=ROUNDED)
+    of_rewound = found["rewound"].groupby(level=["setting", "method"])
+    low, high = (
+        of_rewound.agg(lambda seeds, end=end: ll.forgetting.seed_interval(seeds)[end]) for end in (0, 1)
+    )
+    assert "none is clearly ahead of the middle window" in page and not (low > 0).any()
+    assert (high.xs("window 0", level="method") < 0).all()
     gained = (values["rewound"] - values["trained"]).groupby(level="method").mean()
     said = re.search(r"gains full fine-tuning most, (\S+) points .*? middle window (\S+)\. ", page)
     assert gained.idxmax() == "full fine-tuning"
