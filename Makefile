@@ -43,7 +43,7 @@ help:  ## list the commands
 
 demo: $(VENV)/lab.installed $(DEMO)/stored.png  ## run the main notebook; figures and pages go to results/demo
 	@echo "== the trade-off of a sweep that ships with the project: $(DEMO)/stored.png"
-	@echo "== executing notebooks/03_tradeoff.ipynb (about 3 minutes on 2 cores; finished runs are kept)"
+	@echo "== executing notebooks/03_tradeoff.ipynb (about 4 minutes on 2 cores; finished runs are kept)"
 	@LORA_LENS_RESULTS=$(abspath $(DEMO)) TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute \
 		--ExecutePreprocessor.timeout=3600 --ExecutePreprocessor.startup_timeout=300 --log-level=ERROR \
 		--output-dir $(DEMO) notebooks/03_tradeoff.ipynb 2> >(grep -v IPKernelApp >&2) & \
