@@ -69,8 +69,10 @@ FIRST, LAST = "at position {:g} shaded", "at position {:g}, and the residual"
 @contextmanager
 def held_slider(explorer: Explorer) -> Iterator[Track]:
     """The position slider's handle, held down; let go afterwards."""
-    yield Track(explorer)
-    explorer.page.mouse.up()
+    try:
+        yield Track(explorer)
+    finally:
+        explorer.page.mouse.up()
 
 
 class TestResponse:
