@@ -24,6 +24,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -p no:nbmake
 LINT := BIN=$(BIN) .ci/lint && $(BIN)/lint-imports --no-logo --no-cache && $(BIN)/mypy
 DEMO := results/demo
 DEMO_RUNS := 42
+# So that explorers follow their sliders sooner.
+SERVER := JUPYTER_CONFIG_PATH=$(CURDIR)/notebooks/server$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 # Notebooks under test keep finished runs in a folder named after the code that made them:
 # unchanged code is not run twice, changed code starts afresh.
@@ -74,11 +76,11 @@ $(DEMO)/stored.png: $(VENV)/lab.installed data/results/digits.jsonl.xz
 		ll.plots.tradeoff(sweep.table).figure.savefig("$@")'
 
 lab: $(VENV)/lab.installed  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
+	$(SERVER) $(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
 
 app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address that it prints
 	@# A page that shows nobody anything for an hour loses its kernel.
-	JUPYTER_PATH=$(CURDIR)/notebooks/app $(BIN)/voila notebooks/app.ipynb --template=lora_lens --no-browser \
+	JUPYTER_PATH=$(CURDIR)/notebooks/app $(SERVER) $(BIN)/voila notebooks/app.ipynb --template=lora_lens --no-browser \
 		--token --Voila.ip=$(APP_IP) --port=$(APP_PORT) --VoilaConfiguration.file_denylist='.*' \
 		--MappingKernelManager.cull_idle_timeout=3600 --MappingKernelManager.cull_interval=60 \
 		--MappingKernelManager.cull_connected=True

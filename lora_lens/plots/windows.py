@@ -18,6 +18,7 @@ from lora_lens.plots.spectra import FLOOR, HEAT
 from lora_lens.spectrum.spectrum import Spectrum
 from lora_lens.spectrum.window import Placement, Window
 
+SIGNED = "RdBu_r"  # colours of what may be negative
 ROUNDING = 1e-5  # norms below this share of the others are what float32 leaves of zero
 
 
@@ -60,7 +61,7 @@ def decomposition(spectrum: Spectrum, window: Window, axes: np.ndarray | None = 
             "residual W - slice": (whole - part, scale),
         }
         for ax, (title, (matrix, top)) in zip(axes, pictures.items(), strict=True):
-            ax.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
+            ax.imshow(matrix, cmap=SIGNED, vmin=-top, vmax=top, aspect="auto", interpolation="nearest")
             ax.set(title=f"{title}\n(colours ±{top:.2g})", xlabel="input feature")
             ax.title.set_fontsize(10.5)
             ax.grid(False)

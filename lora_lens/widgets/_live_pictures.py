@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lora_lens import plots
-from lora_lens.forgetting.features import FeatureNorms
-from lora_lens.plots.windows import part_maps
+from lora_lens.forgetting.features import FeatureEnergies, FeatureNorms, patch_grid
+from lora_lens.plots.spectra import HEAT
+from lora_lens.plots.windows import ROUNDING, SIGNED, part_maps
 from lora_lens.spectrum.spectrum import Spectrum, SpectrumSet
 from lora_lens.spectrum.window import Window
 from lora_lens.widgets._picture import Picture, fixed_axes, fixed_row
@@ -41,6 +45,18 @@ class SpectrumPicture:
         self.span.set_x(part.start - 0.5)
         self.span.set_width(part.stop - part.start)
         return self.picture.html(alt)
+
+    def for_page(self) -> dict[str, object]:
+        """What a page needs to draw the window by itself (follower.js)."""
+        ax = self.span.axes
+        return {
+            "kind": "spectrum",
+            "k": self.k,
+            "boxes": [_box(ax)],
+            "under": self.picture.below(),
+            "limits": ax.get_xlim(),
+            "shade": to_hex(self.span.get_facecolor(), keep_alpha=True),
+        }
 
 
 class DecompositionPicture:
@@ -75,6 +91,23 @@ class DecompositionPicture:
         self.title.set_text(f"slice\n(colours ±{top:.2g})")
         return self.picture.html(alt)
 
+    def for_page(self) -> dict[str, object]:
+        """What a page needs to draw slice and residual by itself (follower.js)."""
+        (left, right), (rows, columns) = self.spectrum.vectors(Window(self.spectrum.k, start=0)), self.drawn
+        values = self.spectrum.singular_values.float()
+        return {
+            "kind": "matrices",
+            "k": self.spectrum.k,
+            "boxes": [_box(image.axes) for image in (self.slice, self.residual)],
+            "rows": self.whole.shape[0],
+            "columns": self.whole.shape[1],
+            "left": _floats(left[rows] * values),
+            "right": _floats(right[:, columns]),
+            "whole": _floats(self.whole),
+            "scale": self.residual.get_clim()[1],
+            "colours": _colours(SIGNED),
+        }
+
 
 class FeatureMapsPicture:
     """:func:`lora_lens.plots.feature_maps` of the same images, in which the maps change."""
@@ -105,3 +138,31 @@ class FeatureMapsPicture:
                 ax.images[0].set_clim(0, part.top)
                 ax.xaxis.label.set_text(label)
         return self.picture.html(alt)
+
+    def for_page(self, split: FeatureEnergies) -> dict[str, object]:
+        """What a page needs to draw the maps by itself (follower.js)."""
+        lead, side = patch_grid(split.energies.shape[1], self.prefix)
+        return {
+            "kind": "maps",
+            "k": split.spectrum.k,
+            "boxes": [_box(ax) for column in self.columns for ax in column],
+            "side": side,
+            "energies": _floats(split.energies[:, lead:]),
+            "rounding": ROUNDING,
+            "colours": _colours(HEAT),
+        }
+
+
+def _box(ax: Axes) -> tuple[float, float, float, float]:
+    """Left, top, width and height in shares of the picture."""
+    place = ax.get_position()
+    return place.x0, 1 - place.y1, place.width, place.height
+
+
+def _floats(values: Tensor | np.ndarray) -> bytes:
+    return np.ascontiguousarray(values, "<f4").tobytes()
+
+
+def _colours(name: str) -> bytes:
+    """256 of red, green, blue and opacity."""
+    return matplotlib.colormaps[name](np.arange(256), bytes=True).tobytes()

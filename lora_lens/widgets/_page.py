@@ -1,4 +1,4 @@
-"""What an explorer does in the browser itself: the only module that touches anywidget."""
+"""What an explorer does in the browser itself: the only module that touches anywidget, but for _follower."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ from lora_lens.tasks.readouts import to_device
 from lora_lens.tasks.task import Examples, Task
 from lora_lens.tasks.tokens import TokenExamples
 from lora_lens.widgets._explorer import Explorer, Parts, dropdown, explorer, html_table, table_box
+from lora_lens.widgets._follower import Follower, followed, small_parts
 from lora_lens.widgets._live_pictures import DecompositionPicture, FeatureMapsPicture, SpectrumPicture
 from lora_lens.widgets._picture import fixed_row
 from lora_lens.widgets.spectra import position_slider, rank_slider
@@ -107,6 +108,7 @@ def window_explorer(
     reading = Lock()  # one thread at a time: reading switches the model to evaluation and back
     place, seen = HTML(layout=Layout(**SHARE)), HTML(layout=Layout(**SHARE))
     numbers, cut, answers = table_box(), HTML(), HTML()
+    follower = Follower(rank=size, position=position)
 
     @lru_cache(maxsize=1)
     def spectrum_of(name: str) -> tuple[SpectrumPicture, DecompositionPicture]:
@@ -118,19 +120,30 @@ def window_explorer(
         with reading:
             return feature_energies(model, name, spectra[name], inputs)
 
+    @lru_cache(maxsize=1)
+    def parts_of(name: str, rows: tuple[int, ...]) -> dict[str, dict[str, object]]:
+        """For the page, to follow the sliders; it leaves what is too large, or has none, to the kernel."""
+        curve, matrices = spectrum_of(name)
+        parts = {"spectrum": curve.for_page(), "matrices": matrices.for_page()}
+        parts |= look.features_for_page(features_of(name, rows))
+        return small_parts({f"{name}: {what}": part for what, part in parts.items()})
+
     def draw() -> Parts:
         window = Window(size.value, position=position.value)
         for s in cuts.values():
             window.slice(s.k, s.name)
         spectrum = spectra[layer.value]
         part = window.slice(spectrum.k)
-        curve, matrices = spectrum_of(layer.value)
-        split = features_of(layer.value, tuple(look.rows().tolist())).norms(window)
-        place.value = curve.html(window, f"{layer.value}: singular values with the {window} shaded")
-        seen.value = look.features(split, prefix, f"{layer.value}, {window}: {look.features_in_words()}")
-        cut.value = matrices.html(
-            window, f"{layer.value}: the weight, the slice in the {window}, and the residual"
-        )
+        name, rows = layer.value, tuple(look.rows().tolist())
+        curve, matrices = spectrum_of(name)
+        split = features_of(name, rows).norms(window)
+        shaded = curve.html(window, f"{name}: singular values with the {window} shaded")
+        place.value = followed(shaded, f"{name}: spectrum", part)
+        maps = look.features(split, prefix, f"{name}, {window}: {look.features_in_words()}")
+        seen.value = followed(maps, f"{name}: features", part)
+        sliced = matrices.html(window, f"{name}: the weight, the slice in the {window}, and the residual")
+        cut.value = followed(sliced, f"{name}: matrices", part)
+        follower.parts = parts_of(name, rows)
         facts = {
             "window": f"[{part.start}, {part.stop}) of {spectrum.k}",
             "energy in the window": f"{spectrum.energy(window):.2%}",
@@ -158,7 +171,7 @@ def window_explorer(
         )
         yield answers, words + look.answers(before, after, off)
 
-    shown = [HBox([place, seen], layout=SIDE_BY_SIDE), numbers, cut, answers]
+    shown = [HBox([place, seen], layout=SIDE_BY_SIDE), numbers, cut, answers, follower]
     return Explorer([[layer, *look.controls, form], [size, position]], shown, draw)
 
 
@@ -224,6 +237,9 @@ class _Images:
             self.maps = FeatureMapsPicture(self.examples.batch(self.rows()), split, prefix, HALF)
         return self.maps.html(split, alt)
 
+    def features_for_page(self, split: FeatureEnergies) -> dict[str, dict[str, object]]:
+        return {} if self.maps is None else {"features": self.maps.for_page(split)}
+
     def answers(self, *logits: Tensor) -> str:
         """Before and after attaching, and switched off."""
         names = [[self.task.classes[i] for i in some.argmax(-1).tolist()] for some in logits]
@@ -276,6 +292,10 @@ class _Texts:
             plots.token_shares(self.examples.pieces(int(self.rows())), split.position_shares[0], ax=ax)
 
         return drawn(draw, alt, HALF)
+
+    def features_for_page(self, _split: FeatureEnergies) -> dict[str, dict[str, object]]:
+        """None: most of this picture is words."""
+        return {}
 
     def answers(self, *logits: Tensor) -> str:
         """A table; nothing for a language task, whose answers are tokens."""

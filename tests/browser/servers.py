@@ -102,7 +102,7 @@ def web_page(own: Path) -> Iterator[Server]:
 
 @contextmanager
 def _process(command: list[str], own: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """A server and its log; it ends with all that it has started."""
+    """A server, set as that of ``make lab``, and its log; it ends with all that it has started."""
     folders = {
         "JUPYTER_CONFIG_DIR": "config",
         "JUPYTERLAB_SETTINGS_DIR": "settings",
@@ -110,7 +110,8 @@ def _process(command: list[str], own: Path) -> Iterator[tuple[subprocess.Popen, 
         "JUPYTER_RUNTIME_DIR": "runtime",
         "IPYTHONDIR": "ipython",
     }
-    environment = {**os.environ, "TQDM_DISABLE": "1", **{k: str(own / v) for k, v in folders.items()}}
+    settings = {"TQDM_DISABLE": "1", "JUPYTER_CONFIG_PATH": str(REPOSITORY / "notebooks" / "server")}
+    environment = {**os.environ, **settings, **{k: str(own / v) for k, v in folders.items()}}
     log = own / "server.log"
     with open(log, "wb") as written:
         process = subprocess.Popen(

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import pytest
 from pages import Explorer, Notebook
 from servers import REPOSITORY
@@ -51,19 +53,54 @@ ll.widgets.window_explorer(small, ll.spectra(small, "blocks.0.*", progress=False
 WATCH = """root => {
   root.moves = [], root.shown = [];
   const last = [];
+  const painted = what => requestAnimationFrame(() => setTimeout(() => {
+    root.shown.push([what, performance.now()]);
+  }));
   document.addEventListener('pointermove', event => root.moves.push(event.timeStamp), true);
   new MutationObserver(() => {
     root.querySelectorAll('img').forEach((image, place) => {
       if (last[place] === image.src) return;
       last[place] = image.src;
       const alt = image.alt;
-      image.decode().catch(() => {}).then(() =>  // replaced meanwhile: the next one counts
-        requestAnimationFrame(() => setTimeout(() => root.shown.push([alt, performance.now()]))));
+      image.decode().catch(() => {}).then(() => painted(alt));  // replaced meanwhile: the next one counts
     });
+    const drawn = root.querySelectorAll('canvas');  // in the page itself, over parts of the pictures
+    const window = [...drawn].find(canvas => canvas.dataset.window !== last.window)?.dataset.window;
+    if (!window) return;
+    last.window = window;
+    painted(`${drawn.length} parts of ${window}`);
   }).observe(root, {subtree: true, childList: true, attributes: true});
 }"""
-# The first and the last of the pictures that a move changes, by what their descriptions say of the position.
-FIRST, LAST = "at position {:g} shaded", "at position {:g}, and the residual"
+# What the page itself draws of all three pictures, the shade, six maps and two matrices, of which window; and
+# the first and the last of the kernel's pictures, by what their descriptions say of the position.
+RANK, COMPONENTS = 8, 768
+DRAWN, FIRST, LAST = "9 parts of {}, {}", "at position {:g} shaded", "at position {:g}, and the residual"
+
+# What the page has drawn, and where in which picture.
+PARTS = """root => [...root.querySelectorAll('canvas')].map(canvas => {
+  const image = canvas.parentElement.querySelector('img'), {width, height} = canvas;
+  const [box, whole] = [canvas, image].map(element => element.getBoundingClientRect());
+  const place = [
+    (box.left - whole.left) / whole.width, (box.top - whole.top) / whole.height,
+    box.width / whole.width, box.height / whole.height,
+  ];
+  const {data} = canvas.getContext('2d').getImageData(0, 0, width, height);
+  return {picture: image.dataset.follows, place, width, height, pixels: [...data]};
+})"""
+# The colours of a picture in the middles of cells that share a place in it.
+SAMPLED = """(root, [name, [left, top, width, height], columns, rows]) => {
+  const image = [...root.querySelectorAll('img')].find(image => image.dataset.follows === name);
+  const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight), pen = canvas.getContext('2d');
+  pen.drawImage(image, 0, 0);
+  const all = pen.getImageData(0, 0, canvas.width, canvas.height), found = [];
+  for (let row = 0; row < rows; row++)
+    for (let column = 0; column < columns; column++) {
+      const x = Math.floor(canvas.width * (left + width * (column + 0.5) / columns));
+      const y = Math.floor(canvas.height * (top + height * (row + 0.5) / rows));
+      found.push(...all.data.slice(4 * (y * canvas.width + x), 4 * (y * canvas.width + x) + 4));
+    }
+  return found;
+}"""
 
 
 @contextmanager
@@ -98,25 +135,54 @@ class TestResponse:
                 "([root, text, start]) => root.shown.slice(start).some(([alt]) => alt.includes(text))",
                 arg=[watched.root.element_handle(), LAST.format(at), before[1]],
             )
+            start = round(at * (COMPONENTS - RANK))
+            drawn = DRAWN.format(start, start + RANK)
             times.append(
                 watched.root.evaluate(
                     "(root, [texts, move, start]) => texts.map(text => "
                     "root.shown.slice(start).find(([alt]) => alt.includes(text))[1] - root.moves[move])",
-                    [[FIRST.format(at), LAST.format(at)], *before],
+                    [[drawn, FIRST.format(at), LAST.format(at)], *before],
                 )
             )
         assert len(times) > TIMED / 2
-        first, last = zip(*times, strict=True)
+        drawn, first, last = zip(*times, strict=True)
         measured = {
             "what": "milliseconds from a move of the pointer to a new picture painted, window of rank 8",
             "model": "vit_base_patch16_224, one layer of 768 components shown",
             "moves": len(times),
-            "first of three pictures": spread(first),
-            "last of three pictures": spread(last),
+            "all three pictures, drawn in the page": spread(drawn),
+            "first of the kernel's pictures": spread(first),
+            "last of the kernel's pictures": spread(last),
             "machine": f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}",
         }
         (screenshots / "response.json").write_text(json.dumps(measured, indent=1) + "\n")
         print(json.dumps(measured))
+
+    def test_what_the_page_draws_is_what_the_kernel_draws(self, notebook: Notebook):
+        explorer = notebook.explorers(2)[1]
+        explorer.drag("position", 0.2)
+        explorer.view(lambda view: "position 0.2 " in view.alt)
+        os.kill(notebook.kernel_process(), signal.SIGSTOP)
+        try:
+            with held_slider(explorer) as track:
+                track.move(0.7)
+                explorer.page.wait_for_function(
+                    "root => root.querySelectorAll('canvas').length === 9", arg=explorer.root.element_handle()
+                )
+            at, drawn = track.value(), explorer.root.evaluate(PARTS)
+        finally:
+            os.kill(notebook.kernel_process(), signal.SIGCONT)
+        explorer.view(lambda view: f"position {at:g} " in view.alt)
+        explorer.page.wait_for_function(
+            "root => !root.querySelector('canvas')", arg=explorer.root.element_handle()
+        )
+        assert len(drawn) == 9
+        for part in drawn:
+            ours = np.array(part["pixels"]).reshape(part["height"], part["width"], 4)[..., :3]
+            theirs = explorer.root.evaluate(SAMPLED, [part["picture"], part["place"], *ours.shape[1::-1]])
+            differs = np.abs(ours - np.array(theirs).reshape(*ours.shape[:2], 4)[..., :3]).max(-1) > 8
+            print(part["picture"], differs.mean())
+            assert differs.mean() < 0.03, part["place"]  # the picture's frames lie over them
 
     def test_many_moves_leave_nothing_behind(self, notebook: Notebook):
         explorer = notebook.explorers(2)[1]
