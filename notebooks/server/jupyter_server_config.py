@@ -1,7 +1,7 @@
-"""A Jupyter server that passes on what a kernel says at once, for ``make lab`` and, by voila.py, ``make app``.
+"""A server that passes on at once what a kernel says, for ``make lab`` and, by voila.py, ``make app``.
 
-As it comes, jupyter_server 2.21 leaves Nagle's algorithm on: of the small messages that answer a dragged slider,
-the second waits for the first one's acknowledgement, 40 ms on Linux (findings/).
+As it comes, jupyter_server 2.21 leaves Nagle's algorithm on: of the small messages that answer a dragged
+slider, the second waits for the first one's acknowledgement, 40 ms on Linux (findings/).
 """
 
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
