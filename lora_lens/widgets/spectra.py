@@ -23,6 +23,7 @@ from lora_lens.widgets._explorer import (
     offer_with_all,
     table_box,
 )
+from lora_lens.widgets._follower import Follower, followed
 from lora_lens.widgets._live_pictures import SpectrumPicture
 
 
@@ -57,6 +58,7 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
     model, kind, block = dropdown("model", models), dropdown("kind"), dropdown("block")
     size, position = rank_slider(rank, *models.values()), position_slider()
     picture, numbers = HTML(), table_box()
+    follower = Follower(rank=size, position=position)
 
     def offer() -> None:
         """Let the controls hold what the model has; what is chosen already stays if it can."""
@@ -70,8 +72,9 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
             size.value = min(size.value, int(table["k"].min()))
 
     @lru_cache(maxsize=4)
-    def picture_of(name: str, layers: tuple[str, ...]) -> SpectrumPicture:
-        return SpectrumPicture(SpectrumSet([models[name][layer] for layer in layers]))
+    def picture_of(name: str, layers: tuple[str, ...]) -> tuple[SpectrumPicture, dict[str, object]]:
+        curves = SpectrumPicture(SpectrumSet([models[name][layer] for layer in layers]))
+        return curves, curves.for_page()
 
     def draw() -> None:
         offer()
@@ -85,15 +88,19 @@ def spectrum_explorer(spectra: SpectrumSet | Mapping[str, SpectrumSet], rank: in
         window = Window(size.value, position=position.value)
         starts = [window.slice(s.k, s.name).start for s in chosen.values()]
         table = table.assign(start=starts, energy=[s.energy(window) for s in chosen.values()])
-        picture.value = picture_of(model.value, tuple(chosen)).html(
+        curves, for_page = picture_of(model.value, tuple(chosen))
+        shaded = curves.html(
             window,
             f"singular values of {counted(len(chosen), 'weight')}{model.value and f' of {model.value}'}, "
             f"with the {window} shaded",
         )
+        name = f"{model.value} {kind.value} {block.value}"
+        picture.value = followed(shaded, name, window.slice(curves.k))
+        follower.parts = {name: for_page}
         numbers.value = html_table(_by_kind(table, window))
 
     choices = [kind, block] if isinstance(spectra, SpectrumSet) else [model, kind, block]
-    return Explorer([choices, [size, position]], [picture, numbers], draw)
+    return Explorer([choices, [size, position]], [picture, numbers, follower], draw)
 
 
 def rank_slider(rank: int, *models: SpectrumSet) -> IntSlider:

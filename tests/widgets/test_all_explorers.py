@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 import torch
 from explored import control, message, narrow_vit, parts, pictures, shows_results, text
-from ipywidgets import VBox, Widget
+from ipywidgets import HTML, VBox, Widget
 from small_language import byte_tokenizer, part_of, small
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lora_lens as ll
+from lora_lens.widgets._follower import MOST, Follower, small_parts
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,21 @@ def test_attaching_at_any_position_keeps_the_predictions(window_explorer):
         assert same == "8 of 8" and difference < 1e-5
 
 
+def test_the_page_can_follow_every_picture_of_a_window_in_any_layer(window_explorer):
+    for name in control(window_explorer, "layer").options:
+        control(window_explorer, "layer").value = name
+        (follower,) = parts(window_explorer, Follower)
+        html = " ".join(box.value for box in parts(window_explorer, HTML))
+        assert set(re.findall('data-follows="([^"]+)"', html)) == set(follower.parts)
+        assert {part["kind"] for part in follower.parts.values()} == {"spectrum", "matrices", "maps"}
+        assert follower.rank is control(window_explorer, "rank")
+
+
+def test_what_is_too_large_for_a_page_is_left_to_the_kernel():
+    large, little = {"kind": "maps", "energies": bytes(int(MOST) + 1)}, {"kind": "maps", "energies": b""}
+    assert small_parts({"large": large, "little": little}) == {"little": little}
+
+
 def test_switched_off_only_the_offset_form_is_the_pretrained_model(window_explorer):
     control(window_explorer, "position").value = 0.0
     off = re.compile(r"switched off, the (\w+) form gives (\d) of them; the difference is (\S+)\.</p>")
@@ -176,6 +192,8 @@ def test_a_classifier_of_texts_is_explored_token_by_token():
     assert f"<td>{float(split.shares):.2%} in the window</td>" in text(explorer)
     now = pictures(explorer)
     assert now[0] == before[0] and now[1] != before[1] and now[2] == before[2]
+    (follower,) = parts(explorer, Follower)
+    assert [part["kind"] for part in follower.parts.values()] == ["spectrum", "matrices"]  # no words
     same, difference = after_attaching(explorer)
     assert same == "5 of 5" and difference < 1e-4
     cells = re.findall("<td>(.*)</td>", text(explorer))
