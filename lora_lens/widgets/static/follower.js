@@ -91,6 +91,7 @@ const KINDS = {
     const [x, y] = [Math.round(left * picture.width), Math.round(top * picture.height)];
     const canvas = canvasOf(whole.width, whole.height), pen = canvas.getContext('2d');
     pen.fillStyle = shade;
+    canvas.style.imageRendering = 'auto';  // a curve, not cells of a matrix
     const place = component => (component - 0.5 - low) / (high - low) * whole.width;
     const draw = (start, stop) => {
       pen.drawImage(picture, -x, -y);
