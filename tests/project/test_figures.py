@@ -173,8 +173,13 @@ def test_the_first_window_stays_behind_at_other_ranks_scalings_and_lengths_as_is
     first = names["changed"].query("method == 'window at 0'")
     first = first.set_index(["setting", "value", "task"])["points"]
     assert "the first window stays behind the middle one on both tasks, the farther the larger" in page
-    assert len(first) >= 2 * 9 and (first < 0).all()
-    assert (first["alpha"].unstack("task").diff().dropna() < 0).all(axis=None)
+    assert len(first) == 2 * 10 and (first < 0).all()
+    for setting in ("alpha", "steps"):
+        assert (first[setting].unstack("task").diff().dropna() < 0).all(axis=None)
+    said = re.search(r"by (\S+) points at 120 steps, (\S+) at 480 and (\S+) at 1,920", page).groups()
+    means = -100 * first["steps"].groupby("value").mean()
+    assert [float(points) for points in said] == pytest.approx(list(means), abs=ROUNDED)
+    assert not (names["changed"].query("method == 'window at 0'")["difference_high"] < 0).any()
 
 
 def test_lora_leads_in_a_convolutional_network_by_as_much_as_is_said(claims):
