@@ -15,7 +15,7 @@ from traitlets import Dict, Instance
 
 from lora_lens.widgets._page import STATIC
 
-MOST = 32e6  # bytes for one picture; larger ones wait for the kernel
+MOST = 8e6  # bytes for one picture, once for each layer; larger ones wait for the kernel
 
 
 class Follower(AnyWidget):
