@@ -14,6 +14,8 @@ TORCH_INDEX ?=
 # The web page of `make app` is for this computer only, unless APP_IP says otherwise; it takes the next free port.
 APP_IP ?= localhost
 APP_PORT ?= 8866
+# More for JupyterLab's command line: LAB_OPTIONS="--allow-root --no-browser" in a container.
+LAB_OPTIONS ?=
 # So many test files or notebooks at a time, each on one processor.
 JOBS ?= 2
 # Tests that wait, for a process to die, leave a processor to one more; those that wait for a browser, to two.
@@ -76,7 +78,7 @@ $(DEMO)/stored.png: $(VENV)/lab.installed data/results/digits.jsonl.xz
 		ll.plots.tradeoff(sweep.table).figure.savefig("$@")'
 
 lab: $(VENV)/lab.installed  ## open JupyterLab on the notebooks
-	$(SERVER) $(BIN)/jupyter lab --notebook-dir=. notebooks/00_tour.ipynb
+	$(SERVER) $(BIN)/jupyter lab --notebook-dir=. $(LAB_OPTIONS) notebooks/00_tour.ipynb
 
 app: $(VENV)/app.installed  ## serve the explorers as a web page, at the address that it prints
 	@# A page that shows nobody anything for an hour loses its kernel.
