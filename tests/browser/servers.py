@@ -111,6 +111,8 @@ def _process(command: list[str], own: Path) -> Iterator[tuple[subprocess.Popen, 
         "IPYTHONDIR": "ipython",
     }
     settings = {"TQDM_DISABLE": "1", "JUPYTER_CONFIG_PATH": str(REPOSITORY / "notebooks" / "server")}
+    if kept := os.environ.get("LORA_LENS_RESULTS"):  # where make site has the runs of the whole notebooks
+        settings["LORA_LENS_RESULTS"] = str(Path(kept) / "shortened")
     environment = {**os.environ, **settings, **{k: str(own / v) for k, v in folders.items()}}
     log = own / "server.log"
     with open(log, "wb") as written:
