@@ -36,9 +36,12 @@ def as_html(canvas: FigureCanvasAgg, alt: str) -> str:
     """What is drawn on the canvas."""
     source = b64encode(as_png(canvas)).decode()
     images = any(ax.images for ax in canvas.figure.axes)  # whose colours stay the same in the dark
-    kind = ("ll-images" if images else "ll-chart") + " ll-wide" * (canvas.get_width_height()[0] > WIDE)
+    width, height = canvas.get_width_height()
+    kind = ("ll-images" if images else "ll-chart") + " ll-wide" * (width > WIDE)
     data = f"data:image/png;base64,{source}"
-    return f'<img alt="{escape(alt)}" src="{data}" style="max-width: 100%" class="{kind}">'
+    sizes = f'width="{width}" height="{height}"'  # else Firefox gives it no height until it is decoded
+    look = f'style="max-width: 100%; height: auto" class="{kind}"'
+    return f'<img alt="{escape(alt)}" src="{data}" {sizes} {look}>'
 
 
 def as_png(canvas: FigureCanvasAgg, mode: str = "RGB") -> bytes:

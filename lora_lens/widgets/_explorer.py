@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, wraps
 from html import escape
+from threading import RLock
 from time import monotonic
 
 import pandas as pd
@@ -20,7 +21,7 @@ from traitlets import Bunch
 from lora_lens._base.errors import LoraLensError
 from lora_lens._base.validate import known_settings
 from lora_lens.widgets._page import Page
-from lora_lens.widgets._settings import Setting, call, settings_of
+from lora_lens.widgets._settings import Setting, call, rounded, settings_of
 
 ALL = ""  # not None, for which ipywidgets shows an empty box
 WORDS = {"description_width": "initial"}  # longer descriptions are cut off otherwise
@@ -61,6 +62,7 @@ class Explorer(VBox):
         self._results = VBox(results)
         self._message = HTML()
         self._drawing = False
+        self._lock = RLock()  # JupyterLab sends the first message of a control to a thread of its own
         self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
         self._slow: set[HTML] = set()
         self._following: asyncio.Task | None = None
@@ -117,11 +119,12 @@ class Explorer(VBox):
 
     def undo(self) -> None:
         """Take the last choice back; moves of one slider that follow each other are one."""
-        if self._earlier:
-            self._now = self._earlier.pop()
-            self._moved = None, 0
-            self.set(self._now)
-            self._redraw(None)
+        with self._lock:
+            if self._earlier:
+                self._now = self._earlier.pop()
+                self._moved = None, 0
+                self.set(self._now)
+                self._redraw(None)
 
     def _state(self) -> dict[str, object]:
         return {name: setting.value for name, setting in self._settings.items()}
@@ -144,10 +147,6 @@ class Explorer(VBox):
                         self._draw()
         finally:
             self._drawing = False
-
-    def _echo(self, change: Bunch) -> bool:
-        """A slider whose place was set says where it is, rounded in another way: nobody moved it."""
-        return change.name == "value" and self._state() == self._now
 
     def _remember(self, control: object) -> None:
         """Keep what was chosen before, for undo, and the code of what is chosen now."""
@@ -178,8 +177,13 @@ class Explorer(VBox):
 
     def _redraw(self, change: Bunch | None) -> None:
         """Draw what is quick, and begin what is slow; changes of controls by ``draw`` draw nothing again."""
-        if self._drawing or (change is not None and self._echo(change)):
-            return
+        if change is not None and rounded(change.old) == rounded(change.new):
+            return  # a slider whose place was set says where it is, rounded in another way: nobody moved it
+        with self._lock:
+            if not self._drawing:
+                self._draw_anew(change)
+
+    def _draw_anew(self, change: Bunch | None) -> None:
         self._drawing = True
         self._view += 1
         self.page.busy = True

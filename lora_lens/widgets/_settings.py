@@ -43,7 +43,7 @@ class Setting:
         if self._control is None:
             return tuple(literal_eval(box.description) for box in self._boxes if box.value)
         value = plain(getattr(self._control, self._trait))
-        return _rounded(value) if hasattr(self._control, "step") else value
+        return rounded(value) if hasattr(self._control, "step") else value
 
     def set(self, value: object) -> None:
         """Move the control.
@@ -59,7 +59,7 @@ class Setting:
                 wanted = tuple(sorted(wanted))
             else:
                 setattr(self._control, self._trait, wanted)
-            fits = self.value == _rounded(wanted)  # a slider takes the nearest that it has, and says nothing
+            fits = self.value == rounded(wanted)  # a slider takes the nearest that it has, and says nothing
         except (TraitError, TypeError):
             fits = False
         if not fits:
@@ -144,10 +144,10 @@ def written(value: object, name: str = "value") -> str:
     return next((n for n, one in known.items() if one is value and not n.startswith("_")), name)
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
     """A slider's sums of steps as they are meant: 0.85 for 0.8500000000000001."""
     if isinstance(value, tuple):
-        return tuple(_rounded(one) for one in value)
+        return tuple(rounded(one) for one in value)
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
 

@@ -30,6 +30,14 @@ BEYOND = """explorer => {
   const controls = [...explorer.querySelectorAll('select, input, button, .widget-readout')];
   return Math.max(beyond, ...controls.filter(c => c.checkVisibility() && !c.matches('.ll-spot')).map(right));
 }"""
+# The least height of a picture just after it came, which moves all that lies below.
+NOTE_HEIGHTS = """(() => {
+  const root = document.querySelector('.ll-explorer');
+  root.least = Infinity;
+  const heights = () => [...root.querySelectorAll('img')].map(image => image.offsetHeight);
+  const note = () => { root.least = Math.min(root.least, ...heights()) };
+  new MutationObserver(note).observe(root, {childList: true, subtree: true});
+})()"""
 END = "\ue010"  # the key, as WebDriver has it
 TABS = ".jupyter-widget-tab .lm-TabBar-tab"
 
@@ -114,7 +122,9 @@ def test_in_firefox_an_explorer_follows_its_slider(app: Server, screenshots: Pat
     with firefox() as page:
         page.open(app.address("", theme="light"))
         page.wait_for(f"Boolean({position}) && {alt}.includes('position 0.5')")
+        page.evaluate(NOTE_HEIGHTS)
         page.evaluate(f"{position}.focus()")
         page.press(END)
         page.wait_for(f"{alt}.includes('position 1 ')")
+        assert page.evaluate("document.querySelector('.ll-explorer').least") > 100
         page.screenshot(screenshots / "app_spectrum_firefox.png")

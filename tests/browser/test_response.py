@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pytest
-from pages import Explorer, Notebook
+from pages import Explorer, Notebook, eventually
 from servers import REPOSITORY
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ class TestResponse:
                     "root => root.querySelectorAll('canvas').length === 9", arg=explorer.root.element_handle()
                 )
             at, drawn = track.value(), explorer.root.evaluate(PARTS)
+            self.keep_their_places_in_a_narrow_window(explorer, drawn)
         finally:
             os.kill(notebook.kernel_process(), signal.SIGCONT)
         explorer.view(lambda view: f"position {at:g} " in view.alt)
@@ -183,6 +184,21 @@ class TestResponse:
             differs = np.abs(ours - np.array(theirs).reshape(*ours.shape[:2], 4)[..., :3]).max(-1) > 8
             print(part["picture"], differs.mean())
             assert differs.mean() < 0.03, part["place"]  # the picture's frames lie over them
+
+    def keep_their_places_in_a_narrow_window(self, explorer: Explorer, drawn: Sequence[dict]) -> None:
+        size, image = explorer.page.viewport_size, explorer.root.locator("img").first
+        width = image.bounding_box()["width"]
+        explorer.page.set_viewport_size({**size, "width": size["width"] // 2})
+        eventually(lambda: image.bounding_box()["width"] < 0.9 * width, "the pictures are as wide as before")
+        eventually(
+            lambda: np.allclose(
+                [part["place"] for part in explorer.root.evaluate(PARTS)],
+                [part["place"] for part in drawn],
+                atol=0.02,
+            ),
+            "what the page has drawn did not move with the pictures",
+        )
+        explorer.page.set_viewport_size(size)
 
     def test_many_moves_leave_nothing_behind(self, notebook: Notebook):
         explorer = notebook.explorers(2)[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 from explored import message, shows_results
@@ -113,6 +113,35 @@ def test_work_that_became_stale_is_dropped_half_way():
 
     asyncio.run(session())
     assert cubes == ["343"]
+
+
+def test_a_change_in_another_thread_while_a_view_is_drawn_is_drawn_after_it():
+    """JupyterLab sends a control's first message to the kernel's main thread and later ones to a subshell."""
+    one, other, shown = IntSlider(1, description="one"), IntSlider(1, description="other"), HTML()
+    drawing, free, changed = Event(), Event(), Event()
+    other.observe(lambda _: changed.set(), "value")
+    free.set()
+
+    def draw() -> None:
+        wanted = f"{one.value} {other.value}"
+        drawing.set()
+        assert free.wait(SECONDS)
+        shown.value = wanted
+
+    Explorer([[one, other]], [shown], draw)
+    drawing.clear()
+    free.clear()
+    first = Thread(target=lambda: setattr(one, "value", 2), daemon=True)
+    first.start()
+    assert drawing.wait(SECONDS)
+    second = Thread(target=lambda: setattr(other, "value", 3), daemon=True)
+    second.start()
+    assert changed.wait(SECONDS)
+    second.join(0.2)  # a change that is dropped ends at once, any other waits for the first one's picture
+    free.set()
+    for thread in (first, second):
+        thread.join(SECONDS)
+    assert shown.value == "2 3"
 
 
 @pytest.mark.parametrize(

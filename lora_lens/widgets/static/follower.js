@@ -50,6 +50,9 @@ function follow(root, model, [rank, position], signal) {
   const observer = new MutationObserver(draw);  // a picture of the kernel's, perhaps of an earlier place
   observer.observe(root, {childList: true, subtree: true});
   signal.addEventListener('abort', () => observer.disconnect());
+  const resized = new ResizeObserver(draw);  // and the pictures with it
+  resized.observe(root);
+  signal.addEventListener('abort', () => resized.disconnect());
 }
 
 // To the nearest whole number and of two to the even one, as Python rounds.
@@ -60,13 +63,12 @@ function nearest(value) {
 
 function lay(canvas, image, [left, top, width, height], shown) {
   canvas.dataset.window = shown;
-  if (image.parentElement.contains(canvas)) return;
   canvas.className = `ll-follows ${image.className}`;  // whose colours it has in the dark
   Object.assign(canvas.style, {
     left: `${image.offsetLeft + left * image.offsetWidth}px`, width: `${width * image.offsetWidth}px`,
     top: `${image.offsetTop + top * image.offsetHeight}px`, height: `${height * image.offsetHeight}px`,
   });
-  image.after(canvas);
+  if (!image.parentElement.contains(canvas)) image.after(canvas);
 }
 
 const floats = view => new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
