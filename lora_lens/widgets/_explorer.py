@@ -62,7 +62,7 @@ class Explorer(VBox):
         self._results = VBox(results)
         self._message = HTML()
         self._drawing = False
-        self._lock = RLock()  # JupyterLab sends the first message of a control to a thread of its own
+        self._lock = RLock()  # ipykernel handles a control's first message in another thread than later ones
         self._view = 0  # counts what the controls have asked for: slow parts of an earlier view are stale
         self._slow: set[HTML] = set()
         self._following: asyncio.Task | None = None

@@ -182,7 +182,6 @@ class TestResponse:
             ours = np.array(part["pixels"]).reshape(part["height"], part["width"], 4)[..., :3]
             theirs = explorer.root.evaluate(SAMPLED, [part["picture"], part["place"], *ours.shape[1::-1]])
             differs = np.abs(ours - np.array(theirs).reshape(*ours.shape[:2], 4)[..., :3]).max(-1) > 8
-            print(part["picture"], differs.mean())
             assert differs.mean() < 0.03, part["place"]  # the picture's frames lie over them
 
     def keep_their_places_in_a_narrow_window(self, explorer: Explorer, drawn: Sequence[dict]) -> None:

@@ -116,7 +116,7 @@ def test_work_that_became_stale_is_dropped_half_way():
 
 
 def test_a_change_in_another_thread_while_a_view_is_drawn_is_drawn_after_it():
-    """JupyterLab sends a control's first message to the kernel's main thread and later ones to a subshell."""
+    """ipykernel handles a control's first message in its main thread, later ones in JupyterLab's subshell."""
     one, other, shown = IntSlider(1, description="one"), IntSlider(1, description="other"), HTML()
     drawing, free, changed = Event(), Event(), Event()
     other.observe(lambda _: changed.set(), "value")
