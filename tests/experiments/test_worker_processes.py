@@ -99,7 +99,9 @@ def test_a_group_whose_process_is_killed_is_run_again_and_then_one_by_one(tmp_pa
     group = [Deadly(4, file, "a"), Deadly(4, file, "b", ("ab", "abab"))]
     together = {"seeds": (0,), "fuse": 2}
     table = swept(*ll.windows(rank=4, count=2), *group, **together, jobs=2, store=tmp_path / "store")
-    assert Path(file).read_text() == "ab" + "ab" + "a" + "b"
+    written = Path(file).read_text()
+    # Alone, the two are in two processes, and either may be the first.
+    assert written[:4] == "ab" + "ab" and sorted(written[4:]) == ["a", "b"]
     assert len(table) == 1 + 4 and not table["failed"].any()
     one_by_one = swept(*group, seeds=(0,), jobs=1)
     for column in ("accuracy", "forgetting", "loss_rise"):
