@@ -35,7 +35,9 @@ CODE := $(shell cat $$(find lora_lens -name '*.py' | sort) data/SHA256SUMS const
 TESTED := $(CURDIR)/results/test/$(CODE)
 
 # uv shows what it does and is faster, where it is there; so does pip, to a person at a terminal. Neither compiles
-# what is never imported, which takes pip a minute.
+# what is never imported, which takes pip a minute. The rest is compiled once, when it is first imported, also where
+# an image says that nothing be kept: each process would do it again, which makes 8 seconds of imports 20.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install \
 	--disable-pip-version-check --no-compile) $$([ -t 2 ] || echo --quiet)
 # Measured on Linux for make demo; with PyTorch for CPUs, what the packages for GPUs take is subtracted.
@@ -93,16 +95,17 @@ test: $(VENV)/test.installed  ## lint, unit, property and integration tests, eve
 	@$(LINT) & linted=$$!; \
 	$(PYTEST) -n $(MORE) --dist loadfile --no-loadscope-reorder --ignore tests/browser; \
 	wait $$linted
-	@echo "== notebooks that no test below opens; all of them, if there is no browser"
-	@# Again those that failed: two kernels that start at once may choose the same port. A wrong cell fails twice.
+	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
+	@echo "== meanwhile the notebooks that no test opens there; all of them, if there is no browser"
+	@# Those that failed are run again: two kernels that start at once may choose the same port. A wrong cell
+	@# fails twice. Browser tests have the order that they have there, and not what other tests share, which
+	@# imports torch.
 	export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
 	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@"; }; \
 	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
-	run $$notebooks || run --last-failed $$notebooks
-	@echo "== notebooks and the web page in a browser (pictures go to results/screenshots)"
-	@# In the order that they have there; and without what other tests share, which imports torch.
-	LORA_LENS_RESULTS=$(TESTED) $(PYTEST) -n $(MOST) --dist loadscope --no-loadscope-reorder \
-		--confcutdir tests/browser -rs tests/browser
+	{ run $$notebooks || run --last-failed $$notebooks; } & others=$$!; \
+	$(PYTEST) -n $(MOST) --dist loadscope --no-loadscope-reorder --confcutdir tests/browser -rs tests/browser; \
+	wait $$others
 
 lint: $(VENV)/test.installed  ## check style, spelling, imports, types, and that notebooks hold no outputs
 	@echo "== lint"

@@ -35,6 +35,7 @@ OTHERWISE = {
         "    retain=genres.first(test=300)": "    retain=genres.first(test=60)",
         "examples=1000": "examples=300",
         "[:4].tolist()": "[:2].tolist()",
+        "[ll.Window.first(8), ll.Window.middle(8), ll.Window.last(8)]": "[ll.Window.first(8)]",
     },
     "07_continual": {"live_steps = 20": "live_steps = 5"},
 }

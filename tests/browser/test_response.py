@@ -76,16 +76,19 @@ WATCH = """root => {
 RANK, COMPONENTS = 8, 768
 DRAWN, FIRST, LAST = "9 parts of {}, {}", "at position {:g} shaded", "at position {:g}, and the residual"
 
-# What the page has drawn, and where in which picture.
-PARTS = """root => [...root.querySelectorAll('canvas')].map(canvas => {
-  const image = canvas.parentElement.querySelector('img'), {width, height} = canvas;
+# Where the page has drawn, in shares of the picture below it; and what.
+PLACES = """root => [...root.querySelectorAll('canvas')].map(canvas => {
+  const image = canvas.parentElement.querySelector('img');
   const [box, whole] = [canvas, image].map(element => element.getBoundingClientRect());
-  const place = [
+  return [
     (box.left - whole.left) / whole.width, (box.top - whole.top) / whole.height,
     box.width / whole.width, box.height / whole.height,
   ];
-  const {data} = canvas.getContext('2d').getImageData(0, 0, width, height);
-  return {picture: image.dataset.follows, place, width, height, pixels: [...data]};
+})"""
+PARTS = """root => [...root.querySelectorAll('canvas')].map(canvas => {
+  const {width, height} = canvas, {data} = canvas.getContext('2d').getImageData(0, 0, width, height);
+  const picture = canvas.parentElement.querySelector('img').dataset.follows;
+  return {picture, width, height, pixels: [...data]};
 })"""
 # The colours of a picture in the middles of cells that share a place in it.
 SAMPLED = """(root, [name, [left, top, width, height], columns, rows]) => {
@@ -169,8 +172,8 @@ class TestResponse:
                 explorer.page.wait_for_function(
                     "root => root.querySelectorAll('canvas').length === 9", arg=explorer.root.element_handle()
                 )
-            at, drawn = track.value(), explorer.root.evaluate(PARTS)
-            self.keep_their_places_in_a_narrow_window(explorer, drawn)
+            at, drawn, places = track.value(), *map(explorer.root.evaluate, (PARTS, PLACES))
+            self.keep_their_places_in_a_narrow_window(explorer, places)
         finally:
             os.kill(notebook.kernel_process(), signal.SIGCONT)
         explorer.view(lambda view: f"position {at:g} " in view.alt)
@@ -178,23 +181,21 @@ class TestResponse:
             "root => !root.querySelector('canvas')", arg=explorer.root.element_handle()
         )
         assert len(drawn) == 9
-        for part in drawn:
+        for part, place in zip(drawn, places, strict=True):
             ours = np.array(part["pixels"]).reshape(part["height"], part["width"], 4)[..., :3]
-            theirs = explorer.root.evaluate(SAMPLED, [part["picture"], part["place"], *ours.shape[1::-1]])
+            theirs = explorer.root.evaluate(SAMPLED, [part["picture"], place, *ours.shape[1::-1]])
             differs = np.abs(ours - np.array(theirs).reshape(*ours.shape[:2], 4)[..., :3]).max(-1) > 8
-            assert differs.mean() < 0.03, part["place"]  # the picture's frames lie over them
+            assert differs.mean() < 0.03, place  # the picture's frames lie over them
 
-    def keep_their_places_in_a_narrow_window(self, explorer: Explorer, drawn: Sequence[dict]) -> None:
+    def keep_their_places_in_a_narrow_window(
+        self, explorer: Explorer, places: Sequence[Sequence[float]]
+    ) -> None:
         size, image = explorer.page.viewport_size, explorer.root.locator("img").first
         width = image.bounding_box()["width"]
         explorer.page.set_viewport_size({**size, "width": size["width"] // 2})
         eventually(lambda: image.bounding_box()["width"] < 0.9 * width, "the pictures are as wide as before")
         eventually(
-            lambda: np.allclose(
-                [part["place"] for part in explorer.root.evaluate(PARTS)],
-                [part["place"] for part in drawn],
-                atol=0.02,
-            ),
+            lambda: np.allclose(explorer.root.evaluate(PLACES), places, atol=0.02),
             "what the page has drawn did not move with the pictures",
         )
         explorer.page.set_viewport_size(size)
