@@ -35,8 +35,8 @@ CODE := $(shell cat $$(find lora_lens -name '*.py' | sort) data/SHA256SUMS const
 TESTED := $(CURDIR)/results/test/$(CODE)
 
 # uv shows what it does and is faster, where it is there; so does pip, to a person at a terminal. Neither compiles
-# what is never imported, which takes pip a minute. The rest is compiled once, when it is first imported, also where
-# an image says that nothing be kept: each process would do it again, which makes 8 seconds of imports 20.
+# what is never imported, which takes pip a minute. The rest is compiled by one import, once all is there, and kept
+# also where an image says that nothing be: each process would do it again, which makes 8 seconds of imports 20.
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install \
 	--disable-pip-version-check --no-compile) $$([ -t 2 ] || echo --quiet)
@@ -154,6 +154,7 @@ $(VENV)/%.installed: pyproject.toml constraints.txt Makefile
 	@$(if $(TORCH_INDEX),$(INSTALL) -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision)
 	@$(INSTALL) -c constraints.txt -e '.[$*]'
 	@$(INSTALL) --no-deps $(MODELS)
+	@EAGER_IMPORT=1 $(BIN)/python -c 'import lora_lens'
 	@touch $@
 
 .PHONY: help demo lab app test lint hooks format bench zoo site pretrain constraints clean

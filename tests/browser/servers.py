@@ -22,12 +22,16 @@ REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 300
 # What a copy has in place of: everything is run, but shorter, as no test here asks how much is learnt.
 OTHERWISE = {
+    "02_windows": {"train=2000, test=500": "train=2000, test=100"},
     "03_tradeoff": {
-        "steps=120": "steps=10",
+        "steps=120": "steps=5",
         "source.first(test=1000)": "source.first(test=200)",
         "train=4000, test=1000": "train=4000, test=200",
     },
-    "04_tradeoff_science": {"lr=rate, steps=120": "lr=rate, steps=10"},
+    "04_tradeoff_science": {
+        "train=4000, test=1000": "train=4000, test=200",
+        "lr=rate, steps=120": "lr=rate, steps=10",
+    },
     "05_language": {
         "live_steps = 12": "live_steps = 2",
         "first(test=50)": "first(test=10)",
@@ -38,6 +42,13 @@ OTHERWISE = {
         "[ll.Window.first(8), ll.Window.middle(8), ll.Window.last(8)]": "[ll.Window.first(8)]",
     },
     "07_continual": {"live_steps = 20": "live_steps = 5"},
+    "08_after_training": {
+        r"\"steps\": 60": r"\"steps\": 10",
+        r"\"steps\": 20": r"\"steps\": 4",
+        "first(test=400)": "first(test=100)",
+        "train=320, test=80": "train=32, test=20",
+        "genres.test, 60": "genres.test, 20",
+    },
 }
 Found = TypeVar("Found")
 

@@ -23,7 +23,7 @@ from servers import REPOSITORY
 if TYPE_CHECKING:
     from playwright.sync_api import CDPSession
 
-TIMED, WARM_UP, LATER, ROUNDS = 60, 3, 500, 3
+TIMED, WARM_UP, LATER, ROUNDS = 40, 3, 500, 3
 # Growth allowed over LATER moves: 500 pictures that were kept would be some 100 MB, 500 figures more. The
 # model is small, since it is copied whenever the slider rests, and an allocator keeps some of 350 MB.
 KERNEL_BYTES, PAGE_BYTES, PAGE_NODES = 40e6, 10e6, 200
