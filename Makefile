@@ -104,8 +104,9 @@ test: $(VENV)/test.installed  ## lint, unit, property and integration tests, eve
 	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@"; }; \
 	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
 	{ run $$notebooks || run --last-failed $$notebooks; } & others=$$!; \
-	$(PYTEST) -n $(MOST) --dist loadscope --no-loadscope-reorder --confcutdir tests/browser -rs tests/browser; \
-	wait $$others
+	$(PYTEST) -n $(MOST) --dist loadscope --no-loadscope-reorder --confcutdir tests/browser -rs tests/browser || \
+		failed=$$?; \
+	wait $$others; exit $${failed:-0}
 
 lint: $(VENV)/test.installed  ## check style, spelling, imports, types, and that notebooks hold no outputs
 	@echo "== lint"
