@@ -128,11 +128,12 @@ zoo: $(VENV)/test.installed  ## try every family of timm and transformers; write
 	cd tests && TQDM_DISABLE=1 OMP_NUM_THREADS=1 PYTHONPATH=.. ../$(BIN)/python -m zoo
 
 site: $(VENV)/site.installed  ## build the site: the course executed, guide, gallery and reference, in results/site
-	@echo "== building the site (the first time with the notebooks: 7 minutes on 2 cores; then a minute)"
+	@echo "== building the site (the first time with the notebooks: 10 minutes on 2 cores; then a minute)"
 	@rm -rf results/site
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 LORA_LENS_RESULTS=$(TESTED) $(BIN)/sphinx-build --quiet --fail-on-warning \
 		--keep-going --jobs $(JOBS) --conf-dir docs --doctree-dir $(TESTED)/doctrees \
-		-D nb_execution_mode=cache -D nb_execution_cache_path=$(TESTED)/executed . results/site
+		-D nb_execution_mode=cache -D nb_execution_cache_path=$(TESTED)/executed . results/site \
+		2> >(grep -v IPKernelApp >&2)
 	@echo "page  results/site/index.html"
 
 pretrain: $(VENV)/lab.installed  ## train the embedded model again (half an hour; FASHION=folder works offline)
