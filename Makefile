@@ -103,7 +103,7 @@ test: $(VENV)/test.installed  ## lint, unit, property and integration tests, eve
 	export OMP_NUM_THREADS=1 LORA_LENS_RESULTS=$(TESTED); \
 	run() { $(BIN)/pytest -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout=1800 "$$@"; }; \
 	notebooks=$$($(BIN)/python tests/browser/unopened.py $(NOTEBOOKS)); \
-	{ run $$notebooks || run --last-failed $$notebooks; } & others=$$!; \
+	{ [ -z "$$notebooks" ] || run $$notebooks || { [ $$? = 1 ] && run --last-failed $$notebooks; }; } & others=$$!; \
 	$(PYTEST) -n $(MOST) --dist loadscope --no-loadscope-reorder --confcutdir tests/browser -rs tests/browser || \
 		failed=$$?; \
 	wait $$others; exit $${failed:-0}

@@ -29,7 +29,8 @@ where it was.
 - efficientnet: a network pretrained on ImageNet learns Fashion-MNIST or digits in colour; retained is what it
   answers to parts of two photographs. KaSA, OSF and SHiRA refuse its convolutions and have a row each with
   the reason; PEFT's starts are for linear layers alone and have none.
-- minilm_long: the sentiment of film reviews at 4 times the steps of run_language_sweeps.py, in float32.
+- minilm_long: the sentiment of film reviews at 4 times the steps of run_language_sweeps.py, in float32,
+  and with a probe of the genres that was fitted to other texts than there.
 
 ``opponents`` and ``metric`` keep every run's drift.
 """
