@@ -36,7 +36,7 @@ TESTED := $(CURDIR)/results/test/$(CODE)
 
 # uv shows what it does and is faster, where it is there; so does pip, to a person at a terminal. Neither compiles
 # what is never imported, which takes pip a minute. The rest is compiled by one import, once all is there, and kept
-# also where an image says that nothing be: each process would do it again, which makes 8 seconds of imports 20.
+# also where an image says that nothing be: each process would do it again, which makes 7 seconds of imports 18.
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install \
 	--disable-pip-version-check --no-compile) $$([ -t 2 ] || echo --quiet)

@@ -184,9 +184,10 @@ def test_the_first_window_stays_behind_at_other_ranks_scalings_and_lengths_as_is
 
 def test_minilm_forgets_in_longer_trainings_as_is_said():
     table = ll.Sweep.open(RESULTS / "minilm_long.jsonl.xz").table
-    learnt = ll.reports.by_seed(table, "accuracy")[0.5]
-    lost = ll.reports.by_seed(table, "forgetting").droplevel("lr", axis=1)
-    expected = [100 * float(scores.mean().item()) for scores in (learnt, lost[[0.5]], lost[[1.0]])]
+    learnt, lost = (
+        ll.reports.by_seed(table, score).droplevel("lr", axis=1) for score in ("accuracy", "forgetting")
+    )
+    expected = [100 * scores.mean() for scores in (learnt[0.5], lost[0.5], lost[1.0])]
     page = text_of("docs/sweeps.md")
     said = re.search(r"learns (\S+) % under the middle window and forgets (\S+) points", page).groups()
     last = re.search(r"The last window forgets (\S+) points, more in every seed", page)[1]
